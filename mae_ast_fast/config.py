@@ -1,0 +1,181 @@
+"""Configuration of the MAE-AST model: sizes, masking and loss weights, with the paper's presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+MASKING_STRATEGIES = ("random", "chunk", "chunk_official", "span", "time", "frequency")
+
+_SIZES = {  # name -> (embed_dim, ffn_dim, num_heads)
+    "base": (768, 3072, 12),
+    "small": (384, 1536, 6),
+    "tiny": (192, 768, 3),
+}
+# Frame tokens span all frequencies, so there is no grid for chunks: frame models mask at random (paper, section 3.2).
+_PATCHES = {"patch": ((16, 16), "chunk"), "frame": ((2, 128), "random")}
+
+
+@dataclass(frozen=True)
+class MAEASTConfig:
+    """Sizes, masking and loss weights of a MAE-AST model (arXiv 2203.16691, sections 2 and 3).
+
+    Args:
+        num_mel_bins: Mel bins F of the log-mel spectrogram.
+        patch_size: (time, frequency) extent of a token: (16, 16) for the patch model, (2, 128) for the frame model.
+        embed_dim: Encoder width D.
+        ffn_dim: Hidden width of the feed-forward blocks, encoder and decoder.
+        num_heads: Attention heads, encoder and decoder.
+        encoder_layers: Layers over the visible tokens.
+        decoder_embed_dim: Decoder width.
+        decoder_layers: Layers over all tokens. 0 leaves an encoder alone, which extracts features but cannot pretrain.
+        norm_first: Pre-norm layers instead of the paper's post-norm.
+        encoder_projection: Linear between encoder and decoder. None: only where their widths differ.
+        dropout: Rate after attention, after the feed-forward block and at the entrance of a stack.
+        attention_dropout: Rate on the attention probabilities.
+        activation_dropout: Rate after the GELU.
+        input_dropout: Rate on the projected patches.
+        encoder_layerdrop: Probability that an encoder layer is skipped in training.
+        decoder_layerdrop: The same for decoder layers.
+        mask_ratio: Share of a clip's tokens that is hidden, in (0, 1).
+        masking: Strategy, one of ``mae_ast_fast.masking.sample_mask``.
+        reconstruction_weight: Weight of the mean squared error. 0 switches it off.
+        classification_weight: Weight of the InfoNCE loss. 0 switches it off.
+        norm_pix_loss: Reconstruct every patch normalised by its own mean and variance (He et al. 2022, section 4).
+
+    Raises:
+        ValueError: A value is outside its range, or values contradict each other.
+    """
+
+    num_mel_bins: int = 128
+    patch_size: tuple[int, int] = (16, 16)
+    embed_dim: int = 768
+    ffn_dim: int = 3072
+    num_heads: int = 12
+    encoder_layers: int = 12
+    decoder_embed_dim: int = 768
+    decoder_layers: int = 2
+    norm_first: bool = False
+    encoder_projection: bool | None = None
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.0
+    input_dropout: float = 0.1
+    encoder_layerdrop: float = 0.05
+    decoder_layerdrop: float = 0.0
+    mask_ratio: float = 0.75
+    masking: str = "chunk"
+    reconstruction_weight: float = 10.0
+    classification_weight: float = 1.0
+    norm_pix_loss: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON and YAML bring lists
+        if len(self.patch_size) != 2 or not all(isinstance(k, int) and k >= 1 for k in self.patch_size):
+            raise ValueError(f"patch_size must be two positive integers (time, frequency), got {self.patch_size}")
+        for name in ("num_mel_bins", "embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.decoder_layers, int) or self.decoder_layers < 0:
+            raise ValueError(f"decoder_layers must be an integer >= 0, got {self.decoder_layers!r}")
+        if self.num_mel_bins % self.patch_size[1]:
+            raise ValueError(
+                f"num_mel_bins must be a multiple of the patch's frequency extent {self.patch_size[1]}, "
+                f"got {self.num_mel_bins}"
+            )
+        for name in ("embed_dim", "decoder_embed_dim"):
+            width = getattr(self, name)
+            if width % self.num_heads:
+                raise ValueError(f"{name} must be divisible by num_heads={self.num_heads}, got {width}")
+            if width % 2:
+                raise ValueError(f"{name} must be even for the sinusoidal positions, got {width}")
+        if self.encoder_projection is False and self.embed_dim != self.decoder_embed_dim:
+            raise ValueError(
+                f"encoder_projection=False needs equal widths, got embed_dim={self.embed_dim} and "
+                f"decoder_embed_dim={self.decoder_embed_dim}"
+            )
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "activation_dropout",
+            "input_dropout",
+            "encoder_layerdrop",
+            "decoder_layerdrop",
+        ):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio must be in (0, 1), got {self.mask_ratio}")
+        if self.masking not in MASKING_STRATEGIES:
+            raise ValueError(f"masking must be one of {', '.join(MASKING_STRATEGIES)}, got {self.masking!r}")
+        if self.grid_f == 1 and self.masking in ("chunk", "chunk_official", "frequency"):
+            raise ValueError(
+                f"masking={self.masking!r} needs several frequency blocks, but patch_size={self.patch_size} makes one "
+                f"of {self.num_mel_bins} mel bins: use masking='random', 'span' or 'time'"
+            )
+        for name in ("reconstruction_weight", "classification_weight"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.reconstruction_weight == 0.0 and self.classification_weight == 0.0:
+            raise ValueError("reconstruction_weight and classification_weight are both 0: nothing to train")
+
+    @property
+    def grid_f(self) -> int:
+        """Frequency blocks, that is tokens of one time step."""
+        return self.num_mel_bins // self.patch_size[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values P in a patch."""
+        return self.patch_size[0] * self.patch_size[1]
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether a Linear stands between encoder and decoder."""
+        if self.encoder_projection is None:
+            return self.embed_dim != self.decoder_embed_dim
+        return self.encoder_projection
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """The names that ``preset`` knows."""
+        return [f"{kind}_{size}" for kind in _PATCHES for size in ("base", "base_6layer", "small", "tiny")]
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> MAEASTConfig:
+        """The configuration of a named model; the base sizes are the paper's (section 3.2).
+
+        Args:
+            name: ``{patch,frame}_{base,base_6layer,small,tiny}``. base is 768 wide with 12 heads, small 384 with 6,
+                tiny 192 with 3; all have 12 encoder layers (6 where the name says so) and 2 decoder layers.
+            **overrides: Fields to set otherwise.
+        """
+        if name not in cls.preset_names():
+            raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
+        kind, size = name.split("_", 1)
+        patch_size, masking = _PATCHES[kind]
+        width, ffn_dim, num_heads = _SIZES[size.removesuffix("_6layer")]
+        fields = {
+            "patch_size": patch_size,
+            "masking": masking,
+            "embed_dim": width,
+            "decoder_embed_dim": width,
+            "ffn_dim": ffn_dim,
+            "num_heads": num_heads,
+            "encoder_layers": 6 if size.endswith("_6layer") else 12,
+        }
+        return cls.from_dict({**fields, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML; ``from_dict`` reads them back."""
+        return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MAEASTConfig:
+        """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(f"unknown configuration fields {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**fields)
