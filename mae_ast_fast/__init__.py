@@ -1,0 +1,8 @@
+"""Fast, trustworthy pretraining of MAE-AST, the masked autoencoding audio spectrogram transformer."""
+
+from .config import MAEASTConfig
+from .fbank import fbank
+from .model import MAEAST
+
+__version__ = "0.1.0"
+__all__ = ["MAEAST", "MAEASTConfig", "fbank"]

@@ -1,0 +1,171 @@
+"""Held-out evaluation: does the model know more about hidden patches than averages and straight lines do?
+
+On a fixed set of clips and masks, the reconstruction error stands beside baselines that see exactly the same visible
+patches, and the InfoNCE top-1 accuracy beside chance. Letters as in model.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .masking import sample_mask
+from .model import MAEAST
+from .packing import real_tokens
+from .reference import masked_mse, patchify, unpatchify
+
+MASK_SEED = 20220331  # held-out masks never change: not with the run's seed, not with its length
+
+
+@dataclass
+class HeldOut:
+    """A fixed set of held-out clips with their masks.
+
+    Attributes:
+        features: (B, T, F) log-mel, not normalised.
+        frames: (B,) real frames.
+        mask: (B, L) bool, True = masked.
+        names: Clip names.
+        kinds: Kind of each clip ("speech", "sound", ...), empty where unknown.
+    """
+
+    features: Tensor
+    frames: Tensor
+    mask: Tensor
+    names: list[str]
+    kinds: list[str]
+
+    @classmethod
+    def of(cls, model: MAEAST, features: Tensor, frames: Tensor, names: Sequence[str], kinds: Sequence[str]) -> HeldOut:
+        """Draws the fixed masks for a model's patch grid and masking strategy; clip i always gets the same mask."""
+        config = model.config
+        tokens = frames // config.patch_size[0] * config.grid_f
+        width = features.shape[1] // config.patch_size[0] * config.grid_f
+        mask = sample_mask(config.masking, tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED, max_tokens=width)
+        return cls(features, frames, mask, list(names), list(kinds))
+
+
+def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str, Any]:
+    """Errors of the model and of the baselines on the held-out clips, in the model's normalised space.
+
+    Baselines, each from the same clip's visible patches: ``mean_of_visible``, their mean patch;
+    ``mean_of_visible_same_band``, the mean over those of the same frequency block (all of them where it has none);
+    ``interpolation``, every mel bin interpolated linearly along time between the visible frames on both sides, the
+    nearest value at the edges.
+
+    Returns:
+        ``reconstruction_mse``, ``baselines`` {name: mse}, ``accuracy``, ``chance`` (mean of 1 / M over masked tokens),
+        ``info_nce``, ``masked_tokens``, ``clips``, ``passed`` and ``failures`` (what was not beaten, in words).
+    """
+    was_training = model.training
+    model.eval()
+    totals: dict[str, float] = {}
+    device = next(model.parameters()).device
+    try:
+        for start in range(0, len(held_out.names), batch_size):
+            part = slice(start, start + batch_size)
+            frames = held_out.frames[part]
+            features = held_out.features[part, : int(frames.max())]
+            with torch.no_grad():
+                sums = _sums(model, features.to(device), frames.to(device), held_out.mask[part].to(device))
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+    finally:
+        model.train(was_training)
+    rows = totals.pop("rows")
+    means = {name: value / rows for name, value in totals.items()}
+    report: dict[str, Any] = {
+        "clips": len(held_out.names),
+        "masked_tokens": int(rows),
+        "reconstruction_mse": means.pop("mse"),
+        "info_nce": means.pop("nce"),
+        "accuracy": means.pop("accuracy"),
+        "chance": means.pop("chance"),
+        "baselines": means,
+    }
+    report["failures"] = failures(model, report)
+    report["passed"] = not report["failures"]
+    return report
+
+
+def failures(model: MAEAST, report: dict[str, Any]) -> list[str]:
+    """What a trained model must beat and this report does not: every baseline, and twice the chance accuracy.
+
+    An objective with weight 0 is not asked for.
+    """
+    found = []
+    if model.config.reconstruction_weight > 0.0:
+        found += [
+            f"reconstruction MSE {report['reconstruction_mse']:.4f} does not beat {name} {error:.4f}"
+            for name, error in report["baselines"].items()
+            if not report["reconstruction_mse"] < error
+        ]
+    if model.config.classification_weight > 0.0 and not report["accuracy"] > 2 * report["chance"]:
+        found.append(f"accuracy {report['accuracy']:.4f} is not above twice chance {report['chance']:.4f}")
+    return found
+
+
+def _sums(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -> dict[str, float]:
+    """Sums over the masked tokens of one batch."""
+    config = model.config
+    out = model(features, frames, mask)
+    mask = out.mask
+    mean, scale = model.input_norm(features, frames)
+    patches = (patchify(features, config.patch_size) - mean) * scale
+    tokens = real_tokens(frames // config.patch_size[0] * config.grid_f, patches.shape[1])
+    visible = tokens & ~mask
+    counts = mask.sum(1)
+    # With norm_pix_loss every error is taken relative to its target patch's variance, the model's and the baselines'.
+    unit = out.target.var(1) + 1e-6 if config.norm_pix_loss else torch.ones_like(out.target[:, 0])
+    guesses = {
+        "mean_of_visible": mean_of_visible(patches, visible),
+        "mean_of_visible_same_band": mean_of_visible(patches, visible, config.grid_f),
+        "interpolation": interpolation(patches, visible, config.patch_size, config.num_mel_bins),
+    }
+    sums = {name: (masked_mse(guess[mask], out.target) / unit).sum() for name, guess in guesses.items()}
+    sums["mse"] = masked_mse(out.pred_reconstruction, out.target, config.norm_pix_loss).sum()
+    sums["nce"] = out.loss_classification * counts.sum()
+    sums["accuracy"] = out.accuracy * counts.sum()
+    sums["chance"] = (counts > 0).sum()  # M tokens of a clip, each 1 / M
+    sums["rows"] = counts.sum()
+    return {name: float(value) for name, value in sums.items()}
+
+
+def mean_of_visible(patches: Tensor, visible: Tensor, grid_f: int = 1) -> Tensor:
+    """Predicts each patch (B, L, P) as the mean visible patch of its clip, per frequency block where grid_f > 1."""
+    batch, _, dim = patches.shape
+    grid = patches.reshape(batch, -1, grid_f, dim)
+    weight = visible.reshape(batch, -1, grid_f, 1).to(patches.dtype)
+    count = weight.sum(1, keepdim=True)
+    overall = (grid * weight).sum((1, 2), keepdim=True) / count.sum(2, keepdim=True).clamp(min=1)
+    mean = torch.where(count > 0, (grid * weight).sum(1, keepdim=True) / count.clamp(min=1), overall)
+    return mean.expand_as(grid).reshape(patches.shape)
+
+
+def interpolation(patches: Tensor, visible: Tensor, patch_size: tuple[int, int], num_mel_bins: int) -> Tensor:
+    """Predicts each patch (B, L, P) by linear interpolation along time between visible frames, per mel bin.
+
+    Before the first and after the last visible frame of a frequency block the nearest one counts; a block without any
+    takes the clip's mean visible patch.
+    """
+    kt, kf = patch_size
+    grid_f = num_mel_bins // kf
+    frames = unpatchify(patches, patch_size, num_mel_bins)  # (B, T, F)
+    known = visible.reshape(len(patches), -1, grid_f).repeat_interleave(kt, 1)  # (B, T, blocks)
+    steps = torch.arange(frames.shape[1], device=patches.device)[:, None].expand_as(known)
+    last = torch.where(known, steps, -1).cummax(1).values  # nearest visible frame at or before, -1: none
+    after = torch.where(known, steps, frames.shape[1]).flip(1).cummin(1).values.flip(1)
+    left = torch.where(last >= 0, last, after)
+    right = torch.where(after < frames.shape[1], after, last)
+    gap = (right - left).clamp(min=1)
+    share = ((steps - left).to(frames.dtype) / gap).clamp(0, 1)
+    left, right, share = (x.repeat_interleave(kf, 2) for x in (left, right, share))
+    limit = frames.shape[1] - 1
+    low, high = frames.gather(1, left.clamp(0, limit)), frames.gather(1, right.clamp(0, limit))
+    filled = patchify(torch.lerp(low, high, share), patch_size)
+    has_any = known.any(1)[:, None].expand(-1, filled.shape[1] // grid_f, -1).reshape(visible.shape)
+    return torch.where(has_any[:, :, None], filled, mean_of_visible(patches, visible))

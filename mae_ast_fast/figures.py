@@ -1,0 +1,132 @@
+"""Pictures that a run leaves behind: loss curves and reconstructions. Needs matplotlib (the ``train`` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .evaluate import HeldOut
+from .model import MAEAST
+from .packing import real_tokens
+from .reference import patchify, unpatchify
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial.png")
+    figure.savefig(partial, dpi=110)
+    _pyplot().close(figure)
+    partial.replace(path)
+
+
+def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss curves of a run.
+
+    Args:
+        steps: Rows of metrics.jsonl of the training steps.
+        evaluations: Rows with a ``held_out`` report.
+        path: PNG to write.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    x = np.array([row["step"] for row in steps])
+    panels = (
+        ("loss_reconstruction", "reconstruction MSE", lambda report: report["reconstruction_mse"]),
+        ("loss_classification", "InfoNCE (nats)", lambda report: report["info_nce"]),
+        ("accuracy", "InfoNCE top-1 accuracy", lambda report: report["accuracy"]),
+    )
+    width = max(1, len(x) // 50)
+    for axis, (name, title, of_report) in zip(axes, panels, strict=True):
+        y = np.array([row[name] for row in steps], dtype=float)
+        axis.plot(x, y, color="C0", alpha=0.25, linewidth=0.8)
+        smooth = np.convolve(y, np.ones(width) / width, mode="valid") if len(y) else y
+        axis.plot(x[width - 1 :], smooth, color="C0", label=f"train, mean of {width} steps")
+        if evaluations:
+            points = [(row["step"], of_report(row["held_out"])) for row in evaluations]
+            axis.plot(*zip(*points, strict=True), "o-", color="C1", markersize=3, label="held out")
+            last = evaluations[-1]["held_out"]
+            lines = last["baselines"] if name == "loss_reconstruction" else {}
+            if name == "accuracy":
+                lines = {"chance": last["chance"]}
+            for i, (label, value) in enumerate(lines.items()):
+                axis.axhline(value, color=f"C{i + 2}", linestyle=":", label=label.replace("_", " "))
+        axis.set(title=title, xlabel="step")
+        if name == "loss_reconstruction" and len(y):
+            axis.set_ylim(0, 1.15 * max(np.quantile(y, 0.95), *(last["baselines"].values() if evaluations else [0])))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def reconstruct(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Original, masked and reconstructed normalised log-mel, each (B, T', F) with NaN where nothing is or is known.
+
+    Visible patches stand as they are in the reconstruction. With ``norm_pix_loss`` the prediction is brought back to
+    the target patch's own mean and variance.
+    """
+    config = model.config
+    with torch.no_grad():
+        out = model(features, frames, mask)
+        mean, scale = model.input_norm(features, frames)
+        patches = (patchify(features, config.patch_size) - mean) * scale
+    prediction = out.pred_reconstruction.to(patches.dtype)
+    if config.norm_pix_loss:
+        prediction = prediction * (out.target.var(1, keepdim=True) + 1e-6).sqrt() + out.target.mean(1, keepdim=True)
+    real = real_tokens(frames // config.patch_size[0] * config.grid_f, patches.shape[1])[:, :, None]
+    hidden = out.mask[:, :, None]
+    filled = patches.clone()
+    filled[out.mask] = prediction
+    pictures = (patches, patches.masked_fill(hidden, float("nan")), filled)
+    return tuple(
+        unpatchify(x.masked_fill(~real, float("nan")), config.patch_size, config.num_mel_bins) for x in pictures
+    )
+
+
+def plot_reconstruction(model: MAEAST, clips: HeldOut, path: Path) -> None:
+    """Draws original, masked and reconstructed log-mel, one row a clip."""
+    plt = _pyplot()
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    columns = reconstruct(model, clips.features.to(device), clips.frames.to(device), clips.mask.to(device))
+    model.train(was_training)
+    count = len(clips.names)
+    figure, axes = plt.subplots(
+        count, 3, figsize=(13, 1.9 * count + 0.5), constrained_layout=True, squeeze=False, sharey=True
+    )
+    palette = plt.get_cmap("magma").copy()
+    palette.set_bad("0.85")
+    for row in range(count):
+        length = int(clips.frames[row]) // model.config.patch_size[0] * model.config.patch_size[0]
+        original = columns[0][row, :length].cpu().numpy()
+        low, high = np.nanquantile(original, [0.01, 0.995])
+        for axis, column, title in zip(axes[row], columns, ("original", "masked", "reconstructed"), strict=True):
+            axis.imshow(
+                column[row, :length].cpu().numpy().T,
+                origin="lower",
+                aspect="auto",
+                interpolation="nearest",
+                cmap=palette,
+                vmin=low,
+                vmax=high,
+                extent=(0, length / 100, 0, model.config.num_mel_bins),
+            )
+            if row == 0:
+                axis.set_title(title)
+        kind = f"{clips.kinds[row]}: " if clips.kinds[row] else ""
+        axes[row][0].set_ylabel("mel bin")
+        axes[row][1].set_xlabel(f"{kind}{clips.names[row]}  (s)", fontsize=8)
+    _save(figure, path)
