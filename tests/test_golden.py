@@ -1,4 +1,4 @@
-"""The model against tensors recorded from the paper's own code: predictions, losses, statistics, gradients, features."""
+"""The model against tensors of the paper's own code: predictions, losses, statistics, gradients, features."""
 
 from __future__ import annotations
 

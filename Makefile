@@ -1,0 +1,33 @@
+# Each target is a line that a person would type anyway; the environment in .venv is made once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: pretrain test test-ci test-all lint clean
+
+pretrain: $(VENV)/train.done
+	$(BIN)/mae-ast-fast pretrain $(ARGS)
+
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest $(ARGS)
+
+test-ci: $(VENV)/test.done
+	$(BIN)/python -m pytest -m ci $(ARGS)
+
+test-all: $(VENV)/test.done
+	$(BIN)/python -m pytest -m "" --timeout 3600 --results tests/results/test-all.txt $(ARGS)
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/pip.done:
+	$(PYTHON) -m venv $(VENV) || { echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	touch $@
+
+$(VENV)/%.done: pyproject.toml setup.py constraints.txt | $(VENV)/pip.done
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[$*]"
+	touch $@
