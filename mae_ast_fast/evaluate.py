@@ -48,6 +48,23 @@ class HeldOut:
         mask = sample_mask(config.masking, tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED, max_tokens=width)
         return cls(features, frames, mask, list(names), list(kinds))
 
+    def select(self, indices: Sequence[int]) -> HeldOut:
+        """The clips at these indices."""
+        return HeldOut(
+            self.features[indices],
+            self.frames[indices],
+            self.mask[indices],
+            [self.names[i] for i in indices],
+            [self.kinds[i] for i in indices],
+        )
+
+    def longest_of_each_kind(self, at_most: int = 6) -> HeldOut:
+        """A few clips to look at: the longest of every kind, as many of each."""
+        kinds = sorted(set(self.kinds))
+        order = sorted(range(len(self.names)), key=lambda i: -int(self.frames[i]))
+        share = max(1, at_most // len(kinds))
+        return self.select([i for kind in kinds for i in [j for j in order if self.kinds[j] == kind][:share]])
+
 
 def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str, Any]:
     """Errors of the model and of the baselines on the held-out clips, in the model's normalised space.

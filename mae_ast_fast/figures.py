@@ -107,8 +107,7 @@ def plot_reconstruction(model: MAEAST, clips: HeldOut, path: Path) -> None:
     figure, axes = plt.subplots(
         count, 3, figsize=(13, 1.9 * count + 0.5), constrained_layout=True, squeeze=False, sharey=True
     )
-    palette = plt.get_cmap("magma").copy()
-    palette.set_bad("0.85")
+    palette = plt.get_cmap("magma").with_extremes(bad="0.85")
     for row in range(count):
         length = int(clips.frames[row]) // model.config.patch_size[0] * model.config.patch_size[0]
         original = columns[0][row, :length].cpu().numpy()

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, corpus
 from .config import MAEASTConfig
-from .data import Clips, batch_plan, load_batch, open_source
+from .data import Clips, batch_plan, find_audio, load_batch, scan, split
 from .evaluate import HeldOut, evaluate
 from .fbank import SAMPLE_RATE, fbank
 from .figures import plot_loss, plot_reconstruction
@@ -34,6 +35,7 @@ from .model import MAEAST
 HELD_OUT_CLIPS = 64
 # Options that change neither what is computed nor in which order: a run may go on with others.
 FREE_OPTIONS = ("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "cache")
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0, "encoder_layerdrop": 0.0}
 
 
 @dataclass
@@ -45,7 +47,8 @@ class PretrainOptions:
             Debian packages, fetched once.
         out: Run folder. A run that was stopped there goes on.
         preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}.
-        model: Model fields to set otherwise, as in MAEASTConfig: --model.mask_ratio 0.8
+        model: Model fields to set otherwise, as in MAEASTConfig: --model.mask_ratio 0.8. Dropout and layerdrop are off
+            by default, which suits runs of minutes to hours; recipes/ has the paper's rates.
         init_from: Start from this checkpoint: a folder of ours or an official .pt file. Its sizes must be the preset's.
         steps: Updates of the whole run; the learning rate reaches 0 at the last.
         batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
@@ -71,7 +74,7 @@ class PretrainOptions:
     data: str | None = None
     out: str = "runs/pretrain"
     preset: str = "patch_tiny"
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=lambda: dict(NO_DROPOUT))
     init_from: str | None = None
     steps: int = 800
     batch_seconds: float = 160.0
@@ -155,26 +158,23 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         Stopped: SIGTERM or Ctrl-C arrived; the run was saved.
     """
     run = Path(options.out)
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device)
-    device = torch.device("cpu") if device.type == "auto" else device
+    name = options.device
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     _check_same_run(run, options)
-    clips, train, held_out_clips, split = open_source(
-        options.data, options.cache, options.min_seconds, options.workers, options.seed
-    )
-    run.mkdir(parents=True, exist_ok=True)
+    clips, train, held_out_clips, how = _open_data(options)
     _write_json(run / "data_report.json", clips.report)
     trainer = Trainer(options, run, clips, train, device)
     held_out = _held_out(trainer.model, clips, held_out_clips, options)
-    print(_headline(options, trainer, clips, len(train), len(held_out.names), split))
+    print(_headline(options, trainer, clips, len(train), len(held_out.names), how))
     trainer.train(held_out)
-    return trainer.finish(held_out, split)
+    return trainer.finish(held_out, how)
 
 
 class Trainer:
     """State of one run: model, optimizer, and the place in the data."""
 
     def __init__(
-        self, options: PretrainOptions, run: Path, clips: Clips, train: list[int], device: torch.device
+        self, options: PretrainOptions, run: Path, clips: Clips, train: np.ndarray, device: torch.device
     ) -> None:
         self.options, self.run, self.clips, self.train_clips, self.device = options, run, clips, train, device
         bf16 = options.precision == "bf16" or (options.precision == "auto" and native_bf16(device))
@@ -236,7 +236,7 @@ class Trainer:
             total=options.steps, initial=self.step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
         with _Signals() as signals, contextlib.closing(self.bar), contextlib.closing(self.events):
-            self._began, self._first = time.perf_counter(), self.step
+            self._began = time.perf_counter()
             batches = self._batches()
             while self.step < options.steps:
                 self._update(next(batches))
@@ -248,8 +248,10 @@ class Trainer:
                     self._log({"step": self.step, "held_out": evaluate(self.model, held_out)})
                 if signals.received is not None:
                     raise Stopped(signals.received, self.save())
+                if not self.pending:  # what was saved and evaluated since the flush is no training time
+                    self._began = time.perf_counter()
 
-    def _batches(self) -> Iterator[list[tuple[int, int, int]]]:
+    def _batches(self) -> Iterator[np.ndarray]:
         """The batches from the current place on, epoch after epoch."""
         options = self.options
         while True:
@@ -263,10 +265,12 @@ class Trainer:
             )
             while self.batch < len(plan):
                 self.batch += 1
-                yield [(self.train_clips[clip], start, length) for clip, start, length in plan[self.batch - 1]]
+                windows = plan[self.batch - 1].copy()
+                windows[:, 0] = self.train_clips[windows[:, 0]]
+                yield windows
             self.epoch, self.batch = self.epoch + 1, 0
 
-    def _update(self, windows: list[tuple[int, int, int]]) -> None:
+    def _update(self, windows: np.ndarray) -> None:
         """One optimizer update; its numbers stay on the device until the next flush."""
         options, model = self.options, self.model
         config = model.config
@@ -360,7 +364,6 @@ class Trainer:
                 f"accuracy {report['accuracy']:.3f} (chance {report['chance']:.3f})",
                 file=sys.stdout,
             )
-            self._began += 0.0
 
     def _truncate_metrics(self) -> None:
         """Drops what was written after the checkpoint that the run goes on from."""
@@ -384,19 +387,19 @@ class Trainer:
         }
         return checkpoint.save_training(self.run, self.step, self.model, state, self.options.keep)
 
-    def finish(self, held_out: HeldOut, split: str) -> dict[str, Any]:
+    def finish(self, held_out: HeldOut, how: str) -> dict[str, Any]:
         """Evaluates, draws and writes what a finished run leaves."""
         report = evaluate(self.model, held_out)
         by_kind = {}
         for kind in sorted(set(held_out.kinds) - {""}):
-            part = _select(held_out, [i for i, k in enumerate(held_out.kinds) if k == kind])
+            part = held_out.select([i for i, k in enumerate(held_out.kinds) if k == kind])
             by_kind[kind] = evaluate(self.model, part)
         self.model._save_pretrained(self.run)
         rows = read_metrics(self.run / "metrics.jsonl")
         steps = [row for row in rows if "loss" in row]
         evaluations = [row for row in rows if "held_out" in row] + [{"step": self.step, "held_out": report}]
         plot_loss(steps, evaluations, self.run / "loss.png")
-        plot_reconstruction(self.model, _for_picture(held_out), self.run / "reconstruction.png")
+        plot_reconstruction(self.model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
         data = self.clips.report
         summary = {
             "steps": self.step,
@@ -411,11 +414,17 @@ class Trainer:
             "final_loss": steps[-1]["loss"] if steps else None,
             "held_out": report,
             "held_out_by_kind": by_kind,
-            "held_out_split": split,
+            "held_out_split": how,
             "held_out_clips": held_out.names,
             "train_clips": len(self.train_clips),
             "train_hours": round(float(self.clips.samples[self.train_clips].sum()) / SAMPLE_RATE / 3600, 3),
-            "data": {name: data[name] for name in ("clips", "hours", "skipped_counts") if name in data},
+            "data": {
+                "files": data["files"],
+                "clips": data["clips"],
+                "hours": round(data["hours"], 3),
+                "skipped": {reason: found["count"] for reason, found in data["skipped"].items()},
+                **{name: data[name]["count"] for name in ("silent", "clipped", "duplicate")},
+            },
             "torch": torch.__version__,
         }
         _write_json(self.run / "summary.json", summary)
@@ -487,43 +496,42 @@ def _check_fits(config: MAEASTConfig, options: PretrainOptions) -> None:
         raise ValueError(f"--init-from {options.init_from} does not fit: {'; '.join(differing)}")
 
 
-def _held_out(model: MAEAST, clips: Clips, indices: list[int], options: PretrainOptions) -> HeldOut:
-    """Features and masks of the held-out clips: the first ``max_seconds`` of each."""
+def _open_data(options: PretrainOptions) -> tuple[Clips, np.ndarray, np.ndarray, str]:
+    """The clips, which of them train and which are held out, and how they were split."""
+    cache = Path(options.cache) if options.cache else corpus.default_cache()
+    if options.data is None:
+        entries = corpus.default_clips(corpus.fetch(cache))
+        clips = scan(entries, cache / "decoded", options.min_seconds, options.workers)
+        return clips, *corpus.held_out(clips)
+    clips = scan(find_audio(options.data), cache / "decoded", options.min_seconds, options.workers)
+    return clips, *split(clips, seed=options.seed)
+
+
+def _held_out(model: MAEAST, clips: Clips, indices: np.ndarray, options: PretrainOptions) -> HeldOut:
+    """Features and masks of the clips to evaluate on: the first ``max_seconds`` of each.
+
+    As many of each kind, spread evenly over the names; clips of at least 2 s where there are enough of them.
+    """
+    samples = clips.samples[indices]
+    indices = indices[samples >= min(2 * SAMPLE_RATE, np.quantile(samples, 0.5))]
+    by_kind: dict[str, list[int]] = {}
+    for clip in sorted(indices.tolist(), key=lambda clip: clips.entries[clip].name):
+        by_kind.setdefault(clips.entries[clip].kind, []).append(clip)
+    share = HELD_OUT_CLIPS // len(by_kind)
+    chosen = [kind[round(i)] for kind in by_kind.values() for i in np.linspace(0, len(kind) - 1, min(share, len(kind)))]
     longest = round(options.max_seconds * SAMPLE_RATE)
-    windows = [(clip, 0, min(longest, int(clips.samples[clip]))) for clip in indices[:HELD_OUT_CLIPS]]
+    windows = np.array([(clip, 0, min(longest, clips.samples[clip])) for clip in chosen])
     waveforms, lengths, _, names = load_batch(clips, windows)
     features, frames = fbank(waveforms, lengths)
-    kinds = [clips.kinds[clip] if clips.kinds else "" for clip, _, _ in windows]
-    return HeldOut.of(model, features, frames, names, kinds)
+    return HeldOut.of(model, features, frames, names, [clips.entries[clip].kind for clip in chosen])
 
 
-def _select(held_out: HeldOut, indices: list[int]) -> HeldOut:
-    return HeldOut(
-        held_out.features[indices],
-        held_out.frames[indices],
-        held_out.mask[indices],
-        [held_out.names[i] for i in indices],
-        [held_out.kinds[i] for i in indices],
-    )
-
-
-def _for_picture(held_out: HeldOut, per_kind: int = 2, at_most: int = 6) -> HeldOut:
-    """The longest clips of each kind."""
-    order = sorted(range(len(held_out.names)), key=lambda i: -int(held_out.frames[i]))
-    chosen = [
-        i for kind in sorted(set(held_out.kinds)) for i in [j for j in order if held_out.kinds[j] == kind][:per_kind]
-    ]
-    if len(set(held_out.kinds)) == 1:
-        chosen = order[: 2 * per_kind]
-    return _select(held_out, chosen[:at_most])
-
-
-def _headline(options: PretrainOptions, trainer: Trainer, clips: Clips, train: int, held_out: int, split: str) -> str:
+def _headline(options: PretrainOptions, trainer: Trainer, clips: Clips, train: int, held_out: int, how: str) -> str:
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     return (
         f"{options.preset}, {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
         f"({torch.get_num_threads()} threads); {clips.report['hours']:.2f} h in {clips.report['clips']} clips: "
-        f"{train} to train, {held_out} held out ({split}); run folder {options.out}"
+        f"{train} to train, {held_out} to evaluate on ({how}); run folder {options.out}"
     )
 
 

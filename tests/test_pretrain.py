@@ -1,0 +1,331 @@
+"""The pretraining loop: what a run leaves; kills, signals, bad files, bad losses and other options do not break it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from goldens import Golden
+from safetensors.torch import load_file
+
+from mae_ast_fast import MAEAST, checkpoint
+from mae_ast_fast import pretrain as pretrain_module
+from mae_ast_fast.pretrain import NonFiniteLoss, PretrainOptions, learning_rate, pretrain, read_metrics
+
+RATE = 16000
+SMALL = {
+    "embed_dim": 32,
+    "ffn_dim": 64,
+    "num_heads": 2,
+    "encoder_layers": 2,
+    "decoder_embed_dim": 32,
+    "decoder_layers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 recordings of 0.5 - 4 s in 6 folders: gliding tones under noise, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("audio")
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        seconds = rng.uniform(0.5, 4.0)
+        t = np.arange(int(seconds * RATE)) / RATE
+        pitch = 200 * (1 + i % 6) * (1 + 0.3 * np.sin(2 * np.pi * rng.uniform(0.3, 2.0) * t))
+        wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / RATE) + 0.02 * rng.standard_normal(t.size)
+        path = folder / f"voice{i % 6}" / f"take{i}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, wave, RATE)
+    return folder
+
+
+@pytest.fixture
+def options(audio: Path, tmp_path: Path) -> PretrainOptions:
+    return PretrainOptions(
+        data=str(audio),
+        out=str(tmp_path / "run"),
+        cache=str(audio.parent / "cache"),
+        model=dict(SMALL),
+        steps=12,
+        warmup_steps=3,
+        batch_seconds=12.0,
+        max_seconds=3.0,
+        save_every=3,
+        evaluate_every=6,
+        log_every=2,
+    )
+
+
+def losses(run: str | Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(Path(run) / "metrics.jsonl") if "loss" in row]
+
+
+def command(options: PretrainOptions, folder: Path) -> list[str]:
+    config = folder / "options.yaml"
+    config.write_text(yaml.safe_dump(dataclasses.asdict(options)))
+    return [sys.executable, "-m", "mae_ast_fast", "pretrain", "--config", str(config)]
+
+
+def wait_for_step(process: subprocess.Popen[Any], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in (read_metrics(run / "metrics.jsonl") if run.is_dir() else [])):
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_run_folder(options: PretrainOptions) -> None:
+    summary = pretrain(options)
+    run = Path(options.out)
+    rows = read_metrics(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert all(row["clips"] > 0 and row["clips_per_second"] > 0 and row["audio_seconds"] <= 12.0 for row in steps)
+    assert [row["step"] for row in rows if "held_out" in row] == [6]
+    weighted = [10 * row["loss_reconstruction"] + row["loss_classification"] for row in steps]
+    assert weighted == pytest.approx([row["loss"] for row in steps])
+
+    for name in ("loss.png", "reconstruction.png"):
+        picture = __import__("matplotlib.image").image.imread(run / name)
+        assert picture.shape[0] > 300 and picture.shape[1] > 900
+        assert picture[..., :3].std() > 0.05, f"{name} is blank"
+    assert list((run / "tensorboard").glob("events.*"))
+
+    assert json.loads((run / "summary.json").read_text()) == summary
+    report = summary["held_out"]
+    assert report["clips"] == len(summary["held_out_clips"]) > 0
+    assert set(report["baselines"]) == {"mean_of_visible", "mean_of_visible_same_band", "interpolation"}
+    assert 0 < report["chance"] < 0.2 and 0 <= report["accuracy"] <= 1
+    assert report["passed"] == (not report["failures"])
+    assert summary["audio_hours_seen"] == pytest.approx(sum(row["audio_seconds"] for row in steps) / 3600, abs=1e-3)
+
+    assert [path.name for path in checkpoint.training_checkpoints(run)] == ["step-00000009", "step-00000012"]
+    final, last = load_file(run / "model.safetensors"), load_file(run / "checkpoints/step-00000012/model.safetensors")
+    assert final.keys() == last.keys() and all(torch.equal(final[name], last[name]) for name in final)
+    assert MAEAST.from_pretrained(run).config == options.model_config()
+    voices = {name.split("/")[0] for name in summary["held_out_clips"]}
+    assert len(voices) == 1, "whole folders are held out"
+
+
+def test_finished_run_is_left_as_it_is(options: PretrainOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    first = pretrain(options)
+    before = losses(options.out)
+    assert pretrain(options) == first
+    assert losses(options.out) == before
+
+
+def test_kill_9_and_again_equals_an_uninterrupted_run(options: PretrainOptions, tmp_path: Path) -> None:
+    whole = dataclasses.replace(options, out=str(tmp_path / "whole"))
+    pretrain(whole)
+    run = Path(options.out)
+    line = command(options, tmp_path)
+    killed_at = []
+    for step in (5, 8):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for_step(process, run, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed_at.append(losses(run)[-1][0])
+        assert not (run / "summary.json").exists()
+    again = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "going on from" in again.stdout
+    assert losses(run) == losses(whole.out), f"killed at {killed_at}"
+    weights, expected = load_file(run / "model.safetensors"), load_file(Path(whole.out) / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits(options: PretrainOptions, tmp_path: Path, number: int) -> None:
+    options = dataclasses.replace(options, steps=500, warmup_steps=0, save_every=500, evaluate_every=500)
+    run = Path(options.out)
+    process = subprocess.Popen(command(options, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_step(process, run, 4)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    saved = checkpoint.training_checkpoints(run)
+    assert len(saved) == 1 and str(saved[0]) in errors and "Traceback" not in errors
+    assert losses(run)[-1][0] == int(saved[0].name.split("-")[1]) < 500
+    _, model, state, _ = checkpoint.load_training(run)
+    assert state["step"] == losses(run)[-1][0] and isinstance(model, MAEAST)
+
+
+def test_half_written_checkpoint_is_not_taken(options: PretrainOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = dataclasses.replace(options, out=options.out + "-whole")
+    pretrain(whole)
+    pretrain(options)
+    run = Path(options.out)
+    newest = run / "checkpoints/step-00000012"
+    weights = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    partial = run / "checkpoints/.partial-00000015"
+    partial.mkdir()
+    (partial / "trainer.pt").write_bytes(b"half")
+    capsys.readouterr()
+    pretrain(options)
+    printed = capsys.readouterr().out
+    assert "damaged checkpoint: step-00000012" in printed and "going on from" in printed
+    assert losses(run) == losses(whole.out)
+    assert not partial.exists()
+
+
+def test_crash_inside_a_save_keeps_the_one_before(options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = torch.save, []
+
+    def crash(state: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"begun")
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="No space"):
+        pretrain(options)
+    assert [path.name for path in checkpoint.training_checkpoints(Path(options.out))] == ["step-00000003"]
+    monkeypatch.undo()
+    pretrain(options)
+    assert losses(options.out)[-1][0] == 12
+
+
+def test_non_finite_loss_names_step_clips_and_checkpoint(
+    options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, loaded = pretrain_module.load_batch, []
+
+    def poison(clips: Any, windows: Any) -> Any:
+        batch = real(clips, windows)
+        loaded.append(batch[3])
+        return batch
+
+    def poisoned_fbank(waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
+        features, frames = pretrain_module_fbank(waveforms, lengths)
+        if len(loaded) == 6:  # the first call makes the held-out set: this is update 5
+            features = features * float("nan")
+        return features, frames
+
+    pretrain_module_fbank = pretrain_module.fbank
+    monkeypatch.setattr(pretrain_module, "load_batch", poison)
+    monkeypatch.setattr(pretrain_module, "fbank", poisoned_fbank)
+    with pytest.raises(NonFiniteLoss) as error:
+        pretrain(options)
+    message = str(error.value)
+    assert "step 5:" in message and "step-00000003" in message
+    assert all(name in message for name in loaded[5])
+    assert [path.name for path in checkpoint.training_checkpoints(Path(options.out))] == ["step-00000003"]
+    monkeypatch.undo()
+    pretrain(options)
+    assert [step for step, _ in losses(options.out)] == list(range(1, 13))
+
+
+def test_corrupt_files_are_skipped_counted_and_named(options: PretrainOptions, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for i in range(8):
+        soundfile.write(folder / f"good{i}.flac", 0.1 * rng.standard_normal((22050, 2)), 22050)
+    (folder / "text.wav").write_text("no audio")
+    (folder / "empty.ogg").write_bytes(b"")
+    soundfile.write(folder / "nan.wav", np.full(RATE, np.nan, np.float32), RATE, subtype="FLOAT")
+    soundfile.write(folder / "short.wav", np.zeros(100), RATE)
+    summary = pretrain(dataclasses.replace(options, data=str(folder), steps=2, cache=str(tmp_path / "cache")))
+    assert summary["data"]["clips"] == 8
+    assert sum(summary["data"]["skipped"].values()) == 4
+    report = json.loads((Path(options.out) / "data_report.json").read_text())
+    named = {name for found in report["skipped"].values() for name in found["names"]}
+    assert named == {"text.wav", "empty.ogg", "nan.wav", "short.wav"}
+
+
+def test_other_options_in_the_same_folder(options: PretrainOptions) -> None:
+    pretrain(options)
+    with pytest.raises(ValueError, match=r"lr 0.001 -> 0.002.*--out"):
+        pretrain(dataclasses.replace(options, lr=2e-3))
+    pretrain(dataclasses.replace(options, keep=1, log_every=5))
+
+
+def test_changed_data_is_noticed(options: PretrainOptions, audio: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "list.tsv"
+    names = sorted(str(path.relative_to(audio)) for path in audio.rglob("*.wav"))
+    listing.write_text("\n".join([str(audio), *(f"{name}\t1" for name in names)]))
+    options = dataclasses.replace(options, data=str(listing))
+    assert pretrain(options)["data"]["files"] == 30
+    listing.write_text("\n".join([str(audio), *(f"{name}\t1" for name in names[:-4])]))
+    with pytest.raises(ValueError, match="has changed since it started"):
+        pretrain(options)
+
+
+def test_init_from_continues_any_checkpoint(options: PretrainOptions, tmp_path: Path) -> None:
+    case = Golden("mae_ast_patch_small")
+    official = tmp_path / "official.pt"
+    sections = ("model", "task", "criterion")
+    cfg = {
+        section: {k.split("/")[2]: v for k, v in case.options.items() if k.startswith(f"cfg/{section}/")}
+        for section in sections
+    }
+    torch.save({"args": None, "cfg": cfg, "model": case.state_dict}, official)
+    sizes = {**SMALL, "embed_dim": 64, "decoder_embed_dim": 64, "ffn_dim": 128, "num_heads": 4, "encoder_layers": 3}
+    options = dataclasses.replace(options, model={**sizes, "decoder_layers": 2}, lr=1e-9, steps=2)
+    options = dataclasses.replace(options, init_from=str(official), out=str(tmp_path / "from-official"))
+    pretrain(options)
+    trained, source = MAEAST.from_pretrained(options.out), checkpoint.load_fairseq(official)
+    assert torch.equal(trained.mask_token.round(decimals=5), source.mask_token.round(decimals=5))
+
+    again = dataclasses.replace(options, init_from=options.out, out=str(tmp_path / "from-ours"))
+    pretrain(again)
+    assert torch.equal(
+        MAEAST.from_pretrained(again.out).mask_token.round(decimals=5), source.mask_token.round(decimals=5)
+    )
+    misfit = dataclasses.replace(options, model=dict(SMALL), out=str(tmp_path / "misfit"))
+    with pytest.raises(ValueError, match=r"does not fit.*embed_dim 64 in the checkpoint, 32 asked for"):
+        pretrain(misfit)
+
+
+def test_masks_and_order_follow_the_seed(options: PretrainOptions) -> None:
+    pretrain(options)
+    other = dataclasses.replace(options, seed=1, out=options.out + "-seed1")
+    pretrain(other)
+    same = dataclasses.replace(options, out=options.out + "-again")
+    pretrain(same)
+    assert losses(options.out) == losses(same.out) != losses(other.out)
+
+
+def test_learning_rate_schedule() -> None:
+    options = PretrainOptions(steps=100, warmup_steps=10, lr=1.0)
+    rates = [learning_rate(step, options) for step in range(100)]
+    assert rates[0] == 0.0 and rates[5] == 0.5 and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("steps", 0, "at least 1"),
+        ("lr", 0.0, "positive"),
+        ("precision", "fp8", "auto, fp32, bf16"),
+        ("max_seconds", 1000.0, "batch_seconds"),
+        ("preset", "patch_huge", "patch_base"),
+        ("model", {"depth": 3}, "encoder_layers"),
+    ],
+)
+def test_bad_options(field: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PretrainOptions(**{field: value})
+
+
+def test_run_leaves_no_temporary_files(options: PretrainOptions) -> None:
+    pretrain(options)
+    left = [path for path in Path(options.out).rglob("*") if path.name.startswith(".") or "partial" in path.name]
+    assert not left
+    assert os.path.getsize(Path(options.out) / "checkpoints/step-00000012/trainer.pt") > 0
