@@ -1,0 +1,573 @@
+"""Reading the paper's checkpoints (fairseq ``.pt`` files) without fairseq and without executing anything.
+
+A torch file is a zip of one pickle and raw tensor data. A pickle is a program: loading it calls whatever it names. So
+the pickle is neither loaded nor restricted here, it is read: ``_read_pickle`` walks its opcodes, builds dicts, lists
+and numbers, and turns every class and every call into an inert ``_Object`` with the dotted name and the arguments.
+Nothing named in the file is imported or called, and torch's own loader, which also runs TorchScript archives and knows
+a legacy format, is not involved. Only weights and options are looked at: the optimizer state, twice the size of the
+weights, is not even read from disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import pickletools
+import reprlib
+import sys
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import MAEASTConfig
+from .packing import sinusoid
+
+# Opcodes whose argument is the value.
+_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
+_STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_STORAGE_DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.DoubleStorage": torch.float64,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+_MAX_NESTING = 64  # of the options; a real file has about ten levels
+
+# Official option -> (our field, default of the official code), from MAE_AST_Config and MAE_AST_Criterion_Config there.
+# A checkpoint holds every option; the defaults serve options written by hand.
+_FIELDS: dict[str, tuple[str, Any]] = {
+    "encoder_layers": ("encoder_layers", 12),
+    "encoder_embed_dim": ("embed_dim", 768),
+    "encoder_ffn_embed_dim": ("ffn_dim", 3072),
+    "encoder_attention_heads": ("num_heads", 12),
+    "layer_norm_first": ("norm_first", False),
+    "decoder_embed_dim": ("decoder_embed_dim", 768),
+    "decoder_layers": ("decoder_layers", 2),
+    "decoder_layerdrop": ("decoder_layerdrop", 0.0),
+    "dropout": ("dropout", 0.1),
+    "attention_dropout": ("attention_dropout", 0.1),
+    "activation_dropout": ("activation_dropout", 0.0),
+    "encoder_layerdrop": ("encoder_layerdrop", 0.0),
+    "dropout_input": ("input_dropout", 0.0),
+    # The task's own default is 100, which no patch size of the paper divides: every recipe sets 128.
+    "feature_dim": ("num_mel_bins", 128),
+    "reconstruction_weight": ("reconstruction_weight", 10.0),
+    "classification_weight": ("classification_weight", 1.0),
+}
+# Official option -> (the only value this model computes, default of the official code).
+_FIXED: dict[str, tuple[Any, Any]] = {
+    "activation_fn": ("gelu", "gelu"),
+    "enc_sine_pos": (True, False),
+    "dec_sine_pos": (True, False),
+    "enc_conv_pos": (False, False),
+    "dec_conv_pos": (False, False),
+}
+_MASKING = {
+    "random_mask": "random",
+    "random_mask_batched": "random",  # the same draw, once for the whole batch
+    "chunk_mask": "chunk",
+    "retain_spans": "span",
+}
+# In official checkpoints, of no influence on any result: the encoder's mask embedding is overwritten before use and
+# layer_norm is never called. The last two are what fairseq's own sinusoid module stores in place of a table.
+_UNUSED = (
+    "encoder_mask_emb",
+    "layer_norm.weight",
+    "layer_norm.bias",
+    "enc_sine_pos_embed._float_tensor",
+    "dec_sine_pos_embed._float_tensor",
+)
+
+
+class _Object:
+    """What a pickle says about a class, a function or the result of calling one. It does nothing.
+
+    Attributes:
+        name: Dotted name of the class or function.
+        args: Arguments of the call, None for the class or function itself.
+        state: What the pickle would have given to ``__setstate__``.
+    """
+
+    __slots__ = ("args", "name", "state")
+
+    def __init__(self, name: str, args: Any = None) -> None:
+        self.name = name
+        self.args = args
+        self.state: Any = None
+
+    def __repr__(self) -> str:
+        return f"<{self.name}{'' if self.args is None else ' object'}, not loaded>"
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the weights and options of a fairseq checkpoint; nothing in the file is executed.
+
+    Args:
+        path: A file written by ``torch.save`` (torch >= 1.6, the zip format) that holds a dict with ``model`` and, for
+            its options, ``cfg`` or (older) ``args``: plain dicts, ``argparse.Namespace`` or OmegaConf containers.
+
+    Returns:
+        ``model``: official parameter name -> CPU tensor, in the file's dtype. ``cfg`` and ``args``, where the file has
+        them: the options as plain dicts, lists and values. A value of any other class stays an inert object that
+        shows its name; ``fairseq_config`` reports it if it needs it. The file's other entries are left out.
+
+    Raises:
+        ValueError: Not a torch file, a damaged one, not a checkpoint, or weights that are not plain tensors.
+        OSError: The file cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            try:
+                _check_zip(file)
+                with zipfile.ZipFile(file) as archive:
+                    return _read_archive(archive)
+            except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:  # OSError: seeks to nowhere
+                raise ValueError(f"damaged file: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _check_zip(file: Any) -> None:
+    head = file.read(16)
+    if not head:
+        raise ValueError("expected a torch checkpoint, found an empty file")
+    if not zipfile.is_zipfile(file):
+        if head.startswith(b"PK"):
+            raise ValueError("expected a torch checkpoint, found a truncated zip file (its directory is missing)")
+        if head.startswith(b"\x80"):
+            raise ValueError(
+                "expected a torch checkpoint in the zip format, found a bare pickle or a file of torch < 1.6; "
+                "if it is a checkpoint, load it with torch and save it again"
+            )
+        raise ValueError(f"expected a torch checkpoint, found a file that begins with {head!r}")
+
+
+def _read_archive(archive: zipfile.ZipFile) -> dict[str, Any]:
+    pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        found = reprlib.repr(archive.namelist())
+        raise ValueError(f"expected a torch checkpoint, found a zip file without one */data.pkl: {found}")
+    root = pickles[0].removesuffix("data.pkl")
+    if root + "byteorder" in archive.namelist():
+        order = _read_record(archive, root + "byteorder").decode("ascii", "replace")
+        if order != sys.byteorder:
+            raise ValueError(f"expected {sys.byteorder}-endian data, found {order!r}")
+
+    content = _read_pickle(_read_record(archive, pickles[0]))
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a checkpoint (a dict with 'model'), found {_describe(content)}")
+    if "model" not in content:
+        raise ValueError(f"expected a checkpoint (a dict with 'model'), found the keys {reprlib.repr(list(content))}")
+    weights = content["model"]
+    if not isinstance(weights, dict):
+        raise ValueError(f"expected 'model' to be a dict of tensors, found {_describe(weights)}")
+
+    storages: dict[str, Tensor] = {}  # several tensors may share one
+    model = {}
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise ValueError(f"expected parameter names in 'model', found the key {reprlib.repr(name)}")
+        model[name] = _read_tensor(archive, root, storages, name, value)
+
+    checkpoint: dict[str, Any] = {"model": model}
+    for section in ("cfg", "args"):  # one of them is None
+        options = _plain(content.get(section), {}, 0)
+        if options is not None:
+            if not isinstance(options, dict):
+                raise ValueError(f"expected {section!r} to hold options by name, found {_describe(options)}")
+            checkpoint[section] = options
+    return checkpoint
+
+
+def _read_record(archive: zipfile.ZipFile, name: str) -> bytes:
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # a compressed one could unfold to any size
+        raise ValueError(f"damaged file: expected a plain record, found the compressed or encrypted {name!r}")
+    return archive.read(info)
+
+
+def _read_pickle(data: bytes) -> Any:
+    """The value that a pickle describes, with an ``_Object`` for every class, function, call and tensor storage.
+
+    Covers what ``pickle`` writes in protocols 2 to 5. Sets become lists, since hashing what a file brings is unsafe:
+    the hash of a deeply nested tuple overflows the C stack.
+    """
+    stack: list[Any] = []
+    outer: list[list[Any]] = []  # the stacks below each open mark
+    memo: dict[int, Any] = {}
+
+    def pop_mark() -> list[Any]:
+        nonlocal stack
+        items, stack = stack, outer.pop()
+        return items
+
+    try:
+        for opcode, arg, _ in pickletools.genops(data):
+            match opcode.name:
+                case name if name in _NUMBERS or name in _STRINGS:
+                    stack.append(arg)
+                case name if name in _CONSTANTS:
+                    stack.append(_CONSTANTS[name])
+                case "PROTO" | "FRAME":
+                    pass
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[arg] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[arg])
+                case "MARK":
+                    outer.append(stack)
+                    stack = []
+                case "POP":
+                    stack.pop()
+                case "POP_MARK":
+                    pop_mark()
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST" | "EMPTY_SET":
+                    stack.append([])
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    count = int(opcode.name[-1])
+                    if len(stack) < count:
+                        raise IndexError
+                    stack[-count:] = [tuple(stack[-count:])]
+                case "TUPLE":
+                    items = pop_mark()
+                    stack.append(tuple(items))
+                case "FROZENSET":
+                    items = pop_mark()
+                    stack.append(items)
+                case "APPEND":
+                    item = stack.pop()
+                    _append_items(stack[-1], [item])
+                case "APPENDS" | "ADDITEMS":
+                    items = pop_mark()
+                    _append_items(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _set_items(stack[-1], [key, value])
+                case "SETITEMS":
+                    items = pop_mark()
+                    _set_items(stack[-1], items)
+                case "GLOBAL":
+                    stack.append(_Object(arg.replace(" ", ".")))
+                case "STACK_GLOBAL":
+                    attribute, module = stack.pop(), stack.pop()
+                    stack.append(_Object(f"{_name(module)}.{_name(attribute)}"))
+                case "REDUCE" | "NEWOBJ":
+                    args = stack.pop()
+                    stack.append(_called(stack.pop(), args))
+                case "NEWOBJ_EX":
+                    keywords, args = stack.pop(), stack.pop()
+                    stack.append(_called(stack.pop(), (args, keywords)))
+                case "BINPERSID":
+                    stack.append(_Object("persistent id", stack.pop()))
+                case "BUILD":
+                    state = stack.pop()
+                    if isinstance(stack[-1], _Object):  # else the attributes of an OrderedDict
+                        stack[-1].state = state
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise ValueError(f"damaged pickle: torch.save does not write {name}")
+    except (IndexError, KeyError) as error:  # an empty stack, an unknown memo entry
+        raise ValueError("damaged pickle") from error
+    raise ValueError("damaged pickle: no end")
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"damaged pickle: a class named by {_describe(value)}")
+    return value
+
+
+def _called(function: Any, args: Any) -> Any:
+    if not isinstance(function, _Object):
+        raise ValueError(f"damaged pickle: it calls {_describe(function)}")
+    if function.name == "collections.OrderedDict" and args == ():
+        return {}
+    return _Object(function.name, args)
+
+
+def _append_items(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(items)
+    elif not isinstance(target, _Object):  # the items of a list of an unknown class are of no use
+        raise ValueError(f"damaged pickle: it appends to {_describe(target)}")
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    if len(items) % 2:
+        raise ValueError("damaged pickle: a key without a value")
+    if isinstance(target, dict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Any other key is never looked up and must not be hashed.
+            target[key if isinstance(key, (str, int, float, bytes, type(None))) else object()] = value
+    elif not isinstance(target, _Object):
+        raise ValueError(f"damaged pickle: it sets items of {_describe(target)}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, _Object):
+        return f"the class or function {value.name}" if value.args is None else f"an object of {value.name}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return reprlib.repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _read_tensor(archive: zipfile.ZipFile, root: str, storages: dict[str, Tensor], name: str, value: Any) -> Tensor:
+    """Builds one tensor of ``model`` from the arguments of torch's rebuild function."""
+    parameter = isinstance(value, _Object) and value.name == "torch._utils._rebuild_parameter"
+    tensor = value.args[0] if parameter and isinstance(value.args, tuple) and value.args else value
+    if not isinstance(tensor, _Object) or tensor.name != "torch._utils._rebuild_tensor_v2":
+        raise ValueError(f"expected model entry {name!r} to be a tensor, found {_describe(tensor)}")
+    damaged = f"damaged pickle: model entry {name!r}"
+    try:
+        storage, offset, size, stride = tensor.args[:4]
+        kind, storage_type, key, _, numel = storage.args
+        dtype = _STORAGE_DTYPES.get(storage_type.name)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(damaged) from error
+    if dtype is None:
+        raise ValueError(f"expected model entry {name!r} to be a plain tensor, found {_describe(storage_type)}")
+    if storage.name != "persistent id" or kind != "storage" or not isinstance(key, str):
+        raise ValueError(damaged)
+    if not (isinstance(size, tuple) and all(isinstance(n, int) and n >= 0 for n in (numel, offset, *size))):
+        raise ValueError(damaged)
+    if math.prod(size) > numel:  # a view may repeat a storage's values and so claim any size
+        raise ValueError(f"{damaged}: size {reprlib.repr(size)} of {numel} stored values")
+
+    if key not in storages:
+        try:
+            data = _read_record(archive, f"{root}data/{key}")
+        except KeyError as error:
+            raise ValueError(f"damaged file: the data of model entry {name!r} is missing") from error
+        if len(data) != numel * dtype.itemsize:
+            raise ValueError(
+                f"damaged file: expected {numel * dtype.itemsize} bytes for model entry {name!r}, found {len(data)}"
+            )
+        storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    if storages[key].dtype != dtype or storages[key].numel() != numel:
+        raise ValueError(damaged)
+    try:
+        return torch.as_strided(storages[key], size, stride, offset)
+    except (RuntimeError, TypeError) as error:  # torch checks that strides and offset stay inside
+        raise ValueError(f"{damaged}: {error}") from error
+
+
+def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
+    """Options as plain dicts, lists and values; objects of other classes than the known containers stay as they are."""
+    if depth > _MAX_NESTING:
+        raise ValueError(f"expected options, found values nested more than {_MAX_NESTING} deep")
+    if not isinstance(value, (dict, list, tuple, _Object)):
+        return value
+    if id(value) in done:  # a container that is referred to 2^n times is walked once
+        return done[id(value)]
+    result: Any = value
+    if isinstance(value, dict):
+        result = {key: _plain(item, done, depth + 1) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        result = [_plain(item, done, depth + 1) for item in value]
+    elif isinstance(value.state, dict):
+        if value.name == "argparse.Namespace":
+            result = _plain(value.state, done, depth + 1)
+        elif value.name.startswith("omegaconf."):  # _parent closes a cycle, _metadata says nothing of use
+            for attribute in ("_content", "_val"):
+                if attribute in value.state:
+                    result = _plain(value.state[attribute], done, depth + 1)
+    done[id(value)] = result
+    return result
+
+
+def fairseq_config(cfg: Mapping[str, Any] | argparse.Namespace) -> MAEASTConfig:
+    """Our configuration from the official options.
+
+    Args:
+        cfg: The options by their official names, in any of these forms: sections ``{"model": {...}, "task": {...},
+            "criterion": {...}}`` as in a checkpoint (other sections are ignored), one flat mapping or
+            ``argparse.Namespace`` of all options, or flat keys such as ``cfg/model/encoder_layers``. An absent option
+            takes the official code's default; options without influence on the model are ignored.
+
+    Returns:
+        The configuration. ``mask_type`` ``chunk_mask`` becomes ``chunk``, our mask for each clip, not the official
+        one for each batch (``chunk_official``).
+
+    Raises:
+        ValueError: An option has the wrong type, or a value that this model does not compute.
+    """
+    options = _options(cfg)
+
+    def option(name: str, default: Any) -> Any:
+        value = options.get(name, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number if isinstance(default, float) else type(value) is type(default)):
+            expected = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[type(default)]
+            raise ValueError(f"option {name} must be {expected}, got {_describe(value)}")
+        return float(value) if isinstance(default, float) else value
+
+    for name, (supported, default) in _FIXED.items():
+        value = option(name, default)
+        if value != supported:
+            missing = "" if name in options else " (the official default of a missing option)"
+            raise ValueError(f"option {name}={reprlib.repr(value)}{missing} is unsupported: it must be {supported!r}")
+
+    fields = {ours: option(name, default) for name, (ours, default) in _FIELDS.items()}
+    if fields["decoder_layers"] < 1:
+        raise ValueError(f"option decoder_layers must be at least 1, got {fields['decoder_layers']}")
+    patch_size = []
+    for axis in ("time", "chan"):
+        size, stride = option(f"ast_kernel_size_{axis}", 16), option(f"ast_kernel_stride_{axis}", 16)
+        if size != stride:
+            raise ValueError(f"option ast_kernel_stride_{axis} must equal ast_kernel_size_{axis}={size}, got {stride}")
+        patch_size.append(size)
+
+    mask_type = option("mask_type", "random_mask")
+    if mask_type not in _MASKING:
+        raise ValueError(f"option mask_type must be one of {', '.join(_MASKING)}, got {reprlib.repr(mask_type)}")
+    masking, mask_ratio = _MASKING[mask_type], option("random_mask_prob", 0.75)
+    if masking == "span":
+        # There it is the expected length of all retained spans over the clip's: exp(-p) is the share none covers.
+        mask_ratio = math.exp(-mask_ratio)
+    if masking == "chunk" and patch_size[1] == fields["num_mel_bins"]:
+        # The official code then masks short runs of frames; ours defines chunks on a grid only, and the paper's frame
+        # models mask at random (section 3.2).
+        masking = "random"
+    return MAEASTConfig(
+        patch_size=tuple(patch_size),
+        encoder_projection=True if option("use_post_enc_proj", False) else None,
+        mask_ratio=mask_ratio,
+        masking=masking,
+        **fields,
+    )
+
+
+def _options(cfg: Any) -> dict[str, Any]:
+    """The options that matter by their official names, from any of the accepted forms."""
+
+    def as_mapping(value: Any) -> Mapping[str, Any] | None:
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        return value if isinstance(value, Mapping) else None
+
+    top = as_mapping(cfg)
+    if top is None:
+        raise ValueError(f"expected the official options by name, got {_describe(cfg)}")
+    sections = [top]  # in old flat options, "model", "task" and "criterion" are absent or strings
+    if any(as_mapping(top.get(section)) is not None for section in ("model", "task", "criterion")):
+        sections = []
+        for section in ("model", "task", "criterion"):
+            value = top.get(section)
+            if as_mapping(value) is not None:
+                sections.append(as_mapping(value))
+            elif value is not None:
+                raise ValueError(f"expected section {section} to hold options by name, got {_describe(value)}")
+    elif any(isinstance(key, str) and key.startswith("cfg/") for key in top):
+        sections = [
+            {
+                key.removeprefix(f"cfg/{section}/"): value
+                for key, value in top.items()
+                if key.startswith(f"cfg/{section}/")
+            }
+            for section in ("model", "task", "criterion")
+        ]
+    kernels = [f"ast_kernel_{kind}_{axis}" for kind in ("size", "stride") for axis in ("time", "chan")]
+    names = [*_FIELDS, *_FIXED, *kernels, "use_post_enc_proj", "mask_type", "random_mask_prob"]
+    # One by one: a section may hold mandatory values that OmegaConf refuses to show.
+    return {name: section[name] for section in sections for name in names if name in section}
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor], config: MAEASTConfig) -> dict[str, Tensor]:
+    """Renames the official parameters to ours.
+
+    Args:
+        state_dict: Official name -> tensor, complete, with or without the sinusoid tables.
+        config: What ``fairseq_config`` makes of the same checkpoint's options.
+
+    Returns:
+        Our name -> tensor, floating-point ones in fp32 (they may share memory with ``state_dict``). The file's own
+        sinusoid table is kept as ``encoder_positions.table`` (n, D) and ``decoder_positions.table`` only where it
+        differs from ``sinusoid(n, D)``, as in a checkpoint of an fp16 run, whose weights saw the rounded table.
+
+    Raises:
+        ValueError: Lists all missing and unexpected keys and all wrong shapes.
+    """
+    layout = _layout(config)
+    tables = {
+        "encoder_positions.table": ("enc_sine_pos_embed.pe", config.embed_dim),
+        "decoder_positions.table": ("dec_sine_pos_embed.pe", config.decoder_embed_dim),
+    }
+    expected = {name: shape for parts in layout.values() for name, shape in parts.items()}
+    known = {*expected, *_UNUSED, *(name for name, _ in tables.values())}
+    problems = [f"missing {name}" for name in expected if name not in state_dict]
+    problems += [f"unexpected {name}" for name in state_dict if name not in known]
+    for name, shape in expected.items():
+        if name in state_dict and not isinstance(state_dict[name], Tensor):
+            problems.append(f"{name} is {_describe(state_dict[name])}, expected a tensor")
+        elif name in state_dict and tuple(state_dict[name].shape) != shape:
+            problems.append(f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}")
+        elif name in state_dict and shape and not state_dict[name].is_floating_point():
+            problems.append(f"{name} has dtype {state_dict[name].dtype}, expected floating point")
+    for name, width in tables.values():
+        shape = tuple(state_dict[name].shape) if name in state_dict else (1, 1, width)
+        if len(shape) != 3 or shape != (1, max(shape[1], 1), width):
+            problems.append(f"{name} has shape {shape}, expected (1, tokens, {width})")
+    if problems:
+        raise ValueError(f"the official state dict does not fit the configuration: {'; '.join(problems)}")
+
+    converted = {
+        ours: torch.cat([state_dict[name] for name in parts]) if len(parts) > 1 else state_dict[next(iter(parts))]
+        for ours, parts in layout.items()
+    }
+    for ours, (name, width) in tables.items():
+        if name in state_dict:
+            table = state_dict[name][0].float()
+            if not torch.equal(table, sinusoid(table.shape[0], width, device=table.device)):
+                converted[ours] = table
+    return {
+        name: value.long() if name.endswith("num_batches_tracked") else value.float()
+        for name, value in converted.items()
+    }
+
+
+def _layout(config: MAEASTConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Our name -> the official tensors, name and shape, that stand below each other in it."""
+    layout: dict[str, dict[str, tuple[int, ...]]] = {}
+
+    def affine(ours: str, official: list[str], *shape: int) -> None:
+        layout[f"{ours}.weight"] = {f"{name}.weight": shape for name in official}
+        layout[f"{ours}.bias"] = {f"{name}.bias": shape[:1] for name in official}
+
+    # Both number a patch's values t * kf + f: the official code's Unfold takes (time, frequency) kernels.
+    patch_dim, width, decoder_width = config.patch_dim, config.embed_dim, config.decoder_embed_dim
+    affine("patch_embed", ["post_extract_proj"], width, patch_dim)
+    for stack, layers, d in (
+        ("encoder", config.encoder_layers, width),
+        ("decoder", config.decoder_layers, decoder_width),
+    ):
+        affine(f"{stack}.norm", [f"{stack}.layer_norm"], d)
+        for index in range(layers):
+            layer = f"{stack}.layers.{index}"
+            affine(f"{layer}.qkv", [f"{layer}.self_attn.{name}_proj" for name in "qkv"], d, d)
+            affine(f"{layer}.out_proj", [f"{layer}.self_attn.out_proj"], d, d)
+            affine(f"{layer}.attn_norm", [f"{layer}.self_attn_layer_norm"], d)
+            affine(f"{layer}.fc1", [f"{layer}.fc1"], config.ffn_dim, d)
+            affine(f"{layer}.fc2", [f"{layer}.fc2"], d, config.ffn_dim)
+            affine(f"{layer}.ffn_norm", [f"{layer}.final_layer_norm"], d)
+    if config.has_projection:
+        affine("encoder_projection", ["post_enc_proj"], decoder_width, width)
+    layout["mask_token"] = {"decoder_mask_emb": (decoder_width,)}
+    affine("head", ["final_proj_reconstruction", "final_proj_classification"], patch_dim, decoder_width)
+    for name, shape in (("running_mean", (1,)), ("running_var", (1,)), ("num_batches_tracked", ())):
+        layout[f"input_norm.{name}"] = {f"batch_norm.{name}": shape}
+    return layout
