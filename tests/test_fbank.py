@@ -136,6 +136,18 @@ def test_a_clip_does_not_hear_its_batch(frontend, data):
         assert torch.equal(feature[length:], torch.zeros_like(feature[length:]))
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_broken_clip_stays_alone(frontend, broken):
+    waveforms = torch.stack([SIGNALS[name] for name in ("speech", "noise", "chirp", "square", "steps", "speech")])
+    expected, _ = fbank(waveforms, frontend=frontend)  # 1188 frames: several chunks on a CPU
+    waveforms[1, 5000], waveforms[4, 31000] = broken, broken
+    features, _ = fbank(waveforms, frontend=frontend)
+    assert not features[1].isfinite().all() and not features[4].isfinite().all()
+    whole = [0, 2, 3, 5]
+    assert torch.equal(features[whole], expected[whole])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", SIGNALS)
@@ -276,28 +288,35 @@ def test_surroundings_do_not_count(frontend, device):
     """Autograd, autocast, precision of products, default dtype and device; and the input stays as it was."""
     waveforms = torch.stack([SIGNALS["speech"], SIGNALS["tone_7900"]]).to(device)
     before = waveforms.clone()
-    expected, _ = fbank(waveforms, [30000, 20000], frontend=frontend)
-    assert torch.equal(waveforms, before)
+    calls = [{"lengths": None}, {"lengths": [30000, 20000]}]
+    resampling = [{"lengths": [30000, 20000], "sample_rate": 22050}]
 
-    def same() -> bool:
+    def run(calls: list[dict]) -> list[torch.Tensor]:
         importlib.import_module("mae_ast_fast.fbank")._constants.cache_clear()
-        return torch.equal(fbank(waveforms, [30000, 20000], frontend=frontend)[0], expected)
+        return [fbank(waveforms, frontend=frontend, **call)[0] for call in calls]
 
+    def same(calls: list[dict]) -> bool:
+        return all(map(torch.equal, run(calls), expected))
+
+    expected = run(calls + resampling)
+    assert torch.equal(waveforms, before)
     waveforms.requires_grad_()
-    assert same() and not fbank(waveforms, frontend=frontend)[0].requires_grad
+    assert same(calls + resampling) and not run(calls)[0].requires_grad
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast(device, dtype=dtype):
-            assert same()
-    with torch.device("meta"):
-        assert same()
+            assert same(calls + resampling)
     precision, default_dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     try:
-        torch.set_float32_matmul_precision("medium")
         torch.set_default_dtype(torch.float64)
-        assert same()
+        assert same(calls + resampling)
+        torch.set_float32_matmul_precision("high")  # what training scripts set
+        for features, usual in zip(run(calls), expected, strict=False):
+            assert_fbank(features, usual)
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(default_dtype)
+    with torch.device("meta"):  # torchaudio's filter cannot run in it
+        assert same(calls)
 
 
 @pytest.mark.parametrize(
