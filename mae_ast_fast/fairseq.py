@@ -79,8 +79,8 @@ _MASKING = {
     "chunk_mask": "chunk",
     "retain_spans": "span",
 }
-# In official checkpoints, of no influence on any result: the encoder's mask embedding is overwritten before use and
-# layer_norm is never called. The last two are what fairseq's own sinusoid module stores in place of a table.
+# In official checkpoints, of no influence on any result: the encoder's mask embedding is given to tokens that are then
+# dropped, and layer_norm is never called. The last two are what fairseq's own sinusoid module stores.
 _UNUSED = (
     "encoder_mask_emb",
     "layer_norm.weight",
@@ -148,7 +148,7 @@ def _check_zip(file: Any) -> None:
         if head.startswith(b"\x80"):
             raise ValueError(
                 "expected a torch checkpoint in the zip format, found a bare pickle or a file of torch < 1.6; "
-                "if it is a checkpoint, load it with torch and save it again"
+                "if it is a checkpoint, torch.load(weights_only=True) and torch.save it again"
             )
         raise ValueError(f"expected a torch checkpoint, found a file that begins with {head!r}")
 
@@ -354,15 +354,12 @@ def _read_tensor(archive: zipfile.ZipFile, root: str, storages: dict[str, Tensor
             data = _read_record(archive, f"{root}data/{key}")
         except KeyError as error:
             raise ValueError(f"damaged file: the data of model entry {name!r} is missing") from error
-        if len(data) != numel * dtype.itemsize:
-            raise ValueError(
-                f"damaged file: expected {numel * dtype.itemsize} bytes for model entry {name!r}, found {len(data)}"
-            )
         storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    if storages[key].dtype != dtype or storages[key].numel() != numel:
-        raise ValueError(damaged)
+    stored = storages[key]
+    if stored.dtype != dtype or stored.numel() != numel:
+        raise ValueError(f"{damaged}: expected {numel} values {dtype}, found {stored.numel()} values {stored.dtype}")
     try:
-        return torch.as_strided(storages[key], size, stride, offset)
+        return torch.as_strided(stored, size, stride, offset)
     except (RuntimeError, TypeError) as error:  # torch checks that strides and offset stay inside
         raise ValueError(f"{damaged}: {error}") from error
 

@@ -441,15 +441,15 @@ def test_unknown_classes_are_named_where_they_matter_and_never_imported(tmp_path
     assert module not in sys.modules
 
 
-DEEP = 200_000
 PICKLE_BOMBS = {
-    "nested lists": b"]" * DEEP + b"a" * (DEEP - 1),
-    "nested tuples": b")" + b"\x85" * DEEP,
-    "nested calls": b"cos\nsystem\n" + b")R" * DEEP,
-    "nested tuples as key": b"}" + b")" + b"\x85" * DEEP + b"K\x01s",
+    "nested lists": b"]" * 20_000 + b"a" * 19_999,
+    "nested tuples": b")" + b"\x85" * 20_000,
+    "nested calls": b"cos\nsystem\n" + b")R" * 20_000,
+    "nested tuples as key": b"}" + b")" + b"\x85" * 200_000 + b"K\x01s",  # hashing this key overflows the C stack
     "a list that contains itself": b"]q\x00h\x00a",
-    "a list of 2^60 paths": b"]q\x00"
-    + b"".join(b"]q" + bytes([n + 1]) + 2 * (b"h" + bytes([n]) + b"a") for n in range(60)),
+    "a list of 2^60 paths": b"]q\x000"
+    + b"".join(b"]q%c" % (n + 1) + 2 * (b"h%ca" % n) + b"0" for n in range(60))
+    + b"h%c" % 60,
     "a huge memo index": b"]r\xff\xff\xff\xff",
     "a huge string": b"X\xff\xff\xff\xffabc",
     "a huge byte string": b"\x8e" + b"\xff" * 8 + b"abc",
@@ -476,7 +476,7 @@ def test_pickle_bombs_end_quickly(tmp_path, bomb):
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # pickletools, on text opcodes
 def test_mutated_files_are_refused_or_read(tmp_path):
-    """3,000 random changes to the pickle, 1,000 to the zip around it: a dict of tensors or a ValueError."""
+    """1,500 random changes to the pickle, 500 to the zip around it: a dict of tensors or a ValueError."""
     rng = random.Random(0)
     source = save(
         tmp_path / "a.pt",
@@ -490,8 +490,8 @@ def test_mutated_files_are_refused_or_read(tmp_path):
         ]
         data_pkl = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
     outcomes = collections.Counter()
-    for case in range(4000):
-        data = bytearray(data_pkl if case < 3000 else source.read_bytes())
+    for case in range(2000):
+        data = bytearray(data_pkl if case < 1500 else source.read_bytes())
         for _ in range(rng.choice((1, 1, 2, 8))):
             place = rng.randrange(len(data))
             match rng.randrange(3):
@@ -502,7 +502,7 @@ def test_mutated_files_are_refused_or_read(tmp_path):
                 case 2:
                     data.insert(place, rng.randrange(256))
         path = tmp_path / "b.pt"
-        if case < 3000:
+        if case < 1500:
             write_zip(path, bytes(data), records)
         else:
             path.write_bytes(data)
@@ -513,7 +513,7 @@ def test_mutated_files_are_refused_or_read(tmp_path):
         else:
             outcomes["read"] += 1
             assert all(isinstance(tensor, torch.Tensor) for tensor in loaded["model"].values())
-    assert min(outcomes["refused"], outcomes["read"]) > 200, outcomes
+    assert min(outcomes["refused"], outcomes["read"]) > 100, outcomes
 
 
 # ---------------------------------------------------------------- options
