@@ -20,7 +20,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -35,28 +34,14 @@ if TYPE_CHECKING:
     import torch
 
 SAMPLE_RATE = 16000
-AUDIO_SUFFIXES = {  # in lower case
-    *(
-        ".wav",
-        ".wave",
-        ".w64",
-        ".flac",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".mp3",
-        ".aif",
-        ".aiff",
-        ".aifc",
-        ".au",
-        ".snd",
-        ".caf",
-    ),
-    *(".sph", ".g722", ".m4a", ".mp4", ".mov", ".mkv", ".mka", ".webm", ".aac", ".wma", ".wv", ".amr"),
-}
+_SUFFIXES = (
+    ".wav .wave .w64 .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .sph .g722 .m4a .mp4 .mov .mkv .mka "
+    ".webm .aac .wma .wv .amr"
+)
+AUDIO_SUFFIXES = frozenset(_SUFFIXES.split())
 _DECODE_VERSION = 1  # part of the cache key: raise it when decoding changes the samples
 _BLOCK_VALUES = 1 << 18  # samples x channels read at a time: 1 MiB of float32
-_SILENT_PEAK = 1e-4  # 3 steps of int16
+_SILENT_PEAK = 1e-3  # the idle noise of G.722, which codes silence, peaks at 4e-4
 _FULL_SCALE, _CLIPPED_SHARE = 0.9999, 1e-3
 _STALL_SECONDS = 120.0  # a decoder that yields nothing for so long hangs
 _MAX_NAMES = 1000  # names listed for one finding of a report; its count is always whole
@@ -99,7 +84,7 @@ def find_audio(source: str | os.PathLike) -> list[Entry]:
     if source.is_dir():
         files = sorted(_walk(source))
         if not files:
-            raise ValueError(f"no audio file ({' '.join(sorted(AUDIO_SUFFIXES))}) in {source}")
+            raise ValueError(f"no audio file ({_SUFFIXES}) in {source}")
         return [_entry(source, relative) for relative in files]
     if not source.is_file():
         raise FileNotFoundError(f"no such folder or file: {source}")
@@ -427,7 +412,7 @@ def scan(
     whenever the scan is killed; a second scan of the same files waits for the first.
 
     The report has ``files``, ``clips``, ``hours``; ``skipped``: reason -> finding; and the findings ``silent`` (peak
-    under 1e-4 of full scale), ``clipped`` (at least 0.1 % of the samples at 16 kHz mono reach 0.9999 of full scale) and
+    under 1e-3 of full scale), ``clipped`` (at least 0.1 % of the samples at 16 kHz mono reach 0.9999 of full scale) and
     ``duplicate`` (byte-identical to an earlier file), which are kept. A finding has ``count`` and up to 1000 ``names``.
 
     Raises:
@@ -452,8 +437,9 @@ def scan(
             return Clips(folder, entries)
         for stale in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):  # left by a killed scan
             shutil.rmtree(stale, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         try:
+            partial.mkdir()
             results = _decode_all(entries, sizes, partial, min_seconds, workers, progress)
             _write_index(entries, results, partial / "index.json", min_seconds)
             with contextlib.suppress(FileExistsError):  # where there is no lock, another scan may have been first
@@ -510,7 +496,8 @@ class _Progress:
     """One line to stderr: rewritten on a terminal, else a new one every few seconds."""
 
     def __init__(self, files: int) -> None:
-        self.files, self.done, self.start, self.shown = files, 0, time.monotonic(), 0.0
+        self.files, self.done = files, 0
+        self.start = self.shown = time.monotonic()
 
     def add(self, seconds: float) -> None:
         """One more file is done, ``seconds`` of audio are decoded in all."""
@@ -611,8 +598,8 @@ def load_batch(clips: Clips, batch: np.ndarray) -> tuple[torch.Tensor, torch.Ten
     """The waveforms of one batch of ``batch_plan``.
 
     Returns:
-        Waveforms int16 (B, S), zero past a length; lengths int64 (B,); ids int64 (B,), one for each (clip, first
-        sample) and the same in every run, for ``masking.sample_mask``'s ``clip_ids``; the clips' names.
+        Waveforms int16 (B, S), zero past a length; lengths int64 (B,); ids int64 (B,) in [0, 2^32), one for each
+        (clip, first sample) and the same in every run, for ``masking.sample_mask``'s ``clip_ids``; the clips' names.
     """
     import torch
 
@@ -620,7 +607,7 @@ def load_batch(clips: Clips, batch: np.ndarray) -> tuple[torch.Tensor, torch.Ten
     waveforms = np.zeros((len(batch), int(batch[:, 2].max())), np.int16)
     for row, (clip, start, length) in zip(waveforms, batch.tolist(), strict=True):
         row[:length] = clips.waveform(clip, start, length)
-    ids = (batch[:, 0] << 36) | batch[:, 1]  # 2^27 clips of 2^36 samples (1,193 h)
+    ids = (batch[:, 0] + batch[:, 1] * 0x9E3779B1) & 0xFFFFFFFF  # the clip where a window starts it; else spread
     names = [clips.names[clip] for clip in batch[:, 0]]
     return torch.from_numpy(waveforms), torch.from_numpy(batch[:, 2].copy()), torch.from_numpy(ids), names
 

@@ -500,9 +500,11 @@ def _open_data(options: PretrainOptions) -> tuple[Clips, np.ndarray, np.ndarray,
     """The clips, which of them train and which are held out, and how they were split."""
     cache = Path(options.cache) if options.cache else corpus.default_cache()
     if options.data is None:
-        entries = corpus.default_clips(corpus.fetch(cache))
+        fetched = corpus.fetch(cache)
+        entries, left_out = corpus.default_clips(fetched.cache, fetched.packages)
         clips = scan(entries, cache / "decoded", options.min_seconds, options.workers)
-        return clips, *corpus.held_out(clips)
+        clips.report |= {"corpus": left_out, "packages": fetched.packages, "missing_packages": fetched.missing}
+        return clips, *corpus.held_out(clips.entries)
     clips = scan(find_audio(options.data), cache / "decoded", options.min_seconds, options.workers)
     return clips, *split(clips, seed=options.seed)
 

@@ -48,7 +48,8 @@ def frequency(wave):
 
 def encode(path, wave, codec, rate=RATE, container_format=None, video=False):
     """``wave`` through PyAV, for what libsndfile does not write."""
-    with av.open(str(path), "w", format=container_format) as container:
+    options = {"movflags": "faststart"} if path.name.startswith("fast") else {}
+    with av.open(str(path), "w", format=container_format, options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
         if codec == "wmav2":
             stream.bit_rate = 64000
@@ -206,11 +207,14 @@ def test_nan_and_infinite_samples(tmp_path, value):
     assert reason(tmp_path / "a.wav") == "NaN or infinite samples"
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.au", "a.w64", "a.flac", "a.mkv", "a.mov", "a.mp4"])
+@pytest.mark.parametrize(
+    "name", ["a.wav", "a.aiff", "a.au", "a.w64", "a.flac", "a.mkv", "a.mp4", "fast.mp4", "fast.mov"]
+)
 def test_truncated_files(tmp_path, name):
     path = tmp_path / name
     if name.endswith(("mkv", "mov", "mp4")):
-        encode(path, tone(3.0) + np.random.default_rng(0).normal(0, 0.1, 48000), "flac" if name == "a.mkv" else "aac")
+        codec = {"a.mkv": "flac", "fast.mov": "pcm_s16le"}.get(name, "aac")
+        encode(path, tone(3.0) + np.random.default_rng(0).normal(0, 0.1, 48000), codec)
     else:
         soundfile.write(path, tone(3.0), RATE)
     assert len(decode(path)) >= 3.0 * RATE - CODEC_SECONDS * RATE
@@ -356,7 +360,7 @@ def mixed_folder(folder):
     encode(folder / "c.g722", tone(0.7), "g722", container_format="g722")
     encode(folder / "d.mp4", tone(0.7), "aac")
     (folder / "e_copy.wav").write_bytes((folder / "a.wav").read_bytes())
-    soundfile.write(folder / "f_silent.wav", np.zeros(8000), RATE)
+    soundfile.write(folder / "f_silent.wav", tone(0.5, amplitude=5e-4), RATE)
     soundfile.write(folder / "g_clipped.wav", np.clip(tone(0.5, amplitude=3.0), -1, 1), RATE)
     soundfile.write(folder / "h_loud.wav", tone(1.5, amplitude=0.99), RATE)
     (folder / "i_empty.wav").touch()
@@ -564,7 +568,7 @@ def test_a_plan_holds_every_window_once(samples, longest, budget, seed, epoch):
     assert len(plan) == len(again) and all(np.array_equal(a, b) for a, b in zip(plan, again, strict=True))
     assert all(0 < batch[:, 2].sum() <= budget * RATE for batch in plan)
     windows = np.concatenate(plan)
-    assert windows.dtype == np.int64
+    assert windows.dtype == np.int64 and (windows[:, 1] >= 0).all()
     assert (windows[:, 2] >= shortest * RATE).all() and (windows[:, 2] <= longest * RATE).all()
     for clip, total in enumerate(samples):
         mine = windows[windows[:, 0] == clip]
@@ -632,6 +636,7 @@ def test_load_batch(tmp_path):
                 assert not waveforms[row, size:].any()
                 assert seen.setdefault((clip, start), int(ids[row])) == int(ids[row])
     assert len(set(seen.values())) == len(seen) >= 4
+    assert all(0 <= i < 2**32 for i in seen.values())  # sample_mask looks at the low 32 bits
 
 
 # ------------------------------------------------------------------------------------------------------------ split
