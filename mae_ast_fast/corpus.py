@@ -26,7 +26,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .data import AUDIO_SUFFIXES, Entry, locked
+from .audio import AUDIO_SUFFIXES, Entry
+from .data import locked
 
 _PROMPTS = {lang: f"asterisk-core-sounds-{lang}-g722" for lang in ("en", "es", "fr", "it", "ru")}
 _GAMES = ("fillets-ng-data-cs", "fillets-ng-data-nl", "klettres-data")

@@ -1,4 +1,4 @@
-r"""Which tokens a clip hides: random, chunk, span, time and frequency masks (arXiv 2203.16691, section 2 and 3.2).
+"""Which tokens a clip hides: random, chunk, span, time and frequency masks (arXiv 2203.16691, sections 2 and 3.2).
 
 A clip of L tokens, laid out time-major on a grid of ``grid_f`` frequency blocks (token = t_block * grid_f + f_block),
 keeps K = max(1, int((1 - mask_ratio) * L)) of them visible and hides exactly M = L - K.
@@ -17,7 +17,7 @@ processes or the device. ``tl.philox(seed, index, clip, epoch, stream)`` gives t
     _CHUNK    (t0 + 4) * (grid_f + 4) + f0 + 4             order of the square that   surplus order of the
               of the block (t0, f0), -4 <= t0, f0          starts at that block       token at that block
     _SPAN     first token of the span + 9; for             order of the span or
-              chunk_official first token of the square     square
+              chunk_official the square's first token      square
     _LINE     t_block or f_block                           order of the line
     _SIZE     0                                            chunk size 3 + (3 * word >> 32)
 
@@ -34,11 +34,12 @@ covered, and the tokens covered until then are the union of the shapes. (Two sta
 at once; the count stays exact.) The strategies differ in the starts they allow and in how they treat the surplus:
 
 - ``random``: uniform without replacement; key = the token's word.
-- ``chunk`` (SSAST, arXiv 2110.09784, section 2.3; here per clip): c x c squares of blocks, c uniform in {3, 4, 5} for
-  each clip. Squares may start up to c - 1 blocks before the grid and are clipped to it, so that c^2 starts cover every
-  token, at the edges too. The surplus is given back at random among all covered tokens. A square clipped by an edge
-  is less likely to be the one that completes M, which leaves a small slope: of 512 tokens at ratio 0.75 a corner is
-  hidden with probability 0.743 and the middle with 0.751, of 80 tokens 0.72 and 0.77.
+- ``chunk`` (masked patch sampling of SSAST, arXiv 2110.09784; here per clip): c x c squares of blocks, c uniform in
+  {3, 4, 5} for each clip. Squares may start up to c - 1 blocks before the grid and are clipped to it, so that c^2
+  starts cover every token, at the edges too. The surplus is given back at random among all covered tokens. A square
+  clipped by an edge is less likely to be the one that completes M, which leaves a small slope (measured at ratio 0.75
+  and grid_f 8): of 512 tokens a corner is hidden with probability 0.743 and the middle with 0.751, of 80 tokens 0.72
+  and 0.77.
 - ``chunk_official`` (the paper's code): one mask for all clips of one length; starts are the tokens themselves; a
   square is start + i + grid_f * j for i, j < c, which wraps over the top frequency into the next time block; squares
   are added until MORE than M tokens are covered and the M first in ascending order are hidden. The first and the last
@@ -124,7 +125,7 @@ def num_visible(tokens: int | torch.Tensor, mask_ratio: float) -> int | torch.Te
     return min(max(1, int((1.0 - mask_ratio) * tokens)), tokens)
 
 
-def sample_mask(  # noqa: PLR0917
+def sample_mask(
     strategy: str,
     tokens: torch.Tensor | list[int],
     grid_f: int,
@@ -268,7 +269,7 @@ def _chunk_official(draw: _Draw, valid: torch.Tensor, masked: torch.Tensor, grid
         cover = _window_min(cover, size, CHUNK_SIZES[-1], step=step)
     cover = cover.masked_fill(~valid, _LAST)
     more = cover.sort(dim=1).values.gather(1, masked)  # the moment at which masked + 1 are covered
-    covered = (cover <= more) & valid
+    covered = cover <= more
     return covered & (covered.cumsum(1) <= masked)
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, corpus
+from .audio import find_audio
 from .config import MAEASTConfig
-from .data import Clips, batch_plan, find_audio, load_batch, scan, split
+from .data import Clips, batch_plan, load_batch, scan, split
 from .evaluate import HeldOut, evaluate
 from .fbank import SAMPLE_RATE, fbank
 from .figures import plot_loss, plot_reconstruction
@@ -284,7 +285,8 @@ class Trainer:
             config.mask_ratio,
             seed=options.seed,
             clip_ids=ids.to(self.device),
-            epoch=self.epoch,
+            # The paper's own strategy draws one mask a batch and ignores clip ids: every update needs another.
+            epoch=self.step if config.masking == "chunk_official" else self.epoch,
         )
         torch.manual_seed(options.seed * 1_000_003 + self.step)  # dropout: a function of the step, nothing to save
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):

@@ -13,6 +13,18 @@ FBANK_ABS = 1e-3  # log-mel, absolute, against torchaudio.compliance.kaldi.fbank
 ROUNDING = 2e-6  # max|a - b| / max|b|: one computation in another order or shape, fp32
 ROUNDING_GRAD = 2e-5  # the same for gradients summed over all tokens of a batch
 
+# Masks. A frequency estimated from N independent draws of probability p has the standard error sqrt(p (1 - p) / N);
+# beyond 6 of them lies 2e-9 of a normal distribution, 1e-6 for the 512 tokens of a clip together.
+STANDARD_ERRORS = 6.0
+OFFICIAL_DIGITS = 0.005  # half a unit of the two digits to which the official marginals are recorded
+
+# Audio files.
+TONE_HZ = 1.0  # a tone of a second or more keeps its frequency (bins are 0.5 Hz apart)
+CODEC_RMS = 0.05  # root mean square of a 0.3 tone: lossy codecs and their edges
+CODEC_SECONDS = 0.15  # padding that lossy codecs leave at the ends
+RESAMPLE_ABS = 1e-5  # in blocks against in one piece
+PADDING_SHARE = 0.05  # padded share of batches of 160 s, lengths uniform in 0.3 - 10 s
+
 
 def max_rel(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """max|a - b| / max|b| in fp64; infinite on another shape or on any NaN."""

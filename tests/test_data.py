@@ -20,16 +20,11 @@ import soundfile
 import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy import CODEC_RMS, CODEC_SECONDS, PADDING_SHARE, RESAMPLE_ABS, TONE_HZ
 
-from mae_ast_fast import data
-from mae_ast_fast.data import AudioError, batch_plan, decode, find_audio, load_batch, scan, split
-
-# To be moved to policy.py.
-TONE_HZ = 1.0  # a tone of a second or more keeps its frequency (bins are 0.5 Hz apart)
-CODEC_RMS = 0.05  # root mean square of a 0.3 tone: lossy codecs and their edges
-CODEC_SECONDS = 0.15  # padding that lossy codecs leave at the ends
-RESAMPLE_ABS = 1e-5  # in blocks against in one piece
-PADDING_SHARE = 0.05  # padded share of batches of 160 s, lengths uniform in 0.3 - 10 s
+from mae_ast_fast import audio, data
+from mae_ast_fast.audio import AudioError, decode, find_audio
+from mae_ast_fast.data import batch_plan, load_batch, scan, split
 
 RATE = 16000
 AUDIO = Path(__file__).parent / "audio"
@@ -149,10 +144,10 @@ def test_int16_at_16_khz_stays_exact(tmp_path):
 
 @pytest.mark.parametrize("rate", [1000, 8000, 11025, 22050, 44100, 48000, 96000, 768000])
 def test_rates_keep_frequency_and_length(tmp_path, rate, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_VALUES", 10001)  # many blocks, none of them round
+    monkeypatch.setattr(audio, "_BLOCK_VALUES", 10001)  # many blocks, none of them round
     wave = tone(hz=200.0, rate=rate)
     soundfile.write(tmp_path / "a.wav", np.stack([wave, wave / 2], 1), rate, "FLOAT")
-    blocks = list(data.decode_blocks(tmp_path / "a.wav"))
+    blocks = list(audio.decode_blocks(tmp_path / "a.wav"))
     whole = np.concatenate(blocks)
     assert abs(len(whole) - len(wave) * RATE / rate) <= 1 and len(blocks) > 1
     assert abs(frequency(whole) - 200) <= TONE_HZ
@@ -249,7 +244,7 @@ def test_memory_follows_the_audio_and_not_the_header(tmp_path):
     tracemalloc.start()
     for name in ("a.flac", "a.wav"):
         assert reason(tmp_path / name) == "truncated"
-    assert sum(block.size for block in data.decode_blocks(tmp_path / "long.wav")) > 1_400_000
+    assert sum(block.size for block in audio.decode_blocks(tmp_path / "long.wav")) > 1_400_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20  # 4,000,000 frames are 32 MB of float32
@@ -438,7 +433,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
 
 SABOTAGED_DECODER = """
 import os, runpy, sys, time
-module = runpy.run_path(sys.argv[1])["_serve"].__globals__
+module = runpy.run_path(sys.argv[1])["serve"].__globals__
 decode_to = module["_decode_to"]
 def sabotaged(path, pcm, alive):
     name = os.path.basename(path)
@@ -454,12 +449,12 @@ def sabotaged(path, pcm, alive):
     time.sleep(float(sys.argv[2]))
     return decode_to(path, pcm, alive)
 module["_decode_to"] = sabotaged
-module["_serve"]()
+module["serve"]()
 """
 
 
 def sabotaged_command(delay=0.0):
-    return [sys.executable, "-c", SABOTAGED_DECODER, data.__file__, str(delay)]
+    return [sys.executable, "-c", SABOTAGED_DECODER, audio.__file__, str(delay)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -479,10 +474,10 @@ def test_a_crashing_or_hanging_decoder_costs_its_file_only(tmp_path, monkeypatch
 
 
 SCAN = """
-import runpy, sys
-data = runpy.run_path(sys.argv[1])["scan"].__globals__
-data["_DECODER_COMMAND"] = eval(sys.argv[4])
-data["scan"](data["find_audio"](sys.argv[2]), sys.argv[3], workers=2, progress=False)
+import sys
+from mae_ast_fast import audio, data
+data._DECODER_COMMAND = eval(sys.argv[3])
+data.scan(audio.find_audio(sys.argv[1]), sys.argv[2], workers=2, progress=False)
 """
 
 
@@ -491,7 +486,7 @@ def test_a_killed_scan_leaves_nothing_half_valid(tmp_path):
     for i in range(40):
         soundfile.write(tmp_path / f"set/{i:02}.wav", tone(0.4, 300.0 + 10 * i), RATE)
     entries, cache = find_audio(tmp_path / "set"), tmp_path / "cache"
-    arguments = [data.__file__, str(tmp_path / "set"), str(cache), repr(sabotaged_command(0.05))]
+    arguments = [str(tmp_path / "set"), str(cache), repr(sabotaged_command(0.05))]
     process = subprocess.Popen([sys.executable, "-c", SCAN, *arguments])
     while not any(pcm.stat().st_size for pcm in cache.glob("*partial*/audio.i16")):
         assert process.poll() is None
@@ -508,7 +503,7 @@ def test_two_scans_at_once_give_one_result(tmp_path):
     (tmp_path / "set").mkdir()
     for i in range(6):
         soundfile.write(tmp_path / f"set/{i}.wav", tone(0.4 + i / 10), RATE)
-    arguments = [data.__file__, str(tmp_path / "set"), str(tmp_path / "cache"), repr(sabotaged_command(0.1))]
+    arguments = [str(tmp_path / "set"), str(tmp_path / "cache"), repr(sabotaged_command(0.1))]
     both = [subprocess.Popen([sys.executable, "-c", SCAN, *arguments]) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     clips = scan(find_audio(tmp_path / "set"), tmp_path / "cache", progress=False)

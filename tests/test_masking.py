@@ -4,16 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy import OFFICIAL_DIGITS, STANDARD_ERRORS
 
 from mae_ast_fast import masking
 from mae_ast_fast.config import MASKING_STRATEGIES
 from mae_ast_fast.masking import num_visible, philox4x32, sample_mask
-
-# MOVE to policy.py. A frequency estimated from N independent draws of probability p has the standard error
-# sqrt(p (1 - p) / N); beyond 6 of them lies 2e-9 of a normal distribution, 1e-6 for the 512 tokens of a clip together.
-STANDARD_ERRORS = 6.0
-# MOVE to policy.py. Half a unit of the two digits to which the official marginals are recorded.
-OFFICIAL_DIGITS = 0.005
 
 GRID_STRATEGIES = ("chunk", "chunk_official", "frequency")
 all_strategies = pytest.mark.parametrize("strategy", MASKING_STRATEGIES)
