@@ -36,7 +36,6 @@ from .model import MAEAST
 HELD_OUT_CLIPS = 64
 # Options that change neither what is computed nor in which order: a run may go on with others.
 FREE_OPTIONS = ("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "cache")
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "input_dropout": 0.0, "encoder_layerdrop": 0.0}
 
 
 @dataclass
@@ -48,8 +47,7 @@ class PretrainOptions:
             Debian packages, fetched once.
         out: Run folder. A run that was stopped there goes on.
         preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}.
-        model: Model fields to set otherwise, as in MAEASTConfig: --model.mask_ratio 0.8. Dropout and layerdrop are off
-            by default, which suits runs of minutes to hours; recipes/ has the paper's rates.
+        model: Model fields to set otherwise, as in MAEASTConfig: --model.mask_ratio 0.8
         init_from: Start from this checkpoint: a folder of ours or an official .pt file. Its sizes must be the preset's.
         steps: Updates of the whole run; the learning rate reaches 0 at the last.
         batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
@@ -75,14 +73,14 @@ class PretrainOptions:
     data: str | None = None
     out: str = "runs/pretrain"
     preset: str = "patch_tiny"
-    model: dict[str, Any] = field(default_factory=lambda: dict(NO_DROPOUT))
+    model: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
-    steps: int = 800
+    steps: int = 10_000
     batch_seconds: float = 160.0
     max_seconds: float = 10.0
     min_seconds: float = 0.4
-    lr: float = 1e-3
-    warmup_steps: int = 80
+    lr: float = 5e-4
+    warmup_steps: int = 500
     weight_decay: float = 0.01
     clip_norm: float = 10.0
     seed: int = 0
@@ -91,8 +89,8 @@ class PretrainOptions:
     impl: str = "auto"
     attention: str = "auto"
     log_every: int = 10
-    save_every: int = 100
-    evaluate_every: int = 200
+    save_every: int = 500
+    evaluate_every: int = 1000
     keep: int = 2
     workers: int = 2
     cache: str | None = None
@@ -514,8 +512,12 @@ def _open_data(options: PretrainOptions) -> tuple[Clips, np.ndarray, np.ndarray,
 def _held_out(model: MAEAST, clips: Clips, indices: np.ndarray, options: PretrainOptions) -> HeldOut:
     """Features and masks of the clips to evaluate on: the first ``max_seconds`` of each.
 
-    As many of each kind, spread evenly over the names; clips of at least 2 s where there are enough of them.
+    As many of each kind, spread evenly over the names; none that is silent, and clips of at least 2 s where there are
+    enough of them.
     """
+    silent = set(clips.report["silent"]["names"])
+    heard = np.array([clip for clip in indices if clips.entries[clip].name not in silent], dtype=np.int64)
+    indices = heard if heard.size else indices
     samples = clips.samples[indices]
     indices = indices[samples >= min(2 * SAMPLE_RATE, np.quantile(samples, 0.5))]
     by_kind: dict[str, list[int]] = {}

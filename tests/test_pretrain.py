@@ -79,8 +79,8 @@ def command(options: PretrainOptions, folder: Path) -> list[str]:
 
 
 def wait_for_step(process: subprocess.Popen[Any], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in (read_metrics(run / "metrics.jsonl") if run.is_dir() else [])):
+    deadline, path = time.monotonic() + 120, run / "metrics.jsonl"
+    while not path.is_file() or not any(row["step"] >= step for row in read_metrics(path)):
         assert process.poll() is None, "the run ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -250,7 +250,7 @@ def test_corrupt_files_are_skipped_counted_and_named(options: PretrainOptions, t
 
 def test_other_options_in_the_same_folder(options: PretrainOptions) -> None:
     pretrain(options)
-    with pytest.raises(ValueError, match=r"lr 0.001 -> 0.002.*--out"):
+    with pytest.raises(ValueError, match=r"lr 0.0005 -> 0.002.*--out"):
         pretrain(dataclasses.replace(options, lr=2e-3))
     pretrain(dataclasses.replace(options, keep=1, log_every=5))
 

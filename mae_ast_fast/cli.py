@@ -1,0 +1,569 @@
+"""The command line: ``mae-ast-fast COMMAND``, also ``python -m mae_ast_fast COMMAND``.
+
+A command is a function from its arguments to an exit code; what it needs is imported inside it, so that ``doctor``
+runs without audio libraries and ``--help`` waits for nothing. Exit codes: 0, 1 an error of what was given (one line on
+stderr), 2 a wrong command or option, 128 + N stopped by signal N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import textwrap
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .model import MAEAST
+    from .pretrain import PretrainOptions
+
+PROGRAM = "mae-ast-fast"
+TRAIN_EXTRA = ("jsonargparse", "soundfile", "soxr", "av", "tensorboard", "tqdm", "matplotlib")
+
+
+class UsageError(Exception):
+    """A wrong command or option: exit code 2."""
+
+
+class CommandError(Exception):
+    """An error whose message says all that the user needs: exit code 1."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (without the program's name; None: the process's own) and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in argv or os.environ.get("MAE_AST_FAST_TRACEBACK", "0") not in ("", "0")
+    argv = [argument for argument in argv if argument != "--traceback"]
+    name = PROGRAM
+    try:
+        try:
+            if not argv:
+                print(_overview(), file=sys.stderr)
+                return 2
+            if argv[0] in COMMANDS:
+                name = f"{PROGRAM} {argv[0]}"
+                code = COMMANDS[argv[0]].run(argv[1:])
+            else:
+                code = _without_command(argv[0])
+            sys.stdout.flush()  # a reader that went away shows here, not at exit
+            return code
+        except SystemExit as stop:  # --help and --print_config
+            sys.stdout.flush()
+            return int(stop.code or 0)
+    except BrokenPipeError:
+        # What is still buffered would fail again when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    except UsageError as error:
+        return _complain(name, error, 2, show_traceback)
+    except (CommandError, ValueError, OSError) as error:
+        return _complain(name, error, 1, show_traceback)
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_EXTRA:
+            raise
+        return _complain(name, _missing([error.name]), 1, show_traceback)
+
+
+def _complain(name: str, error: Exception, code: int, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exc()
+    line = " ".join(str(error).split()) or type(error).__name__
+    print(f"{name}: error: {line}", file=sys.stderr)
+    return code
+
+
+def _without_command(word: str) -> int:
+    if word in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if word == "--version":
+        from . import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if word.startswith("-"):
+        _unknown("option", word, ("--help", "--version", "--traceback"), "a command's options stand after it")
+    _unknown("command", word, COMMANDS, f"commands are {', '.join(COMMANDS)}")
+
+
+def _unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> NoReturn:
+    raise UsageError(f"unknown {what} {word}; " + (_did_you_mean(word, known) or otherwise))
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "did you mean X?", or nothing where nothing is near."""
+    names = {name.lstrip("-"): name for name in known}
+    bare = word.lstrip("-")
+    near = difflib.get_close_matches(bare, names, 1, 0.6) or [name for name in names if bare and name.startswith(bare)]
+    return f"did you mean {names[near[0]]}?" if near else ""
+
+
+def _spelled(argv: Sequence[str], known: Iterable[str], command: str) -> list[str]:
+    """Arguments with every option as it is declared: underscores and dashes are the same; an unknown one is an error.
+
+    Done before parsing, because argparse first complains of required options that a misspelt one was meant to be.
+    """
+    declared = {option.replace("_", "-"): option for option in known}
+    spelled = []
+    for place, argument in enumerate(argv):
+        if argument == "--":
+            return spelled + list(argv[place:])
+        option, equals, value = argument.partition("=")
+        if re.match(r"--?[A-Za-z]", option):
+            if option.replace("_", "-") not in declared:
+                options = [*declared.values(), "--traceback"]
+                _unknown("option", option, options, f"{PROGRAM} {command} --help lists them")
+            option = declared[option.replace("_", "-")]
+        spelled.append(option + equals + value)
+    return spelled
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises ``UsageError``, and names the option that a wrong one was meant to be."""
+
+    def __init__(self, command: str, description: str, examples: Sequence[str]) -> None:
+        super().__init__(
+            prog=f"{PROGRAM} {command}",
+            description=textwrap.fill(description, 100),
+            epilog=_examples(command, examples),
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110),
+            allow_abbrev=False,
+        )
+        self.command = command
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The parsed arguments."""
+        return self.parse_args(_spelled(argv, self._option_string_actions, self.command))
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help)")
+
+
+def _examples(command: str, examples: Sequence[str]) -> str:
+    return "\n".join(["examples:", *(f"  {PROGRAM} {command} {example}" for example in examples)])
+
+
+def _missing(names: Sequence[str]) -> CommandError:
+    return CommandError(f'{", ".join(names)} missing: pip install "mae-ast-fast[train]"')
+
+
+# --------------------------------------------------------------------------------------------------------- pretrain
+
+
+def _pretrain(argv: Sequence[str]) -> int:
+    options = _pretrain_options(argv)
+    if missing := [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]:
+        raise _missing(missing)
+    import torch
+
+    from . import corpus, pretrain
+
+    try:
+        summary = pretrain.pretrain(options)
+    except pretrain.Stopped as stop:
+        print(f"{PROGRAM} pretrain: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except (pretrain.NonFiniteLoss, corpus.CorpusError) as error:
+        raise CommandError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            f"out of memory: choose a smaller --batch-seconds ({PROGRAM} doctor --preset {options.preset} says what "
+            f"fits); {error}"
+        ) from error
+    print(pretrain_summary(summary, Path(options.out)))
+    return 0
+
+
+def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
+    """Options of the dataclass, from YAML and the command line."""
+    try:
+        import jsonargparse
+    except ImportError:
+        raise _missing(["jsonargparse"]) from None
+    from .config import MAEASTConfig
+    from .pretrain import PretrainOptions
+
+    class Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+        def __init__(self, prog: str, **options: Any) -> None:
+            super().__init__(prog, **{**options, "max_help_position": 30, "width": 110})
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"{PROGRAM} pretrain",
+        description=textwrap.fill(
+            "Pretrains MAE-AST on audio. Without --data on the default corpus of real recordings. The run folder gets "
+            "checkpoints, metrics.jsonl, TensorBoard events, pictures and summary.json; the same command goes on with "
+            "a run that was stopped.",
+            100,
+        ),
+        epilog=_examples(
+            "pretrain",
+            (
+                "--data recordings/ --out runs/mine --preset patch_small --steps 20000 --batch-seconds 320",
+                "--config mine.yaml --model.mask_ratio 0.8      (--print_config writes such a file)",
+            ),
+        ),
+        usage="%(prog)s [--data DIR] [--out DIR] [--config YAML] [options]",
+        formatter_class=Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", metavar="YAML", help="Options from a file; the command line wins.")
+    described, defaults = _described(PretrainOptions), PretrainOptions()
+    hints = typing.get_type_hints(PretrainOptions)
+    group = parser.add_argument_group("the run")
+    for field in dataclasses.fields(PretrainOptions):
+        if field.name != "model":
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                type=hints[field.name],
+                default=getattr(defaults, field.name),
+                metavar=_metavar(hints[field.name]),
+                help=described[field.name],
+            )
+    group = parser.add_argument_group("fields of the model", "Where not given, the preset's.")
+    described, hints = _described(MAEASTConfig), typing.get_type_hints(MAEASTConfig)
+    for field in dataclasses.fields(MAEASTConfig):
+        group.add_argument(
+            f"--model.{field.name}",
+            type=hints[field.name],
+            default=defaults.model.get(field.name, argparse.SUPPRESS),
+            metavar=_metavar(hints[field.name]),
+            help=described[field.name],
+        )
+    known = parser._option_string_actions
+    try:
+        parsed = parser.parse_args(_spelled(argv, known, "pretrain")).as_dict()
+    except argparse.ArgumentError as error:
+        raise UsageError(_explained(str(error), known)) from error
+    parsed.pop("config", None)
+    # Lists, as YAML and JSON have them: a run compares its options with those that it wrote down.
+    model = {name: list(x) if isinstance(x, tuple) else x for name, x in (parsed.pop("model", None) or {}).items()}
+    return PretrainOptions(**parsed, model=model)
+
+
+def _described(of: type) -> dict[str, str]:
+    """Field -> text from the Args section of a Google docstring."""
+    section = (inspect.getdoc(of) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"\n(?=    \w+: )", "\n" + section)[1:]
+    pairs = (entry.strip().split(": ", 1) for entry in entries)
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in pairs}
+
+
+def _metavar(hint: Any) -> str:
+    return {int: "N", float: "X", bool: "{true,false}"}.get(hint, "VALUE")
+
+
+def _explained(message: str, known: Iterable[str]) -> str:
+    """A message of jsonargparse in the words of the command line, with the nearest name where one is unknown."""
+    message = re.sub(r'(Parser key|Key) "([\w.]+)":', r"--\2:", " ".join(message.split()))
+    message = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", message)
+    names = [option.removeprefix("--").replace("-", "_") for option in known]
+    for word in re.findall(r"['\"]([A-Za-z_][\w.]*)['\"]", message):
+        if word not in names and (near := _did_you_mean(word, names)):
+            return f"{message}; {near}"
+    return message
+
+
+def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
+    """What summary.json holds, in a few lines."""
+    held_out = summary["held_out"]
+    baselines = ", ".join(f"{name.replace('_', ' ')} {error:.4f}" for name, error in held_out["baselines"].items())
+    lines = [
+        f"{summary['steps']} steps in {summary['train_seconds'] / 60:.1f} minutes, "
+        f"{summary['clips_per_second']:.1f} clips/s, {summary['audio_hours_seen']:.2f} hours of audio",
+        f"On {held_out['clips']} held-out clips:",
+        f"  reconstruction MSE {held_out['reconstruction_mse']:.4f}; baselines: {baselines}",
+        f"  InfoNCE accuracy {held_out['accuracy']:.4f}; chance {held_out['chance']:.4f}",
+    ]
+    if held_out["passed"]:
+        lines.append("  passed: it beats every baseline, and twice chance")
+    else:
+        lines += ["  NOT passed:", *(f"    {failure}" for failure in held_out["failures"])]
+    lines += [
+        f"In {run}: model.safetensors and config.json, summary.json, metrics.jsonl, loss.png, reconstruction.png, "
+        "tensorboard/",
+        f"Next: {PROGRAM} features FILE --checkpoint {run} --out features/",
+    ]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------- a trained model
+
+_CHECKPOINT_HELP = "a folder of ours (a run folder too), an official .pt file, or a Hub repository"
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto, CUDA where it is)"
+    )
+
+
+def _load(source: str, device: str) -> MAEAST:
+    from .checkpoint import load_model
+    from .inference import pick_device
+
+    chosen = pick_device(device)
+    return load_model(source).to(chosen)
+
+
+def _features(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "features",
+        "Encoder features of audio files, with the time of each. Arrays: features (tokens, D), times (tokens,) in "
+        "seconds, the centre of each token, and frequency_block (tokens,), 0 the lowest. Tokens run through time; a "
+        "patch model has several frequency blocks a time step, next to each other: "
+        "features.reshape(-1, frequency_block.max() + 1, D).mean(1) is one vector a time step. Files that give no "
+        "audio are named and skipped, and the exit code is then 1.",
+        (
+            "talk.wav --checkpoint runs/pretrain --out talk.npz",
+            "recordings/ --checkpoint runs/pretrain --out features/ --layer 9 --format safetensors",
+        ),
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio files, folders, or fairseq .tsv manifests")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help=_CHECKPOINT_HELP)
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="folder for one output a file, which lie in it as the files lie to each other; or, for one file, a name "
+        "that ends in .npz or .safetensors",
+    )
+    parser.add_argument("--layer", type=int, metavar="K", help="layer from 1 on (default: the encoder's output)")
+    parser.add_argument(
+        "--chunk-seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="longer files are encoded in pieces of this length in seconds, each by itself (default: 30)",
+    )
+    parser.add_argument("--format", choices=("npz", "safetensors"), help="(default: by the name of --out, else npz)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
+    _add_device(parser)
+    arguments = parser.read(argv)
+
+    from .audio import AudioError, find_audio
+    from .inference import extract_file, output_paths, save_features
+
+    paths: list[str] = []
+    skipped = 0
+
+    def skip(reason: object) -> None:
+        nonlocal skipped
+        skipped += 1
+        print(f"skipped {reason}", file=sys.stderr, flush=True)
+
+    for source in arguments.files:
+        try:
+            paths += [entry.path for entry in find_audio(source)]
+        except (FileNotFoundError, ValueError) as error:
+            skip(error)
+    paths = list(dict.fromkeys(paths))
+    out = Path(arguments.out)
+    named = out.suffix[1:] if out.suffix in (".npz", ".safetensors") and not out.is_dir() else None
+    if named and len(paths) + skipped > 1:
+        raise ValueError(f"--out {out} names one file, got {len(paths) + skipped}: name a folder")
+    if named and arguments.format not in (None, named):
+        raise ValueError(f"--out {out} and --format {arguments.format} contradict each other")
+    form = arguments.format or named or "npz"
+    targets = [out] * len(paths) if named else output_paths(paths, out, f".{form}") if paths else []
+    model = _load(arguments.checkpoint, arguments.device)
+    written = 0
+    for path, target in zip(paths, targets, strict=True):
+        try:
+            found = extract_file(model, path, arguments.layer, arguments.chunk_seconds, arguments.precision)
+        except AudioError as error:
+            skip(error)
+            continue
+        save_features(found, target, form)
+        written += 1
+        tokens, width = found.features.shape
+        print(f"{target}: {tokens} tokens x {width}, to {found.times[-1]:.2f} s", flush=True)
+    if written != 1 or skipped:
+        print(f"{written} written, {skipped} skipped")
+    return 1 if skipped else 0
+
+
+def _reconstruct(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "reconstruct",
+        "Hides part of audio clips, lets a model fill it in, and draws original, masked and reconstructed log-mel, one "
+        "row a file. Prints the error on the hidden patches beside those of simple guesses from the visible ones.",
+        (
+            "talk.wav --checkpoint runs/pretrain --out talk.png",
+            "talk.wav rain.flac --checkpoint runs/pretrain --out both.png --mask-ratio 0.5 --masking time --start 30",
+        ),
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio files")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help=_CHECKPOINT_HELP)
+    parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the mask (default: the held-out evaluation's)")
+    parser.add_argument("--mask-ratio", type=float, metavar="X", help="share hidden, in (0, 1) (default: the model's)")
+    parser.add_argument("--masking", metavar="NAME", help="strategy of hiding (default: the model's)")
+    parser.add_argument("--start", type=float, default=0.0, metavar="S", help="seconds into each file (default: 0)")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="length of a clip (default: 10)")
+    _add_device(parser)
+    arguments = parser.read(argv)
+
+    from .evaluate import evaluate
+    from .figures import plot_reconstruction
+    from .inference import masked_clips, select
+
+    out = Path(arguments.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {out}")
+    model = _load(arguments.checkpoint, arguments.device)
+    wanted = {"mask_ratio": arguments.mask_ratio, "masking": arguments.masking}
+    model.config = dataclasses.replace(model.config, **{name: x for name, x in wanted.items() if x is not None})
+    clips = masked_clips(model, arguments.files, arguments.seed, arguments.start, arguments.seconds)
+    reports = [evaluate(model, select(clips, index)) for index in range(len(clips.names))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plot_reconstruction(model, clips, out)
+    for name, report in zip(clips.names, reports, strict=True):
+        baselines = ", ".join(f"{other.replace('_', ' ')} {error:.4f}" for other, error in report["baselines"].items())
+        print(
+            f"{name}: MSE {report['reconstruction_mse']:.4f} on {report['masked_tokens']} hidden patches; "
+            f"baselines: {baselines}; InfoNCE accuracy {report['accuracy']:.4f}, chance {report['chance']:.4f}"
+        )
+    print(f"wrote {out}")
+    return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "export",
+        "Writes the encoder alone, model.safetensors and config.json: what feature extraction and fine-tuning need, "
+        "without decoder and heads. MAEAST.from_pretrained(DIR).extract_features gives the same features to the bit.",
+        ("runs/pretrain encoder/", "mae_ast_patch.pt encoder/"),
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
+    parser.add_argument("dir", metavar="DIR", help="new folder")
+    arguments = parser.read(argv)
+
+    from .checkpoint import load_model
+    from .inference import encoder_alone, save_model
+
+    model = load_model(arguments.checkpoint)
+    encoder = encoder_alone(model)
+    size = save_model(encoder, Path(arguments.dir))
+    print(
+        f"{arguments.dir}: encoder of {_parameters(encoder)} parameters, {size / 1e6:,.1f} MB "
+        f"(the whole model has {_parameters(model)} parameters)"
+    )
+    return 0
+
+
+def _convert(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "convert",
+        "Turns a checkpoint of the paper's own code (fairseq, .pt) into model.safetensors and config.json. Neither "
+        "fairseq is needed nor anything from the file executed.",
+        ("mae_ast_patch.pt mae_ast_patch/", "mae_ast_frame.pt mae_ast_frame/"),
+    )
+    parser.add_argument("official", metavar="OFFICIAL.pt", help="the paper's checkpoint")
+    parser.add_argument("dir", metavar="DIR", help="new folder")
+    arguments = parser.read(argv)
+
+    from .checkpoint import load_fairseq
+    from .inference import save_model
+
+    model = load_fairseq(arguments.official)
+    size = save_model(model, Path(arguments.dir))
+    config = model.config
+    print(
+        f"{arguments.dir}: {_parameters(model)} parameters, {size / 1e6:,.1f} MB; patches of {config.patch_size[0]} x "
+        f"{config.patch_size[1]}, width {config.embed_dim}, {config.encoder_layers} + {config.decoder_layers} layers"
+    )
+    return 0
+
+
+def _parameters(model: MAEAST) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+
+
+# ----------------------------------------------------------------------------------------------------- this machine
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "doctor",
+        "Says what this machine has: versions, devices, which implementation of each operation and which attention the "
+        "model will use and why, and the largest batch of 10-second clips that fits in training. Runs a few small "
+        "training steps for that.",
+        ("", "--preset patch_tiny --json"),
+    )
+    parser.add_argument("--preset", default="patch_base", metavar="NAME", help="model sizes (default: patch_base)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="sizes of this one instead: " + _CHECKPOINT_HELP)
+    parser.add_argument("--json", action="store_true", help="for programs: sizes in bytes")
+    arguments = parser.read(argv)
+
+    from . import doctor
+
+    report = doctor.examine(arguments.preset, arguments.checkpoint)
+    if arguments.json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print(doctor.to_text(report))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- overview
+
+
+class Command(typing.NamedTuple):
+    """A line of the overview, and what runs."""
+
+    group: str
+    summary: str
+    run: Callable[[Sequence[str]], int]
+
+
+COMMANDS = {
+    "pretrain": Command("Train", "pretrain a model on a folder of audio, or on the default corpus", _pretrain),
+    "features": Command("Use a model", "features of audio files of any length, with their times", _features),
+    "reconstruct": Command("Use a model", "hide part of a clip and draw what the model fills in", _reconstruct),
+    "export": Command("Use a model", "write the encoder alone", _export),
+    "convert": Command("Use a model", "read a checkpoint of the paper's own code", _convert),
+    "doctor": Command("This machine", "versions, devices, what will be used and why, the largest batch", _doctor),
+}
+
+
+def _overview() -> str:
+    lines = [
+        f"usage: {PROGRAM} COMMAND [options]",
+        "",
+        "MAE-AST, masked autoencoding of audio spectrograms: fast pretraining.",
+    ]
+    group = ""
+    for name, command in COMMANDS.items():
+        if command.group != group:
+            group = command.group
+            lines += ["", f"{group}:"]
+        lines.append(f"  {name:<14}{command.summary}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Options:",
+            "  --help        this; after a command, its options with units and defaults",
+            "  --version     the version",
+            "  --traceback   with any command: where an error came from (or MAE_AST_FAST_TRACEBACK=1)",
+            "",
+            "Examples:",
+            f"  {PROGRAM} pretrain --data recordings/ --preset patch_small --steps 20000",
+            f"  {PROGRAM} features talk.wav --checkpoint runs/pretrain --out talk.npz",
+        ]
+    )

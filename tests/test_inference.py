@@ -1,0 +1,370 @@
+"""Features of files, in one piece or in chunks, masked clips, and the encoder alone."""
+
+from __future__ import annotations
+
+import itertools
+import stat
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from policy import assert_rounding
+from safetensors.numpy import load_file
+
+from mae_ast_fast import MAEAST, MAEASTConfig, audio, fbank, inference
+from mae_ast_fast.evaluate import HeldOut
+from mae_ast_fast.fbank import num_frames
+from mae_ast_fast.inference import (
+    FileFeatures,
+    encoder_alone,
+    extract_file,
+    masked_clips,
+    output_paths,
+    pick_device,
+    save_features,
+    save_model,
+    select,
+)
+
+AUDIO = Path(__file__).parent / "audio"
+SPEECH = AUDIO / "festvox-ru" / "51a406a1a0.opus"  # 10.8 s
+SOUND = AUDIO / "sonic-pi-samples" / "018e740416.opus"  # 3.7 s
+RATE = 16000
+
+
+def make_model(kind: str = "patch", **fields) -> MAEAST:
+    torch.manual_seed(0)
+    shape = {"patch": ((16, 16), "chunk"), "frame": ((2, 128), "random")}[kind]
+    small = {"embed_dim": 32, "ffn_dim": 64, "num_heads": 2, "encoder_layers": 2}
+    decoder = {"decoder_embed_dim": 32, "decoder_layers": 1}
+    config = MAEASTConfig(patch_size=shape[0], masking=shape[1], **{**small, **decoder, **fields})
+    model = MAEAST(config).eval()
+    # Statistics as training leaves them: with those of an untrained model every clip would look like a constant.
+    model.input_norm.running_mean.fill_(-8.0)
+    model.input_norm.running_var.fill_(16.0)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["patch", "frame"])
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_file_of_one_chunk_has_the_features_of_extract_features_to_the_bit(kind, layer):
+    model = make_model(kind)
+    found = extract_file(model, SPEECH, layer)
+    with torch.no_grad():
+        spectrogram, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
+        expected = model.extract_features(spectrogram, frames, layer).last_hidden_state[0].numpy()
+    np.testing.assert_array_equal(found.features, expected)
+    assert found.features.dtype == np.float32
+    assert len(found.times) == len(found.frequency_block) == len(expected)
+
+
+def test_a_file_as_long_as_a_chunk_is_not_cut(tmp_path):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(2 * RATE), RATE)
+    model = make_model()
+    np.testing.assert_array_equal(
+        extract_file(model, path, chunk_seconds=2.0).features, extract_file(model, path).features
+    )
+
+
+def stream(samples: np.ndarray, rng: np.random.Generator):
+    """The samples in blocks of any length, as a decoder gives them."""
+    while samples.size:
+        n = int(rng.integers(1, 30_000))
+        yield samples[:n]
+        samples = samples[n:]
+
+
+@pytest.mark.parametrize("kt", [16, 2])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.0, 2.17, 3.999, 4.0, 4.03, 9.41])
+def test_chunks_hold_the_frames_of_the_whole_recording(kt, seconds):
+    rng = np.random.default_rng(1)
+    samples = rng.standard_normal(round(seconds * RATE)).astype(np.float32) * 0.1
+    size = 208  # frames, 2.08 s: whole patches of both models
+    chunks = list(inference._chunks(stream(samples, rng), size, kt))
+    frames = [num_frames(chunk.size) for chunk in chunks]
+    assert sum(frames) == num_frames(samples.size)
+    assert all(count % kt == 0 for count in frames[:-1])
+    assert max(frames) <= size
+    assert len(chunks) == 1 or min(frames) >= size // 2 - kt, "a stub is left at the end"
+    whole, _ = fbank(torch.from_numpy(samples)[None])
+    parts = torch.cat([fbank(torch.from_numpy(chunk)[None])[0] for chunk in chunks], dim=1)
+    assert_rounding(parts, whole, "frames")
+
+
+@pytest.mark.parametrize("kind", ["patch", "frame"])
+def test_a_long_file_is_encoded_chunk_by_chunk(kind):
+    model = make_model(kind)
+    kt, grid_f = model.config.patch_size[0], model.config.grid_f
+    found = extract_file(model, SPEECH, chunk_seconds=2.0)
+    spectrogram, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
+    size = -(-200 // kt) * kt
+    total = int(frames)
+    borders = [0]
+    while total - borders[-1] >= 2 * size:
+        borders.append(borders[-1] + size)
+    if total - borders[-1] > size:
+        borders.append(borders[-1] + -(-(total - borders[-1]) // (2 * kt)) * kt)
+    borders.append(total)
+    assert len(borders) > 5
+    with torch.no_grad():
+        parts = [
+            model.extract_features(spectrogram[:, a:b]).last_hidden_state[0] for a, b in itertools.pairwise(borders)
+        ]
+    assert_rounding(torch.from_numpy(found.features), torch.cat(parts), "features")
+    assert len(found.features) == -(-total // kt) * grid_f
+
+
+@pytest.mark.parametrize(("kind", "chunk_seconds"), [("patch", 30.0), ("patch", 1.0), ("frame", 1.0)])
+def test_times_are_the_centres_of_the_tokens(kind, chunk_seconds):
+    model = make_model(kind)
+    kt, grid_f = model.config.patch_size[0], model.config.grid_f
+    found = extract_file(model, SOUND, chunk_seconds=chunk_seconds)
+    steps = len(found.times) // grid_f
+    # Frame t is the 25 ms from t * 10 ms on, and a token's centre lies between those of its first and last frame.
+    expected = [(first + (kt - 1) / 2) * 0.010 + 0.0125 for first in range(0, steps * kt, kt)]
+    np.testing.assert_allclose(found.times.reshape(steps, grid_f), np.repeat([expected], grid_f, 0).T)
+    assert (found.frequency_block.reshape(steps, grid_f) == np.arange(grid_f)).all()
+
+
+def test_memory_does_not_follow_the_length_of_the_file(monkeypatch):
+    seconds = 600
+
+    def blocks(path):
+        rng = np.random.default_rng(0)
+        for _ in range(seconds // 10):
+            yield rng.standard_normal(10 * RATE, np.float32) * 0.1
+
+    monkeypatch.setattr(audio, "decode_blocks", blocks)
+    model = make_model(embed_dim=4, ffn_dim=8, encoder_layers=1)
+    tracemalloc.start()  # sees numpy's memory: samples and features
+    try:
+        found = extract_file(model, "long.wav", chunk_seconds=10.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found.features) == -(-num_frames(seconds * RATE) // 16) * 8
+    samples_of_ten_chunks = 10 * 10 * RATE * 4
+    arrays = sum(array.nbytes for array in (found.features, found.times, found.frequency_block))
+    assert peak < 3 * arrays + samples_of_ten_chunks < seconds * RATE * 4
+
+
+def test_bf16_is_the_model_under_autocast():
+    model = make_model()
+    found = extract_file(model, SOUND, precision="bf16").features
+    spectrogram, _ = fbank(torch.from_numpy(audio.decode(SOUND))[None])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model.extract_features(spectrogram).last_hidden_state[0]
+    assert expected.dtype == torch.bfloat16
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected.float().numpy())
+
+
+def test_a_model_in_training_is_evaluated_and_left_in_training():
+    model = make_model()
+    expected = extract_file(model, SOUND).features
+    model.train()
+    before = model.input_norm.running_mean.clone()
+    np.testing.assert_array_equal(extract_file(model, SOUND).features, expected)
+    assert model.training
+    assert torch.equal(model.input_norm.running_mean, before)
+
+
+def test_files_and_arguments_that_cannot_be(tmp_path):
+    model = make_model()
+    short = tmp_path / "short.wav"
+    soundfile.write(short, np.zeros(399), RATE)
+    with pytest.raises(audio.AudioError, match=r"short\.wav: shorter than 25 ms"):
+        extract_file(model, short)
+    soundfile.write(short, np.zeros(400), RATE)
+    assert len(extract_file(model, short).features) == 8
+    with pytest.raises(audio.AudioError, match="unreadable"):
+        extract_file(model, tmp_path / "none.wav")
+    with pytest.raises(ValueError, match=r"layer must be in 1\.\.2, got 3"):
+        extract_file(model, SOUND, layer=3)
+    for chunk_seconds in (0.0, -1.0, 960.1, float("nan")):
+        with pytest.raises(ValueError, match=r"chunk_seconds must be positive and at most 960"):
+            extract_file(model, SOUND, chunk_seconds=chunk_seconds)
+    with pytest.raises(ValueError, match="precision must be fp32 or bf16, got 'fp16'"):
+        extract_file(model, SOUND, precision="fp16")
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def example() -> FileFeatures:
+    rng = np.random.default_rng(0)
+    return FileFeatures(
+        rng.standard_normal((6, 4)).astype(np.float32), np.arange(6) / 7, np.arange(6, dtype=np.int32) % 2
+    )
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors"])
+def test_saved_features_read_back(tmp_path, form):
+    features, path = example(), tmp_path / "new" / f"x.{form}"
+    save_features(features, path, form)
+    loaded = dict(np.load(path)) if form == "npz" else load_file(path)
+    assert sorted(loaded) == ["features", "frequency_block", "times"]
+    for name, array in loaded.items():
+        np.testing.assert_array_equal(array, getattr(features, name))
+        assert array.dtype == getattr(features, name).dtype
+    beside = tmp_path / "other"
+    beside.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(beside.stat().st_mode)
+
+
+def test_a_form_that_does_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="form must be npz or safetensors, got 'csv'"):
+        save_features(example(), tmp_path / "x.csv", "csv")
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors"])
+def test_a_failed_save_leaves_what_was_there(tmp_path, form, monkeypatch):
+    path = tmp_path / f"x.{form}"
+    path.write_bytes(b"before")
+
+    def fail(file, *arguments, **arrays):
+        if form == "npz":
+            file.write(b"half")
+        else:
+            Path(arguments[0]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.savez" if form == "npz" else "safetensors.numpy.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_features(example(), path, form)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_lie_as_the_inputs_do_and_none_is_written_twice():
+    def names(*inputs):
+        return [str(path) for path in output_paths(inputs, Path("out"), ".npz")]
+
+    assert names("/x/a/talk.wav") == ["out/talk.npz"]
+    assert names("/x/a/talk.wav", "/x/a/rain.flac") == ["out/talk.npz", "out/rain.npz"]
+    assert names("/x/a/talk.wav", "/x/b/talk.wav") == ["out/a/talk.npz", "out/b/talk.npz"]
+    assert names("/x/a/talk.wav", "/x/a/talk.flac") == ["out/talk.wav.npz", "out/talk.flac.npz"]
+    assert names("/x/talk.1.wav", "/x/talk.2.wav") == ["out/talk.1.npz", "out/talk.2.npz"]
+    assert names("/x/a/../talk.wav", "/x/a/talk.wav") == ["out/talk.npz", "out/a/talk.npz"]
+    # Replacing one suffix must not meet another file's whole name.
+    assert len(set(names("/x/a.wav", "/x/a.flac", "/x/a.wav.ogg"))) == 3
+    with pytest.raises(ValueError, match="is given twice"):
+        output_paths(["/x/a.wav", "/x/./a.wav"], Path("out"), ".npz")
+
+
+# ----------------------------------------------------------------------------------------------------- masked clips
+
+
+def test_masked_clips_are_those_of_the_held_out_evaluation():
+    model = make_model()
+    clips = masked_clips(model, [SPEECH, SOUND])
+    waveform = torch.from_numpy(audio.decode(SPEECH, 10.0))[None]
+    features, frames = fbank(waveform)
+    assert clips.names == ["51a406a1a0.opus", "018e740416.opus"]
+    assert torch.equal(clips.features[0], features[0])
+    expected = HeldOut.of(model, features, frames, ["x"], [""])
+    assert torch.equal(clips.mask[:1], expected.mask)
+    alone = select(clips, 1)
+    assert alone.features.shape[1] == int(alone.frames) < clips.features.shape[1]
+    assert alone.names == ["018e740416.opus"]
+
+
+def test_seed_start_and_length_of_masked_clips():
+    model = make_model()
+    first, again = masked_clips(model, [SPEECH], seed=1), masked_clips(model, [SPEECH], seed=1)
+    assert torch.equal(first.mask, again.mask)
+    assert not torch.equal(first.mask, masked_clips(model, [SPEECH], seed=2).mask)
+    late = masked_clips(model, [SPEECH], start=2.5, seconds=3.0)
+    samples = audio.decode(SPEECH)[round(2.5 * RATE) : round(5.5 * RATE)]
+    assert torch.equal(late.features, fbank(torch.from_numpy(samples)[None])[0])
+    whole = num_frames(audio.decode(SPEECH).size - 2 * RATE)
+    assert masked_clips(model, [SPEECH], start=2.0, seconds=1e6).frames.tolist() == [whole]
+
+
+def test_masked_clips_that_cannot_be(tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"018e740416\.opus is 3\.\d\d s long: nothing at 100 s"):
+        masked_clips(model, [SOUND], start=100.0)
+    with pytest.raises(ValueError, match="too few to hide"):
+        masked_clips(model, [SPEECH, SOUND], start=0.0, seconds=0.1)
+    with pytest.raises(ValueError, match="start must be >= 0 and seconds > 0, got -1 and 10"):
+        masked_clips(model, [SPEECH], start=-1.0)
+    with pytest.raises(audio.AudioError):
+        masked_clips(model, [tmp_path / "none.wav"])
+
+
+# ---------------------------------------------------------------------------------------------------- encoder alone
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"norm_first": True},
+        {"decoder_embed_dim": 16},  # a projection between the two, which belongs to neither
+        {"encoder_projection": True},
+    ],
+)
+def test_the_exported_encoder_has_the_same_features_to_the_bit(tmp_path, fields):
+    model = make_model(**fields)
+    save_model(encoder_alone(model), tmp_path / "encoder")
+    encoder = MAEAST.from_pretrained(tmp_path / "encoder")
+    assert encoder.config.decoder_layers == 0
+    kinds = {name.split(".")[0] for name in encoder.state_dict()}
+    assert kinds == {"input_norm", "patch_embed", "encoder"}
+    features = torch.randn(2, 200, 128)
+    lengths = torch.tensor([200, 90])
+    for layer in (None, 1):
+        expected = model.extract_features(features, lengths, layer)
+        found = encoder.extract_features(features, lengths, layer)
+        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+        for state, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+            assert torch.equal(state, other)
+    with pytest.raises(ValueError, match="an encoder alone"):
+        encoder(features)
+
+
+def test_the_exported_encoder_keeps_a_checkpoint_s_own_positions(tmp_path):
+    model = make_model()
+    table = model.encoder_positions.table.half().float()  # as a fairseq run in fp16 leaves it
+    model.load_state_dict({**model.state_dict(), "encoder_positions.table": table})
+    save_model(encoder_alone(model), tmp_path / "encoder")
+    encoder = MAEAST.from_pretrained(tmp_path / "encoder")
+    assert torch.equal(encoder.encoder_positions.table, table)
+    features = torch.randn(1, 160, 128)
+    expected = model.extract_features(features).last_hidden_state
+    assert torch.equal(encoder.extract_features(features).last_hidden_state, expected)
+    assert not torch.equal(make_model().extract_features(features).last_hidden_state, expected)
+
+
+def test_a_folder_that_holds_a_model_or_a_run_is_not_written_to(tmp_path):
+    model = make_model()
+    size = save_model(model, tmp_path / "model")
+    assert size == (tmp_path / "model" / "model.safetensors").stat().st_size
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"already holds model\.safetensors, config\.json"):
+        save_model(encoder_alone(model), tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        save_model(model, tmp_path / "run")
+
+
+def test_devices_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="PyTorch sees 0 CUDA devices"):
+        pick_device("cuda")
+    for name in ("gpu", "cpu:1", "cuda:", "cuda:x", ""):
+        with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="PyTorch sees 2 CUDA devices"):
+        pick_device("cuda:2")
