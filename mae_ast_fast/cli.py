@@ -104,7 +104,7 @@ def _unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> NoRe
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "did you mean X?", or nothing where nothing is near."""
+    """The question whether the nearest known name was meant; empty where none is near."""
     names = {name.lstrip("-"): name for name in known}
     bare = word.lstrip("-")
     near = difflib.get_close_matches(bare, names, 1, 0.6) or [name for name in names if bare and name.startswith(bare)]

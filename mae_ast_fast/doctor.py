@@ -49,9 +49,9 @@ PACKAGES = {  # distribution -> what it is there for
 CLIP_SECONDS = 10.0
 BYTES_A_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
 # Beside what autograd keeps, a step holds passing buffers (4 % of it by a memory profile of a CPU step), and the C
-# library's allocator holds what it cannot give back. Counted bytes with this margin and reserve came out 1 to 25 % above
-# the peak resident memory of three steps, for tiny, small and base, 8 to 32 clips, fp32 and bf16, with dropout and
-# without (Linux, glibc). PyTorch's own allocator on CUDA wastes less; its margin is not measured.
+# library's allocator holds what it cannot give back. Counted bytes with this margin and reserve came out 1 to 25 %
+# above the peak resident memory of three steps, for tiny, small and base, 8 to 32 clips, fp32 and bf16, with dropout
+# and without (Linux, glibc). PyTorch's own allocator on CUDA wastes less; its margin is not measured.
 MARGIN = {"cpu": 1.5, "cuda": 1.2}
 RESERVE = 300e6  # bytes of libraries' own buffers after the first step: 200 MB measured on a CPU
 
@@ -68,7 +68,7 @@ def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[s
     """
     from .pretrain import PretrainOptions
 
-    # As the pretrain command makes it: its own dropout rates, not the preset's.
+    # As the pretrain command would train it: its own defaults come on top of the preset.
     config = PretrainOptions(preset=preset).model_config() if checkpoint is None else load_model(checkpoint).config
     devices, problems = cuda_devices()
     report: dict[str, Any] = {

@@ -353,8 +353,6 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         features = F.pad(torch.where(valid, features, 0), (0, 0, 0, -features.shape[1] % kt))
         tokens = (frames + kt - 1) // kt * config.grid_f
         width = features.shape[1] // kt * config.grid_f
-        if width > MAX_TOKENS:
-            raise ValueError(f"at most {MAX_TOKENS} tokens a clip, got {width}: cut long recordings into chunks")
         every = Packing.of(real_tokens(tokens, width))
         mean, scale = self.input_norm(features, frames)
         dtype = self._compute_dtype(features.device)
@@ -391,6 +389,9 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         batch, width = features.shape[:2]
         if batch == 0:
             raise ValueError("features has no clips: B is 0")
+        tokens = -(-width // self.config.patch_size[0]) * self.config.grid_f
+        if tokens > MAX_TOKENS:
+            raise ValueError(f"at most {MAX_TOKENS} tokens a clip, got {tokens}: cut long recordings into chunks")
         resolve_impl(self.impl, features.device)
         if lengths is None:
             return torch.full((batch,), width, dtype=torch.long, device=features.device)

@@ -46,9 +46,9 @@ class PretrainOptions:
         data: Folder of audio, fairseq .tsv manifest or audio file. None: the default corpus, real recordings from
             Debian packages, fetched once.
         out: Run folder. A run that was stopped there goes on.
-        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}.
+        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}. None: those of --init-from, or patch_tiny.
         model: Model fields to set otherwise, as in MAEASTConfig: --model.mask_ratio 0.8
-        init_from: Start from this checkpoint: a folder of ours or an official .pt file. Its sizes must be the preset's.
+        init_from: Start from this checkpoint: a folder of ours or an official .pt file. A preset must have its sizes.
         steps: Updates of the whole run; the learning rate reaches 0 at the last.
         batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
         max_seconds: Longer clips are cut into windows of at most this length.
@@ -72,7 +72,7 @@ class PretrainOptions:
 
     data: str | None = None
     out: str = "runs/pretrain"
-    preset: str = "patch_tiny"
+    preset: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     steps: int = 10_000
@@ -116,9 +116,11 @@ class PretrainOptions:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self.model_config()
 
-    def model_config(self) -> MAEASTConfig:
-        """The model that preset and overrides describe."""
-        return MAEASTConfig.preset(self.preset, **self.model)
+    def model_config(self, source: MAEASTConfig | None = None) -> MAEASTConfig:
+        """The model that preset and overrides describe; without a preset, ``source`` with the overrides."""
+        if self.preset is None and source is not None:
+            return MAEASTConfig.from_dict({**source.to_dict(), **self.model})
+        return MAEASTConfig.preset(self.preset or "patch_tiny", **self.model)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -194,11 +196,11 @@ class Trainer:
             print(f"going on from {path}")
             model.impl, model.attention = options.impl, options.attention
         elif options.init_from is not None:
-            model = checkpoint.load_model(options.init_from, **init)
-            _check_fits(model.config, options)
-            weights = model.state_dict()
-            model = MAEAST(options.model_config(), **init)
-            model.load_state_dict(weights)
+            source = checkpoint.load_model(options.init_from, **init)
+            config = options.model_config(source.config)
+            _check_fits(source.config, config, options)
+            model = MAEAST(config, **init)
+            model.load_state_dict(source.state_dict())
         else:
             model = MAEAST(options.model_config(), **init)
         self.model = model.to(device).train()
@@ -403,7 +405,7 @@ class Trainer:
         data = self.clips.report
         summary = {
             "steps": self.step,
-            "preset": self.options.preset,
+            "config": self.model.config.to_dict(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": str(self.device),
             "precision": self.precision,
@@ -481,12 +483,11 @@ def _check_same_run(run: Path, options: PretrainOptions) -> None:
     _write_json(path, fields)
 
 
-def _check_fits(config: MAEASTConfig, options: PretrainOptions) -> None:
+def _check_fits(config: MAEASTConfig, wanted: MAEASTConfig, options: PretrainOptions) -> None:
     sizes = (
         "num_mel_bins", "patch_size", "embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim",
         "decoder_layers", "norm_first", "has_projection",
     )  # fmt: skip
-    wanted = options.model_config()
     differing = [
         f"{name} {getattr(config, name)} in the checkpoint, {getattr(wanted, name)} asked for"
         for name in sizes
@@ -535,7 +536,7 @@ def _held_out(model: MAEAST, clips: Clips, indices: np.ndarray, options: Pretrai
 def _headline(options: PretrainOptions, trainer: Trainer, clips: Clips, train: int, held_out: int, how: str) -> str:
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     return (
-        f"{options.preset}, {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
+        f"{options.preset or options.init_from or 'patch_tiny'}: {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
         f"({torch.get_num_threads()} threads); {clips.report['hours']:.2f} h in {clips.report['clips']} clips: "
         f"{train} to train, {held_out} to evaluate on ({how}); run folder {options.out}"
     )

@@ -24,7 +24,7 @@ from mae_ast_fast.cli import COMMANDS, main
 from mae_ast_fast.evaluate import HeldOut, evaluate
 from mae_ast_fast.inference import extract_file, masked_clips
 from mae_ast_fast.packing import sinusoid
-from mae_ast_fast.pretrain import NO_DROPOUT, PretrainOptions
+from mae_ast_fast.pretrain import PretrainOptions
 
 AUDIO = Path(__file__).parent / "audio"
 SPEECH = AUDIO / "festvox-ru" / "353705932f.opus"  # 5.9 s
@@ -198,7 +198,7 @@ def test_fields_of_the_model_are_parsed_by_their_types():
     ]
     found = options_of(*argv, "--model.masking", "time", "--model.encoder_projection", "null", "--model.dropout", "0.2")
     assert found.model == {
-        **NO_DROPOUT,
+        **PretrainOptions().model,
         "mask_ratio": 0.8,
         "patch_size": [8, 16],  # as YAML and JSON have it
         "encoder_layers": 3,
@@ -216,8 +216,12 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     path.write_text("steps: 7\nlr: 1e-4\nbatch_seconds: 20\nmodel:\n  mask_ratio: 0.9\n  patch_size: [8, 16]\n")
     found = options_of("--config", str(path), "--steps", "9", "--model.mask_ratio", "0.5", "--model.masking=random")
     assert (found.steps, found.lr, found.batch_seconds) == (9, 1e-4, 20.0)
-    assert found.model == {**NO_DROPOUT, "mask_ratio": 0.5, "patch_size": [8, 16], "masking": "random"}
-    assert options_of("--config", str(path)).model == {**NO_DROPOUT, "mask_ratio": 0.9, "patch_size": [8, 16]}
+    assert found.model == {**PretrainOptions().model, "mask_ratio": 0.5, "patch_size": [8, 16], "masking": "random"}
+    assert options_of("--config", str(path)).model == {
+        **PretrainOptions().model,
+        "mask_ratio": 0.9,
+        "patch_size": [8, 16],
+    }
 
 
 @pytest.mark.parametrize("flag", ["--print_config", "--print-config"])
@@ -225,7 +229,7 @@ def test_the_printed_configuration_reads_back(tmp_path, capsys, flag):
     argv = ["--seed", "3", "--data", "/x", "--model.mask_ratio", "0.8", "--model.patch_size", "[8,16]"]
     assert main(["pretrain", *argv, flag]) == 0
     text = capsys.readouterr().out
-    assert yaml.safe_load(text)["model"] == {**NO_DROPOUT, "mask_ratio": 0.8, "patch_size": [8, 16]}
+    assert yaml.safe_load(text)["model"] == {**PretrainOptions().model, "mask_ratio": 0.8, "patch_size": [8, 16]}
     path = tmp_path / "c.yaml"
     path.write_text(text)
     assert options_of("--config", str(path)) == options_of(*argv)

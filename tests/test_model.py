@@ -1005,7 +1005,7 @@ def test_a_loaded_position_table_is_used_saved_and_loaded_to_the_bit(tmp_path: P
     assert torch.equal(features(loaded), features(computed))
 
 
-@pytest.mark.parametrize("shape", [(10, 7), (2048,), (48_000, 17), (0, 16)])
+@pytest.mark.parametrize("shape", [(10, 7), (2048,), (48_000, 17), (1, 48, 16)])
 def test_a_position_table_of_another_width_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     build().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -1104,7 +1104,7 @@ def test_damaged_files_are_errors_that_say_what(tmp_path: Path, damage: str) -> 
     with pytest.raises(ValueError) as caught:
         MAEAST.from_pretrained(tmp_path)
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
-    assert str(tmp_path) in str(caught.value) or damage in ("unknown field", "wrong field", "wrong value", "field of the wrong kind")
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_saving_again_never_leaves_a_folder_without_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
