@@ -52,11 +52,14 @@ def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST:
         if not (path / "config.json").is_file() and (steps := training_checkpoints(path)):
             path = steps[-1]
         return MAEAST.from_pretrained(path, **init)
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise ValueError(
-            f"no checkpoint at {source}: expected a folder with config.json and model.safetensors, or a .pt"
-        )
-    return MAEAST.from_pretrained(str(source), **init)
+    expected = "a folder with config.json and model.safetensors, or a .pt file"
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) is not None
+    if not is_hub_name or path.parent.is_dir():
+        raise ValueError(f"no checkpoint at {source}: expected {expected}")
+    try:
+        return MAEAST.from_pretrained(str(source), **init)
+    except OSError as error:
+        raise ValueError(f"no checkpoint at {source}: neither {expected}, nor on the Hub ({error})") from None
 
 
 def training_checkpoints(run: Path) -> list[Path]:

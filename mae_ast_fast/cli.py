@@ -212,7 +212,7 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
             "pretrain",
             (
                 "--data recordings/ --out runs/mine --preset patch_small --steps 20000 --batch-seconds 320",
-                "--config mine.yaml --model.mask_ratio 0.8      (--print_config writes such a file)",
+                "--config mine.yaml --model_args.mask_ratio 0.8      (--print_config writes such a file)",
             ),
         ),
         usage="%(prog)s [--data DIR] [--out DIR] [--config YAML] [options]",
@@ -224,7 +224,7 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
     hints = typing.get_type_hints(PretrainOptions)
     group = parser.add_argument_group("the run")
     for field in dataclasses.fields(PretrainOptions):
-        if field.name != "model":
+        if field.name != "model_args":
             group.add_argument(
                 "--" + field.name.replace("_", "-"),
                 type=hints[field.name],
@@ -236,9 +236,9 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
     described, hints = _described(MAEASTConfig), typing.get_type_hints(MAEASTConfig)
     for field in dataclasses.fields(MAEASTConfig):
         group.add_argument(
-            f"--model.{field.name}",
+            f"--model_args.{field.name}",
             type=hints[field.name],
-            default=defaults.model.get(field.name, argparse.SUPPRESS),
+            default=defaults.model_args.get(field.name, argparse.SUPPRESS),
             metavar=_metavar(hints[field.name]),
             help=described[field.name],
         )
@@ -249,8 +249,9 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         raise UsageError(_explained(str(error), known)) from error
     parsed.pop("config", None)
     # Lists, as YAML and JSON have them: a run compares its options with those that it wrote down.
-    model = {name: list(x) if isinstance(x, tuple) else x for name, x in (parsed.pop("model", None) or {}).items()}
-    return PretrainOptions(**parsed, model=model)
+    given = parsed.pop("model_args", None) or {}
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return PretrainOptions(**parsed, model_args=given)
 
 
 def _described(of: type) -> dict[str, str]:

@@ -113,14 +113,15 @@ def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str
 def failures(model: MAEAST, report: dict[str, Any]) -> list[str]:
     """What a trained model must beat and this report does not: ``TO_BEAT``, and twice the chance accuracy.
 
-    ``mean_of_visible_same_band`` is the harder mark that stands beside them. An objective with weight 0 is not asked for.
+    ``mean_of_visible_same_band`` is the harder mark that stands beside them. An objective of weight 0 is not asked for.
     """
     found = []
     if model.config.reconstruction_weight > 0.0:
+        mse, baselines = report["reconstruction_mse"], report["baselines"]
         found += [
-            f"reconstruction MSE {report['reconstruction_mse']:.4f} does not beat {name} {report['baselines'][name]:.4f}"
+            f"reconstruction MSE {mse:.4f} does not beat {name} {baselines[name]:.4f}"
             for name in TO_BEAT
-            if not report["reconstruction_mse"] < report["baselines"][name]
+            if not mse < baselines[name]
         ]
     if model.config.classification_weight > 0.0 and not report["accuracy"] > 2 * report["chance"]:
         found.append(f"accuracy {report['accuracy']:.4f} is not above twice chance {report['chance']:.4f}")

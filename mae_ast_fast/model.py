@@ -496,5 +496,8 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file beside its place, then moves it there in one step."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # safetensors makes files that nobody else can read, whatever the umask
     write(partial)
+    partial.chmod(mode)
     os.replace(partial, path)

@@ -47,7 +47,7 @@ class PretrainOptions:
             Debian packages, fetched once.
         out: Run folder. A run that was stopped there goes on.
         preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}. None: those of --init-from, or patch_tiny.
-        model: Model fields to set otherwise, as in MAEASTConfig: --model.mask_ratio 0.8
+        model_args: Model fields to set otherwise, as in MAEASTConfig: --model_args.mask_ratio 0.8
         init_from: Start from this checkpoint: a folder of ours or an official .pt file. A preset must have its sizes.
         steps: Updates of the whole run; the learning rate reaches 0 at the last.
         batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
@@ -73,7 +73,7 @@ class PretrainOptions:
     data: str | None = None
     out: str = "runs/pretrain"
     preset: str | None = None
-    model: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     steps: int = 10_000
     batch_seconds: float = 160.0
@@ -119,8 +119,8 @@ class PretrainOptions:
     def model_config(self, source: MAEASTConfig | None = None) -> MAEASTConfig:
         """The model that preset and overrides describe; without a preset, ``source`` with the overrides."""
         if self.preset is None and source is not None:
-            return MAEASTConfig.from_dict({**source.to_dict(), **self.model})
-        return MAEASTConfig.preset(self.preset or "patch_tiny", **self.model)
+            return MAEASTConfig.from_dict({**source.to_dict(), **self.model_args})
+        return MAEASTConfig.preset(self.preset or "patch_tiny", **self.model_args)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -535,8 +535,9 @@ def _held_out(model: MAEAST, clips: Clips, indices: np.ndarray, options: Pretrai
 
 def _headline(options: PretrainOptions, trainer: Trainer, clips: Clips, train: int, held_out: int, how: str) -> str:
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    name = options.preset or options.init_from or "patch_tiny"
     return (
-        f"{options.preset or options.init_from or 'patch_tiny'}: {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
+        f"{name}: {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
         f"({torch.get_num_threads()} threads); {clips.report['hours']:.2f} h in {clips.report['clips']} clips: "
         f"{train} to train, {held_out} to evaluate on ({how}); run folder {options.out}"
     )

@@ -137,8 +137,11 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
         (["--steps", "3"], "unknown option --steps; a command's options stand after it"),
         (["pretrain", "--stesp", "3"], "pretrain: error: unknown option --stesp; did you mean --steps?"),
         (["pretrain", "--batchseconds=3"], "unknown option --batchseconds; did you mean --batch-seconds?"),
-        (["pretrain", "--mask_ratio", "0.5"], "unknown option --mask_ratio; did you mean --model.mask_ratio?"),
-        (["pretrain", "--model.mask_ration", "1"], "--model.mask_ration; did you mean --model.mask_ratio?"),
+        (["pretrain", "--mask_ratio", "0.5"], "unknown option --mask_ratio; did you mean --model_args.mask_ratio?"),
+        (
+            ["pretrain", "--model_args.mask_ration", "1"],
+            "--model_args.mask_ration; did you mean --model_args.mask_ratio?",
+        ),
         (["features", "x.wav", "--checkpont", "c", "--out", "o"], "unknown option --checkpont; did you mean --checkpo"),
         (["features", "x.wav", "--chunk", "3"], "unknown option --chunk; did you mean --chunk-seconds?"),
         (["doctor", "--presets=x"], "unknown option --presets; did you mean --preset?"),
@@ -148,7 +151,7 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
         (["features", "x.wav", "--out", "o"], "the following arguments are required: --checkpoint"),
         (["features", "x", "--checkpoint", "c", "--out", "o", "--layer", "top"], "argument --layer: invalid int"),
         (["pretrain", "--steps", "many"], "pretrain: error: --steps: expected int, got many"),
-        (["pretrain", "--model.mask_ratio", "most"], "--model.mask_ratio: expected float, got most"),
+        (["pretrain", "--model_args.mask_ratio", "most"], "--model_args.mask_ratio: expected float, got most"),
         (["pretrain", "stray"], "stray"),
     ],
 )
@@ -171,10 +174,10 @@ def test_every_field_is_an_option_with_its_default_and_its_help(capsys):
     assert main(["pretrain", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(PretrainOptions):
-        if field.name != "model":
+        if field.name != "model_args":
             assert f" --{field.name.replace('_', '-')} " in text
     for field in dataclasses.fields(MAEASTConfig):
-        assert f" --model.{field.name} " in text
+        assert f" --model_args.{field.name} " in text
     assert "Audio in a batch, in seconds: a token budget, not a clip count. (type: float, default: 160.0)" in text
     assert "Share of a clip's tokens that is hidden, in (0, 1). (type: float)" in text
 
@@ -183,22 +186,24 @@ def test_dashes_and_underscores_are_the_same():
     for spelling in (["--batch-seconds", "32", "--init-from=x"], ["--batch_seconds=32", "--init_from", "x"]):
         found = options_of(*spelling)
         assert (found.batch_seconds, found.init_from) == (32.0, "x")
-    assert options_of("--model.mask-ratio", "0.5").model["mask_ratio"] == 0.5
+    assert options_of("--model_args.mask-ratio", "0.5").model_args["mask_ratio"] == 0.5
 
 
 def test_fields_of_the_model_are_parsed_by_their_types():
     argv = [
-        "--model.mask_ratio",
+        "--model_args.mask_ratio",
         "0.8",
-        "--model.patch_size",
+        "--model_args.patch_size",
         "[8,16]",
-        "--model.encoder_layers=3",
-        "--model.norm_first",
+        "--model_args.encoder_layers=3",
+        "--model_args.norm_first",
         "true",
     ]
-    found = options_of(*argv, "--model.masking", "time", "--model.encoder_projection", "null", "--model.dropout", "0.2")
-    assert found.model == {
-        **PretrainOptions().model,
+    found = options_of(
+        *argv, "--model_args.masking", "time", "--model_args.encoder_projection", "null", "--model_args.dropout", "0.2"
+    )
+    assert found.model_args == {
+        **PretrainOptions().model_args,
         "mask_ratio": 0.8,
         "patch_size": [8, 16],  # as YAML and JSON have it
         "encoder_layers": 3,
@@ -213,12 +218,19 @@ def test_fields_of_the_model_are_parsed_by_their_types():
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("steps: 7\nlr: 1e-4\nbatch_seconds: 20\nmodel:\n  mask_ratio: 0.9\n  patch_size: [8, 16]\n")
-    found = options_of("--config", str(path), "--steps", "9", "--model.mask_ratio", "0.5", "--model.masking=random")
+    path.write_text("steps: 7\nlr: 1e-4\nbatch_seconds: 20\nmodel_args:\n  mask_ratio: 0.9\n  patch_size: [8, 16]\n")
+    found = options_of(
+        "--config", str(path), "--steps", "9", "--model_args.mask_ratio", "0.5", "--model_args.masking=random"
+    )
     assert (found.steps, found.lr, found.batch_seconds) == (9, 1e-4, 20.0)
-    assert found.model == {**PretrainOptions().model, "mask_ratio": 0.5, "patch_size": [8, 16], "masking": "random"}
-    assert options_of("--config", str(path)).model == {
-        **PretrainOptions().model,
+    assert found.model_args == {
+        **PretrainOptions().model_args,
+        "mask_ratio": 0.5,
+        "patch_size": [8, 16],
+        "masking": "random",
+    }
+    assert options_of("--config", str(path)).model_args == {
+        **PretrainOptions().model_args,
         "mask_ratio": 0.9,
         "patch_size": [8, 16],
     }
@@ -226,10 +238,14 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--print_config", "--print-config"])
 def test_the_printed_configuration_reads_back(tmp_path, capsys, flag):
-    argv = ["--seed", "3", "--data", "/x", "--model.mask_ratio", "0.8", "--model.patch_size", "[8,16]"]
+    argv = ["--seed", "3", "--data", "/x", "--model_args.mask_ratio", "0.8", "--model_args.patch_size", "[8,16]"]
     assert main(["pretrain", *argv, flag]) == 0
     text = capsys.readouterr().out
-    assert yaml.safe_load(text)["model"] == {**PretrainOptions().model, "mask_ratio": 0.8, "patch_size": [8, 16]}
+    assert yaml.safe_load(text)["model_args"] == {
+        **PretrainOptions().model_args,
+        "mask_ratio": 0.8,
+        "patch_size": [8, 16],
+    }
     path = tmp_path / "c.yaml"
     path.write_text(text)
     assert options_of("--config", str(path)) == options_of(*argv)
@@ -239,7 +255,7 @@ def test_the_printed_configuration_reads_back(tmp_path, capsys, flag):
     ("text", "told"),
     [
         ("stesp: 3", "stesp' is not .*; did you mean steps\\?"),
-        ("model:\n  mask_ration: 0.5", "model.mask_ration' is not .*; did you mean model.mask_ratio\\?"),
+        ("model_args:\n  mask_ration: 0.5", "model_args.mask_ration' is not .*; did you mean model_args.mask_ratio\\?"),
         ("steps: many", "--steps: expected int, got many"),
         ("steps: [1", "Problems parsing config"),
     ],
@@ -252,7 +268,7 @@ def test_a_wrong_file_names_what_is_wrong(tmp_path, capsys, text, told):
 
 def test_values_that_the_options_refuse(capsys):
     assert fails(capsys, 1, "pretrain", "--lr", "-1").endswith("error: lr must be positive, got -1.0")
-    assert "mask_ratio must be in (0, 1), got 3.0" in fails(capsys, 1, "pretrain", "--model.mask_ratio", "3")
+    assert "mask_ratio must be in (0, 1), got 3.0" in fails(capsys, 1, "pretrain", "--model_args.mask_ratio", "3")
     assert "preset must be one of patch_base" in fails(capsys, 1, "pretrain", "--preset", "patch_tyni")
     assert "c.yaml" in fails(capsys, 2, "pretrain", "--config", "/none/c.yaml")
 

@@ -57,7 +57,7 @@ def options(audio: Path, tmp_path: Path) -> PretrainOptions:
         data=str(audio),
         out=str(tmp_path / "run"),
         cache=str(audio.parent / "cache"),
-        model=dict(SMALL),
+        model_args=dict(SMALL),
         steps=12,
         warmup_steps=3,
         batch_seconds=12.0,
@@ -276,21 +276,23 @@ def test_init_from_continues_any_checkpoint(options: PretrainOptions, tmp_path: 
     }
     torch.save({"args": None, "cfg": cfg, "model": case.state_dict}, official)
     sizes = {**SMALL, "embed_dim": 64, "decoder_embed_dim": 64, "ffn_dim": 128, "num_heads": 4, "encoder_layers": 3}
-    options = dataclasses.replace(options, preset="patch_tiny", model={**sizes, "decoder_layers": 2}, lr=1e-9, steps=2)
+    options = dataclasses.replace(
+        options, preset="patch_tiny", model_args={**sizes, "decoder_layers": 2}, lr=1e-9, steps=2
+    )
     options = dataclasses.replace(options, init_from=str(official), out=str(tmp_path / "from-official"))
     pretrain(options)
     trained, source = MAEAST.from_pretrained(options.out), checkpoint.load_fairseq(official)
     assert torch.equal(trained.mask_token.round(decimals=5), source.mask_token.round(decimals=5))
 
     again = dataclasses.replace(
-        options, preset=None, init_from=options.out, model={"mask_ratio": 0.6}, out=str(tmp_path / "from-ours")
+        options, preset=None, init_from=options.out, model_args={"mask_ratio": 0.6}, out=str(tmp_path / "from-ours")
     )
     pretrain(again)
     assert MAEAST.from_pretrained(again.out).config == dataclasses.replace(trained.config, mask_ratio=0.6)
     assert torch.equal(
         MAEAST.from_pretrained(again.out).mask_token.round(decimals=5), source.mask_token.round(decimals=5)
     )
-    misfit = dataclasses.replace(options, preset="patch_tiny", model=dict(SMALL), out=str(tmp_path / "misfit"))
+    misfit = dataclasses.replace(options, preset="patch_tiny", model_args=dict(SMALL), out=str(tmp_path / "misfit"))
     with pytest.raises(ValueError, match=r"does not fit.*embed_dim 64 in the checkpoint, 32 asked for"):
         pretrain(misfit)
 
@@ -319,7 +321,7 @@ def test_learning_rate_schedule() -> None:
         ("precision", "fp8", "auto, fp32, bf16"),
         ("max_seconds", 1000.0, "batch_seconds"),
         ("preset", "patch_huge", "patch_base"),
-        ("model", {"depth": 3}, "encoder_layers"),
+        ("model_args", {"depth": 3}, "encoder_layers"),
     ],
 )
 def test_bad_options(field: str, value: Any, words: str) -> None:
