@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from .model import MAEAST
-    from .pretrain import PretrainOptions
+    from .options import PretrainOptions
 
 PROGRAM = "mae-ast-fast"
 TRAIN_EXTRA = ("jsonargparse", "soundfile", "soxr", "av", "tensorboard", "tqdm", "matplotlib")
@@ -194,7 +194,7 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
     except ImportError:
         raise _missing(["jsonargparse"]) from None
     from .config import MAEASTConfig
-    from .pretrain import PretrainOptions
+    from .options import PretrainOptions
 
     class Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
         def __init__(self, prog: str, **options: Any) -> None:

@@ -66,7 +66,7 @@ def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[s
     Raises:
         ValueError: An unknown preset, or no checkpoint there.
     """
-    from .pretrain import PretrainOptions
+    from .options import PretrainOptions
 
     # As the pretrain command would train it: its own defaults come on top of the preset.
     config = PretrainOptions(preset=preset).model_config() if checkpoint is None else load_model(checkpoint).config
@@ -105,7 +105,7 @@ def packages() -> dict[str, str | None]:
 
 def machine() -> dict[str, Any]:
     """Operating system, Python and processor."""
-    from .pretrain import native_bf16
+    from .options import native_bf16
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -217,7 +217,7 @@ def _first_line(error: object) -> str:
 
 def choices(device: torch.device) -> dict[str, Any]:
     """What ``auto`` stands for on a device, each with the reason: operations, attention, precision."""
-    from .pretrain import native_bf16
+    from .options import native_bf16
 
     def entry(choice: str, why: str) -> dict[str, str]:
         return {"choice": choice, "why": why}

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,99 +27,13 @@ from .audio import find_audio
 from .config import MAEASTConfig
 from .data import Clips, batch_plan, load_batch, scan, split
 from .evaluate import HeldOut, evaluate
-from .fbank import SAMPLE_RATE, fbank
+from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
 from .figures import plot_loss, plot_reconstruction
 from .masking import sample_mask
 from .model import MAEAST
+from .options import FREE_OPTIONS, PretrainOptions, learning_rate, native_bf16
 
 HELD_OUT_CLIPS = 64
-# Options that change neither what is computed nor in which order: a run may go on with others.
-FREE_OPTIONS = ("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "cache")
-
-
-@dataclass
-class PretrainOptions:
-    """Options of ``mae-ast-fast pretrain``.
-
-    Args:
-        data: Folder of audio, fairseq .tsv manifest or audio file. None: the default corpus, real recordings from
-            Debian packages, fetched once.
-        out: Run folder. A run that was stopped there goes on.
-        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}. None: those of --init-from, or patch_tiny.
-        model_args: Model fields to set otherwise, as in MAEASTConfig: --model_args.mask_ratio 0.8
-        init_from: Start from this checkpoint: a folder of ours or an official .pt file. A preset must have its sizes.
-        steps: Updates of the whole run; the learning rate reaches 0 at the last.
-        batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
-        max_seconds: Longer clips are cut into windows of at most this length.
-        min_seconds: Shorter clips are skipped.
-        lr: Peak learning rate. Paper: 1e-4.
-        warmup_steps: Updates of linear warm-up from 0. Paper: 32,000.
-        weight_decay: Decoupled, on all parameters.
-        clip_norm: Gradient norm limit.
-        seed: Seed of weights, data order, masks and dropout.
-        precision: fp32, bf16, or auto: bf16 where the device computes it natively.
-        device: cpu, cuda, or auto.
-        impl: Implementation of the model's operations: auto, torch or triton.
-        attention: Attention backend: auto or a name.
-        log_every: Updates between two lines of progress, and between two checks that the loss is finite.
-        save_every: Updates between two checkpoints.
-        evaluate_every: Updates between two evaluations on held-out clips.
-        keep: Checkpoints to keep.
-        workers: Processes that decode audio.
-        cache: Folder for fetched packages and decoded audio. None: $MAE_AST_FAST_CACHE or the user's cache folder.
-    """
-
-    data: str | None = None
-    out: str = "runs/pretrain"
-    preset: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    init_from: str | None = None
-    steps: int = 10_000
-    batch_seconds: float = 160.0
-    max_seconds: float = 10.0
-    min_seconds: float = 0.4
-    lr: float = 5e-4
-    warmup_steps: int = 500
-    weight_decay: float = 0.01
-    clip_norm: float = 10.0
-    seed: int = 0
-    precision: str = "auto"
-    device: str = "auto"
-    impl: str = "auto"
-    attention: str = "auto"
-    log_every: int = 10
-    save_every: int = 500
-    evaluate_every: int = 1000
-    keep: int = 2
-    workers: int = 2
-    cache: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "save_every", "evaluate_every", "keep", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("batch_seconds", "max_seconds", "min_seconds", "lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"warmup_steps and weight_decay must be >= 0, got {self.warmup_steps} and {self.weight_decay}"
-            )
-        if not self.min_seconds <= self.max_seconds <= self.batch_seconds:
-            raise ValueError(
-                "expected min_seconds <= max_seconds <= batch_seconds, got "
-                f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
-            )
-        for name, allowed in (("precision", ("auto", "fp32", "bf16")), ("device", ("auto", "cpu", "cuda"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        self.model_config()
-
-    def model_config(self, source: MAEASTConfig | None = None) -> MAEASTConfig:
-        """The model that preset and overrides describe; without a preset, ``source`` with the overrides."""
-        if self.preset is None and source is not None:
-            return MAEASTConfig.from_dict({**source.to_dict(), **self.model_args})
-        return MAEASTConfig.preset(self.preset or "patch_tiny", **self.model_args)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -133,21 +46,6 @@ class Stopped(Exception):
     def __init__(self, number: int, path: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; saved {path}, the same command goes on from there")
         self.exit_code = 128 + number
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device computes bf16 matrix products natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public name before torch 2.15
-    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-
-
-def learning_rate(step: int, options: PretrainOptions) -> float:
-    """Rate of update ``step`` (from 0): linear from 0 at the first over the warm-up, then linear to 0 at ``steps``."""
-    if step < options.warmup_steps:
-        return options.lr * step / options.warmup_steps
-    return options.lr * (options.steps - step) / max(1, options.steps - options.warmup_steps)
 
 
 def pretrain(options: PretrainOptions) -> dict[str, Any]:
@@ -163,9 +61,11 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     _check_same_run(run, options)
     clips, train, held_out_clips, how = _open_data(options)
-    _write_json(run / "data_report.json", clips.report)
     trainer = Trainer(options, run, clips, train, device)
     held_out = _held_out(trainer.model, clips, held_out_clips, options)
+    run.mkdir(parents=True, exist_ok=True)
+    _write_json(run / "options.json", dataclasses.asdict(options))
+    _write_json(run / "data_report.json", clips.report)
     print(_headline(options, trainer, clips, len(train), len(held_out.names), how))
     trainer.train(held_out)
     return trainer.finish(held_out, how)
@@ -203,6 +103,7 @@ class Trainer:
             model.load_state_dict(source.state_dict())
         else:
             model = MAEAST(options.model_config(), **init)
+        _check_shortest(model.config, options)
         self.model = model.to(device).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -464,23 +365,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_same_run(run: Path, options: PretrainOptions) -> None:
-    """Refuses to go on with a run under options that would make it another one; records them for a new run."""
+    """Refuses to go on with a run under options that would make it another one."""
     path = run / "options.json"
-    fields = dataclasses.asdict(options)
-    if path.is_file():
-        before = json.loads(path.read_text())
-        differing = [
-            f"{name} {before.get(name)!r} -> {value!r}"
-            for name, value in fields.items()
-            if name not in FREE_OPTIONS and before.get(name) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"{run} holds a run with other options ({'; '.join(differing)}): use the same options to go on, or "
-                "another --out"
-            )
-    run.mkdir(parents=True, exist_ok=True)
-    _write_json(path, fields)
+    if not path.is_file() or not checkpoint.training_checkpoints(run):
+        return
+    before = json.loads(path.read_text())
+    differing = [
+        f"{name} {before.get(name)!r} -> {value!r}"
+        for name, value in dataclasses.asdict(options).items()
+        if name not in FREE_OPTIONS and before.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{run} holds a run with other options ({'; '.join(differing)}): use the same options to go on, or another "
+            "--out"
+        )
 
 
 def _check_fits(config: MAEASTConfig, wanted: MAEASTConfig, options: PretrainOptions) -> None:
@@ -495,6 +394,18 @@ def _check_fits(config: MAEASTConfig, wanted: MAEASTConfig, options: PretrainOpt
     ]
     if differing:
         raise ValueError(f"--init-from {options.init_from} does not fit: {'; '.join(differing)}")
+
+
+def _check_shortest(config: MAEASTConfig, options: PretrainOptions) -> None:
+    """A clip needs two tokens, one to see and one to hide."""
+    kt, grid_f = config.patch_size[0], config.grid_f
+    frames = num_frames(round(options.min_seconds * SAMPLE_RATE))
+    if frames // kt * grid_f < 2:
+        needed = (WINDOW + ((1 if grid_f > 1 else 2) * kt - 1) * HOP) / SAMPLE_RATE
+        raise ValueError(
+            f"min_seconds must be at least {needed:g} for patches of {kt} frames x {config.patch_size[1]} bins, "
+            f"got {options.min_seconds:g}"
+        )
 
 
 def _open_data(options: PretrainOptions) -> tuple[Clips, np.ndarray, np.ndarray, str]:

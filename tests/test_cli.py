@@ -23,8 +23,8 @@ from mae_ast_fast.checkpoint import load_fairseq
 from mae_ast_fast.cli import COMMANDS, main
 from mae_ast_fast.evaluate import HeldOut, evaluate
 from mae_ast_fast.inference import extract_file, masked_clips
+from mae_ast_fast.options import PretrainOptions
 from mae_ast_fast.packing import sinusoid
-from mae_ast_fast.pretrain import PretrainOptions
 
 AUDIO = Path(__file__).parent / "audio"
 SPEECH = AUDIO / "festvox-ru" / "353705932f.opus"  # 5.9 s

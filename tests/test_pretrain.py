@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from mae_ast_fast import MAEAST, checkpoint
 from mae_ast_fast import pretrain as pretrain_module
-from mae_ast_fast.pretrain import NonFiniteLoss, PretrainOptions, learning_rate, pretrain, read_metrics
+from mae_ast_fast.options import PretrainOptions, learning_rate
+from mae_ast_fast.pretrain import NonFiniteLoss, pretrain, read_metrics
 
 RATE = 16000
 SMALL = {
@@ -253,6 +254,14 @@ def test_other_options_in_the_same_folder(options: PretrainOptions) -> None:
     with pytest.raises(ValueError, match=r"lr 0.0005 -> 0.002.*--out"):
         pretrain(dataclasses.replace(options, lr=2e-3))
     pretrain(dataclasses.replace(options, keep=1, log_every=5))
+
+
+def test_a_start_that_failed_binds_nothing(options: PretrainOptions, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        pretrain(dataclasses.replace(options, data=str(tmp_path / "mistyped")))
+    with pytest.raises(ValueError, match=r"min_seconds must be at least 0.175 .* got 0.1"):
+        pretrain(dataclasses.replace(options, min_seconds=0.1))
+    pretrain(dataclasses.replace(options, steps=2))
 
 
 def test_changed_data_is_noticed(options: PretrainOptions, audio: Path, tmp_path: Path) -> None:

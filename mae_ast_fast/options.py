@@ -1,0 +1,113 @@
+"""Options of a pretraining run, and what follows from them alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .config import MAEASTConfig
+
+# Options that change neither what is computed nor in which order: a run may go on with others.
+FREE_OPTIONS = ("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "cache")
+
+
+@dataclass
+class PretrainOptions:
+    """Options of ``mae-ast-fast pretrain``.
+
+    Args:
+        data: Folder of audio, fairseq .tsv manifest or audio file. None: the default corpus, real recordings from
+            Debian packages, fetched once.
+        out: Run folder. A run that was stopped there goes on.
+        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}. None: those of --init-from, or patch_tiny.
+        model_args: Model fields to set otherwise, as in MAEASTConfig: --model_args.mask_ratio 0.8
+        init_from: Start from this checkpoint: a folder of ours or an official .pt file. A preset must have its sizes.
+        steps: Updates of the whole run; the learning rate reaches 0 at the last.
+        batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
+        max_seconds: Longer clips are cut into windows of at most this length.
+        min_seconds: Shorter clips are skipped.
+        lr: Peak learning rate. Paper: 1e-4.
+        warmup_steps: Updates of linear warm-up from 0. Paper: 32,000.
+        weight_decay: Decoupled, on all parameters.
+        clip_norm: Gradient norm limit.
+        seed: Seed of weights, data order, masks and dropout.
+        precision: fp32, bf16, or auto: bf16 where the device computes it natively.
+        device: cpu, cuda, or auto.
+        impl: Implementation of the model's operations: auto, torch or triton.
+        attention: Attention backend: auto or a name.
+        log_every: Updates between two lines of progress, and between two checks that the loss is finite.
+        save_every: Updates between two checkpoints.
+        evaluate_every: Updates between two evaluations on held-out clips.
+        keep: Checkpoints to keep.
+        workers: Processes that decode audio.
+        cache: Folder for fetched packages and decoded audio. None: $MAE_AST_FAST_CACHE or the user's cache folder.
+    """
+
+    data: str | None = None
+    out: str = "runs/pretrain"
+    preset: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    steps: int = 10_000
+    batch_seconds: float = 160.0
+    max_seconds: float = 10.0
+    min_seconds: float = 0.4
+    lr: float = 5e-4
+    warmup_steps: int = 500
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    impl: str = "auto"
+    attention: str = "auto"
+    log_every: int = 10
+    save_every: int = 500
+    evaluate_every: int = 1000
+    keep: int = 2
+    workers: int = 2
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "save_every", "evaluate_every", "keep", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("batch_seconds", "max_seconds", "min_seconds", "lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"warmup_steps and weight_decay must be >= 0, got {self.warmup_steps} and {self.weight_decay}"
+            )
+        if not self.min_seconds <= self.max_seconds <= self.batch_seconds:
+            raise ValueError(
+                "expected min_seconds <= max_seconds <= batch_seconds, got "
+                f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
+            )
+        for name, allowed in (("precision", ("auto", "fp32", "bf16")), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.model_config()
+
+    def model_config(self, source: MAEASTConfig | None = None) -> MAEASTConfig:
+        """The model that preset and overrides describe; without a preset, ``source`` with the overrides."""
+        if self.preset is None and source is not None:
+            return MAEASTConfig.from_dict({**source.to_dict(), **self.model_args})
+        return MAEASTConfig.preset(self.preset or "patch_tiny", **self.model_args)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 matrix products natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public name before torch 2.15
+    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
+def learning_rate(step: int, options: PretrainOptions) -> float:
+    """Rate of update ``step`` (from 0): linear from 0 at the first over the warm-up, then linear to 0 at ``steps``."""
+    if step < options.warmup_steps:
+        return options.lr * step / options.warmup_steps
+    return options.lr * (options.steps - step) / max(1, options.steps - options.warmup_steps)
