@@ -1,6 +1,6 @@
 """Writes the README's tables from the result files in benchmarks/results; ``--check`` only compares.
 
-    python benchmarks/report.py
+python benchmarks/report.py
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def pretrain_table() -> str:
         f"{summary['clips_per_second']:.0f} clips/s); held-out mean squared error of hidden patches beside what averages "
         "and straight lines reach from the same visible patches, and InfoNCE top-1 accuracy beside chance:",
         "",
-        "| held-out clips | " + " | ".join(["MAE-AST", *(name.replace("_", " ") for name in names)])
+        "| held-out clips | "
+        + " | ".join(["MAE-AST", *(name.replace("_", " ") for name in names)])
         + " | accuracy | chance |",
         "|---" * (len(names) + 4) + "|",
     ]
