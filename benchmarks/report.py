@@ -22,8 +22,8 @@ def pretrain_table() -> str:
     lines = [
         f"A run of the first command ({summary['parameters'] / 1e6:.1f} M parameters, {summary['steps']} updates, "
         f"{summary['train_seconds'] / 60:.1f} minutes on {summary['threads']} CPU threads in {summary['precision']}, "
-        f"{summary['clips_per_second']:.0f} clips/s); held-out mean squared error of hidden patches beside what averages "
-        "and straight lines reach from the same visible patches, and InfoNCE top-1 accuracy beside chance:",
+        f"{summary['clips_per_second']:.0f} clips/s). Held-out squared error of hidden patches, beside what averages "
+        "and straight lines make of the same visible patches; InfoNCE top-1 accuracy beside chance:",
         "",
         "| held-out clips | "
         + " | ".join(["MAE-AST", *(name.replace("_", " ") for name in names)])
@@ -34,6 +34,13 @@ def pretrain_table() -> str:
         errors = [report["reconstruction_mse"], *(report["baselines"][name] for name in names)]
         cells = [f"{kind} ({report['clips']})", *(f"{error:.3f}" for error in errors)]
         lines.append(f"| {' | '.join(cells)} | {100 * report['accuracy']:.1f} % | {100 * report['chance']:.2f} % |")
+    better = [
+        f"{name.replace('_', ' ')} on {kind}"
+        for kind, report in rows
+        for name, error in report["baselines"].items()
+        if error <= report["reconstruction_mse"]
+    ]
+    lines += ["", f"Where a baseline is better: {', '.join(better) or 'nowhere'}."]
     return "\n".join(lines)
 
 
@@ -43,10 +50,12 @@ TABLES = {"pretrain": pretrain_table}
 def render(readme: str) -> str:
     """The README's text with every marked table made anew."""
     for name, table in TABLES.items():
-        pattern = rf"(<!-- report:{name} -->\n).*?(<!-- /report -->)"
-        if not re.search(pattern, readme, re.S):
+        pattern = rf"(<!-- report:{name} -->\n)(.*?)<!-- /report -->"
+        place = re.search(pattern, readme, re.S)
+        if place is None:
             raise ValueError(f"README.md has no place for the table {name!r}")
-        readme = re.sub(pattern, lambda match, made=table(): f"{match[1]}{made}\n{match[2]}", readme, flags=re.S)
+        begin, end = place.span(2)
+        readme = f"{readme[:begin]}{table()}\n{readme[end:]}"
     return readme
 
 

@@ -87,7 +87,7 @@ def save_training(run: Path, step: int, model: MAEAST, state: dict[str, Any], ke
     _remove_leftovers(folder)
     partial, final = folder / f".partial-{step:08d}", folder / f"step-{step:08d}"
     partial.mkdir()
-    model._save_pretrained(partial)
+    model.save_pretrained(partial)
     torch.save(state, partial / "trainer.pt")
     for path in partial.iterdir():
         _flush(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,14 @@ _SIZES = {  # name -> (embed_dim, ffn_dim, num_heads)
 }
 # Frame tokens span all frequencies, so there is no grid for chunks: frame models mask at random (paper, section 3.2).
 _PATCHES = {"patch": ((16, 16), "chunk"), "frame": ((2, 128), "random")}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -71,15 +80,25 @@ class MAEASTConfig:
     norm_pix_loss: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON and YAML bring lists
-        if len(self.patch_size) != 2 or not all(isinstance(k, int) and k >= 1 for k in self.patch_size):
-            raise ValueError(f"patch_size must be two positive integers (time, frequency), got {self.patch_size}")
+        if isinstance(self.patch_size, list):  # JSON and YAML bring lists
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if (
+            not isinstance(self.patch_size, tuple)
+            or len(self.patch_size) != 2
+            or not all(_is_whole(extent) and extent >= 1 for extent in self.patch_size)
+        ):
+            raise ValueError(f"patch_size must be two positive integers (time, frequency), got {self.patch_size!r}")
         for name in ("num_mel_bins", "embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.decoder_layers, int) or self.decoder_layers < 0:
+        if not _is_whole(self.decoder_layers) or self.decoder_layers < 0:
             raise ValueError(f"decoder_layers must be an integer >= 0, got {self.decoder_layers!r}")
+        for name in ("norm_first", "norm_pix_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.encoder_projection, bool | None):
+            raise ValueError(f"encoder_projection must be true, false or null, got {self.encoder_projection!r}")
         if self.num_mel_bins % self.patch_size[1]:
             raise ValueError(
                 f"num_mel_bins must be a multiple of the patch's frequency extent {self.patch_size[1]}, "
@@ -104,10 +123,11 @@ class MAEASTConfig:
             "encoder_layerdrop",
             "decoder_layerdrop",
         ):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0.0 < self.mask_ratio < 1.0:
-            raise ValueError(f"mask_ratio must be in (0, 1), got {self.mask_ratio}")
+            rate = getattr(self, name)
+            if not _is_number(rate) or not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+        if not _is_number(self.mask_ratio) or not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio must be in (0, 1), got {self.mask_ratio!r}")
         if self.masking not in MASKING_STRATEGIES:
             raise ValueError(f"masking must be one of {', '.join(MASKING_STRATEGIES)}, got {self.masking!r}")
         if self.grid_f == 1 and self.masking in ("chunk", "chunk_official", "frequency"):
@@ -116,8 +136,9 @@ class MAEASTConfig:
                 f"of {self.num_mel_bins} mel bins: use masking='random', 'span' or 'time'"
             )
         for name in ("reconstruction_weight", "classification_weight"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+            weight = getattr(self, name)
+            if not _is_number(weight) or not 0.0 <= weight < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {weight!r}")
         if self.reconstruction_weight == 0.0 and self.classification_weight == 0.0:
             raise ValueError("reconstruction_weight and classification_weight are both 0: nothing to train")
 

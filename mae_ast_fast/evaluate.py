@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import MAEASTConfig
 from .masking import sample_mask
 from .model import MAEAST
 from .packing import real_tokens
 from .reference import masked_mse, patchify, unpatchify
 
 TO_BEAT = ("mean_of_visible", "interpolation")
+TIME_MARGIN = 0.95  # the share of ``other_times_mse`` under which the model's error must be
 MASK_SEED = 20220331  # held-out masks never change: not with the run's seed, not with its length
 
 
@@ -75,8 +77,12 @@ def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str
     ``interpolation``, every mel bin interpolated linearly along time between the visible frames on both sides, the
     nearest value at the edges.
 
+    ``other_times_mse`` takes the model's predictions for the other hidden times of the token's frequency block: a
+    model that only knows a clip's averages, as one trained on targets out of order does, is as good there.
+
     Returns:
-        ``reconstruction_mse``, ``baselines`` {name: mse}, ``accuracy``, ``chance`` (mean of 1 / M over masked tokens),
+        ``reconstruction_mse``, ``other_times_mse``,
+        ``baselines`` {name: mse}, ``accuracy``, ``chance`` (mean of 1 / M over masked tokens),
         ``info_nce``, ``masked_tokens``, ``clips``, ``passed`` and ``failures`` (what was not beaten, in words).
     """
     was_training = model.training
@@ -84,10 +90,10 @@ def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str
     totals: dict[str, float] = {}
     device = next(model.parameters()).device
     try:
-        for start in range(0, len(held_out.names), batch_size):
-            part = slice(start, start + batch_size)
+        for part in _usable(model.config, held_out).split(batch_size):
             frames = held_out.frames[part]
             features = held_out.features[part, : int(frames.max())]
+            features = torch.where(real_tokens(frames, features.shape[1])[:, :, None], features, 0)
             with torch.no_grad():
                 sums = _sums(model, features.to(device), frames.to(device), held_out.mask[part].to(device))
             for name, value in sums.items():
@@ -100,6 +106,7 @@ def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str
         "clips": len(held_out.names),
         "masked_tokens": int(rows),
         "reconstruction_mse": means.pop("mse"),
+        "other_times_mse": means.pop("other_times"),
         "info_nce": means.pop("nce"),
         "accuracy": means.pop("accuracy"),
         "chance": means.pop("chance"),
@@ -108,6 +115,15 @@ def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str
     report["failures"] = failures(model, report)
     report["passed"] = not report["failures"]
     return report
+
+
+def _usable(config: MAEASTConfig, held_out: HeldOut) -> Tensor:
+    """Indices of the clips that have both visible and masked tokens."""
+    real = real_tokens(held_out.frames // config.patch_size[0] * config.grid_f, held_out.mask.shape[1])
+    has_both = (held_out.mask & real).any(1) & (~held_out.mask & real).any(1)
+    if not has_both.any():
+        raise ValueError(f"none of {len(has_both)} held-out clips has both visible and masked tokens")
+    return has_both.nonzero()[:, 0]
 
 
 def failures(model: MAEAST, report: dict[str, Any]) -> list[str]:
@@ -123,6 +139,10 @@ def failures(model: MAEAST, report: dict[str, Any]) -> list[str]:
             for name in TO_BEAT
             if not mse < baselines[name]
         ]
+        if not mse < TIME_MARGIN * (other := report["other_times_mse"]):
+            found.append(
+                f"reconstruction MSE {mse:.4f} is hardly below {other:.4f}, that of predictions for other times"
+            )
     if model.config.classification_weight > 0.0 and not report["accuracy"] > 2 * report["chance"]:
         found.append(f"accuracy {report['accuracy']:.4f} is not above twice chance {report['chance']:.4f}")
     return found
@@ -147,11 +167,36 @@ def _sums(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -> dict
     }
     sums = {name: (masked_mse(guess[mask], out.target) / unit).sum() for name, guess in guesses.items()}
     sums["mse"] = masked_mse(out.pred_reconstruction, out.target, config.norm_pix_loss).sum()
+    sums["other_times"] = other_times_error(out.pred_reconstruction, out.target, mask, config)
     sums["nce"] = out.loss_classification * counts.sum()
     sums["accuracy"] = out.accuracy * counts.sum()
     sums["chance"] = (counts > 0).sum()  # M tokens of a clip, each 1 / M
     sums["rows"] = counts.sum()
     return {name: float(value) for name, value in sums.items()}
+
+
+def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, config: MAEASTConfig) -> Tensor:
+    """Sum over masked tokens of the mean error of the predictions for their block's other masked times in the clip.
+
+    A token that is its block's only masked one counts with its own error. Rows (sum M, P) as in the model's output.
+    """
+    target, prediction = target.double(), prediction.double()
+    if config.norm_pix_loss:
+        target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
+    clip, token = mask.nonzero(as_tuple=True)
+    group = clip * config.grid_f + token % config.grid_f
+    ones = torch.ones_like(target[:, 0])
+    size = mask.shape[0] * config.grid_f
+
+    def total(rows: Tensor) -> Tensor:  # of each row's group
+        return rows.new_zeros(size, *rows.shape[1:]).index_add(0, group, rows)[group]
+
+    # The sum over j of |p_j - t|^2 needs the group's sums only: |p_j|^2, p_j and their number.
+    squares = prediction.square().sum(1)
+    everyone = total(squares) - 2 * (total(prediction) * target).sum(1) + total(ones) * target.square().sum(1)
+    own = (prediction - target).square().sum(1)
+    others = total(ones) - 1
+    return torch.where(others > 0, (everyone - own) / others.clamp(min=1), own).sum() / target.shape[1]
 
 
 def mean_of_visible(patches: Tensor, visible: Tensor, grid_f: int = 1) -> Tensor:

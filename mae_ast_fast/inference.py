@@ -284,5 +284,5 @@ def save_model(model: MAEAST, folder: Path) -> int:
     if found := [name for name in _FILES if (folder / name).exists()]:
         raise ValueError(f"{folder} already holds {', '.join(found)}: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    model._save_pretrained(folder)
+    model.save_pretrained(folder)
     return (folder / "model.safetensors").stat().st_size

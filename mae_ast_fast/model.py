@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from . import reference
 from .attention import attention, choose_backend
 from .config import MAEASTConfig
-from .fbank import SAMPLE_RATE
 from .masking import sample_mask
 from .packing import Packing, real_tokens, sinusoid
 
@@ -109,13 +108,15 @@ class InputNorm(nn.Module):
         with torch.no_grad():
             dtype = torch.promote_types(features.dtype, torch.float32)
             valid = real_tokens(frames, features.shape[1])[:, :, None]
-            count = (frames.sum() * features.shape[2]).to(dtype)
+            total = frames.sum() * features.shape[2]
+            count = total.clamp(min=1).to(dtype)
             mean = torch.where(valid, features, 0).sum(dtype=dtype) / count
             variance = torch.where(valid, features - mean, 0).square().sum(dtype=dtype) / count
-            unbiased = variance * count / (count - 1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), 0.1)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), 0.1)
-            self.num_batches_tracked += 1
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            learned = (total > 0).to(dtype)  # a batch without a single frame teaches nothing
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), (0.1 * learned).to(self.running_mean.dtype))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), (0.1 * learned).to(self.running_var.dtype))
+            self.num_batches_tracked += total > 0
             return mean, 0.5 * (variance + 1e-5).rsqrt()
 
 
@@ -133,12 +134,16 @@ class Positions(nn.Module):
 
     def forward(self, token: Tensor, num_tokens: int) -> Tensor:
         """Rows (N, D) of the table for token indices (N,), all below ``num_tokens``."""
-        if num_tokens > self.table.shape[0]:
-            self.table = sinusoid(num_tokens, self.dim, self.table.device).to(self.table.dtype)
+        known = self.table.shape[0]
+        if num_tokens > known:
+            longer = sinusoid(num_tokens, self.dim, self.table.device).to(self.table.dtype)
+            self.table = torch.cat((self.table, longer[known:]))
         return self.table[token]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if (table := state_dict.get(prefix + "table")) is not None:
+            if table.dim() != 2 or table.shape[1] != self.dim:
+                raise ValueError(f"{prefix}table must be (tokens, {self.dim}), got {tuple(table.shape)}")
             self.register_buffer("table", torch.empty_like(table, device=self.table.device), persistent=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -299,15 +304,15 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             is_masked = mask[every.clip, every.token]
             x = reference.scatter_tokens(x, self.mask_token.to(dtype), positions, is_masked)
             x, _ = self.decoder(x, every, self.attention)
-            prediction = linear(x[is_masked], self.head)
-        reconstruction, classification = prediction.split(config.patch_dim, dim=1)
-        return self._losses(reconstruction, classification, target, mask, masked, contributes)
+            reconstruction, classification = linear(x[is_masked], self.head).split(config.patch_dim, dim=1)
+            return self._losses(reconstruction, classification, target, mask, masked, contributes)
 
     def _losses(
         self, reconstruction: Tensor, classification: Tensor, target: Tensor, mask: Tensor, rows: Packing, used: Tensor
     ) -> MAEASTOutput:
         config = self.config
-        weight = used[rows.clip].to(torch.promote_types(target.dtype, torch.float32))  # (N,): 0 where a clip adds none
+        dtype = torch.promote_types(torch.promote_types(target.dtype, reconstruction.dtype), torch.float32)
+        weight = used[rows.clip].to(dtype)  # (N,): 0 where a clip adds none
         off = weight.new_zeros(weight.shape)
         mse = nce = hit = off
         if config.reconstruction_weight > 0.0:
@@ -345,8 +350,8 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             ValueError: Inputs of the wrong shape or dtype, a layer that does not exist, more than 48,000 tokens.
         """
         config = self.config
-        if layer is not None and not 1 <= layer <= config.encoder_layers:
-            raise ValueError(f"layer must be in 1..{config.encoder_layers}, got {layer}")
+        if layer is not None and (type(layer) is not int or not 1 <= layer <= config.encoder_layers):
+            raise ValueError(f"layer must be an integer in 1..{config.encoder_layers}, got {layer!r}")
         frames = self._check(features, lengths)
         kt = config.patch_size[0]
         valid = real_tokens(frames, features.shape[1])[:, :, None]
@@ -395,8 +400,12 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         resolve_impl(self.impl, features.device)
         if lengths is None:
             return torch.full((batch,), width, dtype=torch.long, device=features.device)
-        lengths = torch.as_tensor(lengths)
-        if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"lengths must be integers ({batch},), got {lengths!r}") from error
+        is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+        if lengths.shape != (batch,) or not is_whole:
             raise ValueError(f"lengths must be integers ({batch},), got {lengths.dtype} {tuple(lengths.shape)}")
         if lengths.min() < 0 or lengths.max() > width:
             raise ValueError(f"lengths must be between 0 and T={width} frames, got {lengths.tolist()}")
@@ -416,61 +425,73 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         mask = F.pad(mask.to(tokens.device)[:, :width], (0, max(0, width - mask.shape[1])))
         return mask & real_tokens(tokens, width)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Writes model.safetensors and config.json, each in one step: a reader never sees half a file."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **hub: Any) -> str | None:
+        """Writes model.safetensors and config.json, each in one step: a reader never sees half a file.
+
+        Args:
+            save_directory: Folder, made where it does not exist.
+            **hub: ``push_to_hub``, ``repo_id`` and what else ``huggingface_hub.ModelHubMixin`` takes.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        metadata = {"format": "pt", "sample_rate": str(SAMPLE_RATE)}
         config = json.dumps({"model_type": "mae_ast", **self.config.to_dict()}, indent=2) + "\n"
-        _replace(save_directory / "model.safetensors", lambda path: save_file(weights, path, metadata))
-        _replace(save_directory / "config.json", lambda path: path.write_text(config))
+        _replace(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+        _replace(folder / "config.json", lambda path: path.write_text(config))
+        if "model_card_kwargs" in hub:  # the mixin is about to upload the folder
+            self.generate_model_card(**(hub["model_card_kwargs"] or {})).save(folder / "README.md")
+        if hub.pop("push_to_hub", False):
+            return self.push_to_hub(hub.pop("repo_id", None) or folder.name, **hub)
+        return None
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        config: Any = None,
-        **init: Any,
+        impl: str = "auto",
+        attention: str = "auto",
+        **hub: Any,
     ) -> MAEAST:
-        """Reads a folder, or a Hub repository by name; config.json is read strictly, whatever the mixin made of it."""
-        options = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
+        """Reads a folder that ``save_pretrained`` wrote, without a network, or a Hub repository; in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: Folder or repository name.
+            impl: As in the constructor.
+            attention: As in the constructor.
+            **hub: ``revision``, ``cache_dir``, ``token`` and so on, as ``huggingface_hub.hf_hub_download`` takes them.
+
+        Raises:
+            ValueError: A file is missing or damaged, or weights and configuration do not fit.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
 
         def locate(name: str) -> Path:
-            if not os.path.isdir(model_id):
-                return Path(hf_hub_download(model_id, name, **options))
-            path = Path(model_id) / name
+            if not os.path.isdir(source):
+                return Path(hf_hub_download(source, name, **hub))
+            path = Path(source) / name
             if not path.is_file():
-                raise ValueError(f"{model_id} is no checkpoint: expected {name} in it, found {os.listdir(model_id)}")
+                raise ValueError(
+                    f"{source} is no checkpoint: expected {name} in it, found {sorted(os.listdir(source))}"
+                )
             return path
 
+        path = locate("config.json")
         try:
-            fields = json.loads(locate("config.json").read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{model_id}: config.json is not valid JSON: {error}") from None
-        kind = fields.pop("model_type", None)
-        if kind != "mae_ast":
-            raise ValueError(f"{model_id}: config.json is of model_type {kind!r}, expected 'mae_ast'")
-        model = cls(MAEASTConfig.from_dict(fields), **init)
+            fields = json.loads(path.read_text())
+            if not isinstance(fields, dict):
+                raise ValueError(f"expected an object, got {type(fields).__name__}")
+            if (kind := fields.pop("model_type", None)) != "mae_ast":
+                raise ValueError(f"expected model_type 'mae_ast', got {kind!r}")
+            config = MAEASTConfig.from_dict(fields)
+        except ValueError as error:  # that of the JSON reader among them
+            raise ValueError(f"{path} is no configuration of MAE-AST: {error}") from None
+        model = cls(config, impl=impl, attention=attention)
         path = locate("model.safetensors")
         try:
-            weights = load_file(path)
+            model.load_state_dict(load_file(path))
         except Exception as error:  # safetensors' own exception class is not public
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit its config.json: {error}") from None
+            raise ValueError(f"{path} is damaged or does not fit its config.json: {error}") from None
         return model.eval()
 
     @classmethod

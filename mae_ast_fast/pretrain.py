@@ -297,7 +297,7 @@ class Trainer:
         for kind in sorted(set(held_out.kinds) - {""}):
             part = held_out.select([i for i, k in enumerate(held_out.kinds) if k == kind])
             by_kind[kind] = evaluate(self.model, part)
-        self.model._save_pretrained(self.run)
+        self.model.save_pretrained(self.run)
         rows = read_metrics(self.run / "metrics.jsonl")
         steps = [row for row in rows if "loss" in row]
         evaluations = [row for row in rows if "held_out" in row] + [{"step": self.step, "held_out": report}]

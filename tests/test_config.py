@@ -74,7 +74,9 @@ def test_patch_base_is_the_default() -> None:
 
 
 def test_preset_names_overrides_and_unknown_names() -> None:
-    assert sorted(MAEASTConfig.preset_names()) == sorted(f"{kind}_{size}" for kind in ("patch", "frame") for size in PRESETS)
+    assert sorted(MAEASTConfig.preset_names()) == sorted(
+        f"{kind}_{size}" for kind in ("patch", "frame") for size in PRESETS
+    )
     changed = MAEASTConfig.preset("frame_tiny", dropout=0.0, masking="span")
     assert (changed.dropout, changed.masking, changed.embed_dim) == (0.0, "span", 192)
     with pytest.raises(ValueError, match=r"patch_base.*frame_tiny.*got 'patch_huge'"):
@@ -116,7 +118,14 @@ def test_projection_only_where_asked_for_or_needed(projection: bool | None, deco
     assert MAEASTConfig(encoder_projection=projection, decoder_embed_dim=decoder_width).has_projection is expected
 
 
-RATES = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop", "decoder_layerdrop")
+RATES = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "input_dropout",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+)
 SIZES = ("num_mel_bins", "embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim")
 FLAGS = ("norm_first", "norm_pix_loss")
 WEIGHTS = ("reconstruction_weight", "classification_weight")

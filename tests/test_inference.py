@@ -183,7 +183,7 @@ def test_files_and_arguments_that_cannot_be(tmp_path):
     assert len(extract_file(model, short).features) == 8
     with pytest.raises(audio.AudioError, match="unreadable"):
         extract_file(model, tmp_path / "none.wav")
-    with pytest.raises(ValueError, match=r"layer must be in 1\.\.2, got 3"):
+    with pytest.raises(ValueError, match=r"layer must be an integer in 1\.\.2, got 3"):
         extract_file(model, SOUND, layer=3)
     for chunk_seconds in (0.0, -1.0, 960.1, float("nan")):
         with pytest.raises(ValueError, match=r"chunk_seconds must be positive and at most 960"):

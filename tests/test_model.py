@@ -1,12 +1,13 @@
-"""MAEAST line by line against its contract: losses of ragged batches, normalisation, features, training behaviour, files.
+"""MAEAST line by line against its contract: losses of ragged batches, normalisation, features, training, files.
 
-The tests against the paper's own numbers are in test_golden.py; these hold where the paper's code has nothing to compare with.
+The tests against the paper's own numbers are in test_golden.py; these are of what the paper's code does not do.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import pickle
@@ -35,7 +36,13 @@ BF16_LOSS = 2e-3
 # To policy.py: half-precision weights and statistics of a tiny model against fp32, max|a - b| / max|b|.
 HALF_FEATURES = 1e-2
 
-OFF = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "input_dropout": 0.0, "encoder_layerdrop": 0.0}
+OFF = {
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "input_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+}
 BINS, KT, GRID_F = 12, 4, 3
 FRAMES = [29, 8, 16, 21]  # tails of 1, 0, 0 and 1 frames; 7, 2, 4 and 5 patches in time
 
@@ -167,7 +174,7 @@ def test_shapes_of_the_output() -> None:
 
 
 def expected_targets(x: Tensor, mask: Tensor, frames: Tensor, mean: float, scale: float) -> Tensor:
-    """The normalised patches of the masked tokens, by loops: clip by clip, tokens ascending, t slow and f fast inside."""
+    """The normalised patches of the masked tokens by loops: clip by clip, tokens ascending, f fastest inside."""
     rows = []
     for clip, count in enumerate(tokens_of(frames.tolist())):
         for token in range(count):
@@ -188,7 +195,9 @@ def expected_losses(out: Any, counts: list[int], norm_pix_loss: bool) -> tuple[l
                 goal = (goal - goal.mean()) / (goal.var() + 1e-6).sqrt()
             mse.append(((recon[i] - goal) ** 2).mean().item())
             products = [(cls[i] * target[j]).sum().item() for j in range(first, first + count)]
-            nce.append(math.log(sum(math.exp(p - max(products)) for p in products)) + max(products) - products[i - first])
+            nce.append(
+                math.log(sum(math.exp(p - max(products)) for p in products)) + max(products) - products[i - first]
+            )
             hit.append(products.index(max(products)) == i - first)
         first += count
     return mse, nce, hit
@@ -197,7 +206,9 @@ def expected_losses(out: Any, counts: list[int], norm_pix_loss: bool) -> tuple[l
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("weights", [(10.0, 1.0), (0.5, 2.0)])
-def test_losses_are_means_over_all_masked_tokens(training: bool, norm_pix_loss: bool, weights: tuple[float, float]) -> None:
+def test_losses_are_means_over_all_masked_tokens(
+    training: bool, norm_pix_loss: bool, weights: tuple[float, float]
+) -> None:
     model = build(norm_pix_loss=norm_pix_loss, reconstruction_weight=weights[0], classification_weight=weights[1])
     model.train(training)
     x, frames = batch()
@@ -214,7 +225,7 @@ def test_losses_are_means_over_all_masked_tokens(training: bool, norm_pix_loss: 
     for name, rows in (("loss_reconstruction", mse), ("loss_classification", nce), ("loss", total), ("accuracy", hit)):
         assert_rounding(getattr(out, name), torch.tensor(sum(rows) / len(rows), dtype=torch.float64), name)
     ends = np.cumsum([0, *counts])
-    per_clip = [sum(total[a:b]) / (b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    per_clip = [sum(total[a:b]) / (b - a) for a, b in itertools.pairwise(ends)]
     assert_rounding(out.loss_per_clip, torch.tensor(per_clip, dtype=torch.float64), "loss_per_clip")
 
 
@@ -282,9 +293,9 @@ def test_no_clip_with_both_is_an_error() -> None:
         for mask in (None, everything):
             with pytest.raises(ValueError, match=r"no clip.*4 frames x 4 bins.*\[" + str(short)[1:-1]):
                 model(x, torch.tensor(short), mask)
-    for given in (None, torch.zeros(2, 0, dtype=torch.bool)):
+    for empty in (None, torch.zeros(2, 0, dtype=torch.bool)):
         with pytest.raises(ValueError, match="no clip"):
-            model(x[:, :3], None, given)
+            model(x[:, :3], None, empty)
     model(x, torch.tensor([16, 2]), each.flip(0) & (torch.arange(12) < 5))  # one clip with both is enough
 
 
@@ -373,6 +384,23 @@ def test_an_offset_does_not_spoil_the_variance() -> None:
     assert (out.target - target).abs().max() <= 4096 * torch.finfo(torch.float32).eps * 0.5 / math.sqrt(variance) * 2
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_nearly_silent_and_silent_batches_stay_finite(training: bool) -> None:
+    """1e-5 is added to the variance: it decides where the variance is smaller, and a constant becomes 0."""
+    model = build().train(training)
+    model.input_norm.running_mean.zero_()
+    model.input_norm.running_var.fill_(1e-6)
+    frames = torch.tensor(FRAMES)
+    quiet = (batch()[0] + 8) * 2.5e-4  # variance 1e-6
+    mean, variance, _ = pretraining_statistics(quiet, frames) if training else (0.0, 1e-6, 0)
+    out = model(quiet, frames, masks())
+    assert_rounding(out.target, expected_targets(quiet, masks(), frames, mean, 0.5 / math.sqrt(variance + 1e-5)))
+    out = model.train()(torch.full_like(quiet, -16.0), frames, masks())
+    assert not out.target.any() and out.loss.isfinite()
+    out.loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
 def test_eval_uses_running_statistics_and_leaves_them() -> None:
     model = build()
     before = copy.deepcopy(model.input_norm.state_dict())
@@ -389,7 +417,9 @@ def test_padding_leaks_into_nothing(training: bool, padding: float) -> None:
     clean, dirty = build().train(training), build().train(training)
     x, frames = batch(extra=6)
     y, _ = batch(extra=6, padding=padding)
-    assert_same_output(*(r for pair in zip(run(clean, x, frames, masks()), run(dirty, y, frames, masks()), strict=True) for r in pair))
+    assert_same_output(
+        *(r for pair in zip(run(clean, x, frames, masks()), run(dirty, y, frames, masks()), strict=True) for r in pair)
+    )
     for model in (clean, dirty):
         model.train(training)
     a, b = clean.extract_features(x, frames), dirty.extract_features(y, frames)
@@ -421,7 +451,9 @@ def shared(request: pytest.FixtureRequest) -> MAEAST:
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, extra=st.integers(0, 50), seed=st.integers(0, 1000))
-def test_a_clips_loss_in_eval_does_not_depend_on_its_batch(shared: MAEAST, lengths: list[int], extra: int, seed: int) -> None:
+def test_a_clips_loss_in_eval_does_not_depend_on_its_batch(
+    shared: MAEAST, lengths: list[int], extra: int, seed: int
+) -> None:
     x, frames = batch(lengths, seed=seed, padding=1e4, extra=extra)
     mask = sample_mask("random", torch.tensor(tokens_of(lengths)), GRID_F, 0.6, seed=seed)
     with torch.no_grad():
@@ -442,7 +474,9 @@ def test_a_clips_loss_in_eval_does_not_depend_on_its_batch(shared: MAEAST, lengt
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, extra=st.integers(0, 50), seed=st.integers(0, 1000))
-def test_a_clips_features_in_eval_do_not_depend_on_its_batch(shared: MAEAST, lengths: list[int], extra: int, seed: int) -> None:
+def test_a_clips_features_in_eval_do_not_depend_on_its_batch(
+    shared: MAEAST, lengths: list[int], extra: int, seed: int
+) -> None:
     x, frames = batch(lengths, seed=seed, padding=1e4, extra=extra)
     with torch.no_grad():
         out = shared.extract_features(x, frames)
@@ -555,7 +589,15 @@ def test_48000_tokens_and_no_more() -> None:
 
 def test_positions_past_the_first_table() -> None:
     """The table grows on demand and its rows stay what they were."""
-    model = build(num_mel_bins=2, patch_size=(1, 2), embed_dim=8, num_heads=2, encoder_layers=1, decoder_layers=1, masking="random")
+    model = build(
+        num_mel_bins=2,
+        patch_size=(1, 2),
+        embed_dim=8,
+        num_heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        masking="random",
+    )
     size = model.encoder_positions.table.shape[0]
     x = torch.randn(1, 2 * size + 5, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -569,14 +611,32 @@ def test_positions_past_the_first_table() -> None:
     assert torch.equal(model.decoder_positions.table, sinusoid(len(model.decoder_positions.table), 8))
     assert not torch.equal(long.last_hidden_state[:, 1:], shifted.last_hidden_state)
     assert out.loss.isfinite()
-    assert set(model.state_dict()) == set(build(seed=1, **dict(num_mel_bins=2, patch_size=(1, 2), embed_dim=8, num_heads=2, encoder_layers=1, decoder_layers=1, masking="random")).state_dict())
+    assert set(model.state_dict()) == set(
+        build(
+            seed=1,
+            **dict(
+                num_mel_bins=2,
+                patch_size=(1, 2),
+                embed_dim=8,
+                num_heads=2,
+                encoder_layers=1,
+                decoder_layers=1,
+                masking="random",
+            ),
+        ).state_dict()
+    )
 
 
 def test_an_encoder_alone() -> None:
     whole, encoder = build(), build(decoder_layers=0)
     missing = encoder.load_state_dict(whole.state_dict(), strict=False)
     assert not missing.missing_keys
-    assert {name.split(".")[0] for name in missing.unexpected_keys} == {"encoder_projection", "mask_token", "decoder", "head"}
+    assert {name.split(".")[0] for name in missing.unexpected_keys} == {
+        "encoder_projection",
+        "mask_token",
+        "decoder",
+        "head",
+    }
     x, frames = batch()
     with torch.no_grad():
         a, b = whole.extract_features(x, frames), encoder.extract_features(x, frames)
@@ -686,7 +746,10 @@ def test_the_fused_attention_gets_its_dropout_in_training_only(monkeypatch: pyte
     assert rates == [0.12] * 3 + [0.0] * 3
 
 
-@pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop", "decoder_layerdrop"])
+@pytest.mark.parametrize(
+    "rate",
+    ["dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop", "decoder_layerdrop"],
+)
 def test_each_rate_acts_in_training_and_not_in_eval(rate: str) -> None:
     with_rate, without = build(**{rate: 0.5}), build()
     x, frames = batch()
@@ -702,7 +765,13 @@ def test_each_rate_acts_in_training_and_not_in_eval(rate: str) -> None:
 
 
 def test_a_seed_decides_everything_in_training() -> None:
-    rates = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "input_dropout": 0.1, "encoder_layerdrop": 0.3}
+    rates = {
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.1,
+        "input_dropout": 0.1,
+        "encoder_layerdrop": 0.3,
+    }
     x, frames = batch()
     results = []
     for seed in (1, 1, 2):
@@ -736,13 +805,18 @@ def test_a_generator_decides_the_mask_and_nothing_else() -> None:
     assert torch.equal(generator.get_state(), reference.get_state())
 
 
-@pytest.mark.parametrize(("masking", "ratio"), [("random", 0.75), ("chunk", 0.5), ("time", 0.4), ("frequency", 0.6), ("span", 0.3), ("chunk_official", 0.7)])
+@pytest.mark.parametrize(
+    ("masking", "ratio"),
+    [("random", 0.75), ("chunk", 0.5), ("time", 0.4), ("frequency", 0.6), ("span", 0.3), ("chunk_official", 0.7)],
+)
 def test_a_drawn_mask_follows_the_configuration(masking: str, ratio: float) -> None:
     model = build(masking=masking, mask_ratio=ratio)
     x, frames = batch([60, 45, 29])
     out = model(x, frames, generator=torch.Generator().manual_seed(3))
     tokens = torch.tensor(tokens_of([60, 45, 29]))
-    assert torch.equal(out.mask, sample_mask(masking, tokens, GRID_F, ratio, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(
+        out.mask, sample_mask(masking, tokens, GRID_F, ratio, generator=torch.Generator().manual_seed(3))
+    )
     assert out.mask.sum(1).tolist() == (tokens - num_visible(tokens, ratio)).tolist()
 
 
@@ -798,7 +872,10 @@ def test_decoder_takes_heads_and_ffn_width_from_the_encoder() -> None:
     assert all(gradient.any() for name, gradient in grads.items())
 
 
-@pytest.mark.parametrize(("fields", "expected"), [({"decoder_embed_dim": 16}, False), ({"decoder_embed_dim": 16, "encoder_projection": True}, True), ({}, True)])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"decoder_embed_dim": 16}, False), ({"decoder_embed_dim": 16, "encoder_projection": True}, True), ({}, True)],
+)
 def test_a_projection_only_where_asked_for_or_needed(fields: dict, expected: bool) -> None:
     model = build(**fields)
     assert (model.encoder_projection is not None) is expected
@@ -935,12 +1012,23 @@ def with_rounded_tables(case: Golden) -> dict[str, Tensor]:
     """The official state of an fp16 run: its sinusoid tables are fp16-rounded."""
     options = case.options
     tables = {}
-    for name, option in (("enc_sine_pos_embed.pe", "encoder_embed_dim"), ("dec_sine_pos_embed.pe", "decoder_embed_dim")):
+    for name, option in (
+        ("enc_sine_pos_embed.pe", "encoder_embed_dim"),
+        ("dec_sine_pos_embed.pe", "decoder_embed_dim"),
+    ):
         tables[name] = sinusoid(48_000, options[f"cfg/model/{option}"]).half()[None]
     return {**case.state_dict, **tables}
 
 
-@pytest.mark.parametrize("fields", [{}, {"norm_first": True, "decoder_embed_dim": 16}, {"decoder_layers": 0}, {"patch_size": (2, BINS), "masking": "span"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"norm_first": True, "decoder_embed_dim": 16},
+        {"decoder_layers": 0},
+        {"patch_size": (2, BINS), "masking": "span"},
+    ],
+)
 def test_save_and_load_to_the_bit(tmp_path: Path, fields: dict) -> None:
     model = build(**fields).train()
     x, frames = batch()

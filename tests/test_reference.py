@@ -134,7 +134,12 @@ def test_layer_norm_of_low_precision_rows_has_fp32_statistics(dtype: torch.dtype
 
 
 def test_add_layer_norm_gradients() -> None:
-    inputs = [normal(3, 4, grad=True), normal(3, 4, seed=1, grad=True), normal(4, seed=2, grad=True), normal(4, seed=3, grad=True)]
+    inputs = [
+        normal(3, 4, grad=True),
+        normal(3, 4, seed=1, grad=True),
+        normal(4, seed=2, grad=True),
+        normal(4, seed=3, grad=True),
+    ]
     assert gradcheck(reference.add_layer_norm, inputs)
 
 
@@ -164,7 +169,10 @@ def test_dropout_of_a_branch_leaves_the_residual_and_scales_what_stays() -> None
 
 def test_masked_mse_against_a_loop() -> None:
     prediction, target = normal(4, 6), normal(4, 6, seed=1)
-    expected = [sum((p - t) ** 2 for p, t in zip(a, b, strict=True)) / 6 for a, b in zip(prediction.tolist(), target.tolist(), strict=True)]
+    expected = [
+        sum((p - t) ** 2 for p, t in zip(a, b, strict=True)) / 6
+        for a, b in zip(prediction.tolist(), target.tolist(), strict=True)
+    ]
     assert_rounding(reference.masked_mse(prediction, target), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -175,7 +183,9 @@ def test_masked_mse_of_normalised_patches_against_a_loop() -> None:
         mean = sum(t) / 6
         variance = sum((v - mean) ** 2 for v in t) / 5  # unbiased, as the public MAE code
         expected.append(sum((a - (v - mean) / math.sqrt(variance + 1e-6)) ** 2 for a, v in zip(p, t, strict=True)) / 6)
-    assert_rounding(reference.masked_mse(prediction, target, norm_pix_loss=True), torch.tensor(expected, dtype=torch.float64))
+    assert_rounding(
+        reference.masked_mse(prediction, target, norm_pix_loss=True), torch.tensor(expected, dtype=torch.float64)
+    )
 
 
 def test_masked_mse_of_a_constant_patch_is_finite_with_norm_pix() -> None:
