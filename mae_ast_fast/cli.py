@@ -289,7 +289,7 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
         f"  InfoNCE accuracy {held_out['accuracy']:.4f}; chance {held_out['chance']:.4f}",
     ]
     if held_out["passed"]:
-        lines.append("  passed: it beats every baseline, and twice chance")
+        lines.append("  passed: better than the mean of the visible patches, than interpolation, and than twice chance")
     else:
         lines += ["  NOT passed:", *(f"    {failure}" for failure in held_out["failures"])]
     lines += [

@@ -532,18 +532,22 @@ def test_hidden_states_and_layers(norm_first: bool) -> None:
 
 @pytest.mark.parametrize("count", range(1, 14))
 def test_frames_past_a_clips_length_count_as_zero_before_normalisation(count: int) -> None:
+    """Whether they are there, as padding, or the clip's last patch reaches over the end of the batch."""
     model = build()
     x, frames = batch([count])
     whole = -(-count // KT) * KT
     filled = torch.nn.functional.pad(x, (0, 0, 0, whole - count))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, whole - count), value=99.0)
     with torch.no_grad():
-        out = model.extract_features(x, frames)
-        assert out.lengths.tolist() == [whole // KT * GRID_F]
-        assert torch.equal(out.last_hidden_state, model.extract_features(filled).last_hidden_state)
+        expected = model.extract_features(filled).last_hidden_state
+        for features in (x, padded):
+            out = model.extract_features(features, frames)
+            assert out.lengths.tolist() == [whole // KT * GRID_F]
+            assert torch.equal(out.last_hidden_state, expected)
         if whole > count:  # the tail is not dropped
             other = x.clone()
             other[0, count - 1] += 1.0
-            assert not torch.equal(out.last_hidden_state, model.extract_features(other).last_hidden_state)
+            assert not torch.equal(expected, model.extract_features(other).last_hidden_state)
 
 
 def test_features_of_a_frame_model() -> None:
