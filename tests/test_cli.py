@@ -424,7 +424,7 @@ def test_features_that_cannot_be(checkpoint, recordings, tmp_path, capsys):
     assert "x.npz names one file, got 2: name a folder" in told
     told = fails(capsys, 1, "features", one, *rest, tmp_path / "x.npz", "--format", "safetensors")
     assert "contradict each other" in told
-    assert "layer must be in 1..2, got 9" in fails(capsys, 1, "features", one, *rest, tmp_path / "o", "--layer", "9")
+    assert "layer must be an integer in 1..2, got 9" in fails(capsys, 1, "features", one, *rest, tmp_path / "o", "--layer", "9")
     told = fails(capsys, 1, "features", one, "--checkpoint", tmp_path / "none", "--out", tmp_path / "o")
     assert "no checkpoint at" in told
     (tmp_path / "file").touch()
