@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in argv or os.environ.get("MAE_AST_FAST_TRACEBACK", "0") not in ("", "0")
     argv = [argument for argument in argv if argument != "--traceback"]
     name = PROGRAM
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what no terminal shows
     try:
         try:
             if not argv:
@@ -292,6 +294,8 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
         lines.append("  passed: better than the mean of the visible patches, than interpolation, and than twice chance")
     else:
         lines += ["  NOT passed:", *(f"    {failure}" for failure in held_out["failures"])]
+    for kind, report in summary["held_out_by_kind"].items():
+        lines += [f"  {kind} alone: {failure}" for failure in report["failures"]]
     lines += [
         f"In {run}: model.safetensors and config.json, summary.json, metrics.jsonl, loss.png, reconstruction.png, "
         "tensorboard/",

@@ -19,6 +19,7 @@ from .model import MAEAST
 from .packing import real_tokens
 from .reference import masked_mse, patchify, unpatchify
 
+BASELINES = ("mean_of_visible", "mean_of_visible_same_band", "interpolation")
 TO_BEAT = ("mean_of_visible", "interpolation")
 TIME_MARGIN = 0.95  # the share of ``other_times_mse`` under which the model's error must be
 MASK_SEED = 20220331  # held-out masks never change: not with the run's seed, not with its length

@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import pickletools
+import re
 import reprlib
 import sys
 import zipfile
@@ -184,6 +185,8 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, Any]:
     for section in ("cfg", "args"):  # one of them is None
         options = _plain(content.get(section), {}, 0)
         if options is not None:
+            if section == "args" and "cfg" in checkpoint and not isinstance(options, dict):
+                continue  # newer files leave something of their own there
             if not isinstance(options, dict):
                 raise ValueError(f"expected {section!r} to hold options by name, found {_describe(options)}")
             checkpoint[section] = options
@@ -450,6 +453,9 @@ def fairseq_config(cfg: Mapping[str, Any] | argparse.Namespace) -> MAEASTConfig:
     )
 
 
+_SECTIONED = re.compile(r"(cfg[/.])?(model|task|criterion)[/.]")  # flat keys such as cfg/model/encoder_layers
+
+
 def _options(cfg: Any) -> dict[str, Any]:
     """The options that matter by their official names, from any of the accepted forms."""
 
@@ -460,6 +466,7 @@ def _options(cfg: Any) -> dict[str, Any]:
     top = as_mapping(cfg)
     if top is None:
         raise ValueError(f"expected the official options by name, got {_describe(cfg)}")
+    top = as_mapping(top.get("cfg")) or top
     sections = [top]  # in old flat options, "model", "task" and "criterion" are absent or strings
     if any(as_mapping(top.get(section)) is not None for section in ("model", "task", "criterion")):
         sections = []
@@ -469,15 +476,8 @@ def _options(cfg: Any) -> dict[str, Any]:
                 sections.append(as_mapping(value))
             elif value is not None:
                 raise ValueError(f"expected section {section} to hold options by name, got {_describe(value)}")
-    elif any(isinstance(key, str) and key.startswith("cfg/") for key in top):
-        sections = [
-            {
-                key.removeprefix(f"cfg/{section}/"): value
-                for key, value in top.items()
-                if key.startswith(f"cfg/{section}/")
-            }
-            for section in ("model", "task", "criterion")
-        ]
+    elif any(isinstance(key, str) and _SECTIONED.match(key) for key in top):
+        sections = [{_SECTIONED.sub("", key): value for key, value in top.items() if _SECTIONED.match(key)}]
     kernels = [f"ast_kernel_{kind}_{axis}" for kind in ("size", "stride") for axis in ("time", "chan")]
     names = [*_FIELDS, *_FIXED, *kernels, "use_post_enc_proj", "mask_type", "random_mask_prob"]
     # One by one: a section may hold mandatory values that OmegaConf refuses to show.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +69,7 @@ def fbank(
     lengths = _check(waveforms, lengths, sample_rate, frontend)
     with torch.autocast(waveforms.device.type, enabled=False):
         if sample_rate != SAMPLE_RATE and waveforms.numel():
-            waveforms, lengths = _resample(waveforms, lengths, sample_rate)
+            waveforms, lengths = _resample(waveforms, lengths, int(sample_rate))
         return _packed_fbank(waveforms.contiguous(), lengths, frontend)
 
 
@@ -84,7 +85,7 @@ def _check(waveforms: torch.Tensor, lengths: object, sample_rate: int, frontend:
         )
     if waveforms.dim() != 2:
         raise ValueError(f"waveforms must be (B, S), mono, got shape {tuple(waveforms.shape)}")
-    if not isinstance(sample_rate, int) or isinstance(sample_rate, bool) or sample_rate < 1:
+    if not isinstance(sample_rate, numbers.Integral) or isinstance(sample_rate, bool) or sample_rate < 1:
         raise ValueError(f"sample_rate must be a positive integer in Hz, got {sample_rate!r}")
     if frontend not in _FRONTENDS:
         raise ValueError(f"frontend must be one of {', '.join(_FRONTENDS)}, got {frontend!r}")

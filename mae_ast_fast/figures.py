@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .evaluate import HeldOut
+from .evaluate import BASELINES, HeldOut
 from .model import MAEAST
 from .packing import real_tokens
 from .reference import patchify, unpatchify
@@ -57,15 +57,18 @@ def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
         if evaluations:
             points = [(row["step"], of_report(row["held_out"])) for row in evaluations]
             axis.plot(*zip(*points, strict=True), "o-", color="C1", markersize=3, label="held out")
-            last = evaluations[-1]["held_out"]
-            lines = last["baselines"] if name == "loss_reconstruction" else {}
-            if name == "accuracy":
-                lines = {"chance": last["chance"]}
-            for i, (label, value) in enumerate(lines.items()):
-                axis.axhline(value, color=f"C{i + 2}", linestyle=":", label=label.replace("_", " "))
+            # The unit of the errors follows the running statistics, so baselines move a little from point to point.
+            marks = {"chance": lambda report: report["chance"]} if name == "accuracy" else {}
+            if name == "loss_reconstruction":
+                marks = {mark: lambda report, mark=mark: report["baselines"][mark] for mark in BASELINES}
+            for i, (label, value) in enumerate(marks.items()):
+                y_mark = [value(row["held_out"]) for row in evaluations]
+                style = {"color": f"C{i + 2}", "linestyle": ":", "label": label.replace("_", " ")}
+                axis.plot([step for step, _ in points], y_mark, **style)
         axis.set(title=title, xlabel="step")
         if name == "loss_reconstruction" and len(y):
-            axis.set_ylim(0, 1.15 * max(np.quantile(y, 0.95), *(last["baselines"].values() if evaluations else [0])))
+            highest = [max(row["held_out"]["baselines"].values()) for row in evaluations]
+            axis.set_ylim(0, 1.15 * max(np.quantile(y, 0.95), *highest, 0.0))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     _save(figure, path)
@@ -127,5 +130,5 @@ def plot_reconstruction(model: MAEAST, clips: HeldOut, path: Path) -> None:
                 axis.set_title(title)
         kind = f"{clips.kinds[row]}: " if clips.kinds[row] else ""
         axes[row][0].set_ylabel("mel bin")
-        axes[row][1].set_xlabel(f"{kind}{clips.names[row]}  (s)", fontsize=8)
+        axes[row][1].set_xlabel(f"{kind}{clips.names[row]}  (s)", fontsize=8, parse_math=False)
     _save(figure, path)

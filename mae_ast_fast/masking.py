@@ -67,6 +67,7 @@ _TOKEN, _CHUNK, _SPAN, _LINE, _SIZE = range(5)  # streams: the counter's last wo
 _WORD = 0xFFFFFFFF
 _LAST = 2**63 - 1  # a key that sorts behind every drawn word
 _NEEDS_GRID = ("chunk", "chunk_official", "frequency")
+_ON_GRID = ("chunk", "time", "frequency")  # lay the tokens out in columns of grid_f, so there must be whole ones
 _MARGIN = CHUNK_SIZES[-1] - 1  # blocks before the grid in which a square may start
 
 _Draw = Callable[[torch.Tensor | int, int], tuple[torch.Tensor, ...]]
@@ -144,7 +145,8 @@ def sample_mask(
 
     Args:
         strategy: ``random``, ``chunk``, ``chunk_official``, ``span``, ``time`` or ``frequency``.
-        tokens: (B,) integers >= 0, tokens of each clip, multiples of ``grid_f``. All work happens on their device.
+        tokens: (B,) integers >= 0, tokens of each clip; for chunk, time and frequency multiples
+            of ``grid_f``. All work happens on their device.
         grid_f: Frequency blocks, that is tokens of one time step.
         mask_ratio: Share of a clip's tokens that is hidden, in (0, 1). Exactly ``tokens - num_visible(tokens)`` are.
         generator: Where a 64-bit seed is drawn from if ``seed`` is None. None: torch's default (CPU) generator.
@@ -166,7 +168,7 @@ def sample_mask(
         raise ValueError(f"grid_f must be >= {2 if strategy in _NEEDS_GRID else 1} for {strategy}, got {grid_f}")
     if generator is not None and seed is not None:
         raise ValueError("expected generator or seed, got both")
-    tokens, max_tokens = _check_tokens(tokens, grid_f, max_tokens)
+    tokens, max_tokens = _check_tokens(tokens, grid_f if strategy in _ON_GRID else 1, max_tokens)
     batch, device = len(tokens), tokens.device
     if clip_ids is None:
         clip_ids = torch.arange(batch, device=device)
@@ -197,8 +199,9 @@ def _integers(name: str, values: torch.Tensor | list[int]) -> torch.Tensor:
 def _check_tokens(tokens: torch.Tensor | list[int], grid_f: int, max_tokens: int | None) -> tuple[torch.Tensor, int]:
     tokens = _integers("tokens", tokens)
     on_cpu = tokens.device.type == "cpu"
+    multiple = f"multiples of grid_f={grid_f} and" if grid_f > 1 else "whole numbers"
     if on_cpu and ((tokens < 0) | (tokens % grid_f != 0)).any():
-        raise ValueError(f"tokens must be multiples of grid_f={grid_f} and >= 0, got {tokens.tolist()}")
+        raise ValueError(f"tokens must be {multiple} >= 0, got {tokens.tolist()}")
     largest = max(tokens.tolist(), default=0) if on_cpu or max_tokens is None else 0
     max_tokens = largest if max_tokens is None else max_tokens
     if max_tokens < largest or max_tokens % grid_f:

@@ -83,6 +83,7 @@ class Trainer:
         self.step = self.epoch = self.batch = 0
         self.seconds = self.audio_seconds = 0.0
         self.pending: list[tuple[dict[str, Any], Tensor, list[str]]] = []  # rows whose numbers are still on the device
+        self.saved: tuple[int, Path] | None = None
         self.bar: Any = None
         self.events: Any = None
 
@@ -215,6 +216,8 @@ class Trainer:
         for row, numbers, names in self.pending:
             loss, reconstruction, classification, accuracy, norm = numbers.tolist()
             if not math.isfinite(loss) or not math.isfinite(norm):
+                for finite in rows:
+                    self._log(finite)
                 self._fail(row["step"], loss, norm, names)
             row |= {
                 "loss": loss,
@@ -246,10 +249,10 @@ class Trainer:
 
     def _fail(self, step: int, loss: float, norm: float, names: list[str]) -> None:
         saved = checkpoint.training_checkpoints(self.run)
-        back = f"go back to {saved[-1]}" if saved else "no checkpoint was saved before it"
+        back = f"go back to {saved[-1]} (the same command does)" if saved else "no checkpoint was saved before it"
         raise NonFiniteLoss(
-            f"step {step}: loss {loss}, gradient norm {norm}; clips: {', '.join(names)}; {back} "
-            "(the same command does), with a lower --lr or --precision fp32, or without these clips"
+            f"step {step}: loss {loss}, gradient norm {norm}; clips: {', '.join(names)}; {back}; try another --out "
+            "with a lower --lr, with --precision fp32, or without these clips"
         )
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -277,8 +280,10 @@ class Trainer:
         os.replace(partial, path)
 
     def save(self) -> Path:
-        """Writes a checkpoint of the current step."""
+        """Writes a checkpoint of the current step, once."""
         self._flush()
+        if self.saved is not None and self.saved[0] == self.step:
+            return self.saved[1]
         state = {
             "step": self.step,
             "epoch": self.epoch,
@@ -288,7 +293,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "data": self._data_identity(),
         }
-        return checkpoint.save_training(self.run, self.step, self.model, state, self.options.keep)
+        self.saved = self.step, checkpoint.save_training(self.run, self.step, self.model, state, self.options.keep)
+        return self.saved[1]
 
     def finish(self, held_out: HeldOut, how: str) -> dict[str, Any]:
         """Evaluates, draws and writes what a finished run leaves."""
@@ -301,8 +307,6 @@ class Trainer:
         rows = read_metrics(self.run / "metrics.jsonl")
         steps = [row for row in rows if "loss" in row]
         evaluations = [row for row in rows if "held_out" in row] + [{"step": self.step, "held_out": report}]
-        plot_loss(steps, evaluations, self.run / "loss.png")
-        plot_reconstruction(self.model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
         data = self.clips.report
         summary = {
             "steps": self.step,
@@ -331,6 +335,8 @@ class Trainer:
             "torch": torch.__version__,
         }
         _write_json(self.run / "summary.json", summary)
+        plot_loss(steps, evaluations, self.run / "loss.png")
+        plot_reconstruction(self.model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
         return summary
 
 
@@ -461,5 +467,5 @@ def _flat(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)

@@ -13,6 +13,10 @@ FBANK_ABS = 1e-3  # log-mel, absolute, against torchaudio.compliance.kaldi.fbank
 ROUNDING = 2e-6  # max|a - b| / max|b|: one computation in another order or shape, fp32
 ROUNDING_GRAD = 2e-5  # the same for gradients summed over all tokens of a batch
 
+BF16_LOSS = 2e-3  # one step in bf16, same mask, dropout 0: loss relative to fp32
+HALF_FEATURES = 1e-2  # half-precision weights of a tiny model against fp32, max|a - b| / max|b|
+PERFECT_MSE = 1e-12  # of a prediction that is the target, up to rounding
+
 # Masks. A frequency estimated from N independent draws of probability p has the standard error sqrt(p (1 - p) / N);
 # beyond 6 of them lies 2e-9 of a normal distribution, 1e-6 for the 512 tokens of a clip together.
 STANDARD_ERRORS = 6.0

@@ -11,7 +11,7 @@ import pytest
 
 from mae_ast_fast import MAEASTConfig
 
-CONTRACT = {  # as the issue writes them, in its order
+CONTRACT = {  # the public interface, in its order
     "num_mel_bins": 128,
     "patch_size": (16, 16),
     "embed_dim": 768,

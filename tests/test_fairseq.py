@@ -786,3 +786,31 @@ def test_a_table_of_another_shape_is_refused(shape):
         convert_state_dict(
             {**golden().state_dict, "enc_sine_pos_embed.pe": torch.zeros(shape)}, fairseq_config(golden().options)
         )
+
+
+@pytest.mark.parametrize("separator", ["/", "."])
+@pytest.mark.parametrize("prefix", ["cfg", ""])
+def test_sectioned_and_doubly_nested_options_are_found(separator, prefix):
+    case = Golden("mae_ast_prenorm_proj")
+    expected = fairseq_config(case.options)
+    options = {key: value for key, value in case.options.items() if key.startswith("cfg/")}
+    flat = {key.removeprefix("" if prefix else "cfg/").replace("/", separator): x for key, x in options.items()}
+    assert fairseq_config(flat) == expected
+    nested = {}
+    for key, value in options.items():
+        _, section, name = key.split("/")
+        nested.setdefault(section, {})[name] = value
+    assert fairseq_config({"cfg": nested}) == fairseq_config(nested) == expected
+
+
+class ForeignArgs:
+    """Stands for a class of somebody's training code."""
+
+
+def test_foreign_args_beside_good_options_do_no_harm(tmp_path):
+    case = Golden("mae_ast_patch_small")
+    torch.save({"cfg": {"model": {"a": 1}}, "args": ForeignArgs(), "model": case.state_dict}, tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt")["cfg"] == {"model": {"a": 1}}
+    torch.save({"cfg": None, "args": ForeignArgs(), "model": case.state_dict}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="ForeignArgs"):
+        read_checkpoint(tmp_path / "b.pt")

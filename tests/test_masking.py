@@ -417,10 +417,10 @@ def test_whole_lines_are_hidden(strategy, dim):
         ({"tokens": torch.ones(2, 1, dtype=torch.int64)}, r"tokens must be 1-D integers, got torch.int64 .*\(2, 1\)"),
         ({"tokens": torch.tensor([8.0])}, r"tokens must be 1-D integers, got torch.float32"),
         ({"tokens": torch.tensor([True])}, r"tokens must be 1-D integers, got torch.bool"),
-        ({"tokens": [8, 12]}, r"tokens must be multiples of grid_f=8 and >= 0, got \[8, 12\]"),
-        ({"tokens": [-8]}, r"tokens must be multiples of grid_f=8 and >= 0, got \[-8\]"),
-        ({"max_tokens": 8}, r"max_tokens must be a multiple of grid_f=8 and >= 16, got 8"),
-        ({"max_tokens": 20}, r"max_tokens must be a multiple of grid_f=8 and >= 16, got 20"),
+        ({"strategy": "time", "tokens": [8, 12]}, r"tokens must be multiples of grid_f=8 and >= 0, got \[8, 12\]"),
+        ({"strategy": "time", "tokens": [-8]}, r"tokens must be multiples of grid_f=8 and >= 0, got \[-8\]"),
+        ({"strategy": "time", "max_tokens": 8}, r"max_tokens must be a multiple of grid_f=8 and >= 16, got 8"),
+        ({"strategy": "time", "max_tokens": 20}, r"max_tokens must be a multiple of grid_f=8 and >= 16, got 20"),
         ({"clip_ids": [1, 2, 3]}, r"clip_ids must have the shape of tokens \(2,\), got \(3,\)"),
         ({"clip_ids": torch.zeros(2)}, r"clip_ids must be 1-D integers, got torch.float32"),
         ({"seed": torch.zeros(1, dtype=torch.int64)}, r"seed must be an integer or a 0-d int64 tensor, got .*\(1,\)"),
@@ -442,3 +442,11 @@ def test_num_visible_errors():
         num_visible(torch.tensor([8]), 1.5)
     with pytest.raises(ValueError, match="tokens must be >= 0, got -1"):
         num_visible(-1, 0.5)
+
+
+@pytest.mark.parametrize("strategy", ["random", "span", "chunk_official"])
+def test_strategies_without_columns_take_any_count(strategy):
+    mask = sample_mask(strategy, [80, 37], 8, 0.75, seed=1)
+    assert mask.sum(1).tolist() == [60, 37 - num_visible(37, 0.75)] and not mask[1, 37:].any()
+    with pytest.raises(ValueError, match="multiples of grid_f=8"):
+        sample_mask("time", [80, 37], 8, 0.75)

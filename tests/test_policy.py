@@ -27,7 +27,7 @@ def check(request: pytest.FixtureRequest):
 
 
 def test_bounds_are_no_laxer_than_decided() -> None:
-    """SPEC.md and the issue fix the first three; the others are one computation in another order."""
+    """The recorded cases and the interface fix the first three; the others are one computation in another order."""
     assert policy.GOLDEN <= 1e-5 and policy.GOLDEN_ZERO <= 1e-6 and policy.FBANK_ABS <= 1e-3
     assert policy.ROUNDING <= 2e-6 and policy.ROUNDING_GRAD <= 2e-5
 

@@ -249,6 +249,16 @@ def test_corrupt_files_are_skipped_counted_and_named(options: PretrainOptions, t
     assert named == {"text.wav", "empty.ogg", "nan.wav", "short.wav"}
 
 
+def test_names_that_look_like_markup_are_only_names(options: PretrainOptions, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    rng = np.random.default_rng(2)
+    for name in ("a$^$1.wav", "b_{.wav", "ü 音\n.wav", "d\\frac.wav"):
+        soundfile.write(folder / name, 0.1 * rng.standard_normal(RATE), RATE)
+    pretrain(dataclasses.replace(options, data=str(folder), steps=2, cache=str(tmp_path / "cache")))
+    assert (Path(options.out) / "reconstruction.png").stat().st_size > 0
+
+
 def test_other_options_in_the_same_folder(options: PretrainOptions) -> None:
     pretrain(options)
     with pytest.raises(ValueError, match=r"lr 0.0005 -> 0.002.*--out"):
