@@ -1133,6 +1133,9 @@ def test_options_of_a_loaded_model(tmp_path: Path) -> None:
     assert (loaded.impl, loaded.attention) == ("torch", "math")
     with pytest.raises(ValueError, match=r"sdpa.*'flashy'"):
         MAEAST.from_pretrained(tmp_path, attention="flashy")
+    for misspelt in ({"atention": "math"}, {"config": config()}):
+        with pytest.raises(TypeError, match=next(iter(misspelt))):
+            MAEAST.from_pretrained(tmp_path, **misspelt)
 
 
 def _cut(path: Path) -> None:
@@ -1198,7 +1201,8 @@ def test_saving_again_never_leaves_a_folder_without_its_config(tmp_path: Path, m
     model = build()
     model.save_pretrained(tmp_path)
 
-    def die(*args: Any, **kwargs: Any) -> None:
+    def die(tensors: dict[str, Tensor], path: Path, *args: Any) -> None:
+        Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(mae_ast_fast.model, "save_file", die)

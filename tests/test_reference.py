@@ -151,14 +151,14 @@ def test_bias_gelu_is_the_exact_one() -> None:
 
 
 def test_dropout_of_a_branch_leaves_the_residual_and_scales_what_stays() -> None:
-    branch, residual = torch.ones(400, 50), torch.zeros(400, 50)
+    branch, residual = torch.ones(400, 50), normal(400, 50, dtype=torch.float32)
     weight, bias = torch.ones(50), torch.zeros(50)
     torch.manual_seed(0)
     out = reference.add_layer_norm(branch, residual, weight, bias, dropout=0.25)
     torch.manual_seed(0)
     dropped = torch.nn.functional.dropout(branch, 0.25)
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
-    assert torch.equal(out, reference.layer_norm(dropped, weight, bias))
+    assert torch.equal(out, reference.layer_norm(residual + dropped, weight, bias))
     torch.manual_seed(0)
     gelu = reference.bias_gelu(branch, bias, dropout=0.25)
     assert torch.equal(gelu, dropped * torch.nn.functional.gelu(torch.ones(())))
@@ -299,7 +299,7 @@ def test_attention_dropout_is_on_the_probabilities() -> None:
     out = reference.attention(qkv, *cu_of([200, 400]), dropout=0.5)
     kept = out[:200, :, 0] * 200 * 0.5  # uniform probabilities 1 / 200, doubled where kept
     assert_rounding(kept, kept.round())
-    assert kept.std() > 1
+    assert kept.std(0).min() > 1  # of every head: each row keeps its own keys
     torch.manual_seed(0)
     assert torch.equal(out, reference.attention(qkv, *cu_of([200, 400]), dropout=0.5))
     assert torch.equal(reference.attention(qkv, *cu_of([200, 400])), reference.attention(qkv, *cu_of([200, 400]), 0.0))
