@@ -451,7 +451,11 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         *,
         impl: str = "auto",
         attention: str = "auto",
-        **hub: Any,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
     ) -> MAEAST:
         """Reads a folder that ``save_pretrained`` wrote, without a network, or a Hub repository; in evaluation mode.
 
@@ -459,11 +463,22 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             pretrained_model_name_or_path: Folder or repository name.
             impl: As in the constructor.
             attention: As in the constructor.
-            **hub: ``revision``, ``cache_dir``, ``token`` and so on, as ``huggingface_hub.hf_hub_download`` takes them.
+            revision: This and the following as ``huggingface_hub.hf_hub_download`` takes them; unused for a folder.
+            cache_dir: Where downloads are kept.
+            force_download: Download again.
+            local_files_only: Never download.
+            token: Of the Hub.
 
         Raises:
             ValueError: A file is missing or damaged, or weights and configuration do not fit.
         """
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         source = os.fspath(pretrained_model_name_or_path)
 
         def locate(name: str) -> Path:
