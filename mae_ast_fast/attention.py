@@ -46,6 +46,9 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float =
     name, _ = choose_backend(backend, qkv.device)
     if name == "math":
         return reference.attention(qkv, cu_seqlens, max_seqlen, dropout)
+    if groups := reference.similar_lengths(cu_seqlens, max_seqlen, qkv.shape[0]):
+        order = torch.cat([index for index, _, _ in groups]).argsort()
+        return torch.cat([attention(qkv[index], cu, longest, dropout, name) for index, cu, longest in groups])[order]
     pad = reference.PaddedView(cu_seqlens, max_seqlen, qkv.shape[0])
     q, k, v = pad.pad(qkv).permute(2, 0, 3, 1, 4)  # each (B, H, S, Dh)
     mask = None if pad.full else pad.key_valid[:, None, None, :]

@@ -99,6 +99,10 @@ def info_nce(prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen:
     Returns:
         loss (N,) and hit (N,) bool: whether the row's largest product is with its own target.
     """
+    if groups := similar_lengths(cu_seqlens, max_seqlen, prediction.shape[0]):
+        order = torch.cat([index for index, _, _ in groups]).argsort()
+        parts = [info_nce(prediction[index], target[index], cu, longest) for index, cu, longest in groups]
+        return tuple(torch.cat(column)[order] for column in zip(*parts, strict=True))
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     pad = PaddedView(cu_seqlens, max_seqlen, prediction.shape[0])
     padded_prediction, padded_target = pad.pad(prediction.to(dtype)), pad.pad(target.to(dtype))
@@ -120,6 +124,27 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float =
     logits = logits.to(dtype).masked_fill(~pad.key_valid[:, None, None, :], float("-inf"))
     probabilities = F.dropout(logits.softmax(-1).to(v.dtype), dropout, training=dropout > 0.0)
     return pad.unpad((probabilities @ v).transpose(1, 2))
+
+
+def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[tuple[Tensor, Tensor, int]] | None:
+    """Groups of clips whose lengths differ by less than a factor of 2, where padding to the longest would waste much.
+
+    Returns:
+        None where at least half of the padded rows are real, else (rows (n,), cu_seqlens, max_seqlen) of each group.
+    """
+    if (cu_seqlens.shape[0] - 1) * max_seqlen <= 2 * rows:
+        return None
+    counts = cu_seqlens.diff().long()
+    size = torch.where(counts > 0, counts.clamp(min=1).double().log2().floor().long(), -1)
+    clip_of_row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=rows)
+    groups = []
+    for exponent in range(max_seqlen.bit_length()):
+        own = counts[size == exponent]
+        if len(own):
+            index = (size[clip_of_row] == exponent).nonzero()[:, 0]
+            cu = F.pad(own.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
+            groups.append((index, cu, int(own.max())))
+    return groups
 
 
 class PaddedView:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,22 @@ def test_dropout_is_on_the_probabilities(backend: str, counts: list[int]) -> Non
     torch.manual_seed(0)
     assert torch.equal(out, call(qkv, counts, backend, dropout=0.25))
     assert torch.equal(call(qkv, counts, backend), call(qkv, counts, backend, dropout=0.0))
+
+
+def test_unequal_clips_are_not_all_padded_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips of any length mix without padding waste: at most one padded row for each real one."""
+    padded: list[int] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        padded.append(q.shape[0] * q.shape[2])
+        return original(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for counts in ([1] * 100 + [200], [200, 3, 0, 7], list(range(1, 60)), [5, 5, 5]):
+        padded.clear()
+        assert_rounding(call(rows(counts), counts, "sdpa"), loop(rows(counts).double(), counts))
+        assert sum(counts) <= sum(padded) <= 2 * sum(counts)
 
 
 def test_backend_choice() -> None:

@@ -740,9 +740,10 @@ def test_the_fused_attention_gets_its_dropout_in_training_only(monkeypatch: pyte
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     model = build(attention="sdpa", attention_dropout=0.12)
-    for training in (True, False):
+    for training, expected in ((True, 0.12), (False, 0.0)):
+        rates.clear()
         model.train(training)(*batch(), masks())
-    assert rates == [0.12] * 3 + [0.0] * 3
+        assert len(rates) >= 3 and set(rates) == {expected}
 
 
 @pytest.mark.parametrize(
