@@ -61,8 +61,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
-def add_layer_norm(branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
-    """LayerNorm(residual + dropout(branch)), all (N, D): the post-norm residual connection."""
+def add_layer_norm(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """LayerNorm(residual + dropout(branch + branch_bias)), rows (N, D): the post-norm residual connection."""
+    if branch_bias is not None:
+        branch = branch + branch_bias.to(branch.dtype)
     return layer_norm(residual + F.dropout(branch, dropout, training=dropout > 0.0), weight, bias)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels then run on CPU tensors
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -69,3 +69,73 @@ def assert_fbank(actual: torch.Tensor, expected: torch.Tensor, name: str = "fban
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
     assert error <= FBANK_ABS, f"{name}: max|a - b| = {error:.3g}, allowed {FBANK_ABS:.3g}"
+
+
+# Kernels: r the fp64 reference on the rounded inputs, t the reference in the kernel's own dtype, k the kernel.
+KERNEL_ELEMENT = 2.0  # e(k) <= this * e(t) + eps of the dtype, e(v) = max(|v - r| / max(|r|, rms r))
+KERNEL_ELEMENT_DOT = 3.0  # the same for gradients through dot products
+KERNEL_RMS = {torch.float32: 3.0, torch.float16: 1.25, torch.bfloat16: 1.25}  # rms(k - r) <= this * rms(t - r)
+KERNEL_RMS_FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}  # ... + this * rms r
+KERNEL_CAP = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # rms(k - r) / rms r, whatever t does
+# Of few values the rms of rounding errors scatters: of n by a relative 1 / sqrt(2 n). So many of these are allowed, of
+# rms(t - r) and of what rounding to the dtype costs at least (eps / sqrt(12)), which t may miss by luck.
+KERNEL_RMS_SCATTER = 6.0
+KERNEL_SUM_FP32 = 5e-6  # sums over rows: e(k) may add this * sqrt(rows) in fp32 ...
+KERNEL_SUM_EPS = 2.0  # ... and this * eps * max|r| in half precision, element by element
+
+
+def _rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def _element_error(v: torch.Tensor, r: torch.Tensor) -> float:
+    """max(|v - r| / max(|r|, rms r)); 0 where both are 0 throughout."""
+    if r.numel() == 0:
+        return 0.0
+    return ((v - r).abs() / r.abs().clamp(min=max(_rms(r), 1e-300))).max().item()
+
+
+def assert_kernel(
+    kernel: torch.Tensor,
+    same_dtype: torch.Tensor,
+    exact: torch.Tensor,
+    dtype: torch.dtype,
+    name: str = "tensor",
+    dot: bool = False,
+    summed_rows: int = 0,
+) -> None:
+    """A kernel's result against the fp64 reference, no worse than the reference in the same dtype (within factors).
+
+    Args:
+        kernel: The kernel's result.
+        same_dtype: Of the reference on the same inputs, in the same dtype.
+        exact: Of the reference in fp64 on the same, rounded, inputs.
+        dtype: In which the kernel worked: that of its inputs.
+        name: For the message.
+        dot: A gradient through dot products: a wider bound on single elements.
+        summed_rows: Rows that were summed, for the gradients of weights and biases.
+    """
+    assert kernel.shape == exact.shape, f"{name}: shape {tuple(kernel.shape)}, expected {tuple(exact.shape)}"
+    assert kernel.dtype == same_dtype.dtype, f"{name}: dtype {kernel.dtype}, expected {same_dtype.dtype}"
+    k, t, r = (x.detach().cpu().double() for x in (kernel, same_dtype, exact))
+    assert k.isfinite().all(), f"{name}: {int((~k.isfinite()).sum())} of {k.numel()} values are not finite"
+    rms_r, rms_k, rms_t = _rms(r), _rms(k - r), _rms(t - r)
+    bound = (KERNEL_ELEMENT_DOT if dot else KERNEL_ELEMENT) * _element_error(t, r) + torch.finfo(dtype).eps
+    scatter = KERNEL_RMS_SCATTER / (2 * max(r.numel(), 1)) ** 0.5
+    rounding = torch.finfo(dtype).eps / 12**0.5 * rms_r
+    rms_bound = KERNEL_RMS[dtype] * rms_t + KERNEL_RMS_FLOOR[dtype] * rms_r + scatter * (rms_t + rounding)
+    if summed_rows:
+        largest = r.abs().max().item() if r.numel() else 0.0
+        more = (
+            KERNEL_SUM_FP32 * summed_rows**0.5
+            if dtype == torch.float32
+            else KERNEL_SUM_EPS * torch.finfo(dtype).eps * largest / max(rms_r, 1e-300)
+        )
+        bound += more
+        rms_bound += more * rms_r
+    error = _element_error(k, r)
+    assert error <= bound, f"{name}: e(k) = {error:.3g}, allowed {bound:.3g} (e(t) = {_element_error(t, r):.3g})"
+    assert rms_k <= rms_bound, f"{name}: rms(k - r) = {rms_k:.3g}, allowed {rms_bound:.3g} (t: {rms_t:.3g})"
+    if not summed_rows:
+        cap = KERNEL_CAP[dtype] * rms_r
+        assert rms_k <= cap, f"{name}: rms(k - r) = {rms_k:.3g}, never more than {cap:.3g}"

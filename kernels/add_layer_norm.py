@@ -1,0 +1,328 @@
+"""y = LayerNorm(residual + dropout(branch + branch_bias)): the post-norm residual connection.
+
+    z = residual + keep * scale * (branch + branch_bias)     keep from Philox, see dropout.py
+    xhat = (z - mean z) * rstd,  y = xhat * weight + bias    statistics in fp32 over D, eps 1e-5
+
+Letters: N packed rows, D width, G programs. Fused: bias, dropout, addition, statistics, affine; in the backward also
+the column sums for weight, bias and branch_bias, and the sum of two incoming gradients. Saved: the inputs, mean and
+rstd; z is computed again, masks are drawn again. Moved: forward 3 (N, D) tensors (unfused: 7 and a mask), backward 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import keep_mask, threshold_and_scale
+from .launch import block, launch, options, unit_stride
+
+
+@triton.jit(do_not_specialize=["N", "site", "threshold"])
+def _forward(
+    branch_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    branch_bias_ptr,
+    seed_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    N,
+    stride_branch,
+    stride_residual,
+    site,
+    threshold,
+    scale,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_D)
+    inside = (row < N)[:, None] & (col < D)[None, :]
+    z = tl.load(branch_ptr + row[:, None] * stride_branch + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if BRANCH_BIAS:
+        z += tl.load(branch_bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
+    if DROPOUT:
+        z = tl.where(keep_mask(tl.load(seed_ptr), row, 0, site, threshold, BLOCK_D), z * scale, 0.0)
+    z += tl.load(residual_ptr + row[:, None] * stride_residual + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.where(inside, z, 0.0), 1) / D  # (ROWS,)
+    centred = tl.where(inside, z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(y_ptr + row[:, None] * D + col[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + row, mean, mask=row < N)
+    tl.store(rstd_ptr + row, rstd, mask=row < N)
+
+
+@triton.jit(do_not_specialize=["N", "G", "site", "threshold"])
+def _backward(
+    dy_ptr,
+    dy_again_ptr,
+    branch_ptr,
+    residual_ptr,
+    weight_ptr,
+    branch_bias_ptr,
+    seed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dbranch_ptr,
+    dresidual_ptr,
+    partial_ptr,
+    N,
+    G,
+    stride_dy,
+    stride_dy_again,
+    stride_branch,
+    stride_residual,
+    site,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    program = tl.program_id(0)
+    col = tl.arange(0, BLOCK_D)
+    inside = col < D
+    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    dbranch_bias = tl.zeros((BLOCK_D,), tl.float32)
+    if BRANCH_BIAS:
+        branch_bias = tl.load(branch_bias_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    for index in range(program, N, G):
+        row = tl.cast(index, tl.int64)
+        z = tl.load(branch_ptr + row * stride_branch + col, mask=inside, other=0.0).to(tl.float32)
+        if BRANCH_BIAS:
+            z += branch_bias
+        if DROPOUT:
+            kept = tl.reshape(keep_mask(seed, row + tl.zeros((1,), tl.int64), 0, site, threshold, BLOCK_D), (BLOCK_D,))
+            z = tl.where(kept, z * scale, 0.0)
+        z += tl.load(residual_ptr + row * stride_residual + col, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        xhat = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
+        dy = tl.load(dy_ptr + row * stride_dy + col, mask=inside, other=0.0).to(tl.float32)
+        if AGAIN:
+            dy += tl.load(dy_again_ptr + row * stride_dy_again + col, mask=inside, other=0.0).to(tl.float32)
+        scaled = dy * weight
+        dz = (scaled - tl.sum(scaled, 0) / D - xhat * (tl.sum(scaled * xhat, 0) / D)) * rstd
+        tl.store(dresidual_ptr + row * D + col, dz.to(dresidual_ptr.dtype.element_ty), mask=inside)
+        if DROPOUT:  # without dropout both gradients are the same
+            dz = tl.where(kept, dz * scale, 0.0)
+            tl.store(dbranch_ptr + row * D + col, dz.to(dbranch_ptr.dtype.element_ty), mask=inside)
+        dweight += dy * xhat
+        dbias += dy
+        if BRANCH_BIAS:
+            dbranch_bias += dz
+    partial_ptr += program.to(tl.int64) * (3 * D) + col
+    tl.store(partial_ptr, dweight, mask=inside)
+    tl.store(partial_ptr + D, dbias, mask=inside)
+    if BRANCH_BIAS:
+        tl.store(partial_ptr + 2 * D, dbranch_bias, mask=inside)
+
+
+def forward(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    site: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, D) in the dtype of ``residual``, mean and rstd (N,) in fp32."""
+    rows, width = residual.shape
+    branch, residual = unit_stride(branch), unit_stride(residual)
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    mean = torch.empty(rows, dtype=torch.float32, device=y.device)
+    rstd = torch.empty_like(mean)
+    threshold, scale = threshold_and_scale(dropout)
+    chosen = options("add_layer_norm_forward", residual, width)
+    launch(
+        _forward,
+        (triton.cdiv(rows, chosen["ROWS"]),),
+        branch,
+        residual,
+        weight,
+        bias,
+        branch_bias,
+        seed,
+        y,
+        mean,
+        rstd,
+        rows,
+        branch.stride(0),
+        residual.stride(0),
+        site,
+        threshold,
+        scale,
+        eps,
+        D=width,
+        BLOCK_D=block(width),
+        BRANCH_BIAS=branch_bias is not None,
+        DROPOUT=dropout > 0.0,
+        **chosen,
+    )
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    dy_again: Tensor | None,
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    branch_bias: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients: of branch (no elements without dropout: it is that of residual), of residual, and fp32 column sums.
+
+    The sums are (3, D): of weight, of bias, of branch_bias (undefined without one).
+    """
+    rows, width = residual.shape
+    dy, branch, residual = unit_stride(dy), unit_stride(branch), unit_stride(residual)
+    dy_again = None if dy_again is None else unit_stride(dy_again)
+    dresidual = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    dbranch = torch.empty_like(dresidual) if dropout > 0.0 else dresidual.new_empty(0)
+    chosen = dict(options("add_layer_norm_backward", residual, width))
+    programs = min(max(rows, 1), chosen.pop("PROGRAMS"))
+    partial = torch.empty(programs, 3, width, dtype=torch.float32, device=dy.device)
+    if rows == 0:
+        return dbranch, dresidual, partial.zero_().sum(0)
+    threshold, scale = threshold_and_scale(dropout)
+    launch(
+        _backward,
+        (programs,),
+        dy,
+        dy_again,
+        branch,
+        residual,
+        weight,
+        branch_bias,
+        seed,
+        mean,
+        rstd,
+        dbranch,
+        dresidual,
+        partial,
+        rows,
+        programs,
+        dy.stride(0),
+        0 if dy_again is None else dy_again.stride(0),
+        branch.stride(0),
+        residual.stride(0),
+        site,
+        threshold,
+        scale,
+        D=width,
+        BLOCK_D=block(width),
+        BRANCH_BIAS=branch_bias is not None,
+        DROPOUT=dropout > 0.0,
+        AGAIN=dy_again is not None,
+        **chosen,
+    )
+    return dbranch, dresidual, partial.sum(0)
+
+
+forward_op = torch.library.custom_op("mae_ast_fast::add_layer_norm", forward, mutates_args=())
+backward_op = torch.library.custom_op("mae_ast_fast::add_layer_norm_backward", backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(branch, residual, weight, bias, branch_bias, seed, dropout, site, eps):
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return y, y.new_empty(y.shape[0], dtype=torch.float32), y.new_empty(y.shape[0], dtype=torch.float32)
+
+
+@backward_op.register_fake
+def _(dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, dropout, site):
+    dresidual = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    dbranch = torch.empty_like(dresidual) if dropout > 0.0 else dresidual.new_empty(0)
+    return dbranch, dresidual, mean.new_empty(3, residual.shape[1])
+
+
+def _save(ctx, inputs, output):
+    branch, residual, weight, bias, branch_bias, seed, dropout, site, _ = inputs
+    ctx.save_for_backward(branch, residual, weight, branch_bias, seed, *output[1:])
+    ctx.dropout, ctx.site, ctx.bias_dtype = dropout, site, bias.dtype
+
+
+def _gradients(ctx, dy, dy_again):
+    branch, residual, weight, branch_bias, seed, mean, rstd = ctx.saved_tensors
+    dbranch, dresidual, (dweight, dbias, dbranch_bias) = backward_op(
+        dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, ctx.dropout, ctx.site
+    )
+    dbranch = dbranch if ctx.dropout > 0.0 else dresidual
+    dbranch_bias = None if branch_bias is None else dbranch_bias.to(branch_bias.dtype)
+    columns = dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), dbranch_bias
+    return dbranch, dresidual, *columns, None, None, None, None
+
+
+forward_op.register_autograd(lambda ctx, dy, dmean, drstd: _gradients(ctx, dy, None), setup_context=_save)
+
+
+class _Fork(torch.autograd.Function):
+    """The op with y given out twice: two gradients come back and are added inside the kernel, not in a pass before."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, mean, rstd = forward_op(*inputs)
+        _save(ctx, inputs, (y, mean, rstd))
+        return y, y.detach()
+
+    @staticmethod
+    def backward(ctx, dy, dy_again):
+        return _gradients(ctx, dy, dy_again)
+
+
+def add_layer_norm(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    site: int,
+    eps: float,
+    fork: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y, or y twice with ``fork`` (the same memory)."""
+    inputs = branch, residual, weight, bias, branch_bias, seed, dropout, site, eps
+    return _Fork.apply(*inputs) if fork else forward_op(*inputs)[0]
+
+
+WIDTHS = (192, 384, 768)  # of the presets
+
+
+def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+    rows = 65536
+    x = torch.empty(rows, width, dtype=dtype, device="meta")
+    w, seed = torch.empty(width, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    mean = torch.empty(rows, device="meta")
+    for dropout in (0.0, 0.1):
+        label = "dropout" if dropout else ""
+        yield f"forward {label}", rows, lambda p=dropout: forward(x, x, w, w, w, seed, p, 1, 1e-5)
+        yield f"backward {label}", rows, lambda p=dropout: backward(x, x, x, x, w, w, seed, mean, mean, p, 1)

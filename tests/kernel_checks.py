@@ -1,0 +1,122 @@
+"""What the kernel tests share: where kernels run here, inputs that make them stumble, and the comparison of three.
+
+Without a GPU the kernels run on CPU tensors under Triton's interpreter (conftest.py switches it on), in fp32 and fp16;
+its bf16 is wrong (dots multiply raw bits, casts truncate), so bf16 runs on a GPU only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from policy import assert_kernel
+from torch import Tensor
+
+from mae_ast_fast.kernels.table import TABLE
+from mae_ast_fast.masking import philox4x32
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+OFFSETS = (0.0, 30.0)  # statistics in low precision hide on zero-mean inputs
+
+
+def few_programs(monkeypatch: pytest.MonkeyPatch, *names: str, programs: int = 3) -> None:
+    """Lets every program of the named kernels work on several rows even where a test has few."""
+    for name in names:
+        rows = [(*row[:3], {**row[3], "PROGRAMS": programs}) for row in TABLE[name]]
+        monkeypatch.setitem(TABLE, name, rows)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, offset: float = 0.0, seed: int = 0) -> Tensor:
+    """Normal values around ``offset``, rounded to ``dtype``, on the kernels' device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) + offset).to(DEVICE, dtype)
+
+
+def seed_tensor(seed: int) -> Tensor:
+    """A dropout seed as the ops take it."""
+    return torch.tensor([seed], dtype=torch.int64, device=DEVICE)
+
+
+def cu_seqlens(lengths: Sequence[int]) -> Tensor:
+    """(B + 1,) int32 of the lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+
+
+def keep_mask(seed: int, rows: int, columns: int, site: int, dropout: float, lane: int = 0) -> Tensor:
+    """What kernels/dropout.py draws, written with PyTorch's integers: (rows, columns) bool, True = kept."""
+    group, row = torch.arange(-(-columns // 8))[None, :], torch.arange(rows)[:, None]
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    words = philox4x32((group + 0 * row, row + 0 * group, site, lane), key)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.stack(halves, dim=-1).flatten(1)[:, :columns]
+    return (bits >= round(dropout * 65536)).to(DEVICE)
+
+
+def kept_scale(dropout: float) -> float:
+    """The factor on what is kept: the inverse of the keep rate, which is a multiple of 1 / 65536."""
+    return 1 / (1 - round(dropout * 65536) / 65536)
+
+
+def results_and_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], differentiable: Sequence[str]
+) -> dict[str, Tensor]:
+    """The outputs of ``function(**inputs)`` by number, and the gradients of the named inputs.
+
+    The incoming gradients are normal values of a fixed seed in the outputs' dtype, the same for every implementation.
+    """
+    leaves = {name: x.detach().clone() if name in differentiable else x for name, x in inputs.items()}
+    for name in differentiable:
+        original = inputs[name]
+        if not original.is_contiguous():  # a clone is dense; keep the strides under test
+            leaves[name] = original.detach()
+        leaves[name].requires_grad_()
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
+    sources = [out for out in outputs if out.requires_grad]
+    incoming = [
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(99 + index)).half().to(out.device, out.dtype)
+        for index, out in enumerate(sources)
+    ]
+    gradients = torch.autograd.grad(sources, [leaves[name] for name in differentiable], incoming)
+    return found | {f"gradient of {name}": x for name, x in zip(differentiable, gradients, strict=True)}
+
+
+def compare(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: dict[str, Tensor],
+    differentiable: Sequence[str],
+    dtype: torch.dtype,
+    summed: Sequence[str] = (),
+    dot: bool = False,
+) -> None:
+    """Kernel, reference in the same dtype and reference in fp64 on the same inputs, by the policy.
+
+    Args:
+        kernel: Takes the inputs by name.
+        reference: The same function in PyTorch.
+        inputs: Tensors; floating ones are widened for the fp64 run.
+        differentiable: Names of the inputs whose gradients count.
+        dtype: Of the stream.
+        summed: Those of them whose gradient sums over rows.
+        dot: Whether gradients go through dot products.
+    """
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    runs = [
+        results_and_gradients(kernel, inputs, differentiable),
+        results_and_gradients(reference, inputs, differentiable),
+        results_and_gradients(reference, wide, differentiable),
+    ]
+    rows = max(x.shape[0] for x in inputs.values() if x.dim() > 0)
+    for name, exact in runs[2].items():
+        k, t = runs[0][name], runs[1][name]
+        if not exact.is_floating_point():
+            assert torch.equal(k, t), f"{name}: kernel and reference differ"
+            continue
+        is_sum = name.removeprefix("gradient of ") in summed
+        assert_kernel(
+            k, t, exact, dtype, name, dot=dot and name.startswith("gradient"), summed_rows=rows if is_sum else 0
+        )
