@@ -15,9 +15,12 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr):
-    """Bool (ROWS, COLUMNS), True = kept, for row numbers ``row`` (ROWS,); COLUMNS a multiple of 8."""
-    group = tl.arange(0, COLUMNS // 8)
+def keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr, first=0):
+    """Bool (ROWS, COLUMNS), True = kept, for row numbers ``row`` (ROWS,) and columns from ``first`` on.
+
+    COLUMNS and ``first`` are multiples of 8.
+    """
+    group = first // 8 + tl.arange(0, COLUMNS // 8)
     counter = group[None, :].to(tl.uint32) + tl.zeros_like(row[:, None]).to(tl.uint32)
     rows = row[:, None].to(tl.uint32) + tl.zeros_like(group[None, :]).to(tl.uint32)
     zeros = tl.zeros_like(counter)

@@ -525,6 +525,56 @@ def _doctor(argv: Sequence[str]) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+def _kernels(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "kernels",
+        "Compiles every Triton kernel ahead of time, without a GPU, and says what it costs: registers, spills, shared "
+        "memory, matrix instructions, occupancy. Only what changed since the last time is compiled. The exit code is 1 "
+        "where a kernel does not compile, asks for more shared memory than the architecture has, or spills more than "
+        "kernels/allowed.py allows; that a kernel does not compile for gfx942 counts only with --arch gfx942.",
+        ("--op add_layer_norm --arch sm_90", "--dump add_layer_norm._forward --arch sm_90,sm_100 --out dump/"),
+    )
+    parser.add_argument("--arch", metavar="NAMES", help="of sm_80, sm_90, sm_100, gfx942, with commas (default: all)")
+    parser.add_argument("--op", metavar="NAMES", help="operations, as the files in kernels/ (default: all)")
+    parser.add_argument(
+        "--dump",
+        metavar="NAME",
+        help='only variants with NAME in "op.kernel variant arch"; writes their PTX and SASS (gfx942: its assembly)',
+    )
+    parser.add_argument("--out", default="kernel_dump", metavar="DIR", help="folder for --dump (default: kernel_dump)")
+    parser.add_argument("--no-cache", action="store_true", help="compile everything, keep nothing")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    arguments = parser.read(argv)
+
+    from . import kernel_report
+
+    def progress(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {of} compiled", end="" if done < of else "\n", file=sys.stderr, flush=True)
+
+    try:
+        report = kernel_report.examine(
+            archs=arguments.arch and arguments.arch.split(","),
+            ops=arguments.op and arguments.op.split(","),
+            dump=arguments.dump,
+            out=arguments.out,
+            cache=not arguments.no_cache,
+            progress=progress,
+        )
+    except kernel_report.Unavailable as error:
+        raise CommandError(str(error)) from error
+    if arguments.json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print(kernel_report.to_text(report))
+    return 1 if report["problems"] else 0
+
+
 # --------------------------------------------------------------------------------------------------------- overview
 
 
@@ -543,6 +593,9 @@ COMMANDS = {
     "export": Command("Use a model", "write the encoder alone", _export),
     "convert": Command("Use a model", "read a checkpoint of the paper's own code", _convert),
     "doctor": Command("This machine", "versions, devices, what will be used and why, the largest batch", _doctor),
+    "kernels": Command(
+        "Kernels", "compile every kernel for several GPUs, without one, and say what it costs", _kernels
+    ),
 }
 
 

@@ -19,7 +19,8 @@ from .attention import choose_backend
 from .checkpoint import load_model
 from .config import MAEASTConfig
 from .fbank import SAMPLE_RATE, num_frames
-from .model import MAEAST, resolve_impl
+from .model import MAEAST
+from .ops import resolve_impl
 
 OPERATIONS = (
     "sample_mask",

@@ -162,6 +162,42 @@ def sample_mask(
     Raises:
         ValueError: An argument is not as described. What only the values of ``tokens`` can tell is checked on CPU.
     """
+    tokens, masked, clip_ids, seed, epoch, max_tokens = prepare(
+        strategy, tokens, grid_f, mask_ratio, generator, seed, clip_ids, epoch, max_tokens
+    )
+    if len(tokens) == 0 or max_tokens == 0:
+        return torch.zeros(len(tokens), max_tokens, dtype=torch.bool, device=tokens.device)
+    if strategy == "chunk_official":
+        clip_ids = torch.zeros_like(clip_ids[:1])
+    key, clip = (seed & _WORD, (seed >> 32) & _WORD), (clip_ids & _WORD)[:, None]
+
+    def draw(index: torch.Tensor | int, stream: int) -> tuple[torch.Tensor, ...]:
+        return philox4x32((index, clip, epoch, stream), key)
+
+    valid = torch.arange(max_tokens, device=tokens.device) < tokens[:, None]
+    return _STRATEGIES[strategy](draw, valid, masked[:, None], grid_f)
+
+
+def prepare(
+    strategy: str,
+    tokens: torch.Tensor | list[int],
+    grid_f: int,
+    mask_ratio: float,
+    generator: torch.Generator | None,
+    seed: int | torch.Tensor | None,
+    clip_ids: torch.Tensor | list[int] | None,
+    epoch: int,
+    max_tokens: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | int, int, int]:
+    """Checks the arguments of ``sample_mask`` and works out what every implementation of it needs.
+
+    Returns:
+        tokens, masked (how many to hide) and clip_ids, each (B,) int64 on one device; the seed, an integer in
+        [-2^63, 2^64) or a 0-d int64 tensor on that device; the epoch in [0, 2^32); max_tokens.
+
+    Raises:
+        ValueError: As ``sample_mask``.
+    """
     if strategy not in MASKING_STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(MASKING_STRATEGIES)}, got {strategy!r}")
     if grid_f < 1 or (grid_f == 1 and strategy in _NEEDS_GRID):
@@ -169,24 +205,14 @@ def sample_mask(
     if generator is not None and seed is not None:
         raise ValueError("expected generator or seed, got both")
     tokens, max_tokens = _check_tokens(tokens, grid_f if strategy in _ON_GRID else 1, max_tokens)
-    batch, device = len(tokens), tokens.device
+    device = tokens.device
     if clip_ids is None:
-        clip_ids = torch.arange(batch, device=device)
+        clip_ids = torch.arange(len(tokens), device=device)
     clip_ids = _integers("clip_ids", clip_ids).to(device)
     if clip_ids.shape != tokens.shape:
         raise ValueError(f"clip_ids must have the shape of tokens {tuple(tokens.shape)}, got {tuple(clip_ids.shape)}")
-    if strategy == "chunk_official":
-        clip_ids = torch.zeros_like(clip_ids[:1])
-    masked = (tokens - num_visible(tokens, mask_ratio))[:, None]
-    key, clip, epoch = _key(seed, generator, device), (clip_ids & _WORD)[:, None], operator.index(epoch) & _WORD
-    if batch == 0 or max_tokens == 0:
-        return torch.zeros(batch, max_tokens, dtype=torch.bool, device=device)
-
-    def draw(index: torch.Tensor | int, stream: int) -> tuple[torch.Tensor, ...]:
-        return philox4x32((index, clip, epoch, stream), key)
-
-    valid = torch.arange(max_tokens, device=device) < tokens[:, None]
-    return _STRATEGIES[strategy](draw, valid, masked, grid_f)
+    masked = tokens - num_visible(tokens, mask_ratio)
+    return tokens, masked, clip_ids, _seed(seed, generator, device), operator.index(epoch) & _WORD, max_tokens
 
 
 def _integers(name: str, values: torch.Tensor | list[int]) -> torch.Tensor:
@@ -209,9 +235,9 @@ def _check_tokens(tokens: torch.Tensor | list[int], grid_f: int, max_tokens: int
     return tokens, max_tokens
 
 
-def _key(
+def _seed(
     seed: int | torch.Tensor | None, generator: torch.Generator | None, device: torch.device
-) -> tuple[torch.Tensor | int, torch.Tensor | int]:
+) -> torch.Tensor | int:
     if seed is None:
         where = "cpu" if generator is None else generator.device
         seed = torch.empty((), dtype=torch.int64, device=where).random_(-(2**63), None, generator=generator)
@@ -221,7 +247,7 @@ def _key(
         seed = int(seed) if seed.device.type == "cpu" else seed.to(device)
     elif not -(2**63) <= operator.index(seed) < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {seed}")
-    return seed & _WORD, (seed >> 32) & _WORD
+    return seed
 
 
 def _first(keys: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,12 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import reference
-from .attention import attention, choose_backend
+from . import ops
+from .attention import choose_backend
 from .config import MAEASTConfig
-from .masking import sample_mask
-from .packing import Packing, real_tokens, sinusoid
+from .ops import resolve_impl
+from .packing import Packing, real_tokens
+from .transformer import SITES, Execution, Positions, Stack, linear
 
 MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both models
 
@@ -70,24 +71,6 @@ class Features:
     lengths: Tensor
 
 
-def resolve_impl(impl: str, device: torch.device | str) -> tuple[str, str]:
-    """The implementation that ``impl`` ("auto", "torch" or "triton") stands for on a device, and the reason in words.
-
-    Raises:
-        ValueError: An unknown name, or an implementation that is not available.
-    """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl must be one of auto, torch, triton, got {impl!r}")
-    if impl == "triton":
-        raise ValueError("impl='triton' is not available: this version has no Triton kernel yet; use impl='torch'")
-    return "torch", "asked for by name" if impl == "torch" else f"no Triton kernel exists yet ({device})"
-
-
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A Linear in the dtype of ``x``: the weights stay in their own (fp32 master weights, bf16 stream)."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-
-
 class InputNorm(nn.Module):
     """Batch normalisation of the whole spectrogram as one channel, without affine, times 0.5.
 
@@ -120,112 +103,14 @@ class InputNorm(nn.Module):
             return mean, 0.5 * (variance + 1e-5).rsqrt()
 
 
-class Positions(nn.Module):
-    """Fixed sinusoidal positions by token index.
-
-    The table is computed, and kept out of checkpoints, unless one was loaded: the paper's fp16 runs carry a rounded
-    table, and features only match with that one.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.register_buffer("table", sinusoid(2048, dim), persistent=False)
-
-    def forward(self, token: Tensor, num_tokens: int) -> Tensor:
-        """Rows (N, D) of the table for token indices (N,), all below ``num_tokens``."""
-        known = self.table.shape[0]
-        if num_tokens > known:
-            longer = sinusoid(num_tokens, self.dim, self.table.device).to(self.table.dtype)
-            self.table = torch.cat((self.table, longer[known:]))
-        return self.table[token]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if (table := state_dict.get(prefix + "table")) is not None:
-            if table.dim() != 2 or table.shape[1] != self.dim:
-                raise ValueError(f"{prefix}table must be (tokens, {self.dim}), got {tuple(table.shape)}")
-            self.register_buffer("table", torch.empty_like(table, device=self.table.device), persistent=True)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class Layer(nn.Module):
-    """Transformer layer over packed rows: attention inside each clip, feed-forward with exact GELU."""
-
-    def __init__(self, dim: int, config: MAEASTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out_proj = nn.Linear(dim, dim)
-        self.attn_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, dim)
-        self.ffn_norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, rows: Packing, backend: str) -> Tensor:
-        """(N, D) -> (N, D)."""
-        drop = self.config.dropout if self.training else 0.0
-        if self.config.norm_first:
-            x = x + F.dropout(self.attend(norm(x, self.attn_norm), rows, backend), drop, self.training)
-            return x + F.dropout(self.feed_forward(norm(x, self.ffn_norm)), drop, self.training)
-        attended = self.attend(x, rows, backend)
-        x = reference.add_layer_norm(attended, x, self.attn_norm.weight, self.attn_norm.bias, drop)
-        return reference.add_layer_norm(self.feed_forward(x), x, self.ffn_norm.weight, self.ffn_norm.bias, drop)
-
-    def attend(self, x: Tensor, rows: Packing, backend: str) -> Tensor:
-        """Self-attention and its output projection."""
-        qkv = linear(x, self.qkv).unflatten(1, (3, self.config.num_heads, -1))
-        drop = self.config.attention_dropout if self.training else 0.0
-        return linear(attention(qkv, rows.cu_seqlens, rows.max_seqlen, drop, backend).flatten(1), self.out_proj)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Linear, GELU, Linear."""
-        drop = self.config.activation_dropout if self.training else 0.0
-        hidden = F.linear(x, self.fc1.weight.to(x.dtype))
-        return linear(reference.bias_gelu(hidden, self.fc1.bias.to(x.dtype), drop), self.fc2)
-
-
-def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
-    """LayerNorm with fp32 statistics in the dtype of ``x``."""
-    return reference.layer_norm(x, layer.weight, layer.bias)
-
-
-class Stack(nn.Module):
-    """Transformer stack. Post-norm: LayerNorm before the first layer; pre-norm: after the last."""
-
-    def __init__(self, dim: int, num_layers: int, layerdrop: float, config: MAEASTConfig) -> None:
-        super().__init__()
-        self.layerdrop, self.dropout, self.norm_first = layerdrop, config.dropout, config.norm_first
-        self.norm = nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(Layer(dim, config) for _ in range(num_layers))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor, rows: Packing, backend: str, layer: int | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Output (N, D) and the output of each layer; with ``layer`` (from 1) both end at that layer."""
-        if not self.norm_first:
-            x = norm(x, self.norm)
-        x = F.dropout(x, self.dropout, self.training)
-        states = []
-        for block in self.layers[:layer]:
-            y = block(x, rows, backend)
-            if self.training and self.layerdrop > 0.0:
-                # A select, not a branch: every parameter is always used, and nothing waits for the device.
-                y = torch.where(torch.rand((), device=x.device) < self.layerdrop, x, y)
-            x = y
-            states.append(x)
-        if self.norm_first and layer is None:
-            x = norm(x, self.norm)
-        return x, states
-
-
 class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
     """Masked autoencoding audio spectrogram transformer.
 
     Args:
         config: Sizes, masking and loss weights.
-        impl: "auto", "torch" or "triton": which implementation of the operations runs.
+        impl: "auto", "torch" or "triton": which implementation of the operations runs. What has no kernel runs as
+            plain PyTorch in either: matrix products, the residual connections of pre-norm layers, and mask sampling
+            other than random and chunk.
         attention: "auto" or the name of an attention backend (attention.py).
 
     Raises:
@@ -236,19 +121,21 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         super().__init__()
         if not isinstance(config, MAEASTConfig):
             raise ValueError(f"config must be a MAEASTConfig, got {type(config).__name__}")
-        resolve_impl(impl, "cpu")
+        # Only who asks for kernels by name is told at once that there is no GPU for them; nobody else touches CUDA.
+        resolve_impl(impl, "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
         choose_backend(attention, "cpu")
         self.config, self.impl, self.attention = config, impl, attention
         width, decoder_width = config.embed_dim, config.decoder_embed_dim
         self.input_norm = InputNorm()
         self.patch_embed = nn.Linear(config.patch_dim, width)
         self.encoder_positions = Positions(width)
-        self.encoder = Stack(width, config.encoder_layers, config.encoder_layerdrop, config)
+        self.encoder = Stack(width, config.encoder_layers, config.encoder_layerdrop, config, SITES)
         if config.decoder_layers:
             self.encoder_projection = nn.Linear(width, decoder_width) if config.has_projection else None
             self.mask_token = nn.Parameter(torch.rand(decoder_width))
             self.decoder_positions = Positions(decoder_width)
-            self.decoder = Stack(decoder_width, config.decoder_layers, config.decoder_layerdrop, config)
+            site = SITES * (1 + config.encoder_layers)
+            self.decoder = Stack(decoder_width, config.decoder_layers, config.decoder_layerdrop, config, site)
             self.head = nn.Linear(decoder_width, 2 * config.patch_dim)  # reconstruction, then classification
 
     def forward(
@@ -278,9 +165,9 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         tokens = frames // config.patch_size[0] * config.grid_f
         width = features.shape[1] // config.patch_size[0] * config.grid_f
         if mask is None:
-            mask = sample_mask(
-                config.masking, tokens, config.grid_f, config.mask_ratio, generator=generator, max_tokens=width
-            )
+            impl = self._mask_impl(features)
+            draw = config.masking, tokens, config.grid_f, config.mask_ratio, generator
+            mask = ops.sample_mask(*draw, max_tokens=width, impl=impl)
         mask = self._check_mask(mask, tokens, width)
         real = real_tokens(tokens, width)
         every, visible, masked = Packing.of(real), Packing.of(real & ~mask), Packing.of(real & mask)
@@ -294,21 +181,29 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
 
         mean, scale = self.input_norm(features, frames)
         dtype = self._compute_dtype(features.device)
+        run = self._execution(features.device, dtype)
         with torch.autocast(features.device.type, enabled=False):
-            gathered = reference.gather_patches(features, mean, scale, visible, config.patch_size)
-            target = reference.gather_patches(features, mean, scale, masked, config.patch_size)
-            x = self._encode(gathered.to(dtype), visible)[0]
+            clip, token = torch.cat((visible.clip, masked.clip)), torch.cat((visible.token, masked.token))
+            gathered = ops.gather_patches(
+                features, mean, scale, clip, token, config.patch_size, dtype=dtype, impl=run.impl
+            )
+            patches, target = gathered.split([len(visible.clip), len(masked.clip)])
+            x = self._encode(patches, visible, run)[0]
             if self.encoder_projection is not None:
                 x = linear(x, self.encoder_projection)
-            positions = self.decoder_positions(every.token, width).to(dtype)
-            is_masked = mask[every.clip, every.token]
-            x = reference.scatter_tokens(x, self.mask_token.to(dtype), positions, is_masked)
-            x, _ = self.decoder(x, every, self.attention)
-            reconstruction, classification = linear(x[is_masked], self.head).split(config.patch_dim, dim=1)
-            return self._losses(reconstruction, classification, target, mask, masked, contributes)
+            x = self._decode(x, mask, every, masked, run)
+            predictions = linear(x, self.head).split(config.patch_dim, dim=1)
+            return self._losses(*predictions, target, mask, masked, contributes, run)
 
     def _losses(
-        self, reconstruction: Tensor, classification: Tensor, target: Tensor, mask: Tensor, rows: Packing, used: Tensor
+        self,
+        reconstruction: Tensor,
+        classification: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        rows: Packing,
+        used: Tensor,
+        run: Execution,
     ) -> MAEASTOutput:
         config = self.config
         dtype = torch.promote_types(torch.promote_types(target.dtype, reconstruction.dtype), torch.float32)
@@ -316,9 +211,9 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         off = weight.new_zeros(weight.shape)
         mse = nce = hit = off
         if config.reconstruction_weight > 0.0:
-            mse = reference.masked_mse(reconstruction, target, config.norm_pix_loss) * weight
+            mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=run.impl) * weight
         if config.classification_weight > 0.0:
-            nce, hit = reference.info_nce(classification, target, rows.cu_seqlens, rows.max_seqlen)
+            nce, hit = ops.info_nce(classification, target, rows.cu_seqlens, rows.max_seqlen, impl=run.impl)
             nce, hit = nce * weight, hit * weight
         count = weight.sum()
         total = config.reconstruction_weight * mse + config.classification_weight * nce
@@ -361,21 +256,54 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         every = Packing.of(real_tokens(tokens, width))
         mean, scale = self.input_norm(features, frames)
         dtype = self._compute_dtype(features.device)
+        run = self._execution(features.device, dtype)
         with torch.autocast(features.device.type, enabled=False):
-            patches = reference.gather_patches(features, mean, scale, every, config.patch_size)
-            _, states = out = self._encode(patches.to(dtype), every, layer)
+            rows = every.clip, every.token, config.patch_size
+            patches = ops.gather_patches(features, mean, scale, *rows, dtype=dtype, impl=run.impl)
+            _, states = out = self._encode(patches, every, run, layer)
 
         def unpack(x: Tensor) -> Tensor:
             return x.new_zeros(len(frames), width, x.shape[1]).index_put((every.clip, every.token), x)
 
         return Features(unpack(out[0]), [unpack(state) for state in states], tokens)
 
-    def _encode(self, patches: Tensor, rows: Packing, layer: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    def _encode(
+        self, patches: Tensor, rows: Packing, run: Execution, layer: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Normalised patches (N, P) -> encoder output (N, D) and the layers' outputs."""
-        x = F.dropout(linear(patches, self.patch_embed), self.config.input_dropout, self.training)
+        config, entrance = self.config, self.encoder.norm
         longest = int(rows.token.max()) + 1 if rows.token.numel() else 0
-        x = x + self.encoder_positions(rows.token, longest).to(x.dtype)
-        return self.encoder(x, rows, self.attention, layer)
+        positions = self.encoder_positions(longest)[rows.token].to(patches.dtype)
+        if config.norm_first:
+            x = F.dropout(linear(patches, self.patch_embed), config.input_dropout, self.training) + positions
+        else:
+            x = F.linear(patches, self.patch_embed.weight.to(patches.dtype))
+            drop = config.input_dropout if self.training else 0.0
+            parameters = entrance.weight, entrance.bias, self.patch_embed.bias
+            x = ops.add_layer_norm(x, positions, *parameters, drop, run.seed, 0, impl=run.impl)
+        return self.encoder(F.dropout(x, config.dropout, self.training), rows, run, layer)
+
+    def _decode(self, visible: Tensor, mask: Tensor, every: Packing, masked: Packing, run: Execution) -> Tensor:
+        """Encoded visible tokens (Nv, D) -> decoder output of the masked tokens (M, D)."""
+        hidden = mask[every.clip, every.token]
+        inverse = torch.where(hidden, -1, (~hidden).cumsum(0) - 1)
+        table, entrance = self.decoder_positions(mask.shape[1]), self.decoder.norm
+        norm = (None, None) if self.config.norm_first else (entrance.weight, entrance.bias)
+        drop = self.config.dropout if self.training else 0.0
+        place = self.mask_token, table, every.token, inverse
+        x = ops.scatter_tokens(visible, *place, *norm, drop, run.seed, 1, run.impl)
+        only = masked, every.cu_seqlens[masked.clip] + masked.token  # a clip's row numbers are its token indices
+        return self.decoder(x, every, run, only=only)[0]
+
+    def _execution(self, device: torch.device, dtype: torch.dtype) -> Execution:
+        """Resolves the implementation, and draws the seed of this forward's dropout where kernels need one."""
+        impl, _ = resolve_impl(self.impl, device, dtype)
+        kernels_draw = impl == "triton" or self.attention == "short"
+        return Execution(impl, self.attention, ops.draw_seed(device) if self.training and kernels_draw else None)
+
+    def _mask_impl(self, features: Tensor) -> str:
+        """The implementation that samples masks: the kernel knows the strategies random and chunk alone."""
+        return self.impl if self.config.masking in ("random", "chunk") else "torch"
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the stream and of the matrix products: autocast's where it is on, else that of the weights."""
@@ -397,7 +325,6 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         tokens = -(-width // self.config.patch_size[0]) * self.config.grid_f
         if tokens > MAX_TOKENS:
             raise ValueError(f"at most {MAX_TOKENS} tokens a clip, got {tokens}: cut long recordings into chunks")
-        resolve_impl(self.impl, features.device)
         if lengths is None:
             return torch.full((batch,), width, dtype=torch.long, device=features.device)
         try:

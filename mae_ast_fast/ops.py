@@ -17,9 +17,10 @@ import os
 import torch
 from torch import Tensor
 
-from . import reference
+from . import masking, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHORT = 128  # rows of a clip, and values of a head, that short_attention takes
 
 
 def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
@@ -143,3 +144,337 @@ def add_layer_norm(
     if dropout > 0.0 and seed is None:
         seed = draw_seed(residual.device)
     return kernel.add_layer_norm(branch, residual, weight, bias, branch_bias, seed, dropout, site, 1e-5, fork)
+
+
+def bias_gelu(
+    x: Tensor,
+    bias: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """dropout(GELU(x + bias)), the exact (erf) GELU.
+
+    Args:
+        x: (N, F) output of a Linear without its bias.
+        bias: (F,) of any floating dtype.
+        dropout: Rate on the result, in [0, 1).
+        seed: See the module; likewise ``site``.
+        site: Which dropout this is.
+        impl: "auto", "torch" or "triton".
+
+    Returns:
+        (N, F) in the dtype of ``x``.
+
+    Raises:
+        ValueError: A shape, device or rate is not as described, or the implementation is not available.
+    """
+    _check_rows("x", x, (None, x.shape[-1]), x)
+    _check_rows("bias", bias, (x.shape[1],), x)
+    _check_dropout(dropout, seed, x.device)
+    if not _is_triton(impl, x):
+        return reference.bias_gelu(x, bias, dropout)
+    from .kernels import bias_gelu as kernel
+
+    if dropout > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    return kernel.forward_op(x, bias, seed, dropout, site)
+
+
+def scatter_tokens(
+    visible: Tensor,
+    mask_token: Tensor,
+    table: Tensor,
+    token: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """The decoder's input: visible rows at their places, the mask token elsewhere, + position, LayerNorm, dropout.
+
+    Args:
+        visible: (Nv, D) encoded visible tokens, each of which stands at exactly one of the N places.
+        mask_token: (D,) of any floating dtype, as weight and bias.
+        table: (tokens, D) positions; no gradient.
+        token: (N,) int64, place of each row in the table.
+        inverse: (N,) int64, row of ``visible`` that stands here, -1 for the mask token.
+        weight: (D,) of a LayerNorm (eps 1e-5, fp32 statistics) over the sum; None: no LayerNorm.
+        bias: (D,), with ``weight``.
+        dropout: Rate on the result, in [0, 1).
+        seed: See the module; likewise ``site``.
+        site: Which dropout this is.
+        impl: "auto", "torch" or "triton". Index values are not checked by the kernel.
+
+    Returns:
+        (N, D) in the dtype of ``visible``.
+
+    Raises:
+        ValueError: A shape, dtype, device or rate is not as described, or the implementation is not available.
+    """
+    _check_rows("visible", visible, (None, visible.shape[-1]), visible)
+    width = visible.shape[1]
+    _check_rows("table", table, (None, width), visible)
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias of the LayerNorm come together, got one of them")
+    for name, x in (("mask_token", mask_token), ("weight", weight), ("bias", bias)):
+        if x is not None:
+            _check_rows(name, x, (width,), visible)
+    for name, x in (("token", token), ("inverse", inverse)):
+        _check_rows(name, x, tuple(token.shape[:1]), visible)
+        if x.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {x.dtype}")
+    _check_dropout(dropout, seed, visible.device)
+    if not _is_triton(impl, visible):
+        return reference.scatter_tokens(visible, mask_token, table, token, inverse, weight, bias, dropout)
+    from .kernels import scatter_tokens as kernel
+
+    if dropout > 0.0 and seed is None:
+        seed = draw_seed(visible.device)
+    tensors = visible, mask_token, table, token, inverse, weight, bias
+    return kernel.forward_op(*tensors, seed, dropout, site, 1e-5)[0]
+
+
+def short_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """Softmax attention of each clip over its own rows, scale Dh ** -0.5; in Triton for short clips only.
+
+    Args:
+        qkv: (N, 3, H, Dh) packed rows; in Triton Dh is at most ``SHORT``.
+        cu_seqlens: (B + 1,) int32 first row of each clip; the last one is N. Clips may be empty.
+        max_seqlen: Rows of the longest clip, in Triton at most ``SHORT``. Too small a number is not noticed there and
+            gives wrong results.
+        dropout: Rate on the attention probabilities, in [0, 1).
+        seed: See the module; likewise ``site``. The mask's row is the query's packed row, its column the key's index
+            within the clip, drawn for each head.
+        site: Which dropout this is.
+        impl: "auto", "torch" or "triton".
+
+    Returns:
+        (N, H, Dh) in the dtype of ``qkv``.
+
+    Raises:
+        ValueError: A shape, dtype, device or rate is not as described, or the implementation is not available.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be (N, 3, H, Dh), got {tuple(qkv.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be (B + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != qkv.device:
+        raise ValueError(f"cu_seqlens must be on {qkv.device}, got {cu_seqlens.device}")
+    _check_dropout(dropout, seed, qkv.device)
+    if not _is_triton(impl, qkv):
+        return reference.attention(qkv, cu_seqlens, max_seqlen, dropout)
+    if max_seqlen > SHORT or qkv.shape[3] > SHORT:
+        raise ValueError(
+            f"impl='triton' takes clips of at most {SHORT} rows and heads of at most {SHORT} values, got max_seqlen "
+            f"{max_seqlen} and head width {qkv.shape[3]}; use attention='sdpa' in the model or impl='torch'"
+        )
+    from .kernels import short_attention as kernel
+
+    if dropout > 0.0 and seed is None:
+        seed = draw_seed(qkv.device)
+    return kernel.forward_op(qkv, cu_seqlens, seed, max_seqlen, dropout, site)
+
+
+def gather_patches(
+    features: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    clip: Tensor,
+    token: Tensor,
+    patch_size: tuple[int, int],
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The patches of packed rows, normalised: (x - mean) * scale, computed in fp32 or wider.
+
+    Args:
+        features: (B, T, F) of any strides, F a multiple of kf. A transposed view (B, F, T) with patch_size (kf, kt)
+            gives SSAST's layout.
+        mean: One element, () or (1,), of any floating dtype; likewise ``scale``. Differentiable with impl="torch" only.
+        scale: See ``mean``.
+        clip: (N,) int64, clip of each row.
+        token: (N,) int64, token of each row within its clip: time block * (F // kf) + frequency block. The kernel
+            checks no values, and its backward needs every (clip, token) in at most one row.
+        patch_size: (kt, kf).
+        dtype: Of the result; None: that of ``features``.
+        impl: "auto", "torch" or "triton".
+
+    Returns:
+        (N, kt * kf) in ``dtype``; inside a patch, index = t * kf + f.
+
+    Raises:
+        ValueError: A shape, dtype or device is not as described, or the implementation is not available.
+    """
+    if features.dim() != 3 or not features.is_floating_point():
+        raise ValueError(f"features must be floating (B, T, F), got {features.dtype} {tuple(features.shape)}")
+    kt, kf = patch_size
+    if kt < 1 or kf < 1 or features.shape[2] % kf:
+        raise ValueError(
+            f"patch_size must be positive and divide the {features.shape[2]} bins of features, got {(kt, kf)}"
+        )
+    for name, x in (("mean", mean), ("scale", scale)):
+        if x.numel() != 1 or x.dim() > 1 or not x.is_floating_point() or x.device != features.device:
+            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            raise ValueError(f"{name} must be one floating element on {features.device}, got {got}")
+    _check_rows("clip", clip, (None,), features)
+    _check_rows("token", token, (clip.shape[0],), features)
+    for name, x in (("clip", clip), ("token", token)):
+        if x.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {x.dtype}")
+    dtype = features.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating, got {dtype}")
+    if {resolve_impl(impl, features.device, x)[0] for x in (features.dtype, dtype)} != {"triton"}:
+        return reference.gather_patches(features, mean, scale, clip, token, patch_size, dtype)
+    if mean.requires_grad or scale.requires_grad:
+        raise ValueError("impl='triton' has no gradient for mean and scale: detach them or use impl='torch'")
+    from .kernels import gather_patches as kernel
+
+    return kernel.forward_op(features, mean, scale, clip, token, kt, kf, dtype)
+
+
+MASK_KERNEL_STRATEGIES = ("random", "chunk")
+
+
+def sample_mask(
+    strategy: str,
+    tokens: Tensor | list[int],
+    grid_f: int,
+    mask_ratio: float,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    clip_ids: Tensor | list[int] | None = None,
+    epoch: int = 0,
+    max_tokens: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Draws the tokens that each clip hides: ``masking.sample_mask``, the same bits from every implementation.
+
+    Args:
+        strategy: As ``masking.sample_mask``, likewise all others but ``impl``. The kernel has random and chunk.
+        tokens: (B,) integers, tokens of each clip.
+        grid_f: Frequency blocks.
+        mask_ratio: Share of a clip's tokens that is hidden.
+        generator: Source of the seed.
+        seed: Instead of a generator.
+        clip_ids: (B,) int64.
+        epoch: Number of the pass over the data.
+        max_tokens: Width L of the result; with it given nothing is read back from a GPU.
+        impl: "auto", "torch" or "triton". "auto" takes torch for the strategies that the kernel does not have.
+
+    Returns:
+        (B, L) bool, True = hidden.
+
+    Raises:
+        ValueError: An argument is not as described, or the implementation is not available.
+    """
+    arguments = strategy, tokens, grid_f, mask_ratio, generator, seed, clip_ids, epoch, max_tokens
+    device = tokens.device if isinstance(tokens, Tensor) else torch.device("cpu")
+    chosen, _ = resolve_impl(impl, device)
+    if strategy not in MASK_KERNEL_STRATEGIES and impl == "auto":
+        chosen = "torch"
+    if chosen == "torch":
+        return masking.sample_mask(*arguments)
+    tokens, masked, clip_ids, seed, epoch, max_tokens = masking.prepare(*arguments)
+    if strategy not in MASK_KERNEL_STRATEGIES:
+        kernels = " and ".join(MASK_KERNEL_STRATEGIES)
+        raise ValueError(f"impl='triton' has the strategies {kernels}, got {strategy!r}: use impl='torch'")
+    from .kernels import sample_mask as kernel
+
+    if not isinstance(seed, Tensor):  # filled on the device: a copy from the host would wait
+        seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    epoch = epoch - 2**32 if epoch >= 2**31 else epoch
+    return kernel.forward_op(tokens, masked, clip_ids, seed, epoch, grid_f, max_tokens, strategy == "chunk")
+
+
+def _check_no_gradient(target: Tensor) -> None:
+    if target.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "target requires a gradient, which impl='triton' does not compute: use impl='torch' or target.detach()"
+        )
+
+
+def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False, impl: str = "auto") -> Tensor:
+    """Mean squared error of each row: the reconstruction loss of the masked patches (paper, section 2.3).
+
+    Args:
+        prediction: (N, P), of any row stride.
+        target: (N, P), of any floating dtype. It gets no gradient from the kernel.
+        norm_pix_loss: Normalise every target row by its own mean and unbiased variance (eps 1e-6; He et al. 2022,
+            section 4).
+        impl: "auto", "torch" or "triton".
+
+    Returns:
+        loss (N,) in fp32 (fp64 for fp64 predictions).
+
+    Raises:
+        ValueError: A shape or device is not as described, or the implementation is not available.
+    """
+    _check_rows("prediction", prediction, (None, prediction.shape[-1]), prediction)
+    _check_rows("target", target, tuple(prediction.shape), prediction)
+    if norm_pix_loss and prediction.shape[1] < 2:
+        raise ValueError(f"norm_pix_loss needs rows of at least 2 values, got {tuple(prediction.shape)}")
+    if not _is_triton(impl, prediction):
+        return reference.masked_mse(prediction, target, norm_pix_loss)
+    from .kernels import masked_mse as kernel
+
+    _check_no_gradient(target)
+    return kernel.masked_mse(prediction, target, norm_pix_loss)
+
+
+def info_nce(
+    prediction: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    over: str = "targets",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of each row against the rows of its own clip, no temperature (paper, equation 1).
+
+    Args:
+        prediction: (N, P), of any row stride; the kernel takes P up to 512.
+        target: (N, P) of the same dtype. It gets no gradient from the kernel.
+        cu_seqlens: (B + 1,) int32 first row of each clip; the last one is N. Clips may be empty.
+        max_seqlen: Rows of the longest clip. Results are undefined where it is less.
+        over: "targets": loss_i = -log softmax_j(<prediction_i, target_j>)[i] (MAE-AST). "predictions":
+            loss_i = -log softmax_j(<target_i, prediction_j>)[i] (SSAST, arXiv 2110.09784). j over the clip's rows.
+        impl: "auto", "torch" or "triton".
+
+    Returns:
+        loss (N,) in fp32 (fp64 for fp64 rows) and hit (N,) bool: over targets, whether a row's own target is its first
+        largest product; over predictions, whether a prediction's own target is the first of the clip's targets with
+        the largest log softmax for it.
+
+    Raises:
+        ValueError: A shape, dtype, device or name is not as described, or the implementation is not available.
+    """
+    _check_rows("prediction", prediction, (None, prediction.shape[-1]), prediction)
+    _check_rows("target", target, tuple(prediction.shape), prediction)
+    if prediction.dtype != target.dtype:
+        raise ValueError(f"prediction and target must have one dtype, got {prediction.dtype} and {target.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be (B + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != prediction.device:
+        raise ValueError(f"cu_seqlens must be on {prediction.device}, got {cu_seqlens.device}")
+    if over not in ("targets", "predictions"):
+        raise ValueError(f"over must be 'targets' or 'predictions', got {over!r}")
+    if not _is_triton(impl, prediction):
+        return reference.info_nce(prediction, target, cu_seqlens, max_seqlen, over)
+    from .kernels import info_nce as kernel
+
+    _check_no_gradient(target)
+    return kernel.info_nce(prediction, target, cu_seqlens, max_seqlen, over)

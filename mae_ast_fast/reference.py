@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import Packing
-
 
 def patchify(features: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cuts (B, T, F) into (B, L, P) patches; frames after the last whole patch are dropped.
@@ -34,25 +32,62 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], num_mel_bins: int) 
     return blocks.transpose(2, 3).reshape(batch, tokens // grid_f * kt, num_mel_bins)
 
 
-def gather_patches(features: Tensor, mean: Tensor, scale: Tensor, rows: Packing, patch_size: tuple[int, int]) -> Tensor:
-    """The patches of the packed rows (N, P), normalised: (x - mean) * scale, in the dtype of ``features``."""
-    patches = patchify(features, patch_size)[rows.clip, rows.token]
-    return (patches - mean) * scale
+def gather_patches(
+    features: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    clip: Tensor,
+    token: Tensor,
+    patch_size: tuple[int, int],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The patches of packed rows (N, P), normalised: (x - mean) * scale, in fp32 or wider, then cast to ``dtype``.
+
+    Args:
+        features: (B, T, F).
+        mean: One element, as ``scale``.
+        scale: One element.
+        clip: (N,) int64, clip of each row.
+        token: (N,) int64, token of each row within its clip; see ``patchify``.
+        patch_size: (kt, kf).
+        dtype: Of the result; None: that of ``features``.
+    """
+    patches = patchify(features, patch_size)[clip, token]
+    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    return ((patches - mean.to(patches.dtype)) * scale.to(patches.dtype)).to(dtype or features.dtype)
 
 
-def scatter_tokens(visible: Tensor, mask_token: Tensor, positions: Tensor, is_masked: Tensor) -> Tensor:
+def scatter_tokens(
+    visible: Tensor,
+    mask_token: Tensor,
+    table: Tensor,
+    token: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """The decoder's input (N, D): visible rows at their places, the mask token elsewhere, plus positions.
 
     Args:
-        visible: (Nv, D) encoded visible tokens, in the order in which they stand among the N rows.
+        visible: (Nv, D) encoded visible tokens.
         mask_token: (D,).
-        positions: (N, D) position of each row.
-        is_masked: (N,) bool.
+        table: (tokens, D) positions.
+        token: (N,) token index of each row, its place in the table.
+        inverse: (N,) row of ``visible`` that stands here, -1 for the mask token.
+        weight: (D,) of a LayerNorm over the sum; None: no LayerNorm.
+        bias: (D,), with ``weight``.
+        dropout: Rate on the result.
     """
-    index = (~is_masked).cumsum(0) - 1  # the visible row of each place that has one
+    positions = table[token].to(visible.dtype)
+    mask_token = mask_token.to(visible.dtype)
     if visible.shape[0] == 0:  # no clip of the batch has a visible token: nothing to look up
-        return mask_token + positions
-    return torch.where(is_masked[:, None], mask_token, visible[index.clamp(min=0)]) + positions
+        x = mask_token + positions
+    else:
+        x = torch.where((inverse < 0)[:, None], mask_token, visible[inverse.clamp(min=0)]) + positions
+    if weight is not None:
+        x = layer_norm(x, weight, bias)
+    return F.dropout(x, dropout, training=dropout > 0.0)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -77,7 +112,7 @@ def add_layer_norm(
 
 def bias_gelu(x: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     """dropout(GELU(x + bias)) with the exact (erf) GELU."""
-    return F.dropout(F.gelu(x + bias), dropout, training=dropout > 0.0)
+    return F.dropout(F.gelu(x + bias.to(x.dtype)), dropout, training=dropout > 0.0)
 
 
 def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False) -> Tensor:
@@ -93,46 +128,65 @@ def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False) 
     return (prediction - target).square().mean(1)
 
 
-def info_nce(prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """InfoNCE of each row against the targets of its own clip (paper, equation 1).
+def info_nce(
+    prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str = "targets"
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of each row against the rows of its own clip (paper, equation 1); no temperature, no normalisation.
 
-    loss_i = -log softmax_j(<prediction_i, target_j>)[i], j over the rows of the same clip; no temperature, no
-    normalisation, in fp32 or wider.
+    over "targets" (MAE-AST): loss_i = -log softmax_j(<prediction_i, target_j>)[i], j over the rows of the same clip.
+    over "predictions" (SSAST, the transpose): loss_i = -log softmax_j(<target_i, prediction_j>)[i]. In fp32 or wider.
 
     Args:
         prediction: (N, P) packed rows.
         target: (N, P).
         cu_seqlens: (B + 1,) int32 first row of each clip.
         max_seqlen: Rows of the longest clip.
+        over: "targets" or "predictions", what the softmax runs over.
 
     Returns:
-        loss (N,) and hit (N,) bool: whether the row's largest product is with its own target.
+        loss (N,) and hit (N,) bool: over targets, whether a row's largest product is with its own target; over
+        predictions, whether no other target i gives prediction j a larger log softmax_j(<target_i, prediction_j>).
     """
     if groups := similar_lengths(cu_seqlens, max_seqlen, prediction.shape[0]):
         order = torch.cat([index for index, _, _ in groups]).argsort()
-        parts = [info_nce(prediction[index], target[index], cu, longest) for index, cu, longest in groups]
+        parts = [info_nce(prediction[index], target[index], cu, longest, over) for index, cu, longest in groups]
         return tuple(torch.cat(column)[order] for column in zip(*parts, strict=True))
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     pad = PaddedView(cu_seqlens, max_seqlen, prediction.shape[0])
     padded_prediction, padded_target = pad.pad(prediction.to(dtype)), pad.pad(target.to(dtype))
-    logits = padded_prediction @ padded_target.transpose(1, 2)
+    if over == "predictions":
+        logits = padded_target @ padded_prediction.transpose(1, 2)
+    else:
+        logits = padded_prediction @ padded_target.transpose(1, 2)
     logits = logits.masked_fill(~pad.valid[:, None, :], float("-inf"))
     own = logits.diagonal(dim1=1, dim2=2)
     # log-sum-exp of an empty clip's padded rows is -inf; they are dropped by unpad before any arithmetic.
-    loss = pad.unpad(logits.logsumexp(2)) - pad.unpad(own)
-    hit = pad.unpad(logits.detach().argmax(2)) == pad.unpad(torch.arange(max_seqlen, device=logits.device))
+    lse = logits.logsumexp(2)
+    loss = pad.unpad(lse) - pad.unpad(own)
+    scores = logits.detach()
+    if over == "predictions":
+        scores = (scores - lse.detach()[:, :, None]).masked_fill(~pad.valid[:, :, None], float("-inf")).transpose(1, 2)
+    hit = pad.unpad(scores.argmax(2)) == pad.unpad(torch.arange(max_seqlen, device=logits.device))
     return loss, hit
 
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float = 0.0) -> Tensor:
     """Softmax attention inside each clip with explicit probabilities: (N, 3, H, Dh) -> (N, H, Dh), scale Dh ** -0.5."""
-    pad = PaddedView(cu_seqlens, max_seqlen, qkv.shape[0])
-    q, k, v = pad.pad(qkv).permute(2, 0, 3, 1, 4)  # each (B, H, S, Dh)
+    return cross_attention(qkv[:, 0], qkv[:, 1:], cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, dropout)
+
+
+def cross_attention(
+    q: Tensor, kv: Tensor, cu_q: Tensor, max_q: int, cu_kv: Tensor, max_kv: int, dropout: float = 0.0
+) -> Tensor:
+    """``attention`` where only some rows of each clip ask: (Nq, H, Dh) and (N, 2, H, Dh) -> (Nq, H, Dh)."""
+    pad_q, pad_kv = PaddedView(cu_q, max_q, q.shape[0]), PaddedView(cu_kv, max_kv, kv.shape[0])
+    q = pad_q.pad(q).transpose(1, 2)  # (B, H, S, Dh)
+    k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(dtype).masked_fill(~pad.key_valid[:, None, None, :], float("-inf"))
+    logits = logits.to(dtype).masked_fill(~pad_kv.key_valid[:, None, None, :], float("-inf"))
     probabilities = F.dropout(logits.softmax(-1).to(v.dtype), dropout, training=dropout > 0.0)
-    return pad.unpad((probabilities @ v).transpose(1, 2))
+    return pad_q.unpad((probabilities @ v).transpose(1, 2))
 
 
 def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[tuple[Tensor, Tensor, int]] | None:
@@ -141,19 +195,27 @@ def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[tupl
     Returns:
         None where at least half of the padded rows are real, else (rows (n,), cu_seqlens, max_seqlen) of each group.
     """
+    groups = similar_clips(cu_seqlens, max_seqlen, rows)
+    return None if groups is None else [rows_of_clips(cu_seqlens, clips) for clips in groups]
+
+
+def similar_clips(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[Tensor] | None:
+    """The clips (ascending int64 numbers) of each group of ``similar_lengths``; clips without rows are in none."""
     if (cu_seqlens.shape[0] - 1) * max_seqlen <= 2 * rows:
         return None
     counts = cu_seqlens.diff().long()
     size = torch.where(counts > 0, counts.clamp(min=1).double().log2().floor().long(), -1)
-    clip_of_row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=rows)
-    groups = []
-    for exponent in range(max_seqlen.bit_length()):
-        own = counts[size == exponent]
-        if len(own):
-            index = (size[clip_of_row] == exponent).nonzero()[:, 0]
-            cu = F.pad(own.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
-            groups.append((index, cu, int(own.max())))
-    return groups
+    groups = [(size == exponent).nonzero()[:, 0] for exponent in range(max_seqlen.bit_length())]
+    return [clips for clips in groups if len(clips)]
+
+
+def rows_of_clips(cu_seqlens: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The packed rows of some clips: their numbers (n,), and ``cu_seqlens`` and ``max_seqlen`` of those alone."""
+    counts = cu_seqlens.diff().long()[clips]
+    first, own = cu_seqlens[:-1].long()[clips], F.pad(counts.cumsum(0), (1, 0))
+    total = int(own[-1])
+    shift = torch.repeat_interleave(first - own[:-1], counts, output_size=total)
+    return torch.arange(total, device=cu_seqlens.device) + shift, own.to(cu_seqlens.dtype), int(counts.max())
 
 
 class PaddedView:

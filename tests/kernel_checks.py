@@ -7,6 +7,7 @@ its bf16 is wrong (dots multiply raw bits, casts truncate), so bf16 runs on a GP
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,10 @@ def results_and_gradients(
         torch.randn(out.shape, generator=torch.Generator().manual_seed(99 + index)).half().to(out.device, out.dtype)
         for index, out in enumerate(sources)
     ]
-    gradients = torch.autograd.grad(sources, [leaves[name] for name in differentiable], incoming)
+    if not differentiable:
+        return found
+    wanted = [leaves[name] for name in differentiable]  # one that nothing depends on (a mask token never used): 0
+    gradients = torch.autograd.grad(sources, wanted, incoming, allow_unused=True, materialize_grads=True)
     return found | {f"gradient of {name}": x for name, x in zip(differentiable, gradients, strict=True)}
 
 
@@ -120,3 +124,36 @@ def compare(
         assert_kernel(
             k, t, exact, dtype, name, dot=dot and name.startswith("gradient"), summed_rows=rows if is_sum else 0
         )
+
+
+def check_registration(op: Callable[..., Any], *arguments: Any) -> None:
+    """PyTorch's own checks of a custom op: schema, autograd registration, fake tensors, AOT dispatch.
+
+    Args:
+        op: The custom op.
+        *arguments: Of one call, gradients switched on where they are to be checked.
+    """
+    torch.library.opcheck(op, arguments)
+
+
+def check_compiles(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], differentiable: Sequence[str] = ()
+) -> None:
+    """One graph under torch.compile, equal to eager to the bit."""
+
+    def run(call: Callable[..., Tensor]) -> dict[str, Tensor]:
+        return results_and_gradients(call, inputs, differentiable)
+
+    eager, compiled = run(function), run(torch.compile(function, fullgraph=True, backend="aot_eager"))
+    for name, x in eager.items():
+        assert torch.equal(x, compiled[name]), f"{name}: compiled and eager differ"
+
+
+def check_repeats(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], differentiable: Sequence[str] = ()
+) -> None:
+    """Bit-equal repeats: 100 on a GPU, where order could change; 2 in the interpreter, where it cannot."""
+    first = results_and_gradients(function, inputs, differentiable)
+    for _ in range(99 if DEVICE.type == "cuda" else 1):
+        for name, x in results_and_gradients(function, inputs, differentiable).items():
+            assert torch.equal(x, first[name]), f"{name}: two runs differ"

@@ -9,8 +9,11 @@ import pytest
 import torch
 from policy import STANDARD_ERRORS, assert_rounding, max_rel
 
-from mae_ast_fast.attention import BACKENDS, attention, choose_backend
+from mae_ast_fast import ops
+from mae_ast_fast.attention import BACKENDS, attention, choose_backend, cross_attention
 from mae_ast_fast.packing import cumulative
+
+PADDED = ("sdpa", "math")  # those of PyTorch; the kernel behind "short" has tests of its own
 
 # To policy.py: probabilities and output are rounded once each, in units of the output's dtype.
 ATTENTION_EPS = 4
@@ -46,7 +49,7 @@ def loop(qkv: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PADDED)
 def test_forward_and_gradients(backend: str, counts: list[int]) -> None:
     qkv = rows(counts).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
@@ -59,7 +62,7 @@ def test_forward_and_gradients(backend: str, counts: list[int]) -> None:
     assert_rounding(qkv.grad, exact.grad, "gradient", grad=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PADDED)
 def test_a_clip_sees_only_itself(backend: str) -> None:
     counts = [3, 5, 2]
     qkv = rows(counts).requires_grad_()
@@ -70,7 +73,7 @@ def test_a_clip_sees_only_itself(backend: str) -> None:
     assert torch.equal(call(poisoned, counts, backend)[3:], call(qkv.detach(), counts, backend)[3:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PADDED)
 def test_large_scores_and_equal_keys(backend: str) -> None:
     counts = [4, 2]
     large = rows(counts) * 100
@@ -82,7 +85,7 @@ def test_large_scores_and_equal_keys(backend: str) -> None:
     assert_rounding(call(equal, counts, backend), means)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PADDED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_keeps_the_dtype(backend: str, dtype: torch.dtype) -> None:
     counts = [3, 6, 1]
@@ -92,7 +95,7 @@ def test_keeps_the_dtype(backend: str, dtype: torch.dtype) -> None:
     assert max_rel(out, expected) <= ATTENTION_EPS * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PADDED)
 def test_a_qkv_that_is_not_contiguous(backend: str) -> None:
     counts = [3, 6, 1]
     wide = torch.cat((rows(counts), rows(counts)), dim=3)
@@ -100,7 +103,7 @@ def test_a_qkv_that_is_not_contiguous(backend: str) -> None:
     assert torch.equal(call(wide[..., :4], counts, backend), call(rows(counts), counts, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PADDED)
 @pytest.mark.parametrize("counts", [[300, 300], [100, 300]])
 def test_dropout_is_on_the_probabilities(backend: str, counts: list[int]) -> None:
     """Uniform probabilities and values 1: a row's output counts its kept keys."""
@@ -135,6 +138,45 @@ def test_unequal_clips_are_not_all_padded_to_the_longest(monkeypatch: pytest.Mon
         padded.clear()
         assert_rounding(call(rows(counts), counts, "sdpa"), loop(rows(counts).double(), counts))
         assert sum(counts) <= sum(padded) <= 2 * sum(counts)
+
+
+ASKING = {
+    "some": ([5, 9, 1], [2, 9, 1]),
+    "clips where none asks": ([4, 6, 3], [0, 2, 0]),
+    "empty clips": ([0, 6, 0, 3], [0, 1, 0, 3]),
+    "unlike lengths": ([1] * 40 + [70], [1, 0] * 20 + [33]),
+}
+
+
+@pytest.mark.parametrize(("counts", "asking"), ASKING.values(), ids=ASKING.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_only_some_rows_ask(backend: str, counts: list[int], asking: list[int]) -> None:
+    """The same as attention of all rows, at those rows, forward and gradients."""
+    qkv = rows(counts).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    first = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    places = [
+        start + torch.randperm(count, generator=generator)[:chosen].sort().values
+        for start, count, chosen in zip(first, counts, asking, strict=False)
+    ]
+    index = torch.cat(places)
+    cu = cumulative(torch.tensor(asking)), max(asking), cumulative(torch.tensor(counts)), max(counts)
+    out = cross_attention(qkv[:, 0][index], qkv[:, 1:], *cu, backend=backend)
+    expected = loop(exact, counts)[index]
+    weight = torch.randn(out.shape, generator=generator)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert_rounding(out, expected, "output")
+    assert_rounding(qkv.grad, exact.grad, "gradient", grad=True)
+
+
+@pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS.keys())
+def test_short_runs_the_kernel_for_short_clips_alone(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(ops, "short_attention", lambda qkv, *args, **impl: ran.append(args) or qkv[:, 0])
+    call(rows(counts), counts, "short")
+    assert len(ran) == (max(counts) <= 128)
 
 
 def test_backend_choice() -> None:

@@ -454,11 +454,12 @@ def train(model: MAEAST, features: Tensor, frames: Tensor, seed: int, shuffle: b
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, max(0.02, 1 - step / STEPS)))
     gather, calls = reference.gather_patches, []
 
-    def gather_shuffled(x: Tensor, mean: Tensor, scale: Tensor, rows: Any, size: tuple[int, int]) -> Tensor:
-        calls.append(len(rows.clip))
-        if len(calls) % 2 == 0:  # the visible patches come first, the targets second
-            x = time_shuffled(x, lengths, size[0])
-        return gather(x, mean, scale, rows, size)
+    def gather_shuffled(x: Tensor, mean: Tensor, scale: Tensor, clip: Tensor, token: Tensor, *more: Any) -> Tensor:
+        visible = int((clip.diff() < 0).nonzero()[0]) + 1  # the visible patches come first, then those of the targets
+        calls.append(len(clip) - visible > visible > 0)
+        mixed = time_shuffled(x, lengths, more[0][0])
+        parts = (x, clip[:visible], token[:visible]), (mixed, clip[visible:], token[visible:])
+        return torch.cat([gather(source, mean, scale, *rows, *more) for source, *rows in parts])
 
     if shuffle:
         patch.setattr(reference, "gather_patches", gather_shuffled)
@@ -473,7 +474,7 @@ def train(model: MAEAST, features: Tensor, frames: Tensor, seed: int, shuffle: b
         decay.step()
     patch.undo()
     if shuffle:
-        assert len(calls) == 2 * STEPS and sum(calls[::2]) < sum(calls[1::2]), "visible, then masked"
+        assert len(calls) == STEPS and all(calls), "visible, then masked"
 
 
 def check_after_training(seed: int, patch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:

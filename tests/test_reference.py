@@ -80,7 +80,8 @@ def test_sinusoid_against_its_formula() -> None:
 def test_gather_patches_takes_the_rows_normalised() -> None:
     x = normal(2, 9, 4)
     selected = torch.tensor([[1, 0, 0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1, 0, 0]], dtype=torch.bool)
-    rows = reference.gather_patches(x, torch.tensor(0.3), torch.tensor(1.7), Packing.of(selected), (2, 2))
+    packed = Packing.of(selected)
+    rows = reference.gather_patches(x, torch.tensor(0.3), torch.tensor(1.7), packed.clip, packed.token, (2, 2))
     expected = []
     for clip, token in [(0, 0), (0, 3), (0, 6), (0, 7), (1, 5)]:
         t, f = token // 2 * 2, token % 2 * 2
@@ -88,21 +89,34 @@ def test_gather_patches_takes_the_rows_normalised() -> None:
     assert_rounding(rows, torch.tensor(expected, dtype=torch.float64))
 
 
+def inverse_of(is_masked: torch.Tensor) -> torch.Tensor:
+    return torch.where(is_masked, -1, (~is_masked).cumsum(0) - 1)
+
+
 def test_scatter_tokens_against_a_loop() -> None:
     is_masked = torch.tensor([1, 0, 0, 1, 1, 0, 1], dtype=torch.bool)
-    visible, token, positions = normal(3, 2), normal(2, seed=1), normal(7, 2, seed=2)
-    out = reference.scatter_tokens(visible, token, positions, is_masked)
+    visible, mask_token, table = normal(3, 2), normal(2, seed=1), normal(5, 2, seed=2)
+    token, weight, bias = torch.tensor([0, 1, 2, 3, 0, 1, 4]), normal(2, seed=3), normal(2, seed=4)
+    place = mask_token, table, token, inverse_of(is_masked)
+    out = reference.scatter_tokens(visible, *place)
+    normed = reference.scatter_tokens(visible, *place, weight, bias)
     rows = iter(visible)
     for n, masked in enumerate(is_masked):
-        assert torch.equal(out[n], (token if masked else next(rows)) + positions[n])
+        expected = (mask_token if masked else next(rows)) + table[token[n]]
+        assert torch.equal(out[n], expected)
+        assert_rounding(normed[n : n + 1], loop_layer_norm(expected[None], weight, bias))
 
 
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("pattern", ["1001101", "0000", "1111", "0", "1", "0111", "1110"])
-def test_scatter_tokens_gradients(pattern: str) -> None:
+def test_scatter_tokens_gradients(pattern: str, norm: bool) -> None:
     is_masked = torch.tensor([c == "1" for c in pattern])
-    visible = normal(int((~is_masked).sum()), 3, grad=True)
-    token, positions = normal(3, seed=1, grad=True), normal(len(pattern), 3, seed=2, grad=True)
-    assert gradcheck(lambda v, t, p: reference.scatter_tokens(v, t, p, is_masked), (visible, token, positions))
+    visible = normal(int((~is_masked).sum()), 5, grad=True)
+    mask_token, table = normal(5, seed=1, grad=True), normal(len(pattern), 5, seed=2, grad=True)
+    affine = (normal(5, seed=3, grad=True), normal(5, seed=4, grad=True)) if norm else ()
+    index = torch.arange(len(pattern)), inverse_of(is_masked)
+    inputs = (visible, mask_token, table, *affine)
+    assert gradcheck(lambda v, m, t, *a: reference.scatter_tokens(v, m, t, *index, *a), inputs)
 
 
 # --------------------------------------------------------------------------------------------------------- row maths

@@ -1,0 +1,271 @@
+"""o = softmax(q k^T * Dh ** -0.5) v inside each clip of at most 128 rows: the encoder's attention over visible tokens.
+
+    S = scale * q k^T,  P = softmax(S) over the keys of the clip,  o = M v,  M = keep * kept_scale * P
+    dv = M^T do,  dM = do v^T,  dP = keep * kept_scale * dM,  dS = P * (dP - rowsum(dP * P))
+    dq = scale * dS k,  dk = scale * dS^T q                  keep from Philox, see dropout.py
+
+Row, lane and column of the keep mask: the packed row of the query, the head, and the key's index within its clip.
+
+Letters: N packed rows, B clips, H heads of D, qkv (N, 3, H, D). One program a clip and head: all its keys fit into one
+tile, so a row's softmax is done in one go and nothing but qkv is saved: the backward computes P again. It holds K, V and
+their fp32 gradients, goes over blocks of BLOCK_M queries and writes into dqkv (N, 3, H, D) itself, which spares the
+concatenation of dq, dk and dv. Moved, in (N, H D) tensors: forward 4, backward 7 (FlashAttention-2 and a concatenation:
+19). Softmax and all sums are fp32; P, M and dS are rounded to the input dtype as operands of dots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import threshold_and_scale
+from .launch import block, launch, options
+
+
+@triton.jit
+def _keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr):
+    """What dropout.keep_mask draws, for the layouts of dots.
+
+    There the eight elements of a call of Philox belong to four threads. The call's eight decisions are packed into one
+    number first, so that a number for eight elements crosses threads and not eight values: 100 registers fewer.
+    """
+    group = tl.arange(0, COLUMNS // 8)
+    counter = group[None, :].to(tl.uint32) + tl.zeros_like(row[:, None]).to(tl.uint32)
+    rows = row[:, None].to(tl.uint32) + tl.zeros_like(group[None, :]).to(tl.uint32)
+    zeros = tl.zeros_like(counter)
+    words = tl.philox(seed, counter, rows, zeros + site, zeros + lane)
+    packed = tl.zeros_like(counter).to(tl.int32)
+    for index in tl.static_range(4):
+        packed += ((words[index] & 0xFFFF) >= threshold).to(tl.int32) << (2 * index)
+        packed += ((words[index] >> 16) >= threshold).to(tl.int32) << (2 * index + 1)
+    packed = tl.broadcast_to(packed[:, :, None], (row.shape[0], COLUMNS // 8, 8))
+    place = tl.arange(0, COLUMNS) % 8
+    return ((tl.reshape(packed, (row.shape[0], COLUMNS)) >> place[None, :]) & 1) == 1
+
+
+@triton.jit
+def _exponentials(q, k, scale, length, BLOCK_S: tl.constexpr):
+    """exp(S - rowmax S) (BLOCK_M, BLOCK_S), 0 where there is no key, and its row sums (BLOCK_M,)."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+    s = tl.where((tl.arange(0, BLOCK_S) < length)[None, :], s, float("-inf"))
+    e = tl.exp2(s - tl.max(s, 1)[:, None])
+    return e, tl.sum(e, 1)
+
+
+@triton.jit(do_not_specialize=["site", "threshold"])
+def _forward(
+    qkv_ptr,
+    cu_seqlens_ptr,
+    seed_ptr,
+    o_ptr,
+    stride_qkv,
+    site,
+    threshold,
+    scale,
+    kept_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    clip = tl.program_id(0).to(tl.int64) // H
+    head = tl.program_id(0) % H
+    start = tl.load(cu_seqlens_ptr + clip).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + clip + 1) - start).to(tl.int32)
+    col = tl.arange(0, BLOCK_D)
+    key = tl.arange(0, BLOCK_S)
+    q_ptr = qkv_ptr + head * D + col[None, :]
+    has_key = (key < length)[:, None] & (col < D)[None, :]
+    k_ptr = q_ptr + H * D + (start + key)[:, None] * stride_qkv
+    k = tl.load(k_ptr, mask=has_key, other=0.0)  # (BLOCK_S, BLOCK_D)
+    v = tl.load(k_ptr + H * D, mask=has_key, other=0.0)
+    for first in range(0, length, BLOCK_M):
+        query = first + tl.arange(0, BLOCK_M)
+        row = start + query
+        inside = (query < length)[:, None] & (col < D)[None, :]
+        q = tl.load(q_ptr + row[:, None] * stride_qkv, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
+        e, total = _exponentials(q, k, scale, length, BLOCK_S)
+        if DROPOUT:
+            e = tl.where(_keep_mask(tl.load(seed_ptr), row, head, site, threshold, BLOCK_S), e, 0.0)
+        o = tl.dot(e.to(v.dtype), v, input_precision="ieee") * (kept_scale / total)[:, None]
+        o_row = o_ptr + row[:, None] * (H * D) + head * D + col[None, :]
+        tl.store(o_row, o.to(o_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["site", "threshold"])
+def _backward(
+    do_ptr,
+    qkv_ptr,
+    cu_seqlens_ptr,
+    seed_ptr,
+    dqkv_ptr,
+    stride_do,
+    stride_qkv,
+    site,
+    threshold,
+    scale,
+    kept_scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    clip = tl.program_id(0).to(tl.int64) // H
+    head = tl.program_id(0) % H
+    start = tl.load(cu_seqlens_ptr + clip).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + clip + 1) - start).to(tl.int32)
+    col = tl.arange(0, BLOCK_D)
+    key = tl.arange(0, BLOCK_S)
+    q_ptr = qkv_ptr + head * D + col[None, :]
+    dq_ptr = dqkv_ptr + head * D + col[None, :]
+    has_key = (key < length)[:, None] & (col < D)[None, :]
+    k_ptr = q_ptr + H * D + (start + key)[:, None] * stride_qkv
+    k = tl.load(k_ptr, mask=has_key, other=0.0)  # (BLOCK_S, BLOCK_D)
+    v = tl.load(k_ptr + H * D, mask=has_key, other=0.0)
+    dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for first in range(0, length, BLOCK_M):
+        query = first + tl.arange(0, BLOCK_M)
+        row = start + query
+        inside = (query < length)[:, None] & (col < D)[None, :]
+        q = tl.load(q_ptr + row[:, None] * stride_qkv, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
+        do = tl.load(do_ptr + row[:, None] * stride_do + head * D + col[None, :], mask=inside, other=0.0)
+        e, total = _exponentials(q, k, scale, length, BLOCK_S)
+        p = e / total[:, None]
+        m = p
+        if DROPOUT:
+            kept = _keep_mask(tl.load(seed_ptr), row, head, site, threshold, BLOCK_S)
+            m = tl.where(kept, p * kept_scale, 0.0)
+        dv = tl.dot(tl.trans(m.to(do.dtype)), do, dv, input_precision="ieee")
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            dp = tl.where(kept, dp * kept_scale, 0.0)
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
+        dq = tl.dot(ds, k, input_precision="ieee") * scale
+        tl.store(dq_ptr + row[:, None] * (3 * H * D), dq.to(dqkv_ptr.dtype.element_ty), mask=inside)
+    dk_ptr = dq_ptr + H * D + (start + key)[:, None] * (3 * H * D)
+    tl.store(dk_ptr, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=has_key)
+    tl.store(dk_ptr + H * D, dv.to(dqkv_ptr.dtype.element_ty), mask=has_key)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """``x`` itself where each of its rows lies densely in memory, else a copy."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size > 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def _constants(name: str, qkv: Tensor, max_seqlen: int) -> dict[str, int]:
+    """Sizes and launch options, alike in both kernels."""
+    heads, width = qkv.shape[2:]
+    longest = block(max_seqlen)
+    sizes = {"H": heads, "D": width, "BLOCK_S": longest, "BLOCK_D": block(width)}
+    chosen = options(name, qkv, width)
+    return {**sizes, **chosen, "BLOCK_M": min(chosen["BLOCK_M"], longest)}
+
+
+def forward(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, site: int) -> Tensor:
+    """o (N, H, D) in the dtype of ``qkv``."""
+    rows, _, heads, width = qkv.shape
+    qkv = _dense_rows(qkv)
+    o = torch.empty(rows, heads, width, dtype=qkv.dtype, device=qkv.device)
+    threshold, kept_scale = threshold_and_scale(dropout)
+    launch(
+        _forward,
+        ((cu_seqlens.shape[0] - 1) * heads,),
+        qkv,
+        cu_seqlens,
+        seed,
+        o,
+        qkv.stride(0),
+        site,
+        threshold,
+        width**-0.5,
+        kept_scale,
+        DROPOUT=dropout > 0.0,
+        **_constants("short_attention_forward", qkv, max_seqlen),
+    )
+    return o
+
+
+def backward(
+    do: Tensor, qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, site: int
+) -> Tensor:
+    """The gradient of qkv (N, 3, H, D), contiguous."""
+    do, qkv = _dense_rows(do), _dense_rows(qkv)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    threshold, kept_scale = threshold_and_scale(dropout)
+    launch(
+        _backward,
+        ((cu_seqlens.shape[0] - 1) * qkv.shape[2],),
+        do,
+        qkv,
+        cu_seqlens,
+        seed,
+        dqkv,
+        do.stride(0),
+        qkv.stride(0),
+        site,
+        threshold,
+        qkv.shape[3] ** -0.5,
+        kept_scale,
+        DROPOUT=dropout > 0.0,
+        **_constants("short_attention_backward", qkv, max_seqlen),
+    )
+    return dqkv
+
+
+forward_op = torch.library.custom_op("mae_ast_fast::short_attention", forward, mutates_args=())
+backward_op = torch.library.custom_op("mae_ast_fast::short_attention_backward", backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(qkv, cu_seqlens, seed, max_seqlen, dropout, site):
+    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+
+
+@backward_op.register_fake
+def _(do, qkv, cu_seqlens, seed, max_seqlen, dropout, site):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    qkv, cu_seqlens, seed, ctx.max_seqlen, ctx.dropout, ctx.site = inputs
+    ctx.save_for_backward(qkv, cu_seqlens, seed)
+
+
+def _gradients(ctx, do):
+    return backward_op(do, *ctx.saved_tensors, ctx.max_seqlen, ctx.dropout, ctx.site), None, None, None, None, None
+
+
+forward_op.register_autograd(_gradients, setup_context=_save)
+
+
+WIDTHS = (64,)  # of a head, in the presets
+
+
+def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+    heads = 12
+    for longest in (64, 128):
+        clips = 32768 // longest
+        qkv = torch.empty(clips * longest, 3, heads, width, dtype=dtype, device="meta")
+        do = torch.empty(clips * longest, heads, width, dtype=dtype, device="meta")
+        cu_seqlens = torch.empty(clips + 1, dtype=torch.int32, device="meta")
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        for dropout in (0.0, 0.1):
+            label, saved = f"{longest}{' dropout' if dropout else ''}", (qkv, cu_seqlens, seed, longest, dropout, 1)
+            yield f"forward {label}", qkv.shape[0], lambda a=saved: forward(*a)
+            yield f"backward {label}", qkv.shape[0], lambda a=saved, do=do: backward(do, *a)
