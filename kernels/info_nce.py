@@ -11,11 +11,12 @@ of one clip and sweeps the other operand in tiles of BN. Fused: products, softma
 products again, softmax, its product with the targets and the scaling by g. Ties go to the first index.
 
 The gradient is not kept from the forward: stored in half precision and then scaled by g it would be rounded twice. The
-sweep that computes it is the same in either place. The diagonal stays out of the half-precision product, where 1 - q_ii
-would be the largest weight by far, and is added in fp32: over "targets" as the sum of the rounded weights, so that what
-all targets share cancels; over "predictions" as 1 - exp(-loss_i). Forward and backward use one tile, so that their
-products agree to the bit. Saved: the inputs, lse and loss. Moved: forward 2 (N, P) tensors, backward 3, and in each the swept operand
-cdiv(M, BM) times from the L2 cache (unfused: N * M logits in fp32 written and read about six times).
+sweep that computes it is the same in either place. In half precision the weights q enter the product with the targets
+in two parts, rounded and remainder: rounded alone they would cost as much as rounding the result, and far more where
+the targets share an offset. The diagonal, whose weight is by far the largest, is added in fp32. lse is kept as its two
+parts, max and log sum exp(S - max): their sum loses the digits that large products share. Saved: the inputs, loss and
+these parts. Moved: forward 2 (N, P) tensors, backward 3, and in each the swept operand cdiv(M, BM) times from the L2
+cache (unfused: N * M logits in fp32 written and read about six times).
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ from .launch import block, launch, options, unit_stride
 
 
 @triton.jit
-def _load_rows(x_ptr, start, index, length, stride, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Rows ``index`` of the clip that begins at row ``start``: (len(index), BLOCK_P), zeros outside."""
-    col = tl.arange(0, BLOCK_P)
-    row = start.to(tl.int64) + index
-    return tl.load(
-        x_ptr + row[:, None] * stride + col[None, :], mask=(index < length)[:, None] & (col < P)[None, :], other=0.0
-    )
+def _load_rows(x_ptr, first, count, stride, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
+    """ROWS rows from number ``first``, of which ``count`` are real: (ROWS, BLOCK_P), zeros outside.
+
+    The int64 part of the address is one number a tile: an int64 for each element costs over 100 registers.
+    """
+    row, col = tl.arange(0, ROWS), tl.arange(0, BLOCK_P)
+    inside = (row < count)[:, None] & (col < P)[None, :]
+    row = first.to(tl.int64) + row
+    return tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -46,7 +49,8 @@ def _loss(
     key_ptr,
     cu_ptr,
     loss_ptr,
-    lse_ptr,
+    top_ptr,
+    log_total_ptr,
     hit_ptr,
     stride_query,
     stride_key,
@@ -56,13 +60,14 @@ def _loss(
     BN: tl.constexpr,
     HIT: tl.constexpr,
 ):
-    """Loss and lse of the rows of S = query @ key^T; with HIT also whether the diagonal is a row's first maximum."""
+    """Loss and the two parts of lse of the rows of S = query @ key^T; with HIT also whether the diagonal is a row's first maximum."""
     start = tl.load(cu_ptr + tl.program_id(1))
     length = tl.load(cu_ptr + tl.program_id(1) + 1) - start
-    if tl.program_id(0) * BM >= length:
+    first = tl.program_id(0) * BM
+    if first >= length:
         return
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    query = _load_rows(query_ptr, start, i, length, stride_query, P, BLOCK_P)
+    i = first + tl.arange(0, BM)
+    query = _load_rows(query_ptr, start + first, length - first, stride_query, BM, P, BLOCK_P)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)  # sum of exp(S - top)
     own = tl.zeros((BM,), tl.float32)
@@ -70,7 +75,7 @@ def _loss(
     after = tl.full((BM,), float("-inf"), tl.float32)
     for begin in range(0, length, BN):
         j = begin + tl.arange(0, BN)
-        key = _load_rows(key_ptr, start, j, length, stride_key, P, BLOCK_P)
+        key = _load_rows(key_ptr, start + begin, length - begin, stride_key, BN, P, BLOCK_P)
         s = tl.dot(query, tl.trans(key), input_precision="ieee")
         own += tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
         s = tl.where((j < length)[None, :], s, float("-inf"))
@@ -82,8 +87,9 @@ def _loss(
         top = new_top
     row = start.to(tl.int64) + i
     log_total = tl.log(total)
-    tl.store(lse_ptr + row, top + log_total, mask=i < length)
-    tl.store(loss_ptr + row, (top - own) + log_total, mask=i < length)  # a small loss keeps its digits
+    tl.store(top_ptr + row, top, mask=i < length)
+    tl.store(log_total_ptr + row, log_total, mask=i < length)
+    tl.store(loss_ptr + row, (top - own) + log_total, mask=i < length)
     if HIT:
         tl.store(hit_ptr + row, (own > before) & (own >= after), mask=i < length)
 
@@ -93,7 +99,8 @@ def _column_hit(
     prediction_ptr,
     target_ptr,
     cu_ptr,
-    lse_ptr,
+    top_ptr,
+    log_total_ptr,
     hit_ptr,
     stride_prediction,
     stride_target,
@@ -105,18 +112,20 @@ def _column_hit(
     """For each prediction, whether its own target is the first maximum of its column of S - lse."""
     start = tl.load(cu_ptr + tl.program_id(1))
     length = tl.load(cu_ptr + tl.program_id(1) + 1) - start
-    if tl.program_id(0) * BM >= length:
+    first = tl.program_id(0) * BM
+    if first >= length:
         return
-    j = tl.program_id(0) * BM + tl.arange(0, BM)
-    prediction = _load_rows(prediction_ptr, start, j, length, stride_prediction, P, BLOCK_P)
+    j = first + tl.arange(0, BM)
+    prediction = _load_rows(prediction_ptr, start + first, length - first, stride_prediction, BM, P, BLOCK_P)
     own = tl.zeros((BM,), tl.float32)
     before = tl.full((BM,), float("-inf"), tl.float32)
     after = tl.full((BM,), float("-inf"), tl.float32)
     for begin in range(0, length, BN):
         i = begin + tl.arange(0, BN)
-        target = _load_rows(target_ptr, start, i, length, stride_target, P, BLOCK_P)
-        lse = tl.load(lse_ptr + start.to(tl.int64) + i, mask=i < length, other=0.0)
-        s = tl.dot(prediction, tl.trans(target), input_precision="ieee") - lse[None, :]
+        target = _load_rows(target_ptr, start + begin, length - begin, stride_target, BN, P, BLOCK_P)
+        top = tl.load(top_ptr + start.to(tl.int64) + i, mask=i < length, other=0.0)
+        log_total = tl.load(log_total_ptr + start.to(tl.int64) + i, mask=i < length, other=0.0)
+        s = (tl.dot(prediction, tl.trans(target), input_precision="ieee") - top[None, :]) - log_total[None, :]
         own += tl.sum(tl.where(i[None, :] == j[:, None], s, 0.0), 1)
         s = tl.where((i < length)[None, :], s, float("-inf"))
         before = tl.maximum(before, tl.max(tl.where(i[None, :] < j[:, None], s, float("-inf")), 1))
@@ -131,7 +140,8 @@ def _gradient(
     target_ptr,
     cu_ptr,
     loss_ptr,
-    lse_ptr,
+    top_ptr,
+    log_total_ptr,
     dprediction_ptr,
     stride_prediction,
     stride_target,
@@ -144,13 +154,14 @@ def _gradient(
     """Rows of the gradient; with COLUMNS (over "predictions") lse and g belong to the swept targets."""
     start = tl.load(cu_ptr + tl.program_id(1))
     length = tl.load(cu_ptr + tl.program_id(1) + 1) - start
-    if tl.program_id(0) * BM >= length:
+    first = tl.program_id(0) * BM
+    if first >= length:
         return
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    i = first + tl.arange(0, BM)
     row = start.to(tl.int64) + i
-    prediction = _load_rows(prediction_ptr, start, i, length, stride_prediction, P, BLOCK_P)
+    prediction = _load_rows(prediction_ptr, start + first, length - first, stride_prediction, BM, P, BLOCK_P)
     dloss = tl.load(dloss_ptr + row, mask=i < length, other=0.0)
-    # Weights go into the product in half precision: g, often far below what fp16 holds, enters relative to the clip's
+    # Weights go into products in half precision: g, often far below what fp16 holds, enters relative to the clip's
     # largest, or (a factor of the whole row) afterwards.
     factor = dloss
     if COLUMNS:
@@ -162,55 +173,56 @@ def _gradient(
         largest = tl.where(largest > 0.0, largest, 1.0)
         factor = tl.zeros((BM,), tl.float32) + largest
     else:
-        lse = tl.load(lse_ptr + row, mask=i < length, other=0.0)
+        top = tl.load(top_ptr + row, mask=i < length, other=0.0)
+        log_total = tl.load(log_total_ptr + row, mask=i < length, other=0.0)
     total = tl.zeros((BM, BLOCK_P), tl.float32)
-    own_weight = tl.zeros((BM,), tl.float32)
     for begin in range(0, length, BN):
         j = begin + tl.arange(0, BN)
-        target = _load_rows(target_ptr, start, j, length, stride_target, P, BLOCK_P)
+        target = _load_rows(target_ptr, start + begin, length - begin, stride_target, BN, P, BLOCK_P)
         s = tl.dot(prediction, tl.trans(target), input_precision="ieee")
         counts = (i < length)[:, None] & (j < length)[None, :] & (i[:, None] != j[None, :])
         s = tl.where(counts, s, float("-inf"))
         if COLUMNS:
-            other_lse = tl.load(lse_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0)
+            other_top = tl.load(top_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0)
+            other_log_total = tl.load(log_total_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0)
             g = tl.load(dloss_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0) / largest
-            weight = tl.exp(s - other_lse[None, :]) * g[None, :]
+            weight = tl.exp((s - other_top[None, :]) - other_log_total[None, :]) * g[None, :]
         else:
-            weight = tl.exp(s - lse[:, None])
-        weight = weight.to(target.dtype)
-        own_weight += tl.sum(weight.to(tl.float32), 1)  # sum_{j != i} q_ij = 1 - q_ii
-        total = tl.dot(weight, target, total, input_precision="ieee")
-    if COLUMNS:
-        own_weight = dloss / largest * (1.0 - tl.exp(-tl.load(loss_ptr + row, mask=i < length, other=0.0)))
-    own = _load_rows(target_ptr, start, i, length, stride_target, P, BLOCK_P).to(tl.float32)
+            weight = tl.exp((s - top[:, None]) - log_total[:, None])
+        rounded = weight.to(target.dtype)
+        total = tl.dot(rounded, target, total, input_precision="ieee")
+        if target.dtype != tl.float32:
+            total = tl.dot((weight - rounded.to(tl.float32)).to(target.dtype), target, total)
+    diagonal = dloss * (1.0 - tl.exp(-tl.load(loss_ptr + row, mask=i < length, other=0.0)))
+    own = _load_rows(target_ptr, start + first, length - first, stride_target, BM, P, BLOCK_P).to(tl.float32)
     col = tl.arange(0, BLOCK_P)
     tl.store(
-        dprediction_ptr + row[:, None] * P + col[None, :],
-        ((total - own * own_weight[:, None]) * factor[:, None]).to(dprediction_ptr.dtype.element_ty),
+        dprediction_ptr + (start + first).to(tl.int64) * P + (tl.arange(0, BM)[:, None] * P + col[None, :]),
+        (total * factor[:, None] - own * diagonal[:, None]).to(dprediction_ptr.dtype.element_ty),
         mask=(i < length)[:, None] & (col < P)[None, :],
     )
 
 
 def forward(
     prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (N,) in fp32, hit (N,) bool, lse (N,) in fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (N,) in fp32, hit (N,) bool, and in fp32 the parts of lse: top = max_j S_ij and log sum_j exp(S_ij - top)."""
     rows, width = prediction.shape
     prediction, target, cu_seqlens = unit_stride(prediction), unit_stride(target), cu_seqlens.contiguous()
     loss = torch.empty(rows, dtype=torch.float32, device=prediction.device)
-    lse = torch.empty_like(loss)
+    top, log_total = torch.empty_like(loss), torch.empty_like(loss)
     hit = torch.empty(rows, dtype=torch.bool, device=prediction.device)
     chosen = options("info_nce", prediction, width)
     grid = triton.cdiv(max_seqlen, chosen["BM"]), cu_seqlens.shape[0] - 1
     shape = {"P": width, "BLOCK_P": block(width), **chosen}
     columns = over == "predictions"
     query, key = (target, prediction) if columns else (prediction, target)
-    outputs = loss, lse, hit
+    outputs = loss, top, log_total, hit
     launch(_loss, grid, query, key, cu_seqlens, *outputs, query.stride(0), key.stride(0), HIT=not columns, **shape)
     if columns:
         strides = prediction.stride(0), target.stride(0)
-        launch(_column_hit, grid, prediction, target, cu_seqlens, lse, hit, *strides, **shape)
-    return loss, hit, lse
+        launch(_column_hit, grid, prediction, target, cu_seqlens, top, log_total, hit, *strides, **shape)
+    return loss, hit, top, log_total
 
 
 def backward(
@@ -219,7 +231,8 @@ def backward(
     target: Tensor,
     cu_seqlens: Tensor,
     loss: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    log_total: Tensor,
     max_seqlen: int,
     over: str,
 ) -> Tensor:
@@ -236,7 +249,8 @@ def backward(
         target,
         cu_seqlens,
         loss,
-        lse,
+        top,
+        log_total,
         dprediction,
         prediction.stride(0),
         target.stride(0),
@@ -255,22 +269,22 @@ backward_op = torch.library.custom_op("mae_ast_fast::info_nce_backward", backwar
 @forward_op.register_fake
 def _(prediction, target, cu_seqlens, max_seqlen, over):
     loss = prediction.new_empty(prediction.shape[0], dtype=torch.float32)
-    return loss, torch.empty_like(loss, dtype=torch.bool), torch.empty_like(loss)
+    return loss, torch.empty_like(loss, dtype=torch.bool), torch.empty_like(loss), torch.empty_like(loss)
 
 
 @backward_op.register_fake
-def _(dloss, prediction, target, cu_seqlens, loss, lse, max_seqlen, over):
+def _(dloss, prediction, target, cu_seqlens, loss, top, log_total, max_seqlen, over):
     return torch.empty_like(prediction, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
     prediction, target, cu_seqlens, ctx.max_seqlen, ctx.over = inputs
-    loss, hit, lse = output
-    ctx.mark_non_differentiable(hit, lse)
-    ctx.save_for_backward(prediction, target, cu_seqlens, loss, lse)
+    loss, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(prediction, target, cu_seqlens, loss, *others[1:])
 
 
-def _gradients(ctx, dloss, dhit, dlse):
+def _gradients(ctx, dloss, *_):
     return backward_op(dloss, *ctx.saved_tensors, ctx.max_seqlen, ctx.over), None, None, None, None
 
 
@@ -299,5 +313,5 @@ def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callabl
         yield (
             f"backward over {over}",
             rows,
-            lambda o=over: backward(loss, prediction, target, cu, loss, loss, longest, o),
+            lambda o=over: backward(loss, prediction, target, cu, loss, loss, loss, longest, o),
         )

@@ -6,11 +6,11 @@
 
 Row, lane and column of the keep mask: the packed row of the query, the head, and the key's index within its clip.
 
-Letters: N packed rows, B clips, H heads of D, qkv (N, 3, H, D). One program a clip and head: all its keys fit into one
-tile, so a row's softmax is done in one go and nothing but qkv is saved: the backward computes P again. It holds K, V and
-their fp32 gradients, goes over blocks of BLOCK_M queries and writes into dqkv (N, 3, H, D) itself, which spares the
-concatenation of dq, dk and dv. Moved, in (N, H D) tensors: forward 4, backward 7 (FlashAttention-2 and a concatenation:
-19). Softmax and all sums are fp32; P, M and dS are rounded to the input dtype as operands of dots.
+Letters: N packed rows, B clips, H heads of D, qkv (N, 3, H, D). One program a clip and head: all its keys fit into
+one tile, so a row's softmax is done in one go and nothing but qkv is saved: the backward computes P again. It holds K,
+V and their fp32 gradients, goes over blocks of BLOCK_M queries and writes into dqkv (N, 3, H, D) itself, which spares
+the concatenation of dq, dk and dv. Moved, in (N, H D) tensors: forward 4, backward 7 (FlashAttention-2 and a
+concatenation: 19). Softmax and all sums are fp32; P, M and dS are rounded to the input dtype as operands of dots.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr):
     """What dropout.keep_mask draws, for the layouts of dots.
 
     There the eight elements of a call of Philox belong to four threads. The call's eight decisions are packed into one
-    number first, so that a number for eight elements crosses threads and not eight values: 100 registers fewer.
+    number first, so that a number for eight elements crosses threads and not eight values.
     """
     group = tl.arange(0, COLUMNS // 8)
     counter = group[None, :].to(tl.uint32) + tl.zeros_like(row[:, None]).to(tl.uint32)

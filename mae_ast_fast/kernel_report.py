@@ -1,9 +1,9 @@
 """What the Triton kernels cost on each architecture, compiled ahead of time: no GPU is needed.
 
 Every module of ``mae_ast_fast.kernels`` with ``examples`` is asked for its variants, whose launches
-``kernels/launch.py`` records instead of making them. Signatures and attributes are worked out by Triton's own JIT code, so what is compiled
-here is what a launch would compile. Each compilation runs in a process of its own (a compiler that aborts takes nothing
-with it), and its figures are kept in the cache folder under everything that they depend on.
+``kernels/launch.py`` records instead of making them. Signatures and attributes are worked out by Triton's own JIT
+code, so what is compiled here is what a launch would compile. Each compilation runs in a process of its own (a compiler
+that aborts takes nothing with it), and its figures are kept in the cache folder under all that they depend on.
 
 Figures: registers of a thread; spilled bytes, stored and loaded, of a thread (``ptxas -v``; on AMD four bytes a spilled
 VGPR); shared memory of a block; the matrix instruction in the machine code; occupancy (see ``occupancy``); bytes a row:
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -215,22 +216,27 @@ def _target(arch: str) -> Any:
     return GPUTarget(ARCHS[arch].backend, ARCHS[arch].name, ARCHS[arch].warp)
 
 
-def _has_backend(arch: str) -> bool:
+@functools.cache
+def _backend(arch: str) -> Any:
+    """Triton's compiler for an architecture; None where this Triton has none."""
     from triton.backends import backends
 
-    return any(backend.compiler.supports_target(_target(arch)) for backend in backends.values())
+    target = _target(arch)
+    return next((b.compiler(target) for b in backends.values() if b.compiler.supports_target(target)), None)
+
+
+@functools.cache
+def _binder(function: Any, arch: str) -> Any:
+    from triton.runtime.jit import create_function_from_signature
+
+    return create_function_from_signature(function.signature, function.params, _backend(arch))
 
 
 def _specialised(function: Any, arguments: Sequence[Any], constants: dict[str, Any], arch: str) -> dict[str, Any]:
     """What the JIT would compile for a launch: its own steps (JITFunction.run), with an architecture named."""
-    from triton.compiler.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(_target(arch))
     given = {**constants, "debug": False}
-    bind = create_function_from_signature(function.signature, function.params, backend)
-    bound, specialisation, options = bind(*arguments, **given)
-    options, signature, constexprs, attributes = function._pack_args(backend, given, bound, specialisation, options)
+    bound = _binder(function, arch)(*arguments, **given)
+    options, signature, constexprs, attributes = function._pack_args(_backend(arch), given, *bound)
     return {
         "function": function,
         "signature": signature,
@@ -241,48 +247,53 @@ def _specialised(function: Any, arguments: Sequence[Any], constants: dict[str, A
     }
 
 
-def _key(source: dict[str, Any]) -> str:
-    """Everything that the figures depend on; neither comments nor line numbers."""
+@functools.cache
+def _tools(arch: str) -> str:
+    """What figures depend on beside the kernel: the compilers, what steers them, and how this file reads them."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
-    from triton.compiler.compiler import make_backend
 
-    parts = [
-        triton.__version__,
-        make_backend(_target(source["arch"])).hash(),  # with the version of ptxas
-        get_cache_invalidating_env_vars(),
-        Path(__file__).read_bytes(),
-        list(_code(source["function"], set())),
-        *(source[name] for name in ("signature", "constants", "attributes", "options")),
-    ]
+    reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return f"{triton.__version__} {_backend(arch).hash()} {get_cache_invalidating_env_vars()} {reader}"
+
+
+def _key(source: dict[str, Any]) -> str:
+    parts = [_tools(source["arch"]), _code(source["function"])]
+    parts += [source[name] for name in ("signature", "constants", "attributes", "options")]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _code(function: Any, seen: set[int]) -> Iterator[str]:
-    """Syntax trees of a jit function and of those that it calls, and the values of the globals that they name."""
+@functools.cache
+def _code(function: Any) -> str:
+    """Syntax trees of a jit function and of those that it calls, and values of the globals that they name.
+
+    Trees, so that comments and line numbers do not count. Triton's own functions are as old as its version.
+    """
+    from triton.language import constexpr
     from triton.runtime.jit import JITCallable
 
-    seen.add(id(function))
-    tree = ast.parse(function.src)
-    yield f"{ast.dump(tree)} {getattr(function, 'noinline', None)}"
-    names = {**function.fn.__globals__, **inspect.getclosurevars(function.fn).nonlocals}
+    parts, todo = {}, [function]
 
-    def value(node: ast.expr) -> Any:
+    def value(node: ast.expr, names: dict[str, Any]) -> Any:
         if isinstance(node, ast.Name):
             return names.get(node.id)
-        owner = value(node.value) if isinstance(node, ast.Attribute) else None
+        owner = value(node.value, names) if isinstance(node, ast.Attribute) else None
         return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
 
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Name | ast.Attribute):
+    while todo:
+        function = todo.pop()
+        if function in parts or function.fn.__module__.startswith("triton."):
             continue
-        found = value(node)
-        if isinstance(found, JITCallable):
-            # Triton's own are as old as its version.
-            if id(found) not in seen and not found.fn.__module__.startswith("triton."):
-                yield from _code(found, seen)
-        elif found is not None and not callable(found) and not isinstance(found, ModuleType):
-            yield f"{ast.unparse(node)} = {found!r}"
+        tree = ast.parse(function.src)
+        names = {**function.fn.__globals__, **inspect.getclosurevars(function.fn).nonlocals}
+        parts[function] = [ast.dump(tree), str(getattr(function, "noinline", None))]
+        for node in ast.walk(tree):
+            found = value(node, names) if isinstance(node, ast.Name | ast.Attribute) else None
+            if isinstance(found, JITCallable):
+                todo.append(found)
+            elif isinstance(found, bool | int | float | str | tuple | constexpr):
+                parts[function].append(f"{ast.unparse(node)} = {found!r}")
+    return repr(list(parts.values()))
 
 
 # --------------------------------------------------------------------------------------------------- one compilation
@@ -332,9 +343,9 @@ def _figures(source: dict[str, Any], folder: Path, files: Path | None) -> dict[s
         files.parent.mkdir(parents=True, exist_ok=True)
         for suffix, text in listings.items():
             files.with_name(f"{files.name}.{suffix}").write_text(text)
-    figures["shared"] = max(figures["shared"], metadata.shared)
     return {
         **figures,
+        "shared": metadata.shared,
         "tensor_memory": getattr(metadata, "tmem_size", None) or 0,
         "warps": metadata.num_warps,
         "stages": metadata.num_stages,
@@ -351,33 +362,25 @@ def _disassembled(cubin: bytes, folder: Path) -> str:
 
 
 def read_ptxas(log: str) -> dict[str, int]:
-    """``registers``, ``spill`` (bytes stored and loaded) and ``shared`` from what ``ptxas -v`` prints.
-
-    Shared memory that a block asks for at launch is not in it.
-    """
+    """``registers`` and ``spill`` (bytes stored and loaded) of a thread, from what ``ptxas -v`` prints."""
     used = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
     if not used:
         raise ValueError(f"expected the messages of ptxas -v, got {log[:200]!r}")
     return {
         "registers": max(used),
         "spill": sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)),
-        "shared": max((int(count) for count in re.findall(r"(\d+) bytes smem", log)), default=0),
     }
 
 
 def read_amdgcn(assembly: str) -> dict[str, int]:
-    """The same from the metadata in AMD's assembly: VGPRs (with accumulators), 4 bytes a spilled one, and LDS."""
+    """The same from the metadata in AMD's assembly: VGPRs (with accumulators), and 4 bytes a spilled one."""
 
     def count(name: str) -> int:
         if not (found := re.findall(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)):
             raise ValueError(f"expected .{name} in the assembly")
         return max(map(int, found))
 
-    return {
-        "registers": count("vgpr_count"),
-        "spill": 4 * count("vgpr_spill_count"),
-        "shared": count("group_segment_fixed_size"),
-    }
+    return {"registers": count("vgpr_count"), "spill": 4 * count("vgpr_spill_count")}
 
 
 def sass_matrix(sass: str) -> str:
@@ -503,8 +506,8 @@ def examine(
         progress: Called with what is compiled and what is to be.
 
     Returns:
-        ``rows`` (a dict for each variant and architecture), ``problems`` and ``notes`` (kind, op, kernel,
-        variant, arch, message), ``files`` that ``dump`` wrote, ``compiled`` and ``cached`` (numbers of kernels), ``versions``.
+        ``rows`` (a dict for each variant and architecture), ``problems`` and ``notes`` (kind, op, kernel, variant,
+        arch, message), ``files`` that ``dump`` wrote, ``compiled`` and ``cached`` (numbers), ``versions``.
 
     Raises:
         ValueError: An unknown architecture or operation, or nothing to dump.
@@ -527,7 +530,7 @@ def examine(
 
     archs_here = []
     for arch in ARCHS if archs is None else archs:
-        if _has_backend(arch):
+        if _backend(arch):
             archs_here.append(arch)
         else:
             tell(arch, _problem("backend", "this Triton does not compile for it", arch=arch))
@@ -652,7 +655,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-_CELLS = "  {:<7}{:>5}{:>7}{:>9}{:>6}{:>7}  {:<10}{:>4}{:>11}"
+_CELLS = "  {:<7}{:>5}{:>7}{:>9}{:>6}{:>7}  {:<13}{:>4}{:>11}"
 
 
 def to_text(report: dict[str, Any]) -> str:

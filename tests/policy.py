@@ -13,6 +13,9 @@ FBANK_ABS = 1e-3  # log-mel, absolute, against torchaudio.compliance.kaldi.fbank
 ROUNDING = 2e-6  # max|a - b| / max|b|: one computation in another order or shape, fp32
 ROUNDING_GRAD = 2e-5  # the same for gradients summed over all tokens of a batch
 
+ONE_STEP = 1e-5  # loss of one step, impl triton against torch, fp32, same mask, dropout 0
+FIFTY_STEPS = 1e-4  # the same for each loss of 50 steps
+DIRECTIONAL = 1e-2  # slope of the loss along the gradient from two fp32 evaluations, relative
 BF16_LOSS = 2e-3  # one step in bf16, same mask, dropout 0: loss relative to fp32
 HALF_FEATURES = 1e-2  # half-precision weights of a tiny model against fp32, max|a - b| / max|b|
 PERFECT_MSE = 1e-12  # of a prediction that is the target, up to rounding

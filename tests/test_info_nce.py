@@ -47,14 +47,20 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
 
 
 def make_inputs(
-    lengths: list[int], width: int, dtype: torch.dtype, offset: float = 0.0, scale: float = 1.0
+    lengths: list[int], width: int, dtype: torch.dtype, offset: float = 0.0, scale: float = 1.0, grid: bool = True
 ) -> dict[str, Tensor]:
-    """Products of the order of ``scale``, plus for each prediction one number that all of them share."""
+    """Products of about ``scale``, plus for each prediction one number that all of them share.
+
+    On the grid, all products are exact in fp32: the large ones of a peaked softmax otherwise differ by their rounding
+    from one matrix multiplication to another, by more than the policy grants the result.
+    """
     rows = sum(lengths)
-    return {
-        "prediction": (randn(rows, width, seed=1) * scale / width**0.5).to(dtype),
-        "target": randn(rows, width, dtype=dtype, offset=offset, seed=2),
-    }
+    prediction, target = randn(rows, width, seed=1), randn(rows, width, offset=offset, seed=2)
+    factor = scale / width**0.5
+    if grid:
+        prediction, target = (prediction * 16).round() / 16, (target * 16).round() / 16
+        factor = 2.0 ** round(math.log2(factor))
+    return {"prediction": (prediction * factor).to(dtype), "target": target.to(dtype)}
 
 
 def judge(
@@ -117,8 +123,8 @@ def test_reference_transposes() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_values_and_gradients(lengths: list[int], dtype: torch.dtype, over: str) -> None:
-    for width, scale in ((20, 1.0), (256, 16.0)):
-        judge(make_inputs(lengths, width, dtype, scale=scale), lengths, over, dtype)
+    judge(make_inputs(lengths, 20, dtype, grid=False), lengths, over, dtype)
+    judge(make_inputs(lengths, 256, dtype, scale=16.0), lengths, over, dtype)
 
 
 @pytest.mark.parametrize("over", OVER)
@@ -127,7 +133,9 @@ def test_values_and_gradients(lengths: list[int], dtype: torch.dtype, over: str)
 @pytest.mark.parametrize("width", [1, 33, 512])
 def test_widths_and_offsets(width: int, offset: float, dtype: torch.dtype, over: str) -> None:
     lengths = [18, 1, 35]
-    judge(make_inputs(lengths, width, dtype, offset), lengths, over, dtype)
+    # Over predictions an offset makes one of them all targets' choice: which target wins it is a matter of rounding.
+    hits = over == "targets" or offset == 0.0
+    judge(make_inputs(lengths, width, dtype, offset), lengths, over, dtype, hits=hits)
 
 
 @pytest.mark.parametrize("over", OVER)
@@ -290,9 +298,9 @@ def test_registration_compile_and_repeats(over: str) -> None:
 
     lengths = [5, 0, 20]
     inputs, cu = make_inputs(lengths, 24, torch.float32), cu_seqlens(lengths)
-    loss, _, lse = forward_op(*inputs.values(), cu, 20, over)
+    loss, _, *parts = forward_op(*inputs.values(), cu, 20, over)
     check_registration(forward_op, inputs["prediction"].clone().requires_grad_(), inputs["target"], cu, 20, over)
-    check_registration(backward_op, randn(25), *inputs.values(), cu, loss, lse, 20, over)
+    check_registration(backward_op, randn(25), *inputs.values(), cu, loss, *parts, 20, over)
 
     def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         loss, hit = ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=20, over=over, impl="triton")
