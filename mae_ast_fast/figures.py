@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .atomic import write_whole
 from .evaluate import BASELINES, HeldOut
 from .model import MAEAST
 from .packing import real_tokens
@@ -26,10 +27,8 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=110)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110))
     _pyplot().close(figure)
-    partial.replace(path)
 
 
 def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], path: Path) -> None:

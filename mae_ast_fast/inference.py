@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from . import audio
+from .atomic import write_whole
 from .config import MAEASTConfig
 from .evaluate import MASK_SEED, HeldOut
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
@@ -168,21 +169,17 @@ def save_features(features: FileFeatures, path: Path, form: str) -> None:
         raise ValueError(f"form must be npz or safetensors, got {form!r}")
     arrays = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        if form == "safetensors":
-            from safetensors.numpy import save_file
+    if form == "safetensors":
+        from safetensors.numpy import save_file
 
-            partial.touch()
-            mode = partial.stat().st_mode  # save_file makes its file readable by its owner alone
-            save_file(arrays, partial)
-            partial.chmod(mode)
-        else:
-            with open(partial, "wb") as file:
-                np.savez(file, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(path, lambda partial: save_file(arrays, partial))
+    else:
+        write_whole(path, lambda partial: _savez(partial, arrays))
+
+
+def _savez(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:  # given a name, numpy would add its own suffix
+        np.savez(file, **arrays)
 
 
 def output_paths(inputs: Sequence[str | os.PathLike[str]], folder: Path, suffix: str) -> list[Path]:
@@ -261,9 +258,8 @@ def _read(path: str | os.PathLike[str], start: int, samples: int) -> np.ndarray:
 
 def select(clips: HeldOut, index: int) -> HeldOut:
     """One clip of a set, without its padding."""
-    frames = int(clips.frames[index])
-    one = slice(index, index + 1)
-    return HeldOut(clips.features[one, :frames], clips.frames[one], clips.mask[one], clips.names[one], clips.kinds[one])
+    one = clips.select([index])
+    return dataclasses.replace(one, features=one.features[:, : int(one.frames)])
 
 
 def encoder_alone(model: MAEAST) -> MAEAST:

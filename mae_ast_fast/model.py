@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import ops
+from .atomic import write_whole
 from .attention import choose_backend
 from .config import MAEASTConfig
 from .ops import resolve_impl
@@ -363,8 +363,8 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         config = json.dumps({"model_type": "mae_ast", **self.config.to_dict()}, indent=2) + "\n"
-        _replace(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
-        _replace(folder / "config.json", lambda path: path.write_text(config))
+        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+        write_whole(folder / "config.json", lambda path: path.write_text(config))
         if "model_card_kwargs" in hub:  # the mixin is about to upload the folder
             self.generate_model_card(**(hub["model_card_kwargs"] or {})).save(folder / "README.md")
         if hub.pop("push_to_hub", False):
@@ -454,13 +454,3 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         model = cls(config, **init)
         model.load_state_dict(convert_state_dict(state_dict, config))
         return model.eval()
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place, then moves it there in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors makes files that nobody else can read, whatever the umask
-    write(partial)
-    partial.chmod(mode)
-    os.replace(partial, path)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, corpus
+from .atomic import write_json, write_whole
 from .audio import find_audio
 from .config import MAEASTConfig
 from .data import Clips, batch_plan, load_batch, scan, split
@@ -64,8 +64,8 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     trainer = Trainer(options, run, clips, train, device)
     held_out = _held_out(trainer.model, clips, held_out_clips, options)
     run.mkdir(parents=True, exist_ok=True)
-    _write_json(run / "options.json", dataclasses.asdict(options))
-    _write_json(run / "data_report.json", clips.report)
+    write_json(run / "options.json", dataclasses.asdict(options))
+    write_json(run / "data_report.json", clips.report)
     print(_headline(options, trainer, clips, len(train), len(held_out.names), how))
     trainer.train(held_out)
     return trainer.finish(held_out, how)
@@ -275,9 +275,7 @@ class Trainer:
         """Drops what was written after the checkpoint that the run goes on from."""
         path = self.run / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= self.step] if path.is_file() else []
-        partial = path.with_name(".metrics.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(partial, path)
+        write_whole(path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step, once."""
@@ -334,7 +332,7 @@ class Trainer:
             },
             "torch": torch.__version__,
         }
-        _write_json(self.run / "summary.json", summary)
+        write_json(self.run / "summary.json", summary)
         plot_loss(steps, evaluations, self.run / "loss.png")
         plot_reconstruction(self.model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
         return summary
@@ -463,9 +461,3 @@ def _headline(options: PretrainOptions, trainer: Trainer, clips: Clips, train: i
 def _flat(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
     flat = {f"{prefix}/{name}": value for name, value in report.items() if name != "baselines"}
     return flat | {f"{prefix}/baseline_{name}": value for name, value in report["baselines"].items()}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
