@@ -1,5 +1,6 @@
 """Triton kernels of mae_ast_fast, one file an op; installed as ``mae_ast_fast.kernels``.
 
-No kernel is written yet: ``impl="triton"`` raises a ``ValueError`` until the first one lands, and ``impl="auto"``
-uses the plain PyTorch path everywhere. Imports inside this folder are relative.
+Each file holds the kernels, the functions that launch them, their registration with PyTorch and ``examples`` of every
+variant for the ahead-of-time report. launch.py launches, table.py says with what, dropout.py draws masks, allowed.py
+lists what the report tolerates. Nothing here is imported before it runs; imports inside this folder are relative.
 """

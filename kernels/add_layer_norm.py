@@ -316,13 +316,14 @@ def add_layer_norm(
 WIDTHS = (192, 384, 768)  # of the presets
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     rows = 65536
-    x = torch.empty(rows, width, dtype=dtype, device="meta")
-    w, seed = torch.empty(width, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
-    mean = torch.empty(rows, device="meta")
+    branch, residual, dy, again = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(4))
+    w, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    mean, rstd = torch.zeros(rows, device=device), torch.ones(rows, device=device)
     for dropout in (0.0, 0.1):
-        label = "dropout" if dropout else ""
-        yield f"forward {label}", rows, lambda p=dropout: forward(x, x, w, w, w, seed, p, 1, 1e-5)
-        yield f"backward {label}", rows, lambda p=dropout: backward(x, x, x, x, w, w, seed, mean, mean, p, 1)
+        label, last = "dropout" if dropout else "", (seed, dropout, 1)
+        back = (dy, again, branch, residual, w, w, seed, mean, rstd, dropout, 1)
+        yield f"forward {label}", rows, lambda last=last: forward(branch, residual, w, w, w, *last, 1e-5)
+        yield f"backward {label}", rows, lambda back=back: backward(*back)

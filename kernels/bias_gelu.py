@@ -168,12 +168,12 @@ forward_op.register_autograd(_gradients, setup_context=_save)
 WIDTHS = (768, 1536, 3072)  # ffn_dim of the presets
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     rows = 65536
-    x = torch.empty(rows, width, dtype=dtype, device="meta")
-    bias, seed = torch.empty(width, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    x, dy = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(2))
+    bias, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
     for dropout in (0.0, 0.1):
         label = "dropout" if dropout else ""
         yield f"forward {label}", rows, lambda p=dropout: forward(x, bias, seed, p, 1)
-        yield f"backward {label}", rows, lambda p=dropout: backward(x, x, bias, seed, p, 1)
+        yield f"backward {label}", rows, lambda p=dropout: backward(dy, x, bias, seed, p, 1)

@@ -2,7 +2,7 @@
 
     bits(row, column) = 16 bits of Philox4x32-10 with key = seed and counter = (column // 8, row, site, lane)
     word of the four   = (column % 8) // 2, its low half for an even column, else its high half
-    kept               = bits >= threshold, threshold = round(65536 * dropout), and scaled by 65536 / (65536 - threshold)
+    kept               = bits >= threshold, threshold = round(65536 * dropout), scaled by 65536 / (65536 - threshold)
 
 A call of Philox serves eight elements, about 10 integer operations for each. ``site`` names the place in the model
 where dropout is applied, ``lane`` what else a row has several of (attention heads).

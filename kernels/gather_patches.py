@@ -212,7 +212,7 @@ def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callabl
     rows = batch * frames * bins // width
     scalar, index = torch.empty(1, device="meta"), torch.empty(rows, dtype=torch.int64, device="meta")
     dout = torch.empty(rows, width, dtype=dtype, device="meta")
-    for stored in {torch.float32, dtype}:
+    for stored in dict.fromkeys((torch.float32, dtype)):
         x = torch.empty(batch, frames, bins, dtype=stored, device="meta")
         for kt in (2, 16):
             kf = width // kt

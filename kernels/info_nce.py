@@ -15,8 +15,8 @@ sweep that computes it is the same in either place. In half precision the weight
 in two parts, rounded and remainder: rounded alone they would cost as much as rounding the result, and far more where
 the targets share an offset. The diagonal, whose weight is by far the largest, is added in fp32. lse is kept as its two
 parts, max and log sum exp(S - max): their sum loses the digits that large products share. Saved: the inputs, loss and
-these parts. Moved: forward 2 (N, P) tensors, backward 3, and in each the swept operand cdiv(M, BM) times from the L2
-cache (unfused: N * M logits in fp32 written and read about six times).
+these parts. Moved: forward 2 (N, P) tensors, backward 3, and in each the swept operand cdiv(M, BM) times, from the L2
+cache (unfused: N * M logits in fp32 as well, several times).
 """
 
 from __future__ import annotations
@@ -33,13 +33,10 @@ from .launch import block, launch, options, unit_stride
 
 @triton.jit
 def _load_rows(x_ptr, first, count, stride, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """ROWS rows from number ``first``, of which ``count`` are real: (ROWS, BLOCK_P), zeros outside.
-
-    The int64 part of the address is one number a tile: an int64 for each element costs over 100 registers.
-    """
-    row, col = tl.arange(0, ROWS), tl.arange(0, BLOCK_P)
-    inside = (row < count)[:, None] & (col < P)[None, :]
-    row = first.to(tl.int64) + row
+    """ROWS rows from number ``first``, of which ``count`` are real: (ROWS, BLOCK_P), zeros outside."""
+    index, col = tl.arange(0, ROWS), tl.arange(0, BLOCK_P)
+    row = first.to(tl.int64) + index
+    inside = (index < count)[:, None] & (col < P)[None, :]
     return tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=inside, other=0.0)
 
 
@@ -60,7 +57,7 @@ def _loss(
     BN: tl.constexpr,
     HIT: tl.constexpr,
 ):
-    """Loss and the two parts of lse of the rows of S = query @ key^T; with HIT also whether the diagonal is a row's first maximum."""
+    """Loss and parts of lse of the rows of S = query @ key^T; with HIT also whether S_ii is row i's first maximum."""
     start = tl.load(cu_ptr + tl.program_id(1))
     length = tl.load(cu_ptr + tl.program_id(1) + 1) - start
     first = tl.program_id(0) * BM
@@ -197,7 +194,7 @@ def _gradient(
     own = _load_rows(target_ptr, start + first, length - first, stride_target, BM, P, BLOCK_P).to(tl.float32)
     col = tl.arange(0, BLOCK_P)
     tl.store(
-        dprediction_ptr + (start + first).to(tl.int64) * P + (tl.arange(0, BM)[:, None] * P + col[None, :]),
+        dprediction_ptr + row[:, None] * P + col[None, :],
         (total * factor[:, None] - own * diagonal[:, None]).to(dprediction_ptr.dtype.element_ty),
         mask=(i < length)[:, None] & (col < P)[None, :],
     )
@@ -206,13 +203,13 @@ def _gradient(
 def forward(
     prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (N,) in fp32, hit (N,) bool, and in fp32 the parts of lse: top = max_j S_ij and log sum_j exp(S_ij - top)."""
+    """loss (N,) in fp32, hit (N,) bool, and the parts of lse in fp32: top = max_j S_ij, log sum_j exp(S_ij - top)."""
     rows, width = prediction.shape
     prediction, target, cu_seqlens = unit_stride(prediction), unit_stride(target), cu_seqlens.contiguous()
     loss = torch.empty(rows, dtype=torch.float32, device=prediction.device)
     top, log_total = torch.empty_like(loss), torch.empty_like(loss)
     hit = torch.empty(rows, dtype=torch.bool, device=prediction.device)
-    chosen = options("info_nce", prediction, width)
+    chosen = options("info_nce_forward", prediction, width)
     grid = triton.cdiv(max_seqlen, chosen["BM"]), cu_seqlens.shape[0] - 1
     shape = {"P": width, "BLOCK_P": block(width), **chosen}
     columns = over == "predictions"
@@ -240,7 +237,7 @@ def backward(
     width = prediction.shape[1]
     prediction, target, cu_seqlens = unit_stride(prediction), unit_stride(target), cu_seqlens.contiguous()
     dprediction = torch.empty_like(prediction, memory_format=torch.contiguous_format)
-    chosen = options("info_nce", prediction, width)
+    chosen = options("info_nce_backward", prediction, width)
     launch(
         _gradient,
         (triton.cdiv(max_seqlen, chosen["BM"]), cu_seqlens.shape[0] - 1),

@@ -21,26 +21,29 @@ from .table import TABLE
 
 @dataclass
 class Recorder:
-    """Launches that did not happen: (kernel, positional arguments, constants and launch options)."""
+    """Launches that did not happen: (kernel, positional arguments, constants and launch options).
+
+    ``asked``: what ``options`` was asked for and answered: (name in the table, width, bytes an element, launch).
+    """
 
     arch: str
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    asked: list[tuple[str, int, int, dict[str, int]]] = field(default_factory=list)
 
 
-_recorder: Recorder | None = None
+_recorders: list[Recorder] = []  # at most one
 
 
 @contextlib.contextmanager
 def record(arch: str) -> Iterator[Recorder]:
     """Collects launches as for ``arch`` ("sm_90", "gfx942", ...) instead of making them."""
-    global _recorder
-    if _recorder is not None:
+    if _recorders:
         raise RuntimeError("record does not nest")
-    _recorder = Recorder(arch)
+    _recorders.append(Recorder(arch))
     try:
-        yield _recorder
+        yield _recorders[0]
     finally:
-        _recorder = None
+        _recorders.clear()
 
 
 @functools.cache
@@ -53,8 +56,8 @@ def _device_arch(index: int) -> str:
 
 def architecture(device: torch.device) -> str:
     """The name under which the table knows a device; "any" for the interpreter on a CPU."""
-    if _recorder is not None:
-        return _recorder.arch
+    if _recorders:
+        return _recorders[0].arch
     if device.type != "cuda":
         return "any"
     return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
@@ -74,6 +77,8 @@ def options(kernel: str, tensor: torch.Tensor, width: int) -> dict[str, int]:
     arch, size = architecture(tensor.device), tensor.element_size()
     for row_arch, widest, largest, chosen in TABLE[kernel]:
         if row_arch in (arch, "any") and width <= widest and size <= largest:
+            if _recorders:
+                _recorders[0].asked.append((kernel, width, size, chosen))
             return chosen
     widest = max(row[1] for row in TABLE[kernel])
     raise ValueError(f"{kernel} takes rows of at most {widest} values, got {width}: use impl='torch'")
@@ -81,8 +86,8 @@ def options(kernel: str, tensor: torch.Tensor, width: int) -> dict[str, int]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """``kernel[grid](*arguments, **constants)``, on the device of its tensors; nothing where the grid is empty."""
-    if _recorder is not None:
-        _recorder.launches.append((kernel, arguments, constants))
+    if _recorders:
+        _recorders[0].launches.append((kernel, arguments, constants))
         return
     if 0 in grid:
         return

@@ -6,7 +6,7 @@
 Letters: N packed rows, P values in a patch. Fused: the widening to fp32, both statistics of the target, difference,
 square and mean; in the backward the same again and the scaling by g. The gradient is not kept from the forward: in half
 precision it would be rounded twice (rms error 1.46 times that of one rounding), and a kept tensor costs as many bytes
-as reading the two inputs again. Saved: the inputs. Moved: forward 2 (N, P) tensors, backward 3 (unfused: 8 and 5).
+as reading the two inputs again. Saved: the inputs. Moved: forward 2 (N, P) tensors, backward 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoder's input in one pass: visible rows at their places, the mask token elsewhere, + position, LayerNorm, dropout.
+"""The decoder's input in one pass: visible rows at their places, else the mask token, + position, LayerNorm, dropout.
 
     z_i = (visible[inverse_i] if inverse_i >= 0 else mask_token) + table[token_i]
     y   = keep * scale * LayerNorm(z)           LayerNorm (eps 1e-5) and dropout are optional
@@ -277,18 +277,18 @@ forward_op.register_autograd(_gradients, setup_context=_save)
 WIDTHS = (192, 384, 768)  # of the presets
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     rows = 65536
-    x = torch.empty(rows // 4, width, dtype=dtype, device="meta")
-    dy = torch.empty(rows, width, dtype=dtype, device="meta")
-    w, seed = torch.empty(width, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
-    table, mean = torch.empty(512, width, device="meta"), torch.empty(rows, device="meta")
-    index = torch.empty(rows, dtype=torch.int64, device="meta")
+    x, dy = (torch.randn(count, width, dtype=dtype, device=device) for count in (rows // 4, rows))
+    w, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    table, mean, rstd = (torch.ones(*shape, device=device) for shape in ((512, width), (rows,), (rows,)))
+    index = torch.arange(rows, device=device)
+    token, inverse = index % 512, torch.where(index % 4 == 0, index // 4, -1)  # every fourth token is visible
     for norm in (w, None):
         for p in (0.0, 0.1):
             label = " ".join(word for word, used in (("norm", norm is not None), ("dropout", p > 0.0)) if used)
-            put = (x, w, table, index, index, norm, norm, seed, p, 1, 1e-5)
+            put = (x, w, table, token, inverse, norm, norm, seed, p, 1, 1e-5)
             yield f"forward {label}", rows, lambda put=put: forward(*put)
-            back = (dy, x, w, table, index, index, norm, seed, mean, mean, p, 1)
+            back = (dy, x, w, table, token, inverse, norm, seed, mean, rstd, p, 1)
             yield f"backward {label}", rows, lambda back=back: backward(*back)

@@ -65,9 +65,13 @@ TABLE: dict[str, list[tuple[str, int, int, dict[str, int]]]] = {
         ("any", 4096, 4, {"ROWS": 1, "num_warps": 4}),
         ("any", 16384, 4, {"ROWS": 1, "num_warps": 16}),
     ],
-    # BM rows of a program, swept in tiles of BN; forward and backward.
-    "info_nce": [
+    # BM rows of a program, swept in tiles of BN. In fp32 forward and backward share it, so that their products agree.
+    "info_nce_forward": [
         ("any", 256, 2, {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2}),
         ("any", 512, 4, {"BM": 16, "BN": 32, "num_warps": 8, "num_stages": 2}),
+    ],
+    "info_nce_backward": [
+        ("any", 256, 2, {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}),
+        ("any", 512, 4, {"BM": 16, "BN": 32, "num_warps": 8, "num_stages": 1}),
     ],
 }

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from mae_ast_fast.kernels.table import TABLE
 from policy import assert_kernel
 from torch import Tensor
 
-from mae_ast_fast.kernels.table import TABLE
 from mae_ast_fast.masking import philox4x32
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
