@@ -75,7 +75,9 @@ def assert_fbank(actual: torch.Tensor, expected: torch.Tensor, name: str = "fban
 
 
 # Kernels: r the fp64 reference on the rounded inputs, t the reference in the kernel's own dtype, k the kernel.
-KERNEL_ELEMENT = 2.0  # e(k) <= this * e(t) + eps of the dtype, e(v) = max(|v - r| / max(|r|, rms r))
+# e(k) <= this * e(t) + eps of the dtype, e(v) = max(|v - r| / max(|r|, rms r)). fp32 as for the rms: of one LayerNorm row
+# of 33 values around 30, whose mean cannot be nearer than 1e-6, PyTorch's comes out at 6.2e-7 and ours at 1.8e-6.
+KERNEL_ELEMENT = {torch.float32: 3.0, torch.float16: 2.0, torch.bfloat16: 2.0}
 KERNEL_ELEMENT_DOT = 3.0  # the same for gradients through dot products
 KERNEL_RMS = {torch.float32: 3.0, torch.float16: 1.25, torch.bfloat16: 1.25}  # rms(k - r) <= this * rms(t - r)
 KERNEL_RMS_FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}  # ... + this * rms r
@@ -123,7 +125,7 @@ def assert_kernel(
     k, t, r = (x.detach().cpu().double() for x in (kernel, same_dtype, exact))
     assert k.isfinite().all(), f"{name}: {int((~k.isfinite()).sum())} of {k.numel()} values are not finite"
     rms_r, rms_k, rms_t = _rms(r), _rms(k - r), _rms(t - r)
-    bound = (KERNEL_ELEMENT_DOT if dot else KERNEL_ELEMENT) * _element_error(t, r) + torch.finfo(dtype).eps
+    bound = (KERNEL_ELEMENT_DOT if dot else KERNEL_ELEMENT[dtype]) * _element_error(t, r) + torch.finfo(dtype).eps
     scatter = KERNEL_RMS_SCATTER / (2 * max(r.numel(), 1)) ** 0.5
     rounding = torch.finfo(dtype).eps / 12**0.5 * rms_r
     rms_bound = KERNEL_RMS[dtype] * rms_t + KERNEL_RMS_FLOOR[dtype] * rms_r + scatter * (rms_t + rounding)
