@@ -135,3 +135,85 @@ def test_no_test_file_sets_a_tolerance_of_its_own() -> None:
         if own.search(line) and path.name != Path(__file__).name
     ]
     assert not found, found
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def normalise(x: torch.Tensor, statistics: torch.dtype) -> torch.Tensor:
+    """Rows minus their mean, over their deviation, with statistics of a given precision."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.to(statistics).mean(1, keepdim=True)
+    deviation = (wide.to(statistics) - mean).square().mean(1, keepdim=True).add(1e-5).sqrt()
+    return ((wide - mean.to(wide.dtype)) / deviation.to(wide.dtype)).to(x.dtype)
+
+
+def three(dtype: torch.dtype, offset: float = 0.0, rows: int = 64) -> tuple[torch.Tensor, ...]:
+    """An honest kernel (columns in another order), the reference in its dtype, and in fp64; and the input."""
+    x = (values()[:rows] + offset).to(dtype)
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(1))
+    kernel = normalise(x[:, order], torch.float32)[:, order.argsort()]
+    return kernel, normalise(x, torch.float32), normalise(x.double(), torch.float64), x
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_an_honest_kernel_passes(dtype: torch.dtype, offset: float, rows: int) -> None:
+    kernel, same, exact, _ = three(dtype, offset, rows)
+    policy.assert_kernel(kernel, same, exact, dtype)
+    policy.assert_kernel(same, same, exact, dtype)
+    zeros = torch.zeros(3, dtype=dtype)
+    policy.assert_kernel(zeros, zeros, zeros.double(), dtype)
+    policy.assert_kernel(zeros[:0], zeros[:0], zeros[:0].double(), dtype)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_a_dishonest_kernel_fails(dtype: torch.dtype, offset: float) -> None:
+    kernel, same, exact, x = three(dtype, offset)
+    one_element, one_row, unwritten = kernel.clone(), kernel.clone(), kernel.clone()
+    one_element[5, 7] += max(8 * torch.finfo(dtype).eps, 2e-5)  # the rows have a deviation of 1
+    one_row[-1] = 0
+    unwritten[-1, -1] = NAN
+    wrong = {
+        "2 % off": kernel * 1.02,
+        "a bias of 2 %": kernel + 0.02,
+        "one element": one_element,
+        "one row": one_row,
+        "unwritten": unwritten,
+    }
+    if offset:  # on zero-mean inputs statistics in low precision hide
+        wrong["statistics in half precision"] = normalise(x, torch.float16 if dtype != torch.bfloat16 else dtype)
+    for name, tensor in wrong.items():
+        with pytest.raises(AssertionError):
+            policy.assert_kernel(tensor.to(dtype), same, exact, dtype, name)
+            print(f"{name} passed")
+    with pytest.raises(AssertionError, match="shape"):
+        policy.assert_kernel(kernel[:-1], same, exact, dtype)
+    with pytest.raises(AssertionError, match="dtype"):
+        policy.assert_kernel(kernel.double(), same, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_sums_over_rows_have_their_own_allowance_and_no_more(dtype: torch.dtype) -> None:
+    rows = 64
+    x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
+    exact, same = x.double().sum(0), x.float().sum(0).to(dtype)
+    honest = x.float().view(8, 8, 48).sum(0).sum(0).to(dtype)
+    policy.assert_kernel(honest, same, exact, dtype, summed_rows=rows)
+    lost_row, off = honest - x[-1] * 0.9, honest.clone()
+    off[0] += 0.05 * exact.abs().max()
+    for wrong in (lost_row, off, honest * 1.03):
+        with pytest.raises(AssertionError):
+            policy.assert_kernel(wrong, same, exact, dtype, summed_rows=rows)
+
+
+def test_one_row_does_not_excuse_a_wrong_one() -> None:
+    """Few values scatter, and get room for that; 2 % is far outside it."""
+    for dtype in KERNEL_DTYPES:
+        kernel, same, exact, _ = three(dtype, 0.0, 1)
+        with pytest.raises(AssertionError):
+            policy.assert_kernel(kernel * 1.02, same, exact, dtype)
