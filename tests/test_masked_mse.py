@@ -146,7 +146,7 @@ def test_registration_compile_and_repeats() -> None:
 def test_target_with_a_gradient_is_refused_where_one_would_be_lost() -> None:
     prediction, target = make_inputs(3, 4, torch.float32).values()
     target.requires_grad_()
-    with pytest.raises(ValueError, match="target requires a gradient.*impl='torch' or target.detach"):
+    with pytest.raises(ValueError, match=r"target requires a gradient.*impl='torch' or target\.detach"):
         ops.masked_mse(prediction, target, impl="triton")
     with torch.no_grad():
         assert torch.equal(

@@ -116,6 +116,43 @@ MUTANTS = [
         "    p = e / total[:, None]",
         "    p = (e / total[:, None]).to(q.dtype).to(tl.float32)",
     ),
+    Mutant(
+        "masked_mse",
+        "edge",
+        "* ROWS + tl.arange(0, ROWS)\n    difference, _",
+        "* (ROWS - 1) + tl.arange(0, ROWS)\n    difference, _",
+    ),
+    Mutant("masked_mse", "last row", "mask=row < N)\n\n\n@triton", "mask=row < N - 1)\n\n\n@triton"),
+    Mutant(
+        "masked_mse",
+        "fp32 cast",
+        "prediction.to(tl.float32) - target",
+        "(prediction.to(tl.float32) - target).to(prediction.dtype)",
+    ),
+    Mutant(
+        "info_nce",
+        "edge",
+        's = tl.where((j < length)[None, :], s, float("-inf"))',
+        's = tl.where((j <= length)[None, :], s, float("-inf"))',
+    ),
+    Mutant(
+        "info_nce",
+        "last row",
+        "mask=(i < length)[:, None] & (col < P)[None, :],\n    )",
+        "mask=(i < length - 1)[:, None] & (col < P)[None, :],\n    )",
+    ),
+    Mutant(
+        "info_nce",
+        "fp32 cast",
+        "        if target.dtype != tl.float32:\n            total = tl.dot((weight - rounded.to(tl.float32)).to(target.dtype), target, total)\n",
+        "",
+    ),
+    Mutant(
+        "info_nce",
+        "hits",
+        "(own > before) & (own >= after), mask=i < length",
+        "(own >= before) & (own >= after), mask=i < length",
+    ),
 ]
 
 
