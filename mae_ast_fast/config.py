@@ -139,6 +139,8 @@ class MAEASTConfig:
             weight = getattr(self, name)
             if not _is_number(weight) or not 0.0 <= weight < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {weight!r}")
+        if self.norm_pix_loss and self.patch_dim < 2:
+            raise ValueError(f"norm_pix_loss needs patches of at least 2 values, got patch_size={self.patch_size}")
         if self.reconstruction_weight == 0.0 and self.classification_weight == 0.0:
             raise ValueError("reconstruction_weight and classification_weight are both 0: nothing to train")
 

@@ -408,6 +408,9 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         }
         source = os.fspath(pretrained_model_name_or_path)
 
+        if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise ValueError(f"{source} is no folder, and no name of a Hub repository (owner/name)")
+
         def locate(name: str) -> Path:
             if not os.path.isdir(source):
                 return Path(hf_hub_download(source, name, **hub))

@@ -150,6 +150,7 @@ WRONG = [
     ({"embed_dim": 9, "num_heads": 3, "decoder_embed_dim": 6}, ["embed_dim", "even", 9]),
     ({"decoder_embed_dim": 9, "num_heads": 3, "embed_dim": 6}, ["decoder_embed_dim", "even", 9]),
     ({"encoder_projection": False, "decoder_embed_dim": 384}, ["encoder_projection", 768, 384]),
+    ({"norm_pix_loss": True, "patch_size": (1, 1)}, ["norm_pix_loss", "2 values", "(1, 1)"]),
     ({"reconstruction_weight": 0.0, "classification_weight": 0.0}, ["reconstruction_weight", "classification_weight"]),
 ]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mae_ast_fast import MAEAST, MAEASTConfig, attention, doctor, masking, reference
-from mae_ast_fast.model import resolve_impl
+from mae_ast_fast.ops import resolve_impl
 from mae_ast_fast.options import PretrainOptions, native_bf16
 
 CONFIG = MAEASTConfig(embed_dim=32, ffn_dim=64, num_heads=2, encoder_layers=4, decoder_embed_dim=16, decoder_layers=1)

@@ -1216,6 +1216,12 @@ def test_saving_again_never_leaves_a_folder_without_its_config(tmp_path: Path, m
     assert torch.equal(MAEAST.from_pretrained(tmp_path).head.weight, model.head.weight)
 
 
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    for missing in (str(tmp_path / "nothing"), "./nothing", "runs/of/mine"):
+        with pytest.raises(ValueError, match=r"nothing|runs/of/mine.* is no folder"):
+            MAEAST.from_pretrained(missing)
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
