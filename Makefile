@@ -6,7 +6,7 @@ ARGS ?=
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: pretrain test test-ci test-all lint clean
+.PHONY: pretrain test test-ci test-all kernels gpu lint clean
 
 pretrain: $(VENV)/train.done
 	$(BIN)/mae-ast-fast pretrain --config recipes/quick.yaml $(ARGS)
@@ -19,6 +19,13 @@ test-ci: $(VENV)/test.done
 
 test-all: $(VENV)/test.done
 	$(BIN)/python -m pytest -m "" --timeout 3600 --results tests/results/test-all.txt $(ARGS)
+
+kernels: $(VENV)/test.done
+	$(BIN)/mae-ast-fast kernels $(ARGS)
+
+# With the Python at hand: GPU machines come with a torch of their own. Installs nothing, needs no network.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -206,21 +206,22 @@ forward_op.register_autograd(_gradients, setup_context=_save)
 WIDTHS = (256,)  # P of the presets
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     batch, frames, bins = 128, 1024, 128
     rows = batch * frames * bins // width
-    scalar, index = torch.empty(1, device="meta"), torch.empty(rows, dtype=torch.int64, device="meta")
-    dout = torch.empty(rows, width, dtype=dtype, device="meta")
+    scalar, index = torch.ones(1, device=device), torch.arange(rows, device=device)
+    clip, token = index // (rows // batch), index % (rows // batch)
+    dout = torch.randn(rows, width, dtype=dtype, device=device)
     for stored in dict.fromkeys((torch.float32, dtype)):
-        x = torch.empty(batch, frames, bins, dtype=stored, device="meta")
+        x = torch.randn(batch, frames, bins, dtype=stored, device=device)
         for kt in (2, 16):
             kf = width // kt
             for label, layout, size in (("", x, (kt, kf)), (" transposed", x.transpose(1, 2), (kf, kt))):
-                inputs, name = (layout, scalar, scalar, index, index, *size, dtype), f"{kt}x{kf}{label} from {stored}"
+                inputs, name = (layout, scalar, scalar, clip, token, *size, dtype), f"{kt}x{kf}{label} from {stored}"
                 yield f"forward {name}", rows, lambda inputs=inputs: forward(*inputs)
                 yield (
                     f"backward {name}",
                     rows,
-                    lambda x=layout, size=size: backward(dout, x, scalar, index, index, *size),
+                    lambda x=layout, size=size: backward(dout, x, scalar, clip, token, *size),
                 )

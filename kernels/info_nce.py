@@ -298,17 +298,18 @@ def info_nce(
 WIDTHS = (256,)  # of the presets
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     clips, longest = 171, 384
     rows = clips * longest
-    prediction = torch.empty(rows, 2 * width, dtype=dtype, device="meta")[:, width:]  # half of the joint head
-    target, loss = torch.empty(rows, width, dtype=dtype, device="meta"), torch.empty(rows, device="meta")
-    cu = torch.empty(clips + 1, dtype=torch.int32, device="meta")
+    joint = torch.randn(rows, 2 * width, dtype=dtype, device=device) / width**0.5  # products around 1
+    prediction, target = joint[:, width:], torch.randn(rows, width, dtype=dtype, device=device)
+    loss, top, log_total = (torch.full((rows,), value, device=device) for value in (6.0, 4.0, 2.5))
+    cu = torch.arange(clips + 1, dtype=torch.int32, device=device) * longest
     for over in ("targets", "predictions"):
         yield f"forward over {over}", rows, lambda o=over: forward(prediction, target, cu, longest, o)
         yield (
             f"backward over {over}",
             rows,
-            lambda o=over: backward(loss, prediction, target, cu, loss, loss, loss, longest, o),
+            lambda o=over: backward(loss, prediction, target, cu, loss, top, log_total, longest, o),
         )

@@ -174,11 +174,11 @@ def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool) -> Tenso
 WIDTHS = (256,)  # of the presets
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     rows = 65536
-    prediction = torch.empty(rows, 2 * width, dtype=dtype, device="meta")[:, :width]  # half of the joint head
-    target, dloss = torch.empty(rows, width, dtype=dtype, device="meta"), torch.empty(rows, device="meta")
+    prediction = torch.randn(rows, 2 * width, dtype=dtype, device=device)[:, :width]  # half of the joint head
+    target, dloss = torch.randn(rows, width, dtype=dtype, device=device), torch.ones(rows, device=device)
     for norm in (False, True):
         label = "norm_pix" if norm else ""
         yield f"forward {label}", rows, lambda n=norm: forward(prediction, target, n, 1e-6)

@@ -137,11 +137,12 @@ def _(tokens, masked, clip_ids, seed, epoch, grid_f, max_tokens, chunk):
 WIDTHS = (512, 1024, 4096, 8192)  # L: one of each row of the table
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     if dtype != torch.float32:  # masks have no dtype: once is enough
         return
-    clips = torch.empty(256, dtype=torch.int64, device="meta")
+    clips = torch.arange(256, device=device)
+    tokens, masked = torch.full_like(clips, width), torch.full_like(clips, width * 3 // 4)
     for chunk in (False, True):
         label = "chunk" if chunk else "random"
-        yield label, len(clips), lambda c=chunk: forward(clips, clips, clips, clips[:1], 0, 8, width, c)
+        yield label, len(clips), lambda c=chunk: forward(tokens, masked, clips, clips[:1], 0, 8, width, c)

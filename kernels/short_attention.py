@@ -256,15 +256,15 @@ forward_op.register_autograd(_gradients, setup_context=_save)
 WIDTHS = (64,)  # of a head, in the presets
 
 
-def examples(dtype: torch.dtype, width: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant, on meta tensors: what ``mae-ast-fast kernels`` compiles."""
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
     heads = 12
     for longest in (64, 128):
         clips = 32768 // longest
-        qkv = torch.empty(clips * longest, 3, heads, width, dtype=dtype, device="meta")
-        do = torch.empty(clips * longest, heads, width, dtype=dtype, device="meta")
-        cu_seqlens = torch.empty(clips + 1, dtype=torch.int32, device="meta")
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        qkv = torch.randn(clips * longest, 3, heads, width, dtype=dtype, device=device)
+        do = torch.randn(clips * longest, heads, width, dtype=dtype, device=device)
+        cu_seqlens = torch.arange(clips + 1, dtype=torch.int32, device=device) * longest
+        seed = torch.ones(1, dtype=torch.int64, device=device)
         for dropout in (0.0, 0.1):
             label, saved = f"{longest}{' dropout' if dropout else ''}", (qkv, cu_seqlens, seed, longest, dropout, 1)
             yield f"forward {label}", qkv.shape[0], lambda a=saved: forward(*a)

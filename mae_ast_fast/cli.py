@@ -304,6 +304,47 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------------- prepare
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "prepare",
+        "Decodes audio to 16 kHz mono int16 and writes it where no audio library is needed to read it. FILE.npy is one "
+        "array of all samples, clip after clip, FILE.lengths.npy the samples of each clip: "
+        "numpy.split(samples, lengths.cumsum()[:-1]) gives the clips. Files are taken in random order until the size "
+        "is reached; those that give no audio are named and skipped.",
+        ("recordings/ --npy audio.npy", "--npy corpus.npy --seconds 5 --max-mb 10      (the default corpus)"),
+    )
+    parser.add_argument(
+        "source", nargs="?", metavar="SRC", help="folder, fairseq .tsv or audio file (default: the default corpus)"
+    )
+    parser.add_argument("--npy", required=True, metavar="FILE", help="file to write, ends in .npy")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="of longer files, the first S seconds (default: 10)"
+    )
+    parser.add_argument(
+        "--max-mb", type=float, default=30.0, metavar="X", help="both files together, in 10^6 bytes (default: 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of files (default: 0)")
+    arguments = parser.read(argv)
+
+    from . import corpus, prepare
+
+    tell = functools.partial(print, file=sys.stderr, flush=True)
+    try:
+        report = prepare.prepare_npy(
+            arguments.source, arguments.npy, arguments.seconds, arguments.max_mb, arguments.seed, progress=tell
+        )
+    except corpus.CorpusError as error:
+        raise CommandError(str(error)) from error
+    print(
+        f"{arguments.npy}: {report.clips} clips, {report.seconds / 60:.1f} minutes, {report.size / 1e6:.2f} MB; "
+        f"{len(report.skipped)} files skipped, {report.left} of {report.files} not needed"
+    )
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------- a trained model
 
 _CHECKPOINT_HELP = "a folder of ours (a run folder too), an official .pt file, or a Hub repository"
@@ -575,6 +616,31 @@ def _kernels(argv: Sequence[str]) -> int:
     return 1 if report["problems"] else 0
 
 
+def _tune(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "tune",
+        "Times every kernel on this machine's GPU with other launches (tiles, programs, warps, stages) and writes rows "
+        "of its architecture into kernels/table.py, to be reviewed and committed like code. After each operation the "
+        "table is written, so that a run may be stopped.",
+        ("--op add_layer_norm,bias_gelu", "--dtype fp32 --check"),
+    )
+    parser.add_argument("--op", metavar="NAMES", help="operations, as the files in kernels/ (default: all)")
+    parser.add_argument("--dtype", default="bf16", metavar="NAME", help="bf16 (also for fp16) or fp32 (default: bf16)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where another is faster")
+    arguments = parser.read(argv)
+
+    from . import tune
+
+    groups = tune.tune(
+        arguments.op and arguments.op.split(","),
+        arguments.dtype,
+        check=arguments.check,
+        progress=functools.partial(print, file=sys.stderr, flush=True),
+    )
+    print(tune.to_text(groups))
+    return int(arguments.check and any(group.best != group.present for group in groups))
+
+
 # --------------------------------------------------------------------------------------------------------- overview
 
 
@@ -588,6 +654,7 @@ class Command(typing.NamedTuple):
 
 COMMANDS = {
     "pretrain": Command("Train", "pretrain a model on a folder of audio, or on the default corpus", _pretrain),
+    "prepare": Command("Train", "decode audio into one file that needs no audio library", _prepare),
     "features": Command("Use a model", "features of audio files of any length, with their times", _features),
     "reconstruct": Command("Use a model", "hide part of a clip and draw what the model fills in", _reconstruct),
     "export": Command("Use a model", "write the encoder alone", _export),
@@ -596,6 +663,7 @@ COMMANDS = {
     "kernels": Command(
         "Kernels", "compile every kernel for several GPUs, without one, and say what it costs", _kernels
     ),
+    "tune": Command("Kernels", "time launches on this machine's GPU and write the launch table", _tune),
 }
 
 

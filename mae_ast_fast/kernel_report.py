@@ -405,13 +405,15 @@ def amdgcn_matrix(assembly: str) -> str:
 
 
 def _first_lines(error: BaseException) -> str:
-    """What an error says, in a few lines: Triton's begin with the source and end with what is wrong in it."""
+    """What is wrong, and then, where Triton's frontend says it, the lines of the kernel that lead there."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    lines = [line for line in str(chain[-1]).splitlines() if line.strip()]
-    lines = lines[-EXCERPT:] if hasattr(chain[-1], "error_message") else lines[:EXCERPT]
-    return f"{type(chain[-1]).__name__}: " + "\n".join(lines)
+    what = getattr(chain[-1], "error_message", None) or str(chain[-1])
+    lines = f"{type(chain[-1]).__name__}: {what}".splitlines()[:EXCERPT]
+    for located in [error for error in chain if hasattr(error, "error_message")][-1:]:
+        lines += str(located).splitlines()[-EXCERPT:]
+    return "\n".join(line for line in lines if line.strip())
 
 
 # ------------------------------------------------------------------------------------------------- all compilations
@@ -660,7 +662,7 @@ _CELLS = "  {:<7}{:>5}{:>7}{:>9}{:>6}{:>7}  {:<13}{:>4}{:>11}"
 
 def to_text(report: dict[str, Any]) -> str:
     """The report as a table, a block for each kernel, with the problems once more at the end."""
-    told = {_title(problem): problem["message"].splitlines()[0] for problem in report["problems"]}
+    kinds = {_title(problem): problem["kind"] for problem in report["problems"]}
     blocks: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in report["rows"]:
         blocks.setdefault((row["op"], row["kernel"]), {}).setdefault(row["variant"], []).append(row)
@@ -681,8 +683,7 @@ def to_text(report: dict[str, Any]) -> str:
                 f"{row['occupancy']:.0%}",
                 f"{row['bytes_per_row']:,.0f}",
             )
-            mark = f"  <- {told[_title(row)]}" if _title(row) in told else ""
-            mark = mark or (f"  allowed: {row['allowed']}" if "allowed" in row else "")
+            mark = f"  <- {kinds[_title(row)]}" if _title(row) in kinds else "  allowed" if "allowed" in row else ""
             lines.append(f"  {row['variant']}".ljust(wide) + cells + mark)
         lines.append("")
     lines += [
@@ -696,14 +697,17 @@ def to_text(report: dict[str, Any]) -> str:
                 lines.append(textwrap.indent(f"{_title(problem)}: {problem['message']}", "    ")[2:])
     if report["files"]:
         lines += ["", "Wrote:", *(f"  {path}" for path in report["files"])]
-    kernels = len(blocks)
     variants = len({(row["op"], row["kernel"], row["variant"]) for row in report["rows"]})
     archs = ", ".join(dict.fromkeys(row["arch"] for row in report["rows"])) or "no architecture"
-    problems = len(report["problems"])
-    verdict = "no problem" if not problems else f"{problems} problem{'s' if problems > 1 else ''}, exit code 1"
+    problems = report["problems"]
+    verdict = f"{_count(len(problems), 'problem')}, exit code 1" if problems else "no problem"
     lines += [
         "",
-        f"{kernels} kernels in {variants} variants for {archs}: {report['compiled']} compiled, "
+        f"{_count(len(blocks), 'kernel')} in {_count(variants, 'variant')} for {archs}: {report['compiled']} compiled, "
         f"{report['cached']} from the cache; {verdict}",
     ]
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

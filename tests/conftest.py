@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,46 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels then run on CPU tensors
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+KERNELS = Path(*importlib.util.find_spec("mae_ast_fast.kernels").submodule_search_locations)
+KERNEL_TESTS = {f"test_{path.stem}" for path in KERNELS.glob("*.py") if "def examples(" in path.read_text()}
+KERNEL_TESTS |= {"test_model_triton", "test_golden", "test_undefined_memory"}
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption("--results", help="write a summary of the run to this file")
+    if not pluginmanager.hasplugin("timeout"):  # a GPU machine may lack pytest-timeout: tests then run without limits
+        parser.addini("timeout", "seconds of a test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timeout(seconds): limit of a test, where pytest-timeout is installed")
+
+
+def filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``torch.empty`` and the like, with NaN (integers: their largest) where memory would be undefined."""
+
+    def function(*arguments: Any, **options: Any) -> torch.Tensor:
+        tensor = make(*arguments, **options)
+        if tensor.is_floating_point():
+            undefined = float("nan")
+        else:
+            undefined = 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
+        with torch.no_grad():
+            return tensor.fill_(undefined)
+
+    return function
+
+
+@pytest.fixture(autouse=True)
+def undefined_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the tests of the kernels, what a kernel does not write is NaN, not what lay there by chance.
+
+    Patched by name: use_deterministic_algorithms would fill memory too, but change the operations under test.
+    """
+    if request.module.__name__ in KERNEL_TESTS:
+        for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
+            for name in names:
+                monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
 @pytest.hookimpl(trylast=True)

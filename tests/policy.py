@@ -75,8 +75,8 @@ def assert_fbank(actual: torch.Tensor, expected: torch.Tensor, name: str = "fban
 
 
 # Kernels: r the fp64 reference on the rounded inputs, t the reference in the kernel's own dtype, k the kernel.
-# e(k) <= this * e(t) + eps of the dtype, e(v) = max(|v - r| / max(|r|, rms r)). fp32 as for the rms: of one LayerNorm row
-# of 33 values around 30, whose mean cannot be nearer than 1e-6, PyTorch's comes out at 6.2e-7 and ours at 1.8e-6.
+# e(k) <= this * e(t) + eps of the dtype, e(v) = max(|v - r| / max(|r|, rms r)). fp32 as for the rms: of one LayerNorm
+# row of 33 values around 30, whose mean cannot be nearer than 1e-6, PyTorch's comes out at 6.2e-7, ours at 1.8e-6.
 KERNEL_ELEMENT = {torch.float32: 3.0, torch.float16: 2.0, torch.bfloat16: 2.0}
 KERNEL_ELEMENT_DOT = 3.0  # the same for gradients through dot products
 KERNEL_RMS = {torch.float32: 3.0, torch.float16: 1.25, torch.bfloat16: 1.25}  # rms(k - r) <= this * rms(t - r)

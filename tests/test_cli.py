@@ -11,13 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import yaml
 from goldens import Golden
 from safetensors.numpy import load_file
 
-from mae_ast_fast import MAEAST, MAEASTConfig, __version__, cli, corpus, doctor, inference, pretrain
+from mae_ast_fast import (
+    MAEAST,
+    MAEASTConfig,
+    __version__,
+    cli,
+    corpus,
+    doctor,
+    inference,
+    kernel_report,
+    prepare,
+    pretrain,
+    tune,
+)
 from mae_ast_fast import checkpoint as checkpoint_module
 from mae_ast_fast.checkpoint import load_fairseq
 from mae_ast_fast.cli import COMMANDS, main
@@ -26,6 +37,9 @@ from mae_ast_fast.inference import extract_file, masked_clips
 from mae_ast_fast.options import PretrainOptions
 from mae_ast_fast.packing import sinusoid
 
+for library in cli.TRAIN_EXTRA:
+    pytest.importorskip(library)
+soundfile = pytest.importorskip("soundfile")
 AUDIO = Path(__file__).parent / "audio"
 SPEECH = AUDIO / "festvox-ru" / "353705932f.opus"  # 5.9 s
 SOUND = AUDIO / "sonic-pi-samples" / "018e740416.opus"  # 3.7 s
@@ -120,6 +134,9 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint_module, "load_fairseq", reached)
     monkeypatch.setattr(pretrain, "pretrain", reached)
     monkeypatch.setattr(doctor, "examine", reached)
+    monkeypatch.setattr(kernel_report, "examine", reached)
+    monkeypatch.setattr(prepare, "prepare_npy", reached)
+    monkeypatch.setattr(tune, "tune", reached)
     for command in COMMANDS:
         main([command, "--help"])
         examples = capsys.readouterr().out.partition("examples:\n")[2].strip().splitlines()
@@ -133,7 +150,7 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
     [
         (["pretrian"], "unknown command pretrian; did you mean pretrain?"),
         (["feature", "x.wav"], "unknown command feature; did you mean features?"),
-        (["zzz"], "unknown command zzz; commands are pretrain, features"),
+        (["zzz"], "unknown command zzz; commands are pretrain, prepare, features"),
         (["--versoin"], "unknown option --versoin; did you mean --version?"),
         (["--steps", "3"], "unknown option --steps; a command's options stand after it"),
         (["pretrain", "--stesp", "3"], "pretrain: error: unknown option --stesp; did you mean --steps?"),

@@ -13,11 +13,8 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-import soundfile
-import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy import CODEC_RMS, CODEC_SECONDS, PADDING_SHARE, RESAMPLE_ABS, TONE_HZ
@@ -26,6 +23,7 @@ from mae_ast_fast import audio, data
 from mae_ast_fast.audio import AudioError, decode, find_audio
 from mae_ast_fast.data import batch_plan, load_batch, scan, split
 
+av, soundfile, soxr = (pytest.importorskip(name) for name in ("av", "soundfile", "soxr"))
 RATE = 16000
 AUDIO = Path(__file__).parent / "audio"
 

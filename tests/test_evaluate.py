@@ -416,6 +416,8 @@ CROP, BATCH, STEPS, RATE = 200, 8, 550, 6e-3  # frames, clips, updates, peak lea
 
 
 def log_mel(*packages: str) -> tuple[Tensor, Tensor]:
+    for library in ("soundfile", "soxr"):
+        pytest.importorskip(library)
     waves = [torch.from_numpy(decode(path)) for name in packages for path in sorted((AUDIO / name).glob("*.opus"))]
     return fbank(torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor([len(wave) for wave in waves]))
 
@@ -553,6 +555,7 @@ def test_reconstructions_keep_what_is_visible_and_fill_the_rest(norm_pix_loss: b
 
 
 def test_pictures_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     model = build().train()
     held = held_out(model, FRAMES[:3])
     plot_reconstruction(model, held, tmp_path / "reconstruction.png")

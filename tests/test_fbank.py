@@ -8,14 +8,13 @@ import sys
 
 import pytest
 import torch
-import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy import assert_fbank, assert_rounding
-from torchaudio.compliance import kaldi
 
 from mae_ast_fast.fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
 
+torchaudio, kaldi = (pytest.importorskip(name) for name in ("torchaudio", "torchaudio.compliance.kaldi"))
 FRONTENDS = ("mae_ast", "ssast")
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 SECONDS = 2

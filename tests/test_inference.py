@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from policy import assert_rounding
 from safetensors.numpy import load_file
@@ -29,6 +28,7 @@ from mae_ast_fast.inference import (
     select,
 )
 
+soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "av"))
 AUDIO = Path(__file__).parent / "audio"
 SPEECH = AUDIO / "festvox-ru" / "51a406a1a0.opus"  # 10.8 s
 SOUND = AUDIO / "sonic-pi-samples" / "018e740416.opus"  # 3.7 s

@@ -144,8 +144,8 @@ MUTANTS = [
     Mutant(
         "info_nce",
         "fp32 cast",
-        "        if target.dtype != tl.float32:\n            total = tl.dot((weight - rounded.to(tl.float32)).to(target.dtype), target, total)\n",
-        "",
+        "            total = tl.dot((weight - rounded.to(tl.float32)).to(target.dtype), target, total)",
+        "            total += 0.0",
     ),
     Mutant(
         "info_nce",
