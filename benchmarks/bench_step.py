@@ -18,9 +18,9 @@ Before anything is timed, the losses of all columns on the same weights and the 
 within tests/policy.py.
 
 The case ``mixed`` has clips of unequal length. The paper's setting (``pad_audio`` false, ``random_crop`` true,
-``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s; batches are neighbours in a list
-sorted by length, so that little is lost. The packed columns take the same clips in random batches, whole. Each
-column is credited with the audio that it trains on. Compiled columns are left out there: every batch has another shape.
+``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s; its batches are neighbours in a
+list sorted by length, the shortest and the longest among them, so that little but the cap is lost. The packed columns
+take the same clips in random batches, whole. Each column is credited with the audio that it trains on. Compiled columns are left out there: every batch has another shape.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ CASES = (
 
 @dataclass
 class Batch:
-    """Log-mel (B, T, F) with frame counts (B,), and the seconds of audio in it."""
+    """Log-mel (B, T, F) with frame counts (B,), and the seconds that each clip lasts."""
 
     features: Tensor
     frames: Tensor
-    seconds: float
+    seconds: list[float]
 
 
 @dataclass
@@ -133,7 +133,7 @@ def make_batch(seconds: list[float], config: MAEASTConfig, generator: torch.Gene
     """Noise with the mean and the spread of log-mel, in clips of these lengths (25 ms windows every 10 ms)."""
     frames = torch.tensor([1 + int(100 * second - 2.5) for second in seconds])
     features = torch.randn(len(seconds), int(frames.max()), config.num_mel_bins, generator=generator) * 4.0 - 6.0
-    return Batch(features.to(DEVICE), frames.to(DEVICE), sum(seconds))
+    return Batch(features.to(DEVICE), frames.to(DEVICE), seconds)
 
 
 def make_batches(case: Case) -> tuple[list[Batch], list[Batch]]:
@@ -146,7 +146,7 @@ def make_batches(case: Case) -> tuple[list[Batch], list[Batch]]:
     random = np.random.default_rng(0)
     corpus = np.sort(np.concatenate((np.full(128, SECONDS), 2.0 + 33.0 * random.beta(2.2, 5.0, 128))))
     every = corpus.reshape(-1, case.clips)
-    neighbours = every[len(every) // (2 * case.batches) :: len(every) // case.batches]
+    neighbours = every[np.linspace(0, len(every) - 1, case.batches).round().astype(int)]  # both ends included
     cropped = np.minimum(neighbours.min(1, keepdims=True), CROP).repeat(case.clips, 1)
     packed = random.permutation(neighbours.ravel()).reshape(neighbours.shape)
     return tuple([make_batch(row.tolist(), config, generator) for row in rows] for rows in (cropped, packed))
@@ -282,7 +282,8 @@ def measure(case: Case, compiled: bool = True) -> tuple[Callable[[], None], dict
             "loss_error": errors[column.name],
             "steps": len(column.batches),
             "clips": sum(len(batch.frames) for batch in column.batches),
-            "audio_seconds": sum(batch.seconds for batch in column.batches),
+            "audio_seconds": sum(sum(batch.seconds) for batch in column.batches),
+            "clip_seconds": [[round(second, 2) for second in batch.seconds] for batch in column.batches],
             "tokens": sum(int((batch.frames // patch * grid_f).sum()) for batch in column.batches),
             "peak_bytes_a_clip": None if peak is None else peak // case.clips,
             "seconds": [],
