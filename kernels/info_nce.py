@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import block, launch, options, unit_stride
+from .tail import clear_tail
 
 
 @triton.jit
@@ -206,9 +207,9 @@ def forward(
     """loss (N,) in fp32, hit (N,) bool, and the parts of lse in fp32: top = max_j S_ij, log sum_j exp(S_ij - top)."""
     rows, width = prediction.shape
     prediction, target, cu_seqlens = unit_stride(prediction), unit_stride(target), cu_seqlens.contiguous()
-    loss = torch.empty(rows, dtype=torch.float32, device=prediction.device)
+    loss = torch.zeros(rows, dtype=torch.float32, device=prediction.device)  # rows past the last clip stay 0
     top, log_total = torch.empty_like(loss), torch.empty_like(loss)
-    hit = torch.empty(rows, dtype=torch.bool, device=prediction.device)
+    hit = torch.zeros(rows, dtype=torch.bool, device=prediction.device)
     chosen = options("info_nce_forward", prediction, width)
     grid = triton.cdiv(max_seqlen, chosen["BM"]), cu_seqlens.shape[0] - 1
     shape = {"P": width, "BLOCK_P": block(width), **chosen}
@@ -256,7 +257,7 @@ def backward(
         COLUMNS=over == "predictions",
         **chosen,
     )
-    return dprediction
+    return clear_tail(dprediction, cu_seqlens)
 
 
 forward_op = torch.library.custom_op("mae_ast_fast::info_nce", forward, mutates_args=())

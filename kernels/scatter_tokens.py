@@ -204,7 +204,8 @@ def backward(
     """Gradient of visible (Nv, D), and fp32 column sums (3, D): of mask_token, weight, bias (undefined without)."""
     rows, width = token.shape[0], visible.shape[1]
     dy, visible, table = unit_stride(dy), unit_stride(visible), table.contiguous()
-    dvisible = torch.empty_like(visible, memory_format=torch.contiguous_format)
+    # A visible row that stands nowhere (past the last clip, where rows are rounded up) has no gradient.
+    dvisible = torch.zeros_like(visible, memory_format=torch.contiguous_format)
     chosen = dict(options("scatter_tokens_backward", visible, width))
     programs = min(rows, chosen.pop("PROGRAMS"))
     partial = torch.empty(programs, 3, width, dtype=torch.float32, device=dy.device)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .dropout import threshold_and_scale
 from .launch import block, launch, options
+from .tail import clear_tail
 
 
 @triton.jit
@@ -197,7 +198,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: in
         DROPOUT=dropout > 0.0,
         **_constants("short_attention_forward", qkv, max_seqlen),
     )
-    return o
+    return clear_tail(o, cu_seqlens)
 
 
 def backward(
@@ -224,7 +225,7 @@ def backward(
         DROPOUT=dropout > 0.0,
         **_constants("short_attention_backward", qkv, max_seqlen),
     )
-    return dqkv
+    return clear_tail(dqkv, cu_seqlens)
 
 
 forward_op = torch.library.custom_op("mae_ast_fast::short_attention", forward, mutates_args=())

@@ -224,7 +224,7 @@ def _integers(name: str, values: torch.Tensor | list[int]) -> torch.Tensor:
 
 def _check_tokens(tokens: torch.Tensor | list[int], grid_f: int, max_tokens: int | None) -> tuple[torch.Tensor, int]:
     tokens = _integers("tokens", tokens)
-    on_cpu = tokens.device.type == "cpu"
+    on_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()  # a traced graph has no values
     multiple = f"multiples of grid_f={grid_f} and" if grid_f > 1 else "whole numbers"
     if on_cpu and ((tokens < 0) | (tokens % grid_f != 0)).any():
         raise ValueError(f"tokens must be {multiple} >= 0, got {tokens.tolist()}")
@@ -238,13 +238,16 @@ def _check_tokens(tokens: torch.Tensor | list[int], grid_f: int, max_tokens: int
 def _seed(
     seed: int | torch.Tensor | None, generator: torch.Generator | None, device: torch.device
 ) -> torch.Tensor | int:
+    if seed is None and torch.compiler.is_compiling():  # a generator cannot be traced
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
     if seed is None:
         where = "cpu" if generator is None else generator.device
         seed = torch.empty((), dtype=torch.int64, device=where).random_(-(2**63), None, generator=generator)
     if isinstance(seed, torch.Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed must be an integer or a 0-d int64 tensor, got {seed.dtype} of {tuple(seed.shape)}")
-        seed = int(seed) if seed.device.type == "cpu" else seed.to(device)
+        on_host = seed.device.type == "cpu" and not torch.compiler.is_compiling()
+        seed = int(seed) if on_host else seed.to(device)
     elif not -(2**63) <= operator.index(seed) < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {seed}")
     return seed

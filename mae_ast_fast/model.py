@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from . import ops
 from .atomic import write_whole
 from .attention import choose_backend
 from .config import MAEASTConfig
+from .masking import num_visible
 from .ops import resolve_impl
-from .packing import Packing, real_tokens
+from .packing import Packing, Sizes, real_tokens
 from .transformer import SITES, Execution, Positions, Stack, linear
 
 MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both models
@@ -32,6 +34,8 @@ MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both 
 @dataclass
 class MAEASTOutput:
     """Losses and predictions of one batch. Rows run clip by clip, tokens ascending; sum M is their number.
+
+    Where forward was given sizes rounded up, so many rows: those past sum M belong to no clip and mean nothing.
 
     Attributes:
         loss: Weighted total, a scalar; means over all masked tokens of the batch.
@@ -144,8 +148,13 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        sizes: Sizes | None = None,
     ) -> MAEASTOutput:
         """Masked pretraining losses (paper, section 2).
+
+        On a GPU the host waits for nothing where it knows the sizes of the batch: ``lengths`` is None or lies on the
+        CPU and the mask is drawn here, or ``sizes`` is given.
 
         Args:
             features: (B, T, F) log-mel, not normalised.
@@ -153,31 +162,34 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             mask: (B, L) bool, True = masked, L at least the longest clip's tokens; entries past a clip's tokens are
                 ignored, and clips may hide different counts. None draws one by ``config.masking``.
             generator: Source of that draw; None is torch's default.
+            sizes: Of ``sizes_of``, or ``sizes_of(...).bucket()``: then neither ``lengths`` nor ``mask`` is read on
+                the host, all shapes follow from ``features`` and ``sizes``, and ``torch.compile`` and CUDA graphs take
+                any batch that fits.
 
         Raises:
-            ValueError: Inputs of the wrong shape or dtype; no clip has both visible and masked tokens; an encoder
-                alone (``decoder_layers=0``).
+            ValueError: Inputs of the wrong shape or dtype; no clip has both visible and masked tokens (not looked for
+                with ``sizes``: the losses are 0 then); an encoder alone (``decoder_layers=0``).
         """
         config = self.config
         if config.decoder_layers == 0:
             raise ValueError("this model is an encoder alone (decoder_layers=0): it extracts features, no losses")
-        frames = self._check(features, lengths)
+        frames = self._check(features, lengths, values=sizes is None)
         tokens = frames // config.patch_size[0] * config.grid_f
         width = features.shape[1] // config.patch_size[0] * config.grid_f
-        if mask is None:
-            impl = self._mask_impl(features)
+        drawn = mask is None
+        if drawn:
+            impl = self._mask_impl()
             draw = config.masking, tokens, config.grid_f, config.mask_ratio, generator
             mask = ops.sample_mask(*draw, max_tokens=width, impl=impl)
-        mask = self._check_mask(mask, tokens, width)
+        else:
+            mask = self._check_mask(mask, tokens, width, values=sizes is None)
         real = real_tokens(tokens, width)
-        every, visible, masked = Packing.of(real), Packing.of(real & ~mask), Packing.of(real & mask)
-        contributes = (visible.counts > 0) & (masked.counts > 0)
-        if not contributes.any():
-            raise ValueError(
-                "no clip has both visible and masked tokens: clips need at least 2 patches of "
-                f"{config.patch_size[0]} frames x {config.patch_size[1]} bins, of which the mask hides some, got "
-                f"frames {frames.tolist()} and masked tokens {masked.counts.tolist()}"
-            )
+        if sizes is None:
+            sizes = self._sizes(features, lengths, real, None if drawn else mask)
+        rows = sizes.visible + sizes.masked
+        every = Packing.of(real, rows, sizes.most_tokens, sizes.exact)
+        visible = Packing.of(real & ~mask, sizes.visible, sizes.most_visible, sizes.exact)
+        masked = Packing.of(real & mask, sizes.masked, sizes.most_masked, sizes.exact)
 
         mean, scale = self.input_norm(features, frames)
         dtype = self._compute_dtype(features.device)
@@ -188,12 +200,12 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
                 features, mean, scale, clip, token, config.patch_size, dtype=dtype, impl=run.impl
             )
             patches, target = gathered.split([len(visible.clip), len(masked.clip)])
-            x = self._encode(patches, visible, run)[0]
+            x = self._encode(patches, visible, width, run)[0]
             if self.encoder_projection is not None:
                 x = linear(x, self.encoder_projection)
             x = self._decode(x, mask, every, masked, run)
             predictions = linear(x, self.head).split(config.patch_dim, dim=1)
-            return self._losses(*predictions, target, mask, masked, contributes, run)
+            return self._losses(*predictions, target, mask, visible, masked, run)
 
     def _losses(
         self,
@@ -201,21 +213,22 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         classification: Tensor,
         target: Tensor,
         mask: Tensor,
+        visible: Packing,
         rows: Packing,
-        used: Tensor,
         run: Execution,
     ) -> MAEASTOutput:
         config = self.config
+        used = (visible.counts > 0) & (rows.counts > 0)  # (B,), whether a clip adds to the losses
         dtype = torch.promote_types(torch.promote_types(target.dtype, reconstruction.dtype), torch.float32)
-        weight = used[rows.clip].to(dtype)  # (N,): 0 where a clip adds none
+        weight = (used[rows.clip] & rows.valid).to(dtype)  # (N,): 0 where a clip adds none
         off = weight.new_zeros(weight.shape)
         mse = nce = hit = off
         if config.reconstruction_weight > 0.0:
             mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=run.impl) * weight
         if config.classification_weight > 0.0:
             nce, hit = ops.info_nce(classification, target, rows.cu_seqlens, rows.max_seqlen, impl=run.impl)
-            nce, hit = nce * weight, hit * weight
-        count = weight.sum()
+            nce, hit = torch.where(weight > 0, nce, 0), hit * weight  # of a clip without masked tokens it is undefined
+        count = weight.sum().clamp(min=1)
         total = config.reconstruction_weight * mse + config.classification_weight * nce
         per_clip = off.new_zeros(used.shape[0]).index_add(0, rows.clip, total) / rows.counts.clamp(min=1)
         return MAEASTOutput(
@@ -260,7 +273,7 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         with torch.autocast(features.device.type, enabled=False):
             rows = every.clip, every.token, config.patch_size
             patches = ops.gather_patches(features, mean, scale, *rows, dtype=dtype, impl=run.impl)
-            _, states = out = self._encode(patches, every, run, layer)
+            _, states = out = self._encode(patches, every, width, run, layer)
 
         def unpack(x: Tensor) -> Tensor:
             return x.new_zeros(len(frames), width, x.shape[1]).index_put((every.clip, every.token), x)
@@ -268,12 +281,11 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         return Features(unpack(out[0]), [unpack(state) for state in states], tokens)
 
     def _encode(
-        self, patches: Tensor, rows: Packing, run: Execution, layer: int | None = None
+        self, patches: Tensor, rows: Packing, width: int, run: Execution, layer: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Normalised patches (N, P) -> encoder output (N, D) and the layers' outputs."""
+        """Normalised patches (N, P) of clips of at most ``width`` tokens -> output (N, D), and that of every layer."""
         config, entrance = self.config, self.encoder.norm
-        longest = int(rows.token.max()) + 1 if rows.token.numel() else 0
-        positions = self.encoder_positions(longest)[rows.token].to(patches.dtype)
+        positions = self.encoder_positions(width)[rows.token].to(patches.dtype)
         if config.norm_first:
             x = F.dropout(linear(patches, self.patch_embed), config.input_dropout, self.training) + positions
         else:
@@ -286,13 +298,15 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
     def _decode(self, visible: Tensor, mask: Tensor, every: Packing, masked: Packing, run: Execution) -> Tensor:
         """Encoded visible tokens (Nv, D) -> decoder output of the masked tokens (M, D)."""
         hidden = mask[every.clip, every.token]
+        hidden = hidden | ~every.valid  # a row of no clip gets the mask token, and takes no gradient
         inverse = torch.where(hidden, -1, (~hidden).cumsum(0) - 1)
         table, entrance = self.decoder_positions(mask.shape[1]), self.decoder.norm
         norm = (None, None) if self.config.norm_first else (entrance.weight, entrance.bias)
         drop = self.config.dropout if self.training else 0.0
         place = self.mask_token, table, every.token, inverse
         x = ops.scatter_tokens(visible, *place, *norm, drop, run.seed, 1, run.impl)
-        only = masked, every.cu_seqlens[masked.clip] + masked.token  # a clip's row numbers are its token indices
+        place = every.cu_seqlens[masked.clip] + masked.token  # a clip's row numbers are its token indices
+        only = masked, torch.where(masked.valid, place, len(every.clip))
         return self.decoder(x, every, run, only=only)[0]
 
     def _execution(self, device: torch.device, dtype: torch.dtype) -> Execution:
@@ -301,7 +315,7 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         kernels_draw = impl == "triton" or self.attention == "short"
         return Execution(impl, self.attention, ops.draw_seed(device) if self.training and kernels_draw else None)
 
-    def _mask_impl(self, features: Tensor) -> str:
+    def _mask_impl(self) -> str:
         """The implementation that samples masks: the kernel knows the strategies random and chunk alone."""
         return self.impl if self.config.masking in ("random", "chunk") else "torch"
 
@@ -311,7 +325,39 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             return torch.get_autocast_dtype(device.type)
         return self.patch_embed.weight.dtype
 
-    def _check(self, features: Tensor, lengths: Tensor | None) -> Tensor:
+    def sizes_of(self, lengths: Sequence[int]) -> Sizes:
+        """The sizes of a batch whose masks ``forward`` draws.
+
+        Args:
+            lengths: Real frames of each clip, on the host.
+        """
+        config = self.config
+        tokens = [int(frames) // config.patch_size[0] * config.grid_f for frames in lengths]
+        visible = [num_visible(count, config.mask_ratio) for count in tokens]
+        return Sizes.of(visible, [count - v for count, v in zip(tokens, visible, strict=True)])
+
+    def _sizes(self, features: Tensor, lengths: Tensor | None, real: Tensor, mask: Tensor | None) -> Sizes:
+        """Exact sizes; the host waits for a GPU only where it cannot know them."""
+        frames = [features.shape[1]] * features.shape[0] if lengths is None else lengths
+        if mask is None:
+            sizes = self.sizes_of(frames if isinstance(frames, list) else torch.as_tensor(frames).tolist())
+            alive = sizes.masked > 0  # a drawn mask leaves one token visible
+        else:
+            counts = torch.stack((real & ~mask, real & mask)).sum(2)
+            visible, masked = counts.tolist()
+            sizes = Sizes.of(visible, masked)
+            alive = any(v and m for v, m in zip(visible, masked, strict=True))
+        if not alive:
+            kt, kf = self.config.patch_size
+            frames = frames if isinstance(frames, list) else torch.as_tensor(frames).tolist()
+            hidden = "" if mask is None else f" and masked tokens {masked}"
+            raise ValueError(
+                f"no clip has both visible and masked tokens: clips need at least 2 patches of {kt} frames x {kf} "
+                f"bins, of which the mask hides some, got frames {frames}{hidden}"
+            )
+        return sizes
+
+    def _check(self, features: Tensor, lengths: Tensor | None, values: bool = True) -> Tensor:
         """Validates the input of forward and extract_features; returns the frame counts (B,) int64."""
         bins = self.config.num_mel_bins
         if not isinstance(features, Tensor) or features.dim() != 3 or features.shape[2] != bins:
@@ -334,16 +380,16 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
         if lengths.shape != (batch,) or not is_whole:
             raise ValueError(f"lengths must be integers ({batch},), got {lengths.dtype} {tuple(lengths.shape)}")
-        if lengths.min() < 0 or lengths.max() > width:
+        if values and (lengths.min() < 0 or lengths.max() > width):
             raise ValueError(f"lengths must be between 0 and T={width} frames, got {lengths.tolist()}")
         return lengths.to(features.device, torch.long)
 
-    def _check_mask(self, mask: Tensor, tokens: Tensor, width: int) -> Tensor:
+    def _check_mask(self, mask: Tensor, tokens: Tensor, width: int, values: bool) -> Tensor:
         """Validates a mask; returns it as (B, width), False past each clip's tokens."""
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be a bool tensor (B, L), True = masked, got {got}")
-        longest = int(tokens.max())
+        longest = int(tokens.max()) if values else 0
         if mask.shape[0] != len(tokens) or mask.shape[1] < longest:
             raise ValueError(
                 f"mask must be ({len(tokens)}, L) with L >= {longest}, the longest clip's tokens, got "

@@ -198,7 +198,7 @@ def scatter_tokens(
     """The decoder's input: visible rows at their places, the mask token elsewhere, + position, LayerNorm, dropout.
 
     Args:
-        visible: (Nv, D) encoded visible tokens, each of which stands at exactly one of the N places.
+        visible: (Nv, D) encoded visible tokens, each of which stands at one of the N places at most.
         mask_token: (D,) of any floating dtype, as weight and bias.
         table: (tokens, D) positions; no gradient.
         token: (N,) int64, place of each row in the table.

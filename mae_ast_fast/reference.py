@@ -200,8 +200,13 @@ def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[tupl
 
 
 def similar_clips(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[Tensor] | None:
-    """The clips (ascending int64 numbers) of each group of ``similar_lengths``; clips without rows are in none."""
-    if (cu_seqlens.shape[0] - 1) * max_seqlen <= 2 * rows:
+    """The clips (ascending int64 numbers) of each group of ``similar_lengths``; clips without rows are in none.
+
+    None off the CPU and while a graph is traced: lengths are read on the host.
+    """
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if (cu_seqlens.shape[0] - 1) * max_seqlen <= 2 * rows or int(cu_seqlens[-1]) != rows:
         return None
     counts = cu_seqlens.diff().long()
     size = torch.where(counts > 0, counts.clamp(min=1).double().log2().floor().long(), -1)
@@ -221,6 +226,9 @@ def rows_of_clips(cu_seqlens: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, in
 class PaddedView:
     """Packed rows (N, ...) laid out as (B, max_seqlen, ...) and back; free of copies where all clips are equal.
 
+    Nothing is read back from the device. Rows past the last clip (see packing.Sizes) are left out, and come back as
+    copies of some row.
+
     Attributes:
         valid: (B, max_seqlen) bool, True where a clip has a row.
         key_valid: the same, but an empty clip has one valid key, so that no softmax runs over nothing.
@@ -233,18 +241,25 @@ class PaddedView:
         place = torch.arange(max_seqlen, device=cu_seqlens.device)
         self.valid = place < counts
         self.key_valid = place < counts.clamp(min=1)
-        self._flat = None if self.full else self.valid.flatten().nonzero()[:, 0]
+        if not self.full:
+            row = torch.arange(rows, device=cu_seqlens.device)
+            clip = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)
+            self._owned = clip < self.batch
+            clip = clip.clamp(max=self.batch - 1)
+            self._place = clip * max_seqlen + row - cu_seqlens[clip]  # (N,), of each row in the padded layout
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, max_seqlen, ...), zeros where a clip has no row."""
         if self.full:
             return x.unflatten(0, (self.batch, self.length))
-        padded = x.new_zeros(self.batch * self.length, *x.shape[1:])
-        return padded.index_copy(0, self._flat, x).unflatten(0, (self.batch, self.length))
+        places = self.batch * self.length
+        padded = x.new_zeros(places + 1, *x.shape[1:])  # the last one takes the rows of no clip
+        padded = padded.index_copy(0, torch.where(self._owned, self._place, places), x)
+        return padded[:places].unflatten(0, (self.batch, self.length))
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, max_seqlen, ...) -> (N, ...); a (max_seqlen,) tensor counts for every clip."""
         if x.dim() == 1:
             x = x.expand(self.batch, -1)
         flat = x.flatten(0, 1)
-        return flat if self.full else flat[self._flat]
+        return flat if self.full else flat.index_select(0, torch.where(self._owned, self._place, 0))

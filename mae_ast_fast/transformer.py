@@ -75,17 +75,21 @@ class Positions(nn.Module):
 
 
 class _Select(torch.autograd.Function):
-    """Rows of x by an index without repeats: the gradient is a store, not an addition."""
+    """Rows (N, D) by an index without repeats: the gradient is a store, not an addition.
+
+    An index of N means no row: it gives some row, and takes no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = x.shape[0]
-        return x.index_select(0, index)
+        return x.index_select(0, index.clamp(max=ctx.rows - 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy(0, ctx.saved_tensors[0], grad), None
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows + 1, grad.shape[1]).index_copy(0, index, grad)[: ctx.rows], None
 
 
 class Layer(nn.Module):

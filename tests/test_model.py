@@ -128,7 +128,7 @@ def test_signatures_are_the_contracts() -> None:
 
     none_after = [("features", "required"), ("lengths", None)]
     assert signature(MAEAST.__init__) == [("config", "required"), ("impl", "auto"), ("attention", "auto")]
-    assert signature(MAEAST.forward) == [*none_after, ("mask", None), ("generator", None)]
+    assert signature(MAEAST.forward) == [*none_after, ("mask", None), ("generator", None), ("sizes", None)]
     assert signature(MAEAST.extract_features) == [*none_after, ("layer", None)]
     assert signature(MAEAST.from_fairseq_state_dict)[:2] == [("state_dict", "required"), ("cfg", "required")]
     assert signature(fbank) == [
