@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_mask, threshold_and_scale
-from .launch import block, launch, options, unit_stride
+from .launch import block, dense, launch, options, unit_stride
 
 
 @triton.jit(do_not_specialize=["N", "site", "threshold"])
@@ -150,6 +150,7 @@ def forward(
     """y (N, D) in the dtype of ``residual``, mean and rstd (N,) in fp32."""
     rows, width = residual.shape
     branch, residual = unit_stride(branch), unit_stride(residual)
+    weight, bias, branch_bias = dense(weight, bias, branch_bias)
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     mean = torch.empty(rows, dtype=torch.float32, device=y.device)
     rstd = torch.empty_like(mean)
@@ -203,6 +204,7 @@ def backward(
     rows, width = residual.shape
     dy, branch, residual = unit_stride(dy), unit_stride(branch), unit_stride(residual)
     dy_again = None if dy_again is None else unit_stride(dy_again)
+    weight, branch_bias = dense(weight, branch_bias)
     dresidual = torch.empty_like(residual, memory_format=torch.contiguous_format)
     dbranch = torch.empty_like(dresidual) if dropout > 0.0 else dresidual.new_empty(0)
     chosen = dict(options("add_layer_norm_backward", residual, width))

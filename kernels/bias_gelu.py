@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_mask, threshold_and_scale
-from .launch import launch, options, unit_stride
+from .launch import dense, launch, options, unit_stride
 
 
 @triton.jit(do_not_specialize=["N", "site", "threshold"])
@@ -93,7 +93,7 @@ def _backward(
 def forward(x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, site: int) -> Tensor:
     """y (N, F) in the dtype of ``x``."""
     rows, width = x.shape
-    x = unit_stride(x)
+    x, (bias,) = unit_stride(x), dense(bias)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     threshold, scale = threshold_and_scale(dropout)
     chosen = options("bias_gelu_forward", x, width)
@@ -108,7 +108,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (N, F) and, in fp32, of bias (F,)."""
     rows, width = x.shape
-    dy, x = unit_stride(dy), unit_stride(x)
+    dy, x, (bias,) = unit_stride(dy), unit_stride(x), dense(bias)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     threshold, scale = threshold_and_scale(dropout)
     chosen = dict(options("bias_gelu_backward", x, width))

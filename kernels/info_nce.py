@@ -59,9 +59,9 @@ def _loss(
     HIT: tl.constexpr,
 ):
     """Loss and parts of lse of the rows of S = query @ key^T; with HIT also whether S_ii is row i's first maximum."""
-    start = tl.load(cu_ptr + tl.program_id(1))
-    length = tl.load(cu_ptr + tl.program_id(1) + 1) - start
-    first = tl.program_id(0) * BM
+    start = tl.load(cu_ptr + tl.program_id(0))
+    length = tl.load(cu_ptr + tl.program_id(0) + 1) - start
+    first = tl.program_id(1) * BM
     if first >= length:
         return
     i = first + tl.arange(0, BM)
@@ -81,7 +81,8 @@ def _loss(
             before = tl.maximum(before, tl.max(tl.where(j[None, :] < i[:, None], s, float("-inf")), 1))
             after = tl.maximum(after, tl.max(tl.where(j[None, :] > i[:, None], s, float("-inf")), 1))
         new_top = tl.maximum(top, tl.max(s, 1))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # products so far that all overflowed to -inf
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
         top = new_top
     row = start.to(tl.int64) + i
     log_total = tl.log(total)
@@ -108,9 +109,9 @@ def _column_hit(
     BN: tl.constexpr,
 ):
     """For each prediction, whether its own target is the first maximum of its column of S - lse."""
-    start = tl.load(cu_ptr + tl.program_id(1))
-    length = tl.load(cu_ptr + tl.program_id(1) + 1) - start
-    first = tl.program_id(0) * BM
+    start = tl.load(cu_ptr + tl.program_id(0))
+    length = tl.load(cu_ptr + tl.program_id(0) + 1) - start
+    first = tl.program_id(1) * BM
     if first >= length:
         return
     j = first + tl.arange(0, BM)
@@ -150,9 +151,9 @@ def _gradient(
     COLUMNS: tl.constexpr,
 ):
     """Rows of the gradient; with COLUMNS (over "predictions") lse and g belong to the swept targets."""
-    start = tl.load(cu_ptr + tl.program_id(1))
-    length = tl.load(cu_ptr + tl.program_id(1) + 1) - start
-    first = tl.program_id(0) * BM
+    start = tl.load(cu_ptr + tl.program_id(0))
+    length = tl.load(cu_ptr + tl.program_id(0) + 1) - start
+    first = tl.program_id(1) * BM
     if first >= length:
         return
     i = first + tl.arange(0, BM)
@@ -211,7 +212,7 @@ def forward(
     top, log_total = torch.empty_like(loss), torch.empty_like(loss)
     hit = torch.zeros(rows, dtype=torch.bool, device=prediction.device)
     chosen = options("info_nce_forward", prediction, width)
-    grid = triton.cdiv(max_seqlen, chosen["BM"]), cu_seqlens.shape[0] - 1
+    grid = cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, chosen["BM"])
     shape = {"P": width, "BLOCK_P": block(width), **chosen}
     columns = over == "predictions"
     query, key = (target, prediction) if columns else (prediction, target)
@@ -241,7 +242,7 @@ def backward(
     chosen = options("info_nce_backward", prediction, width)
     launch(
         _gradient,
-        (triton.cdiv(max_seqlen, chosen["BM"]), cu_seqlens.shape[0] - 1),
+        (cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, chosen["BM"])),
         dloss.contiguous(),
         prediction,
         target,

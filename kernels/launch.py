@@ -101,6 +101,11 @@ def block(width: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(width))
 
 
+def dense(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Vectors as kernels read them, one element after the other: copies of those that are not."""
+    return tuple(None if x is None else x.contiguous() for x in vectors)
+
+
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """``x`` itself where the last dimension lies densely in memory, else a copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

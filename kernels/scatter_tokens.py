@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_mask, threshold_and_scale
-from .launch import block, launch, options, unit_stride
+from .launch import block, dense, launch, options, unit_stride
 
 
 @triton.jit(do_not_specialize=["N", "site", "threshold"])
@@ -153,6 +153,7 @@ def forward(
     """y (N, D) in the dtype of ``visible``, mean and rstd (N,) in fp32 (no elements without LayerNorm)."""
     rows, width = token.shape[0], visible.shape[1]
     visible, table = unit_stride(visible), table.contiguous()
+    mask_token, token, inverse, weight, bias = dense(mask_token, token, inverse, weight, bias)
     y = visible.new_empty(rows, width)
     mean = visible.new_empty(rows if weight is not None else 0, dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -204,6 +205,7 @@ def backward(
     """Gradient of visible (Nv, D), and fp32 column sums (3, D): of mask_token, weight, bias (undefined without)."""
     rows, width = token.shape[0], visible.shape[1]
     dy, visible, table = unit_stride(dy), unit_stride(visible), table.contiguous()
+    mask_token, token, inverse, weight = dense(mask_token, token, inverse, weight)
     # A visible row that stands nowhere (past the last clip, where rows are rounded up) has no gradient.
     dvisible = torch.zeros_like(visible, memory_format=torch.contiguous_format)
     chosen = dict(options("scatter_tokens_backward", visible, width))

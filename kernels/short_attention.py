@@ -180,7 +180,7 @@ def _constants(name: str, qkv: Tensor, max_seqlen: int) -> dict[str, int]:
 def forward(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, site: int) -> Tensor:
     """o (N, H, D) in the dtype of ``qkv``."""
     rows, _, heads, width = qkv.shape
-    qkv = _dense_rows(qkv)
+    qkv, cu_seqlens = _dense_rows(qkv), cu_seqlens.contiguous()
     o = torch.empty(rows, heads, width, dtype=qkv.dtype, device=qkv.device)
     threshold, kept_scale = threshold_and_scale(dropout)
     launch(
@@ -205,7 +205,7 @@ def backward(
     do: Tensor, qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, site: int
 ) -> Tensor:
     """The gradient of qkv (N, 3, H, D), contiguous."""
-    do, qkv = _dense_rows(do), _dense_rows(qkv)
+    do, qkv, cu_seqlens = _dense_rows(do), _dense_rows(qkv), cu_seqlens.contiguous()
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     threshold, kept_scale = threshold_and_scale(dropout)
     launch(

@@ -7,6 +7,9 @@ Programs share the tail; with exact sizes there is none, and the launch does not
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,3 +39,14 @@ def clear_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
         constants = {"WIDTH": width, "BLOCK": min(block(width), _COLUMNS), "PROGRAMS": _PROGRAMS}
         launch(_clear, (_PROGRAMS,), x, cu_seqlens, rows, len(cu_seqlens) - 1, **constants)
     return x
+
+
+WIDTHS = (256, 768, 2304)  # a patch, and the packed heads of attention
+
+
+def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta)."""
+    rows = 65536
+    x = torch.zeros(rows, width, dtype=dtype, device=device)
+    cu_seqlens = torch.arange(9, dtype=torch.int32, device=device) * (rows // 16)
+    yield "clear", rows, lambda: clear_tail(x, cu_seqlens)

@@ -598,8 +598,8 @@ def _kernels(argv: Sequence[str]) -> int:
 
     try:
         report = kernel_report.examine(
-            archs=arguments.arch and arguments.arch.split(","),
-            ops=arguments.op and arguments.op.split(","),
+            archs=None if arguments.arch is None else arguments.arch.split(","),
+            ops=None if arguments.op is None else arguments.op.split(","),
             dump=arguments.dump,
             out=arguments.out,
             cache=not arguments.no_cache,
@@ -632,7 +632,7 @@ def _tune(argv: Sequence[str]) -> int:
     from . import tune
 
     groups = tune.tune(
-        arguments.op and arguments.op.split(","),
+        None if arguments.op is None else arguments.op.split(","),
         arguments.dtype,
         check=arguments.check,
         progress=functools.partial(print, file=sys.stderr, flush=True),

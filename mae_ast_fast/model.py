@@ -200,6 +200,7 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
                 features, mean, scale, clip, token, config.patch_size, dtype=dtype, impl=run.impl
             )
             patches, target = gathered.split([len(visible.clip), len(masked.clip)])
+            target = target.detach()  # what is to be predicted is data, also where features are learned
             x = self._encode(patches, visible, width, run)[0]
             if self.encoder_projection is not None:
                 x = linear(x, self.encoder_projection)
@@ -311,9 +312,12 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
 
     def _execution(self, device: torch.device, dtype: torch.dtype) -> Execution:
         """Resolves the implementation, and draws the seed of this forward's dropout where kernels need one."""
+        config = self.config
         impl, _ = resolve_impl(self.impl, device, dtype)
-        kernels_draw = impl == "triton" or self.attention == "short"
-        return Execution(impl, self.attention, ops.draw_seed(device) if self.training and kernels_draw else None)
+        kernels = impl == "triton" or self.attention == "short"
+        rates = config.dropout, config.attention_dropout, config.activation_dropout, config.input_dropout
+        drop = self.training and kernels and any(rates)
+        return Execution(impl, self.attention, ops.draw_seed(device) if drop else None)
 
     def _mask_impl(self) -> str:
         """The implementation that samples masks: the kernel knows the strategies random and chunk alone."""

@@ -48,7 +48,8 @@ def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = tor
 
 
 def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    # As Triton reads it.
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if device.type == "meta":  # shapes only
         return
     if importlib.util.find_spec("triton") is None:
@@ -76,10 +77,12 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _check_rows(name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Shape (None: any), device and dtype of a floating tensor against the op's first one."""
-    expected = ", ".join("N" if size is None else str(size) for size in shape)
-    if x.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+def _check_rows(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
+    """Shape (a letter: any size) and device, against the op's first tensor. Traced sizes are printed only in errors."""
+    if x.dim() != len(shape) or any(
+        not isinstance(want, str) and want != got for want, got in zip(shape, x.shape, strict=True)
+    ):
+        expected = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} must be ({expected}), got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")
@@ -128,7 +131,7 @@ def add_layer_norm(
     Raises:
         ValueError: A shape, dtype, device or rate is not as described, or the implementation is not available.
     """
-    _check_rows("residual", residual, (None, residual.shape[-1]), branch)
+    _check_rows("residual", residual, ("N", "D"), branch)
     _check_rows("branch", branch, tuple(residual.shape), residual)
     if branch.dtype != residual.dtype:
         raise ValueError(f"branch and residual must have one dtype, got {branch.dtype} and {residual.dtype}")
@@ -170,7 +173,7 @@ def bias_gelu(
     Raises:
         ValueError: A shape, device or rate is not as described, or the implementation is not available.
     """
-    _check_rows("x", x, (None, x.shape[-1]), x)
+    _check_rows("x", x, ("N", "F"), x)
     _check_rows("bias", bias, (x.shape[1],), x)
     _check_dropout(dropout, seed, x.device)
     if not _is_triton(impl, x):
@@ -216,16 +219,16 @@ def scatter_tokens(
     Raises:
         ValueError: A shape, dtype, device or rate is not as described, or the implementation is not available.
     """
-    _check_rows("visible", visible, (None, visible.shape[-1]), visible)
+    _check_rows("visible", visible, ("Nv", "D"), visible)
     width = visible.shape[1]
-    _check_rows("table", table, (None, width), visible)
+    _check_rows("table", table, ("tokens", width), visible)
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias of the LayerNorm come together, got one of them")
     for name, x in (("mask_token", mask_token), ("weight", weight), ("bias", bias)):
         if x is not None:
             _check_rows(name, x, (width,), visible)
     for name, x in (("token", token), ("inverse", inverse)):
-        _check_rows(name, x, tuple(token.shape[:1]), visible)
+        _check_rows(name, x, ("N",) if x is token else tuple(token.shape), visible)
         if x.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, got {x.dtype}")
     _check_dropout(dropout, seed, visible.device)
@@ -329,7 +332,7 @@ def gather_patches(
         if x.numel() != 1 or x.dim() > 1 or not x.is_floating_point() or x.device != features.device:
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
             raise ValueError(f"{name} must be one floating element on {features.device}, got {got}")
-    _check_rows("clip", clip, (None,), features)
+    _check_rows("clip", clip, ("N",), features)
     _check_rows("token", token, (clip.shape[0],), features)
     for name, x in (("clip", clip), ("token", token)):
         if x.dtype != torch.int64:
@@ -423,7 +426,7 @@ def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False, 
     Raises:
         ValueError: A shape or device is not as described, or the implementation is not available.
     """
-    _check_rows("prediction", prediction, (None, prediction.shape[-1]), prediction)
+    _check_rows("prediction", prediction, ("N", "P"), prediction)
     _check_rows("target", target, tuple(prediction.shape), prediction)
     if norm_pix_loss and prediction.shape[1] < 2:
         raise ValueError(f"norm_pix_loss needs rows of at least 2 values, got {tuple(prediction.shape)}")
@@ -462,7 +465,7 @@ def info_nce(
     Raises:
         ValueError: A shape, dtype, device or name is not as described, or the implementation is not available.
     """
-    _check_rows("prediction", prediction, (None, prediction.shape[-1]), prediction)
+    _check_rows("prediction", prediction, ("N", "P"), prediction)
     _check_rows("target", target, tuple(prediction.shape), prediction)
     if prediction.dtype != target.dtype:
         raise ValueError(f"prediction and target must have one dtype, got {prediction.dtype} and {target.dtype}")

@@ -137,16 +137,33 @@ def check_registration(op: Callable[..., Any], *arguments: Any) -> None:
 
 
 def check_compiles(
-    function: Callable[..., Tensor], inputs: dict[str, Tensor], differentiable: Sequence[str] = ()
+    function: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    differentiable: Sequence[str] = (),
+    others: dict[str, Tensor] | None = None,
 ) -> None:
-    """One graph under torch.compile, equal to eager to the bit."""
+    """One graph under torch.compile, equal to eager to the bit; also with ``others``, inputs of another row count."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for tensors in (inputs,) if others is None else (inputs, others):
+        eager, traced = (results_and_gradients(call, tensors, differentiable) for call in (function, compiled))
+        for name, x in eager.items():
+            assert torch.equal(x, traced[name]), f"{name}: compiled and eager differ"
 
-    def run(call: Callable[..., Tensor]) -> dict[str, Tensor]:
-        return results_and_gradients(call, inputs, differentiable)
 
-    eager, compiled = run(function), run(torch.compile(function, fullgraph=True, backend="aot_eager"))
-    for name, x in eager.items():
-        assert torch.equal(x, compiled[name]), f"{name}: compiled and eager differ"
+def check_strided_vectors(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], names: Sequence[str], differentiable: Sequence[str]
+) -> None:
+    """Vectors that are every second element of another: the same results to the bit, gradients too."""
+    dense = results_and_gradients(function, inputs, differentiable)
+    strided = dict(inputs)
+    for name in names:
+        x = inputs[name]
+        holder = x.new_full((len(x), 2), 7 if not x.is_floating_point() else float("nan"))
+        holder[:, 0] = x
+        strided[name] = holder[:, 0]
+    for name, x in results_and_gradients(function, strided, differentiable).items():
+        assert torch.equal(x, dense[name]), f"{name}: strided vectors give another result"
 
 
 def check_repeats(

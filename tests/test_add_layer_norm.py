@@ -13,6 +13,7 @@ from kernel_checks import (
     check_compiles,
     check_registration,
     check_repeats,
+    check_strided_vectors,
     compare,
     few_programs,
     keep_mask,
@@ -102,6 +103,18 @@ def test_fork_adds_the_two_gradients() -> None:
         assert torch.equal(*(torch.autograd.grad(out.sin().sum(), branch)[0] for out in (y, alone)))
 
 
+def test_the_two_gradients_may_lie_differently_and_vectors_may_be_strided() -> None:
+    inputs = make_inputs(6, 24, torch.float32)
+    check_strided_vectors(kernel, inputs, WEIGHTS, ALL)
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    first, wide = randn(6, 24, seed=8), randn(6, 40, seed=9)[:, :24]
+    found = []
+    for second in (wide, wide.contiguous()):
+        y, again = ops.add_layer_norm(**leaves, fork=True, impl="triton")
+        found.append(torch.autograd.grad([y, again], list(leaves.values()), [first, second]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_without_rows_and_without_branch_bias() -> None:
     inputs = make_inputs(0, 16, torch.float32)
     found = results_and_gradients(kernel, inputs, ALL)
@@ -124,7 +137,7 @@ def test_registration_compile_and_repeats() -> None:
             )
             return y.sin() + again
 
-        check_compiles(dropped, inputs, ALL)
+        check_compiles(dropped, inputs, ALL, make_inputs(7, 24, torch.float32))
         check_repeats(dropped, inputs, ALL)
 
 

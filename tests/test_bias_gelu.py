@@ -12,6 +12,7 @@ from kernel_checks import (
     check_compiles,
     check_registration,
     check_repeats,
+    check_strided_vectors,
     compare,
     few_programs,
     keep_mask,
@@ -75,6 +76,7 @@ def test_no_rows_and_columns_that_are_not_dense() -> None:
     inputs = make_inputs(7, 32, torch.float32)
     inputs["x"] = inputs["x"].T.contiguous().T
     compare(kernel, reference.bias_gelu, inputs, ("x", "bias"), torch.float32, summed=("bias",))
+    check_strided_vectors(kernel, inputs, ("bias",), ("x", "bias"))
 
 
 def test_registration_compile_and_repeats() -> None:
@@ -88,7 +90,7 @@ def test_registration_compile_and_repeats() -> None:
         def dropped(x, bias, dropout=dropout):
             return kernel(x, bias, dropout=dropout, seed=seed_tensor(SEED), site=2).sin()
 
-        check_compiles(dropped, inputs, ("x", "bias"))
+        check_compiles(dropped, inputs, ("x", "bias"), make_inputs(11, 24, torch.float32))
         check_repeats(dropped, inputs, ("x", "bias"))
 
 
@@ -97,5 +99,5 @@ def test_bad_input() -> None:
         ops.bias_gelu(torch.zeros(3, 4), torch.zeros(5))
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got -0.1"):
         ops.bias_gelu(torch.zeros(3, 4), torch.zeros(4), dropout=-0.1)
-    with pytest.raises(ValueError, match=r"x must be \(N, 3\), got \(1, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"x must be \(N, F\), got \(1, 2, 3\)"):
         ops.bias_gelu(torch.zeros(1, 2, 3), torch.zeros(3))

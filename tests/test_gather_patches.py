@@ -15,6 +15,7 @@ from kernel_checks import (
     check_compiles,
     check_registration,
     check_repeats,
+    check_strided_vectors,
     compare,
     randn,
     results_and_gradients,
@@ -166,6 +167,18 @@ def test_writes_nothing_behind_the_last_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert (buffer[3 * 15 :] == 77.0).all()
 
 
+def test_clip_and_token_may_have_strides_of_their_own() -> None:
+    clip, token = pick(2, 6, 7)
+    features = randn(2, 7, 8)
+    inputs = {"features": features, "mean": scalar(0.3), "scale": scalar(1.7), "clip": clip, "token": token}
+
+    def gathered(**inputs) -> torch.Tensor:
+        return ops.gather_patches(**inputs, patch_size=(2, 4), impl="triton")
+
+    for names in (("clip",), ("token",)):
+        check_strided_vectors(gathered, inputs, names, ("features",))
+
+
 def test_registration_compile_and_repeats() -> None:
     from mae_ast_fast.kernels.gather_patches import backward_op, forward_op
 
@@ -179,7 +192,8 @@ def test_registration_compile_and_repeats() -> None:
         def gathered(**inputs) -> torch.Tensor:
             return ops.gather_patches(**inputs, patch_size=(2, 4), impl="triton").sin()
 
-        check_compiles(gathered, inputs, ("features",))
+        others = {**inputs, "clip": clip[:4], "token": token[:4]}
+        check_compiles(gathered, inputs, ("features",), others)
         check_repeats(gathered, inputs, ("features",))
 
 

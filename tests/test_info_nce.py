@@ -295,6 +295,29 @@ def test_without_rows(lengths: list[int], over: str) -> None:
 
 
 @pytest.mark.parametrize("over", OVER)
+def test_rows_past_the_last_clip_are_0(over: str) -> None:
+    inputs = make_inputs([5, 9, 3], 24, torch.float32)
+    cu = cu_seqlens([5, 9])
+
+    def run(**inputs: Tensor) -> Tensor:
+        return ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=9, over=over, impl="triton")[0]
+
+    found = results_and_gradients(run, inputs, ["prediction"])
+    assert not found["output 0"][14:].any() and not found["gradient of prediction"][14:].any()
+    own = results_and_gradients(run, {name: x[:14] for name, x in inputs.items()}, ["prediction"])
+    assert torch.equal(found["output 0"][:14], own["output 0"])
+
+
+def test_products_that_overflow_do_not_spoil_the_rest() -> None:
+    """A first tile of -inf: the row's other products count."""
+    prediction, target = torch.full((70, 16), 1e20, device=DEVICE), torch.full((70, 16), -1e20, device=DEVICE)
+    target[64:] = 0
+    arguments = prediction, target, cu_seqlens([70]), 70
+    losses = [ops.info_nce(*arguments, impl=impl)[0][64:] for impl in ("triton", "torch")]
+    assert_rounding(*losses)
+
+
+@pytest.mark.parametrize("over", OVER)
 def test_registration_compile_and_repeats(over: str) -> None:
     from mae_ast_fast.kernels.info_nce import backward_op, forward_op
 
@@ -308,7 +331,7 @@ def test_registration_compile_and_repeats(over: str) -> None:
         loss, hit = ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=20, over=over, impl="triton")
         return loss.sin(), hit
 
-    check_compiles(run, inputs, ["prediction"])
+    check_compiles(run, inputs, ["prediction"], make_inputs([5, 0, 20, 3], 24, torch.float32))  # 3 rows of no clip
     check_repeats(run, inputs, ["prediction"])
 
 
@@ -326,7 +349,7 @@ def test_target_with_a_gradient_is_refused_where_one_would_be_lost() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": torch.zeros(4)}, r"prediction must be \(N, 4\), got \(4,\)"),
+        ({"prediction": torch.zeros(4)}, r"prediction must be \(N, P\), got \(4,\)"),
         ({"target": torch.zeros(3, 5)}, r"target must be \(3, 4\), got \(3, 5\)"),
         ({"target": torch.zeros(3, 4, dtype=torch.float16)}, "one dtype, got torch.float32 and torch.float16"),
         ({"cu_seqlens": torch.tensor([0, 3])}, r"cu_seqlens must be \(B \+ 1,\) int32, got torch.int64 \(2,\)"),

@@ -139,7 +139,7 @@ def test_registration_compile_and_repeats() -> None:
         def run(norm: bool = norm, **inputs: Tensor) -> Tensor:
             return ops.masked_mse(**inputs, norm_pix_loss=norm, impl="triton").sin()
 
-        check_compiles(run, inputs, ["prediction"])
+        check_compiles(run, inputs, ["prediction"], make_inputs(8, 24, torch.float32))
         check_repeats(run, inputs, ["prediction"])
 
 
@@ -159,7 +159,7 @@ def test_target_with_a_gradient_is_refused_where_one_would_be_lost() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": torch.zeros(4)}, r"prediction must be \(N, 4\), got \(4,\)"),
+        ({"prediction": torch.zeros(4)}, r"prediction must be \(N, P\), got \(4,\)"),
         ({"target": torch.zeros(3, 5)}, r"target must be \(3, 4\), got \(3, 5\)"),
         ({"target": torch.zeros(3, 4, device="meta")}, "target must be on cpu, got meta"),
         ({"impl": "cuda"}, "impl must be one of auto, torch, triton"),

@@ -145,6 +145,27 @@ def test_auto_draws_the_same(strategy: str) -> None:
         assert torch.equal(ops.sample_mask(strategy, tokens, 8, 0.5, seed=3, impl=impl).cpu(), expected)
 
 
+@pytest.mark.parametrize("epoch", [2**31, 2**32 - 1, -1, -(2**31)])
+def test_every_bit_of_the_epoch_counts(epoch: int) -> None:
+    tokens = torch.tensor([24, 16], device=DEVICE)
+    drawn, other = (ops.sample_mask("random", tokens, 8, 0.5, seed=3, epoch=e, impl="triton") for e in (epoch, 1))
+    assert torch.equal(drawn.cpu(), masking.sample_mask("random", [24, 16], 8, 0.5, seed=3, epoch=epoch))
+    assert not torch.equal(drawn, other)
+
+
+@pytest.mark.parametrize("strategy", KERNEL)
+def test_the_public_function_compiles(strategy: str) -> None:
+    tokens = torch.tensor([24, 16], device=DEVICE)
+
+    def drawn(tokens: torch.Tensor, impl: str) -> torch.Tensor:
+        return ops.sample_mask(strategy, tokens, 8, 0.5, seed=3, max_tokens=24, impl=impl)
+
+    for impl in ("torch", "triton"):
+        torch._dynamo.reset()
+        compiled = torch.compile(drawn, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(tokens, impl), drawn(tokens, impl))
+
+
 def test_registration_compile_and_repeats() -> None:
     from mae_ast_fast.kernels.sample_mask import forward_op
 

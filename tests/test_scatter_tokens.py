@@ -13,6 +13,7 @@ from kernel_checks import (
     check_compiles,
     check_registration,
     check_repeats,
+    check_strided_vectors,
     compare,
     few_programs,
     keep_mask,
@@ -120,6 +121,18 @@ def test_dropout_with_its_own_mask(dtype: torch.dtype) -> None:
     compare(dropped, masked, inputs, NORMED, dtype, summed=SUMMED)
 
 
+def test_strided_vectors_and_table_and_a_visible_row_that_stands_nowhere() -> None:
+    inputs = make_inputs(PATTERNS["ragged"], 24, torch.float32)
+    check_strided_vectors(kernel, inputs, ("mask_token", "token", "inverse", "weight", "bias"), NORMED)
+    dense = results_and_gradients(kernel, inputs, NORMED)
+    inputs["table"] = inputs["table"].T.contiguous().T
+    for name, x in results_and_gradients(kernel, inputs, NORMED).items():
+        assert torch.equal(x, dense[name]), name
+    inputs["visible"] = torch.cat((inputs["visible"], randn(2, 24, seed=9)))
+    gradient = results_and_gradients(kernel, inputs, NORMED)["gradient of visible"]
+    assert torch.equal(gradient[:-2], dense["gradient of visible"]) and not gradient[-2:].any()
+
+
 def test_no_rows() -> None:
     found = results_and_gradients(kernel, make_inputs([], 16, torch.float32), NORMED)
     assert found["output 0"].shape == (0, 16) and not found["gradient of mask_token"].any()
@@ -138,7 +151,8 @@ def test_registration_compile_and_repeats() -> None:
         def dropped(dropout=dropout, **inputs):
             return kernel(**inputs, dropout=dropout, seed=seed_tensor(SEED), site=2).sin()
 
-        check_compiles(dropped, inputs, names)
+        more = make_inputs(PATTERNS["ragged"], 24, torch.float32, norm=norm)
+        check_compiles(dropped, inputs, names, more)
         check_repeats(dropped, inputs, names)
 
 
@@ -146,7 +160,7 @@ def test_registration_compile_and_repeats() -> None:
     ("change", "message"),
     [
         ({"mask_token": torch.zeros(5)}, r"mask_token must be \(4\), got \(5,\)"),
-        ({"table": torch.zeros(9, 3)}, r"table must be \(N, 4\), got \(9, 3\)"),
+        ({"table": torch.zeros(9, 3)}, r"table must be \(tokens, 4\), got \(9, 3\)"),
         ({"inverse": torch.zeros(3, dtype=torch.int64)}, r"inverse must be \(2\), got \(3,\)"),
         ({"token": torch.zeros(2, dtype=torch.int32)}, "token must be int64, got torch.int32"),
         ({"weight": torch.zeros(4)}, "weight and bias of the LayerNorm come together"),

@@ -206,6 +206,21 @@ def test_dropout_keeps_at_its_rate_and_differs_by_site_seed_and_head() -> None:
     assert torch.equal(drawn, kept(None, 1))
 
 
+def test_strided_cu_seqlens_and_rows_past_the_last_clip() -> None:
+    lengths = [4, 0, 7]
+    cu = cu_seqlens(lengths).repeat_interleave(2)[::2]
+    assert cu.stride(0) == 2
+    qkv = make_qkv([*lengths, 3], 1, 8, torch.float32)
+
+    def call(qkv, cu_seqlens):
+        return ops.short_attention(qkv, cu_seqlens, 7, impl="triton")
+
+    found = results_and_gradients(call, {"qkv": qkv, "cu_seqlens": cu}, ("qkv",))
+    own = results_and_gradients(call, {"qkv": qkv[:11], "cu_seqlens": cu.contiguous()}, ("qkv",))
+    assert torch.equal(found["output 0"][:11], own["output 0"])
+    assert not found["output 0"][11:].any() and not found["gradient of qkv"][11:].any()
+
+
 def test_registration_compile_and_repeats() -> None:
     from mae_ast_fast.kernels.short_attention import forward_op
 
@@ -219,12 +234,18 @@ def test_registration_compile_and_repeats() -> None:
         def call(qkv, dropout=dropout, cu=cu, seed=seed):
             return ops.short_attention(qkv, cu, 7, dropout, seed, SITE, impl="triton").sin()
 
-        check_compiles(call, {"qkv": qkv}, ("qkv",))
+        check_compiles(call, {"qkv": qkv}, ("qkv",), {"qkv": make_qkv([4, 0, 9], 1, 8, torch.float32)})
         check_repeats(call, {"qkv": qkv}, ("qkv",))
 
 
-def test_every_row_of_a_clip_is_written_and_no_other() -> None:
-    """torch.empty filled with NaN, as PyTorch does on request; the last clip ends inside a block, 40 rows before N."""
+def test_every_row_of_a_clip_is_written_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty filled with NaN, as PyTorch does on request; the last clip ends inside a block, 40 rows before N.
+
+    Those would be cleared at the end, which would hide that a clip's program had written there.
+    """
+    from mae_ast_fast.kernels import short_attention
+
+    monkeypatch.setattr(short_attention, "clear_tail", lambda x, cu_seqlens: x)
     lengths = [33, 0, 1, 19]
     inputs = {"qkv": make_qkv([*lengths, 40], 2, 20, torch.float32)}
     torch.use_deterministic_algorithms(True, warn_only=True)

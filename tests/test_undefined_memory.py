@@ -24,9 +24,10 @@ def test_what_kernels_do_not_write_is_nan():
         bias_gelu.forward(x.half(), w, None, 0.0, 1),
         *bias_gelu.backward(x, x, w, None, 0.0, 1),
         *scatter_tokens.forward(x, w, x, index, index, w, w, None, 0.0, 1, 1e-5),
-        *scatter_tokens.backward(x, x, w, x, index, index, w, None, ones, ones, 0.0, 1),
+        scatter_tokens.backward(x, x, w, x, index, index, w, None, ones, ones, 0.0, 1)[1],
+        *info_nce.forward(x, x, cu_seqlens([3]), 3, "targets")[2:],
     ]
-    assert len(left) == 14
+    assert len(left) == 15
     assert all(tensor.isnan().all() for tensor in left)
 
 
@@ -35,9 +36,6 @@ def test_integers_and_booleans_hold_what_is_no_result():
     assert (torch.ones(2).new_empty(4, dtype=torch.int64) == 2**63 - 1).all()
     one = torch.ones(1, dtype=torch.int64, device=DEVICE)
     assert sample_mask.forward(one, one, one, one, 0, 1, 5, False).all()
-    x = randn(4, 16)
-    loss, hit, *_ = info_nce.forward(x, x, cu_seqlens([4]), 4, "targets")
-    assert hit.all() and loss.isnan().all()
 
 
 def test_it_works_where_kernels_are_tested():
