@@ -157,7 +157,6 @@ MUTANTS = [
     Mutant("tail", "last row", "tl.program_id(0), N, PROGRAMS)", "tl.program_id(0), N - 1, PROGRAMS)"),
     Mutant("tail", "row owner", "first + tl.program_id(0)", "first - 1 + tl.program_id(0)"),
     Mutant("add_layer_norm", "stride", "row * stride_dy_again + col", "row * stride_dy + col"),
-    Mutant("gather_patches", "stride", "token_ptr + row * stride_token", "token_ptr + row * stride_clip"),
     Mutant(
         "scatter_tokens",
         "stride",
