@@ -20,7 +20,8 @@ within tests/policy.py.
 The case ``mixed`` has clips of unequal length. The paper's setting (``pad_audio`` false, ``random_crop`` true,
 ``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s; its batches are neighbours in a
 list sorted by length, the shortest and the longest among them, so that little but the cap is lost. The packed columns
-take the same clips in random batches, whole. Each column is credited with the audio that it trains on. Compiled columns are left out there: every batch has another shape.
+take the same clips in random batches, whole. Each column is credited with the audio that it trains on. Compiled columns
+are left out there: every batch has another shape.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from mae_ast_fast.masking import num_visible
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
 import bench_step  # noqa: E402
+import report  # noqa: E402
 from original import Original, chunk_mask, random_mask  # noqa: E402
 
 
@@ -113,3 +114,24 @@ def test_the_step_benchmark_refuses_another_loss() -> None:
         columns[0].model.final_proj_reconstruction.bias.add_(0.1)
     with pytest.raises(AssertionError, match="original: loss"):
         bench_step.check(columns, case.config)
+
+
+def test_the_report_counts_from_raw_samples_and_refuses_uncommitted_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = json.loads((report.RESULTS / "step_cpu.json").read_text())
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+    def table(**options: bool) -> str:
+        (tmp_path / "step_cpu.json").write_text(json.dumps(result))
+        return report.step_cpu_table(**options)
+
+    before = table(dirty=False)
+    result["commit_info"]["dirty"] = True
+    with pytest.raises(ValueError, match="uncommitted code"):
+        table(dirty=False)
+    assert table(dirty=True) == before
+    column = result["benchmarks"][0]["extra_info"]["columns"]["reference"]
+    column["seconds"] = [2.0 * second for second in column["seconds"]]
+    changed = [old for old, new in zip(before.splitlines(), table(dirty=True).splitlines(), strict=True) if old != new]
+    assert len(changed) == 1 and "| reference |" in changed[0]
