@@ -82,8 +82,8 @@ def step_cpu_table(dirty: bool) -> str:
         f"{mixed['reference']['audio_seconds']:.0f} s of audio to "
         f"{mixed['original']['audio_seconds']:.0f} s, which alone count for it; the others take them whole.",
         "",
-        "| case | column | s a step | clips/s | hours of audio an hour | tokens/s | MB a clip | speed against `original` "
-        "| by processor time |",
+        "| case | column | s a step | clips/s | hours of audio an hour | tokens/s | MB a clip | speed against "
+        "`original` | by processor time |",
         "|---" * 9 + "|",
     ]
     for name, case in cases.items():
