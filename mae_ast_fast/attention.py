@@ -1,12 +1,16 @@
 """Attention over packed clips: which backend runs for which device, dtype and shape, and why.
 
 ``attention(qkv, ...)`` for a layer in which all rows ask, ``cross_attention(q, kv, ...)`` for one in which some do.
-Backends so far:
 
-- ``sdpa``: PyTorch's fused scaled_dot_product_attention on rows padded to the longest clip; any device and dtype.
+- ``aten``: FlashAttention-2 inside PyTorch (flash.py); CUDA, fp16 and bf16. What "auto" takes there.
+- ``fa2``, ``fa3``, ``fa4``: the packages flash_attn, flash_attn_interface and flash_attn.cute (flash.py), by name only.
+- ``sdpa``: PyTorch's fused scaled_dot_product_attention on rows padded to the longest clip; any device and dtype. What
+  "auto" takes wherever FlashAttention cannot run.
 - ``math``: explicit probabilities (reference.py), the specification.
 - ``short``: the Triton kernel where all rows ask and clips have at most 128 (the encoder, with 10-second clips), on a
-  GPU, or on a CPU under Triton's interpreter; ``sdpa`` where clips are longer or only some rows ask.
+  GPU, or on a CPU under Triton's interpreter; what "auto" would take where clips are longer or only some rows ask.
+
+No other name falls back: what a backend cannot do is a ``ValueError`` that says what to use.
 """
 
 from __future__ import annotations
@@ -15,25 +19,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import flash, ops, reference
 
-BACKENDS = ("sdpa", "math", "short")
+BACKENDS = ("sdpa", "math", "short", *flash.FLASH)
+
+# Shapes at which a committed measurement has "short" ahead of FlashAttention, which "auto" then takes there:
+# (compute capability, most rows of a clip, values of a head). None has been measured.
+MEASURED_SHORT: tuple[tuple[tuple[int, int], int, int], ...] = ()
 
 
-def choose_backend(backend: str, device: torch.device | str) -> tuple[str, str]:
-    """The backend that ``backend`` ("auto" or a name) stands for on a device, and the reason in words.
+def check_backend(backend: str) -> None:
+    """Raises ValueError where ``backend`` is neither "auto" nor one of ``BACKENDS``."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def choose_backend(
+    backend: str,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    max_seqlen: int | None = None,
+    head_dim: int | None = None,
+) -> tuple[str, str]:
+    """The backend that ``backend`` ("auto" or a name) stands for, and the reason in words.
+
+    Args:
+        backend: As asked for.
+        device: Of the tensors.
+        dtype: Of the rows.
+        dropout: Rate on the attention probabilities.
+        max_seqlen: Rows of the longest clip; None: unknown, or only some rows ask.
+        head_dim: Values of a head; None: unknown.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: An unknown name, or a FlashAttention that cannot do this.
     """
-    if backend == "auto":
-        return (
-            "sdpa",
-            f"PyTorch's fused attention over padded rows is the only measured fused backend so far ({device})",
-        )
-    if backend not in BACKENDS:
-        raise ValueError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    return backend, "asked for by name"
+    check_backend(backend)
+    device = torch.device(device)
+    if backend in flash.FLASH:
+        if problem := flash.problem(backend, device, dtype, dropout, head_dim):
+            raise ValueError(f"attention={backend!r} {problem}; use attention='auto' or 'sdpa'")
+        return backend, "asked for by name"
+    if backend == "short" and max(max_seqlen or 0, head_dim or 0) > ops.SHORT:
+        name, why = choose_backend("auto", device, dtype=dtype, dropout=dropout, head_dim=head_dim)
+        return name, f"'short' takes clips of at most {ops.SHORT} rows and heads as wide; as 'auto': {why}"
+    if backend != "auto":
+        return backend, "asked for by name"
+    if problem := flash.problem("aten", device, dtype, dropout, head_dim):
+        return "sdpa", f"PyTorch's fused attention over padded rows: FlashAttention {problem}"
+    if MEASURED_SHORT and max_seqlen is not None and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        found = properties.major, properties.minor
+        if any(found == of and max_seqlen <= most and head_dim == width for of, most, width in MEASURED_SHORT):
+            return "short", "the Triton kernel for short clips was measured ahead of FlashAttention at this shape"
+    return "aten", "FlashAttention-2 inside PyTorch (not yet run on a GPU by this project)"
 
 
 def attention(
@@ -45,26 +86,36 @@ def attention(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """Softmax attention of each clip over its own rows.
+    """Softmax attention of each clip over its own rows, scale Dh ** -0.5.
 
     Args:
         qkv: (N, 3, H, Dh) packed rows.
-        cu_seqlens: (B + 1,) int32 first row of each clip.
-        max_seqlen: Rows of the longest clip.
-        dropout: Rate on the attention probabilities.
+        cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
+        max_seqlen: At least the rows of the longest clip.
+        dropout: Rate on the attention probabilities, in [0, 1).
         backend: "auto" or one of ``BACKENDS``.
         seed: As in ops.py, for ``short``; likewise ``site``.
         site: Which dropout this is.
 
     Returns:
-        (N, H, Dh) in the dtype of ``qkv``.
+        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.Sizes): zeros from ``short`` and
+        FlashAttention, copies of some row from ``sdpa`` and ``math``; no gradient flows to them.
 
     Raises:
-        ValueError: The backend is unknown or does not take these clips.
+        ValueError: The backend is unknown or does not take these clips, or a shape or rate is not as described.
     """
-    if choose_backend(backend, qkv.device)[0] == "short" and max(max_seqlen, qkv.shape[3]) <= ops.SHORT:
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be (N, 3, H, Dh), got {tuple(qkv.shape)}")
+    _check(dropout, qkv, qkv, cu_seqlens=cu_seqlens)
+    shape = {"max_seqlen": max_seqlen, "head_dim": qkv.shape[3]}
+    name, _ = choose_backend(backend, qkv.device, dtype=qkv.dtype, dropout=dropout, **shape)
+    if name == "short":
         return ops.short_attention(qkv, cu_seqlens, max_seqlen, dropout, seed, site, impl="triton")
-    return cross_attention(qkv[:, 0], qkv[:, 1:], cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, dropout, backend)
+    cu = cu_seqlens, max_seqlen, cu_seqlens, max_seqlen
+    if name in flash.FLASH:
+        # One unbind: its gradient is one pass, where those of slices are a pass over zeros each.
+        return flash.attend(name, *qkv.unbind(1), *cu, dropout)
+    return _padded(name, qkv[:, 0], qkv[:, 1:], *cu, dropout)
 
 
 def cross_attention(
@@ -77,7 +128,7 @@ def cross_attention(
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention of some rows of each clip over all of its rows.
+    """Softmax attention of some rows of each clip over all of its rows, scale Dh ** -0.5.
 
     Args:
         q: (Nq, H, Dh) packed rows that ask.
@@ -86,16 +137,43 @@ def cross_attention(
         max_q: See ``cu_q``.
         cu_kv: (B + 1,) int32 first row of each clip, ``max_kv`` those of the longest.
         max_kv: See ``cu_kv``.
-        dropout: Rate on the attention probabilities.
-        backend: "auto" or one of ``BACKENDS``.
+        dropout: Rate on the attention probabilities, in [0, 1).
+        backend: "auto" or one of ``BACKENDS``; "short" is "auto" here.
 
     Returns:
-        (Nq, H, Dh) in the dtype of ``q``.
+        (Nq, H, Dh) in the dtype of ``q``; rows past the last clip as in ``attention``.
 
     Raises:
-        ValueError: The backend is unknown or cannot do this.
+        ValueError: The backend is unknown or cannot do this, or a shape or rate is not as described.
     """
-    name, _ = choose_backend(backend, q.device)
+    if q.dim() != 3 or kv.dim() != 4 or kv.shape[1] != 2 or kv.shape[2:] != q.shape[1:]:
+        raise ValueError(f"q and kv must be (Nq, H, Dh) and (N, 2, H, Dh), got {tuple(q.shape)} and {tuple(kv.shape)}")
+    _check(dropout, q, kv, cu_q=cu_q, cu_kv=cu_kv)
+    backend = "auto" if backend == "short" else backend
+    name, _ = choose_backend(backend, q.device, dtype=q.dtype, dropout=dropout, head_dim=q.shape[2])
+    if name in flash.FLASH:
+        return flash.attend(name, q, *kv.unbind(1), cu_q, max_q, cu_kv, max_kv, dropout)
+    return _padded(name, q, kv, cu_q, max_q, cu_kv, max_kv, dropout)
+
+
+def _check(dropout: float, q: Tensor, kv: Tensor, **cu_seqlens: Tensor) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if kv.dtype != q.dtype or kv.device != q.device:
+        raise ValueError(f"q and kv must be alike, got {q.dtype} on {q.device} and {kv.dtype} on {kv.device}")
+    for name, cu in cu_seqlens.items():
+        if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype != torch.int32 or cu.device != q.device:
+            got = f"{cu.dtype} {tuple(cu.shape)} on {cu.device}"
+            raise ValueError(f"{name} must be (B + 1,) int32 on {q.device}, got {got}")
+    if len({cu.shape[0] for cu in cu_seqlens.values()}) > 1:
+        clips = " and ".join(str(cu.shape[0] - 1) for cu in cu_seqlens.values())
+        raise ValueError(f"cu_q and cu_kv must be of the same clips, got {clips}")
+
+
+def _padded(
+    name: str, q: Tensor, kv: Tensor, cu_q: Tensor, max_q: int, cu_kv: Tensor, max_kv: int, dropout: float
+) -> Tensor:
+    """``cross_attention`` by ``sdpa`` or ``math``: rows padded to the longest clip of a group of like ones."""
     if name == "math":
         return reference.cross_attention(q, kv, cu_q, max_q, cu_kv, max_kv, dropout)
     if groups := reference.similar_clips(cu_kv, max_kv, kv.shape[0]):
@@ -104,7 +182,7 @@ def cross_attention(
             rows_q, own_q, longest_q = reference.rows_of_clips(cu_q, clips)
             rows_kv, own_kv, longest_kv = reference.rows_of_clips(cu_kv, clips)
             part = q[rows_q], kv[rows_kv], own_q, longest_q, own_kv, longest_kv
-            out.append(cross_attention(*part, dropout, name))
+            out.append(_padded(name, *part, dropout))
             asking.append(rows_q)
         return torch.cat(out)[torch.cat(asking).argsort()]
     pad_q, pad_kv = reference.PaddedView(cu_q, max_q, q.shape[0]), reference.PaddedView(cu_kv, max_kv, kv.shape[0])

@@ -226,7 +226,7 @@ def choices(device: torch.device) -> dict[str, Any]:
     bf16 = native_bf16(device)
     return {
         "operations": {name: entry(*resolve_impl("auto", device)) for name in OPERATIONS},
-        "attention": entry(*choose_backend("auto", device)),
+        "attention": entry(*choose_backend("auto", device, dtype=torch.bfloat16 if bf16 else torch.float32)),
         "precision": entry(
             "bf16" if bf16 else "fp32", f"{device} {'computes' if bf16 else 'does not compute'} bf16 products natively"
         ),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .atomic import write_whole
-from .attention import choose_backend
+from .attention import check_backend
 from .config import MAEASTConfig
 from .masking import num_visible
 from .ops import resolve_impl
@@ -127,7 +127,7 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             raise ValueError(f"config must be a MAEASTConfig, got {type(config).__name__}")
         # Only who asks for kernels by name is told at once that there is no GPU for them; nobody else touches CUDA.
         resolve_impl(impl, "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
-        choose_backend(attention, "cpu")
+        check_backend(attention)  # what the backend can do shows on the device and dtype of a call
         self.config, self.impl, self.attention = config, impl, attention
         width, decoder_width = config.embed_dim, config.decoder_embed_dim
         self.input_norm = InputNorm()

@@ -18,6 +18,7 @@ FIFTY_STEPS = 1e-4  # the same for each loss of 50 steps
 DIRECTIONAL = 1e-2  # slope of the loss along the gradient from two fp32 evaluations, relative
 BF16_LOSS = 2e-3  # one step in bf16, same mask, dropout 0: loss relative to fp32
 HALF_FEATURES = 1e-2  # half-precision weights of a tiny model against fp32, max|a - b| / max|b|
+ATTENTION_EPS = 4  # probabilities and output are rounded once each: max|a - b| / max|b| in units of the dtype's eps
 PERFECT_MSE = 1e-12  # of a prediction that is the target, up to rounding
 
 # Masks. A frequency estimated from N independent draws of probability p has the standard error sqrt(p (1 - p) / N);

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from policy import STANDARD_ERRORS, assert_rounding, max_rel
+from policy import ATTENTION_EPS, STANDARD_ERRORS, assert_rounding, max_rel
 
-from mae_ast_fast import ops
+from mae_ast_fast import MAEAST, MAEASTConfig, flash, ops
+from mae_ast_fast import attention as module
 from mae_ast_fast.attention import BACKENDS, attention, choose_backend, cross_attention
 from mae_ast_fast.packing import cumulative
 
-PADDED = ("sdpa", "math")  # those of PyTorch; the kernel behind "short" has tests of its own
-
-# To policy.py: probabilities and output are rounded once each, in units of the output's dtype.
-ATTENTION_EPS = 4
+PADDED = ("sdpa", "math")  # the kernel behind "short" and FlashAttention (test_flash.py) have tests of their own
 
 LENGTHS = {
     "equal": [5, 5, 5],
@@ -149,7 +150,7 @@ ASKING = {
 
 
 @pytest.mark.parametrize(("counts", "asking"), ASKING.values(), ids=ASKING.keys())
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*PADDED, "short"))
 def test_where_only_some_rows_ask(backend: str, counts: list[int], asking: list[int]) -> None:
     """The same as attention of all rows, at those rows, forward and gradients."""
     qkv = rows(counts).requires_grad_()
@@ -179,12 +180,133 @@ def test_short_runs_the_kernel_for_short_clips_alone(counts: list[int], monkeypa
     assert len(ran) == (max(counts) <= 128)
 
 
-def test_backend_choice() -> None:
+# ----------------------------------------------------------------------------------------------------------- choice
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine whose CUDA device has a compute capability, with PyTorch's FlashAttention and no package."""
+
+    def found(major: int, minor: int) -> None:
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(flash, "BUILT", True)
+    for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    found(9, 0)
+    return found
+
+
+def test_auto_is_flash_attention_where_it_runs(gpu: Any) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        for shape in ({}, {"max_seqlen": 128, "head_dim": 64}, {"max_seqlen": 2048, "head_dim": 256, "dropout": 0.1}):
+            for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+                gpu(*capability)
+                name, why = choose_backend("auto", "cuda", dtype=dtype, **shape)
+                assert name == "aten" and "FlashAttention-2" in why and "not yet run on a GPU" in why
+
+
+def test_auto_is_sdpa_elsewhere(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"dtype": torch.bfloat16}
+    cases = [("cpu", half, "got cpu"), ("mps", half, "got mps")]
+    cases += [("cuda", {"dtype": dtype}, f"got {dtype}") for dtype in (torch.float32, torch.float64)]
+    cases += [("cuda", {**half, "head_dim": dim}, f"got {dim}") for dim in (4, 60, 264)]
+    for device, given, why in cases:
+        name, said = choose_backend("auto", device, **given)
+        assert name == "sdpa" and said.endswith(why), said
+    gpu(7, 5)
+    assert choose_backend("auto", "cuda:0", **half)[1].endswith("needs compute capability 8.0 or newer, got 7.5")
+    gpu(9, 0)
+    monkeypatch.setattr(flash, "BUILT", False)
+    assert choose_backend("auto", "cuda", **half)[0] == "sdpa"
+    monkeypatch.setattr(flash, "BUILT", True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_backend("auto", "cuda", **half)[0] == "sdpa"
+
+
+def test_auto_is_short_where_that_was_measured_ahead(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.MEASURED_SHORT == ()  # none is committed: with the first one this line goes
+    monkeypatch.setattr(module, "MEASURED_SHORT", (((9, 0), 96, 64),))
+    half, shape = {"dtype": torch.bfloat16}, {"max_seqlen": 96, "head_dim": 64}
+    assert choose_backend("auto", "cuda", **half, **shape)[0] == "short"
+    for other in ({"max_seqlen": 97}, {"head_dim": 32}, {"max_seqlen": None}, {"dtype": torch.float32}):
+        assert choose_backend("auto", "cuda", **{**half, **shape, **other})[0] != "short"
+    gpu(8, 0)
+    assert choose_backend("auto", "cuda", **half, **shape)[0] == "aten"
+
+
+def test_names_stand_for_themselves(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda", "mps"):
-        name, reason = choose_backend("auto", device)
-        assert name in BACKENDS and len(reason.split()) > 3
-        for asked in BACKENDS:
-            assert choose_backend(asked, device)[0] == asked
+        for name in (*PADDED, "short"):
+            assert choose_backend(name, device) == (name, "asked for by name")
+    for name in flash.FLASH:
+        if full := flash.FLASH[name].module:
+            package = SimpleNamespace(flash_attn_varlen_func=print)
+            monkeypatch.setitem(sys.modules, full.partition(".")[0], package)
+            monkeypatch.setitem(sys.modules, full, package)
+        assert choose_backend(name, "cuda", dtype=torch.float16)[0] == name
+
+
+def test_short_is_auto_where_its_kernel_does_not_apply(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"dtype": torch.bfloat16}
+    assert choose_backend("short", "cuda", max_seqlen=128, head_dim=128, **half)[0] == "short"
+    for shape in ({"max_seqlen": 129, "head_dim": 64}, {"max_seqlen": 5, "head_dim": 136}):
+        name, why = choose_backend("short", "cuda", **shape, **half)
+        assert name == "aten" and "128" in why and "FlashAttention-2" in why
+        assert choose_backend("short", "cpu", **shape, **half)[0] == "sdpa"
+
+
+def test_short_is_auto_where_only_some_rows_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(module, "choose_backend", lambda name, *args, **shape: asked.append(name) or ("sdpa", ""))
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    for name in ("auto", "short", "math"):
+        cross_attention(torch.zeros(2, 1, 8), torch.zeros(2, 2, 1, 8), cu, 2, cu, 2, backend=name)
+    assert asked == ["auto", "auto", "math"]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "given", "words"),
+    [
+        *[(name, (9, 0), {"device": "cpu"}, ["CUDA device", "got cpu"]) for name in flash.FLASH],
+        *[(name, (9, 0), {"dtype": torch.float32}, ["float16 and bfloat16", "float32"]) for name in flash.FLASH],
+        *[(name, (9, 0), {"head_dim": 12}, ["multiple of 8", "256", "got 12"]) for name in flash.FLASH],
+        *[(name, (9, 0), {"head_dim": 264}, ["multiple of 8", "256", "got 264"]) for name in flash.FLASH],
+        ("fa3", (9, 0), {"dropout": 0.1}, ["no dropout", "0.1"]),
+        ("fa4", (9, 0), {"dropout": 0.1}, ["no dropout", "0.1"]),
+        ("aten", (7, 5), {}, ["8.0", "got 7.5"]),
+        ("fa2", (7, 5), {}, ["8.0", "got 7.5"]),
+        ("fa3", (8, 0), {}, ["9.0", "got 8.0"]),
+        ("fa3", (10, 0), {}, ["9.0", "got 10.0"]),
+        ("fa4", (8, 6), {}, ["9.0", "got 8.6"]),
+        ("fa2", (8, 0), {}, ["flash_attn.flash_attn_varlen_func", "pip install flash-attn"]),
+        ("fa3", (9, 0), {}, ["flash_attn_interface.flash_attn_varlen_func", "hopper"]),
+        ("fa4", (9, 0), {}, ["flash_attn.cute.flash_attn_varlen_func", "pip install --pre flash-attn-4"]),
+    ],
+)
+def test_what_flash_attention_cannot_do_is_an_error_not_a_fallback(
+    gpu: Any, name: str, capability: tuple[int, int], given: dict[str, Any], words: list[str]
+) -> None:
+    gpu(*capability)
+    arguments = {"device": "cuda", "dtype": torch.float16, "head_dim": 64, **given}
+    with pytest.raises(ValueError) as caught:
+        choose_backend(name, arguments.pop("device"), **arguments)
+    assert all(word in str(caught.value) for word in (*words, repr(name), "use attention='auto'"))
+
+
+@pytest.mark.parametrize("name", flash.FLASH)
+def test_a_model_says_so_when_it_is_called(name: str) -> None:
+    """Not before: it may be built on a CPU and moved."""
+    sizes = {"num_mel_bins": 8, "patch_size": (4, 4), "embed_dim": 16, "decoder_embed_dim": 16, "num_heads": 2}
+    model = MAEAST(MAEASTConfig(**sizes, encoder_layers=1, decoder_layers=1, ffn_dim=16), attention=name)
+    with pytest.raises(ValueError, match=f"attention='{name}' needs a CUDA device, got cpu; use attention='auto'"):
+        model(torch.zeros(1, 16, 8))
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
 
 
 def test_an_unknown_backend_is_an_error_that_names_the_choices() -> None:
@@ -192,3 +314,30 @@ def test_an_unknown_backend_is_an_error_that_names_the_choices() -> None:
         with pytest.raises(ValueError) as caught:
             run()
         assert all(word in str(caught.value) for word in ("auto", *BACKENDS, "'flashy'"))
+
+
+QKV, CU = torch.zeros(4, 3, 1, 8), torch.tensor([0, 4], dtype=torch.int32)
+Q, KV = QKV[:, 0], QKV[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda: attention(KV, CU, 4), ["(N, 3, H, Dh)", "(4, 2, 1, 8)"]),
+        (lambda: attention(QKV, CU.long(), 4), ["cu_seqlens", "int32", "torch.int64 (2,)"]),
+        (lambda: attention(QKV, CU[None], 4), ["cu_seqlens", "(B + 1,)", "(1, 2)"]),
+        (lambda: attention(QKV, CU.to("meta"), 4), ["cu_seqlens", "on cpu", "on meta"]),
+        (lambda: attention(QKV, CU, 4, 1.0), ["dropout", "[0, 1)", "1.0"]),
+        (lambda: attention(QKV, CU, 4, -0.1), ["dropout", "[0, 1)", "-0.1"]),
+        (lambda: cross_attention(Q, QKV, CU, 4, CU, 4), ["(N, 2, H, Dh)", "(4, 3, 1, 8)"]),
+        (lambda: cross_attention(Q[..., :4], KV, CU, 4, CU, 4), ["(Nq, H, Dh)", "(4, 1, 4)"]),
+        (lambda: cross_attention(Q.half(), KV, CU, 4, CU, 4), ["alike", "float16", "float32"]),
+        (lambda: cross_attention(Q, KV, CU, 4, CU.long(), 4), ["cu_kv", "int32", "int64"]),
+        (lambda: cross_attention(Q, KV, CU, 4, CU[:1], 4), ["same clips", "1 and 0"]),
+        (lambda: cross_attention(Q, KV, CU, 4, CU, 4, 1.5), ["dropout", "1.5"]),
+    ],
+)
+def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        run()
+    assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -11,7 +11,7 @@ from mae_ast_fast.kernels.tail import clear_tail
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (33,), (3, 2, 20), (1500,)], ids=str)
 @pytest.mark.parametrize(("lengths", "rows"), [([3, 0, 4], 7), ([3, 0, 4], 8), ([0], 70), ([5, 2], 200), ([], 3)])
-def test_rows_past_the_last_clip(lengths: list[int], rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_cleared_tail(lengths: list[int], rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = randn(rows, *shape, dtype=dtype, offset=9.0)
     expected = x.clone()
     expected[sum(lengths) :] = 0
