@@ -6,7 +6,8 @@
 - ``fa2``, ``fa3``, ``fa4``: the packages flash_attn, flash_attn_interface and flash_attn.cute (flash.py), by name only.
 - ``sdpa``: PyTorch's fused scaled_dot_product_attention on rows padded to the longest clip; any device and dtype. What
   "auto" takes wherever FlashAttention cannot run.
-- ``math``: explicit probabilities (reference.py), the specification.
+- ``math``: explicit probabilities (reference.py), the specification. What "auto" takes on a CPU in half precision with
+  dropout, where it is faster (CONTRIBUTING.md).
 - ``short``: the Triton kernel where all rows ask and clips have at most 128 (the encoder, with 10-second clips), on a
   GPU, or on a CPU under Triton's interpreter; what "auto" would take where clips are longer or only some rows ask.
 
@@ -67,6 +68,8 @@ def choose_backend(
         return name, f"'short' takes clips of at most {ops.SHORT} rows and heads as wide; as 'auto': {why}"
     if backend != "auto":
         return backend, "asked for by name"
+    if device.type == "cpu" and dropout > 0.0 and dtype in (torch.bfloat16, torch.float16):
+        return "math", "on a CPU PyTorch's fused attention with dropout computes in fp32, explicit products in the dtype"
     if problem := flash.problem("aten", device, dtype, dropout, head_dim):
         return "sdpa", f"PyTorch's fused attention over padded rows: FlashAttention {problem}"
     if MEASURED_SHORT and max_seqlen is not None and torch.cuda.is_available():
@@ -174,8 +177,6 @@ def _padded(
     name: str, q: Tensor, kv: Tensor, cu_q: Tensor, max_q: int, cu_kv: Tensor, max_kv: int, dropout: float
 ) -> Tensor:
     """``cross_attention`` by ``sdpa`` or ``math``: rows padded to the longest clip of a group of like ones."""
-    if name == "math":
-        return reference.cross_attention(q, kv, cu_q, max_q, cu_kv, max_kv, dropout)
     if groups := reference.similar_clips(cu_kv, max_kv, kv.shape[0]):
         out, asking = [], []
         for clips in groups:
@@ -185,6 +186,8 @@ def _padded(
             out.append(_padded(name, *part, dropout))
             asking.append(rows_q)
         return torch.cat(out)[torch.cat(asking).argsort()]
+    if name == "math":
+        return reference.cross_attention(q, kv, cu_q, max_q, cu_kv, max_kv, dropout)
     pad_q, pad_kv = reference.PaddedView(cu_q, max_q, q.shape[0]), reference.PaddedView(cu_kv, max_kv, kv.shape[0])
     k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)  # each (B, H, S, Dh)
     mask = None if pad_kv.full else pad_kv.key_valid[:, None, None, :]

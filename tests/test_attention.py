@@ -341,3 +341,12 @@ def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], w
     with pytest.raises(ValueError) as caught:
         run()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_half_precision_with_dropout_on_a_cpu_is_written_out() -> None:
+    """PyTorch's fused attention leaves its fused path there; everywhere else on a CPU it stays the choice."""
+    for dtype in (torch.bfloat16, torch.float16):
+        assert choose_backend("auto", "cpu", dtype=dtype, dropout=0.1)[0] == "math"
+        assert choose_backend("auto", "cpu", dtype=dtype)[0] == "sdpa"
+        assert choose_backend("sdpa", "cpu", dtype=dtype, dropout=0.1)[0] == "sdpa"
+    assert choose_backend("auto", "cpu", dropout=0.1)[0] == "sdpa"
