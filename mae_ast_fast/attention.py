@@ -69,7 +69,7 @@ def choose_backend(
     if backend != "auto":
         return backend, "asked for by name"
     if device.type == "cpu" and dropout > 0.0 and dtype in (torch.bfloat16, torch.float16):
-        return "math", "on a CPU PyTorch's fused attention with dropout computes in fp32, explicit products in the dtype"
+        return "math", "explicit products: PyTorch's fused attention with dropout is slower on a CPU in half precision"
     if problem := flash.problem("aten", device, dtype, dropout, head_dim):
         return "sdpa", f"PyTorch's fused attention over padded rows: FlashAttention {problem}"
     if MEASURED_SHORT and max_seqlen is not None and torch.cuda.is_available():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch._dynamo
@@ -181,6 +183,25 @@ def test_one_graph_with_masks_drawn_and_dropout_and_layerdrop(path: str, shape: 
     assert counter.frame_count == 2, "one for equal clips, one for the bucket"
     assert outs[1].mask.sum() == sizes.masked and outs[0].mask.sum() == 2 * sizes.most_masked
     outs[1].loss.backward()
+
+
+@pytest.mark.ci
+@pytest.mark.skipif(DEVICE.type == "cpu" and not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
+def test_inductor_computes_the_same() -> None:
+    model = build(encoder_layers=1, decoder_layers=1)
+    inputs, sizes = batch(model, [48, 17, 33]), model.sizes_of([48, 17, 33]).bucket()
+    expected, gradients = step(model, *inputs, sizes=sizes)
+    torch._dynamo.reset()
+    graph = torch.compile(model, fullgraph=True)
+    model.zero_grad()
+    out = graph(*inputs, sizes=sizes)
+    out.loss.backward()
+    assert_rounding(out.loss, expected.loss)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("qkv.bias"):
+            assert_rounding(parameter.grad, gradients[name], name, grad=True)
+    drawn = graph(inputs[0])
+    assert drawn.loss.isfinite() and drawn.mask.sum() == 3 * model.sizes_of([48]).masked
 
 
 def test_the_graph_reads_nothing_back() -> None:
