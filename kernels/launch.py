@@ -72,9 +72,11 @@ def options(kernel: str, tensor: torch.Tensor, width: int) -> dict[str, int]:
         width: Elements of a row.
 
     Raises:
-        ValueError: No row takes this width.
+        ValueError: The table does not know the kernel, or no row takes this width.
     """
     arch, size = architecture(tensor.device), tensor.element_size()
+    if kernel not in TABLE:
+        raise ValueError(f"kernels/table.py has no rows for {kernel!r}; it has {', '.join(TABLE)}")
     for row_arch, widest, largest, chosen in TABLE[kernel]:
         if row_arch in (arch, "any") and width <= widest and size <= largest:
             if _recorders:

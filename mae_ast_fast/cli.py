@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -340,7 +341,7 @@ def _prepare(argv: Sequence[str]) -> int:
         raise CommandError(str(error)) from error
     print(
         f"{arguments.npy}: {report.clips} clips, {report.seconds / 60:.1f} minutes, {report.size / 1e6:.2f} MB; "
-        f"{len(report.skipped)} files skipped, {report.left} of {report.files} not needed"
+        f"{len(report.skipped)} files skipped, {report.left} of {report.files} left out because the size was reached"
     )
     return 0
 
@@ -591,6 +592,11 @@ def _kernels(argv: Sequence[str]) -> int:
     arguments = parser.read(argv)
 
     from . import kernel_report
+
+    def stop(*_: object) -> None:  # as Ctrl-C: compilers are stopped, temporary files removed
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
 
     def progress(done: int, of: int) -> None:
         if sys.stderr.isatty():

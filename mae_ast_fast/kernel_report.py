@@ -420,9 +420,15 @@ def _first_lines(error: BaseException) -> str:
 
 
 def _compile(
-    sources: dict[str, tuple[dict[str, Any], Path | None]], workers: int, progress: Callable[[int, int], object]
+    sources: dict[str, tuple[dict[str, Any], Path | None]],
+    workers: int,
+    progress: Callable[[int, int], object],
+    keep: Callable[[dict[str, dict[str, Any]]], object],
 ) -> dict[str, dict[str, Any]]:
-    """Key -> figures, or ``error`` and what the compiler said. Each in a process of its own, ``workers`` at a time."""
+    """Key -> figures, or ``error`` and what the compiler said. Each in a process of its own, ``workers`` at a time.
+
+    ``keep`` gets each as it comes, so that a run that is stopped has not worked in vain.
+    """
     from triton.runtime.cache import triton_key
 
     if not sources:
@@ -443,6 +449,7 @@ def _compile(
                 key, place, process = running.pop(sentinel)
                 process.join()
                 results[key] = _result(place, process.exitcode)
+                keep({key: results[key]})
                 progress(len(results), len(sources))
     return results
 
@@ -596,9 +603,8 @@ def _results(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fresh = _compile(sources, usable, progress)
-    if cache and fresh:
-        _write_cache(folder, fresh)
+    keep = functools.partial(_write_cache, folder) if cache else lambda results: None
+    fresh = _compile(sources, usable, progress, keep)
     files = [file for _, place in sources.values() if place for file in sorted(place.parent.glob(f"{place.name}.*"))]
     return results | fresh, len(fresh), files
 

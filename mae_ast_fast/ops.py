@@ -57,7 +57,7 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         raise ValueError(
             f"impl='triton' needs a CUDA device, got {device}; use impl='torch' (or, to try kernels without a GPU, set "
-            "TRITON_INTERPRET=1 before Python starts)"
+            "TRITON_INTERPRET=1 before Python starts: float32 and float16)"
         )
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"impl='triton' takes float32, float16 and bfloat16, got {dtype}; use impl='torch'")

@@ -338,9 +338,10 @@ def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
         (folder / "result.json").write_text('{"registers": 1}')
 
     monkeypatch.setattr(kernel_report, "_work", work)
-    seen = []
+    seen, kept = [], []
     sources = {str(index): ({"dies": index == 1}, None) for index in range(4)}
-    results = kernel_report._compile(sources, 2, lambda done, of: seen.append((done, of)))
+    results = kernel_report._compile(sources, 2, lambda done, of: seen.append((done, of)), kept.append)
+    assert [len(each) for each in kept] == [1] * 4, "each as it comes"
     assert results.pop("1") == {"error": "the compiler died of SIGKILL:\nLLVM ERROR: out of luck"}
     assert results == {name: {"registers": 1} for name in "023"}
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]

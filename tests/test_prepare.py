@@ -148,7 +148,7 @@ def test_the_command(recordings, tmp_path, capsys, monkeypatch):
     assert cli.main(["prepare", str(folder), "--npy", str(out), "--seconds", "2", "--max-mb", "1"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{out}: 13 clips, 0.2 minutes, 0.")
-    assert captured.out.endswith("2 files skipped, 0 of 15 not needed\n")
+    assert captured.out.endswith("2 files skipped, 0 of 15 left out because the size was reached\n")
     assert captured.err.count("skipped ") == 2
     assert len(read(out)) == 13
     assert cli.main(["prepare", str(folder)]) == 2

@@ -200,10 +200,15 @@ def run_tests(folder: Path, mutant: Mutant) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Mutant, subprocess.CompletedProcess[str]]:
-    folders = [tmp_path_factory.mktemp("mutant") for _ in MUTANTS]
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Mutant, subprocess.CompletedProcess[str]]:
+    """Of the mutants that this run of pytest selected, side by side."""
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [params["mutant"] for params in calls if "mutant" in params]
+    folders = [tmp_path_factory.mktemp("mutant") for _ in chosen]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(MUTANTS, pool.map(run_tests, folders, MUTANTS), strict=True))
+        return dict(zip(chosen, pool.map(run_tests, folders, chosen), strict=True))
 
 
 @pytest.mark.timeout(1200)  # the first one waits for all
