@@ -170,7 +170,7 @@ def test_one_graph_for_all_batches_of_a_bucket(path: str) -> None:
         assert counter.frame_count == 1, "another length, another graph"
 
 
-@pytest.mark.parametrize(("path", "shape"), [("torch", "patch"), pytest.param("triton", "frame", marks=pytest.mark.ci)])
+@pytest.mark.parametrize(("path", "shape"), [("torch", "patch"), pytest.param("triton", "frame", marks=pytest.mark.long)])
 def test_one_graph_with_masks_drawn_and_dropout_and_layerdrop(path: str, shape: str) -> None:
     rates = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "input_dropout": 0.1}
     model = build(path, shape, **rates, encoder_layerdrop=0.2, encoder_layers=1, decoder_layers=1)
@@ -185,7 +185,7 @@ def test_one_graph_with_masks_drawn_and_dropout_and_layerdrop(path: str, shape: 
     outs[1].loss.backward()
 
 
-@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.skipif(DEVICE.type == "cpu" and not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
 def test_inductor_computes_the_same() -> None:
     model = build(encoder_layers=1, decoder_layers=1)
