@@ -170,7 +170,9 @@ def test_one_graph_for_all_batches_of_a_bucket(path: str) -> None:
         assert counter.frame_count == 1, "another length, another graph"
 
 
-@pytest.mark.parametrize(("path", "shape"), [("torch", "patch"), pytest.param("triton", "frame", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("path", "shape"), [("torch", "patch"), pytest.param("triton", "frame", marks=pytest.mark.long)]
+)
 def test_one_graph_with_masks_drawn_and_dropout_and_layerdrop(path: str, shape: str) -> None:
     rates = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "input_dropout": 0.1}
     model = build(path, shape, **rates, encoder_layerdrop=0.2, encoder_layers=1, decoder_layers=1)
