@@ -15,8 +15,8 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr, first=0):
-    """Bool (ROWS, COLUMNS), True = kept, for row numbers ``row`` (ROWS,) and columns from ``first`` on.
+def mask_words(seed, row, lane, site, COLUMNS: tl.constexpr, first=0):
+    """Philox's four words (ROWS, COLUMNS // 8) uint32 for row numbers ``row`` (ROWS,) and columns from ``first`` on.
 
     COLUMNS and ``first`` are multiples of 8.
     """
@@ -24,7 +24,13 @@ def keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr, first=0):
     counter = group[None, :].to(tl.uint32) + tl.zeros_like(row[:, None]).to(tl.uint32)
     rows = row[:, None].to(tl.uint32) + tl.zeros_like(group[None, :]).to(tl.uint32)
     zeros = tl.zeros_like(counter)
-    w0, w1, w2, w3 = tl.philox(seed, counter, rows, zeros + site, zeros + lane)
+    return tl.philox(seed, counter, rows, zeros + site, zeros + lane)
+
+
+@triton.jit
+def keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr, first=0):
+    """Bool (ROWS, COLUMNS), True = kept; see ``mask_words``."""
+    w0, w1, w2, w3 = mask_words(seed, row, lane, site, COLUMNS, first)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # word 2 * i + j at [..., i, j]
     bits = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(bits, (row.shape[0], COLUMNS)) >= threshold

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import threshold_and_scale
+from .dropout import mask_words, threshold_and_scale
 from .launch import block, launch, options
 from .tail import clear_tail
 
@@ -34,12 +34,8 @@ def _keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr):
     There the eight elements of a call of Philox belong to four threads. The call's eight decisions are packed into one
     number first, so that a number for eight elements crosses threads and not eight values.
     """
-    group = tl.arange(0, COLUMNS // 8)
-    counter = group[None, :].to(tl.uint32) + tl.zeros_like(row[:, None]).to(tl.uint32)
-    rows = row[:, None].to(tl.uint32) + tl.zeros_like(group[None, :]).to(tl.uint32)
-    zeros = tl.zeros_like(counter)
-    words = tl.philox(seed, counter, rows, zeros + site, zeros + lane)
-    packed = tl.zeros_like(counter).to(tl.int32)
+    words = mask_words(seed, row, lane, site, COLUMNS)
+    packed = tl.zeros_like(words[0]).to(tl.int32)
     for index in tl.static_range(4):
         packed += ((words[index] & 0xFFFF) >= threshold).to(tl.int32) << (2 * index)
         packed += ((words[index] >> 16) >= threshold).to(tl.int32) << (2 * index + 1)

@@ -160,14 +160,11 @@ def cross_attention(
 
 
 def _check(dropout: float, q: Tensor, kv: Tensor, **cu_seqlens: Tensor) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    ops.check_dropout(dropout, None, q.device)
     if kv.dtype != q.dtype or kv.device != q.device:
         raise ValueError(f"q and kv must be alike, got {q.dtype} on {q.device} and {kv.dtype} on {kv.device}")
     for name, cu in cu_seqlens.items():
-        if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype != torch.int32 or cu.device != q.device:
-            got = f"{cu.dtype} {tuple(cu.shape)} on {cu.device}"
-            raise ValueError(f"{name} must be (B + 1,) int32 on {q.device}, got {got}")
+        ops.check_cu_seqlens(name, cu, q)
     if len({cu.shape[0] for cu in cu_seqlens.values()}) > 1:
         clips = " and ".join(str(cu.shape[0] - 1) for cu in cu_seqlens.values())
         raise ValueError(f"cu_q and cu_kv must be of the same clips, got {clips}")
@@ -180,15 +177,14 @@ def _padded(
     if groups := reference.similar_clips(cu_kv, max_kv, kv.shape[0]):
         out, asking = [], []
         for clips in groups:
-            rows_q, own_q, longest_q = reference.rows_of_clips(cu_q, clips)
-            rows_kv, own_kv, longest_kv = reference.rows_of_clips(cu_kv, clips)
-            part = q[rows_q], kv[rows_kv], own_q, longest_q, own_kv, longest_kv
-            out.append(_padded(name, *part, dropout))
+            rows_kv, *own_kv = reference.rows_of_clips(cu_kv, clips)
+            rows_q, *own_q = (rows_kv, *own_kv) if cu_q is cu_kv else reference.rows_of_clips(cu_q, clips)
+            out.append(_padded(name, q[rows_q], kv[rows_kv], *own_q, *own_kv, dropout))
             asking.append(rows_q)
         return torch.cat(out)[torch.cat(asking).argsort()]
     if name == "math":
         return reference.cross_attention(q, kv, cu_q, max_q, cu_kv, max_kv, dropout)
-    pad_q, pad_kv = reference.PaddedView(cu_q, max_q, q.shape[0]), reference.PaddedView(cu_kv, max_kv, kv.shape[0])
+    pad_q, pad_kv = reference.padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0])
     k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)  # each (B, H, S, Dh)
     mask = None if pad_kv.full else pad_kv.key_valid[:, None, None, :]
     out = F.scaled_dot_product_attention(pad_q.pad(q).transpose(1, 2), k, v, attn_mask=mask, dropout_p=dropout)

@@ -279,6 +279,11 @@ def serve() -> None:
         print(json.dumps(result), file=replies, flush=True)
 
 
+def to_pcm16(samples: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] as little-endian int16, clipped."""
+    return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
+
+
 def _decode_to(path: str, pcm: Any, alive: Any) -> dict[str, Any]:
     """Writes int16 PCM; ``alive()`` winds up a watchdog that works even where a decoder never returns to Python."""
     alive()
@@ -287,7 +292,7 @@ def _decode_to(path: str, pcm: Any, alive: Any) -> dict[str, Any]:
         size = np.abs(block)
         samples, peak = samples + block.size, max(peak, float(size.max()))
         full_scale += int(np.count_nonzero(size >= _FULL_SCALE))
-        pcm.write(np.clip(np.rint(block * 32768.0), -32768, 32767).astype("<i2").tobytes())
+        pcm.write(to_pcm16(block).tobytes())
         alive()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -184,12 +184,13 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         else:
             mask = self._check_mask(mask, tokens, width, values=sizes is None)
         real = real_tokens(tokens, width)
+        seen, hidden = real & ~mask, real & mask
         if sizes is None:
-            sizes = self._sizes(features, lengths, real, None if drawn else mask)
+            sizes = self._sizes(features, lengths, None if drawn else (seen, hidden))
         rows = sizes.visible + sizes.masked
         every = Packing.of(real, rows, sizes.most_tokens, sizes.exact)
-        visible = Packing.of(real & ~mask, sizes.visible, sizes.most_visible, sizes.exact)
-        masked = Packing.of(real & mask, sizes.masked, sizes.most_masked, sizes.exact)
+        visible = Packing.of(seen, sizes.visible, sizes.most_visible, sizes.exact)
+        masked = Packing.of(hidden, sizes.masked, sizes.most_masked, sizes.exact)
 
         mean, scale = self.input_norm(features, frames)
         dtype = self._compute_dtype(features.device)
@@ -321,7 +322,7 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
 
     def _mask_impl(self) -> str:
         """The implementation that samples masks: the kernel knows the strategies random and chunk alone."""
-        return self.impl if self.config.masking in ("random", "chunk") else "torch"
+        return self.impl if self.config.masking in ops.MASK_KERNEL_STRATEGIES else "torch"
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the stream and of the matrix products: autocast's where it is on, else that of the weights."""
@@ -340,21 +341,26 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         visible = [num_visible(count, config.mask_ratio) for count in tokens]
         return Sizes.of(visible, [count - v for count, v in zip(tokens, visible, strict=True)])
 
-    def _sizes(self, features: Tensor, lengths: Tensor | None, real: Tensor, mask: Tensor | None) -> Sizes:
-        """Exact sizes; the host waits for a GPU only where it cannot know them."""
+    def _sizes(self, features: Tensor, lengths: Tensor | None, given: tuple[Tensor, Tensor] | None) -> Sizes:
+        """Exact sizes; the host waits for a GPU only where it cannot know them.
+
+        Args:
+            features: (B, T, F).
+            lengths: (B,) real frames.
+            given: Visible and masked tokens, (B, L) bool each, where the mask was not drawn here.
+        """
         frames = [features.shape[1]] * features.shape[0] if lengths is None else lengths
-        if mask is None:
+        if given is None:
             sizes = self.sizes_of(frames if isinstance(frames, list) else torch.as_tensor(frames).tolist())
             alive = sizes.masked > 0  # a drawn mask leaves one token visible
         else:
-            counts = torch.stack((real & ~mask, real & mask)).sum(2)
-            visible, masked = counts.tolist()
+            visible, masked = torch.stack(given).sum(2).tolist()
             sizes = Sizes.of(visible, masked)
             alive = any(v and m for v, m in zip(visible, masked, strict=True))
         if not alive:
             kt, kf = self.config.patch_size
             frames = frames if isinstance(frames, list) else torch.as_tensor(frames).tolist()
-            hidden = "" if mask is None else f" and masked tokens {masked}"
+            hidden = "" if given is None else f" and masked tokens {masked}"
             raise ValueError(
                 f"no clip has both visible and masked tokens: clips need at least 2 patches of {kt} frames x {kf} "
                 f"bins, of which the mask hides some, got frames {frames}{hidden}"

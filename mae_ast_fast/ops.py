@@ -68,6 +68,11 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+def _kernel_seed(dropout: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed that a kernel takes: one is drawn where it needs one and none is given."""
+    return draw_seed(device) if dropout > 0.0 and seed is None else seed
+
+
 def _is_triton(impl: str, x: Tensor) -> bool:
     return resolve_impl(impl, x.device, x.dtype)[0] == "triton"
 
@@ -88,7 +93,22 @@ def _check_rows(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")
 
 
-def _check_dropout(dropout: float, seed: Tensor | None, device: torch.device) -> None:
+def _check_index(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor) -> None:
+    _check_rows(name, x, shape, like)
+    if x.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {x.dtype}")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless ``cu_seqlens`` is (B + 1,) int32 on the device of ``like``; values are not read."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"{name} must be (B + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {cu_seqlens.device}")
+
+
+def check_dropout(dropout: float, seed: Tensor | None, device: torch.device) -> None:
+    """Raises ValueError unless the rate is in [0, 1) and the seed, where there is one, an int64 on ``device``."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
@@ -138,14 +158,13 @@ def add_layer_norm(
     for name, x in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
         if x is not None:
             _check_rows(name, x, (residual.shape[1],), residual)
-    _check_dropout(dropout, seed, residual.device)
+    check_dropout(dropout, seed, residual.device)
     if not _is_triton(impl, residual):
         y = reference.add_layer_norm(branch, residual, weight, bias, branch_bias, dropout)
         return (y, y) if fork else y
     from .kernels import add_layer_norm as kernel
 
-    if dropout > 0.0 and seed is None:
-        seed = draw_seed(residual.device)
+    seed = _kernel_seed(dropout, seed, residual.device)
     return kernel.add_layer_norm(branch, residual, weight, bias, branch_bias, seed, dropout, site, 1e-5, fork)
 
 
@@ -175,14 +194,12 @@ def bias_gelu(
     """
     _check_rows("x", x, ("N", "F"), x)
     _check_rows("bias", bias, (x.shape[1],), x)
-    _check_dropout(dropout, seed, x.device)
+    check_dropout(dropout, seed, x.device)
     if not _is_triton(impl, x):
         return reference.bias_gelu(x, bias, dropout)
     from .kernels import bias_gelu as kernel
 
-    if dropout > 0.0 and seed is None:
-        seed = draw_seed(x.device)
-    return kernel.forward_op(x, bias, seed, dropout, site)
+    return kernel.forward_op(x, bias, _kernel_seed(dropout, seed, x.device), dropout, site)
 
 
 def scatter_tokens(
@@ -227,19 +244,15 @@ def scatter_tokens(
     for name, x in (("mask_token", mask_token), ("weight", weight), ("bias", bias)):
         if x is not None:
             _check_rows(name, x, (width,), visible)
-    for name, x in (("token", token), ("inverse", inverse)):
-        _check_rows(name, x, ("N",) if x is token else tuple(token.shape), visible)
-        if x.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, got {x.dtype}")
-    _check_dropout(dropout, seed, visible.device)
+    _check_index("token", token, ("N",), visible)
+    _check_index("inverse", inverse, tuple(token.shape), visible)
+    check_dropout(dropout, seed, visible.device)
     if not _is_triton(impl, visible):
         return reference.scatter_tokens(visible, mask_token, table, token, inverse, weight, bias, dropout)
     from .kernels import scatter_tokens as kernel
 
-    if dropout > 0.0 and seed is None:
-        seed = draw_seed(visible.device)
     tensors = visible, mask_token, table, token, inverse, weight, bias
-    return kernel.forward_op(*tensors, seed, dropout, site, 1e-5)[0]
+    return kernel.forward_op(*tensors, _kernel_seed(dropout, seed, visible.device), dropout, site, 1e-5)[0]
 
 
 def short_attention(
@@ -272,11 +285,8 @@ def short_attention(
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, Dh), got {tuple(qkv.shape)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be (B + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != qkv.device:
-        raise ValueError(f"cu_seqlens must be on {qkv.device}, got {cu_seqlens.device}")
-    _check_dropout(dropout, seed, qkv.device)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, qkv)
+    check_dropout(dropout, seed, qkv.device)
     if not _is_triton(impl, qkv):
         return reference.attention(qkv, cu_seqlens, max_seqlen, dropout)
     if max_seqlen > SHORT or qkv.shape[3] > SHORT:
@@ -286,9 +296,7 @@ def short_attention(
         )
     from .kernels import short_attention as kernel
 
-    if dropout > 0.0 and seed is None:
-        seed = draw_seed(qkv.device)
-    return kernel.forward_op(qkv, cu_seqlens, seed, max_seqlen, dropout, site)
+    return kernel.forward_op(qkv, cu_seqlens, _kernel_seed(dropout, seed, qkv.device), max_seqlen, dropout, site)
 
 
 def gather_patches(
@@ -332,11 +340,8 @@ def gather_patches(
         if x.numel() != 1 or x.dim() > 1 or not x.is_floating_point() or x.device != features.device:
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
             raise ValueError(f"{name} must be one floating element on {features.device}, got {got}")
-    _check_rows("clip", clip, ("N",), features)
-    _check_rows("token", token, (clip.shape[0],), features)
-    for name, x in (("clip", clip), ("token", token)):
-        if x.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, got {x.dtype}")
+    _check_index("clip", clip, ("N",), features)
+    _check_index("token", token, tuple(clip.shape), features)
     dtype = features.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating, got {dtype}")
@@ -469,10 +474,7 @@ def info_nce(
     _check_rows("target", target, tuple(prediction.shape), prediction)
     if prediction.dtype != target.dtype:
         raise ValueError(f"prediction and target must have one dtype, got {prediction.dtype} and {target.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be (B + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != prediction.device:
-        raise ValueError(f"cu_seqlens must be on {prediction.device}, got {cu_seqlens.device}")
+    check_cu_seqlens("cu_seqlens", cu_seqlens, prediction)
     if over not in ("targets", "predictions"):
         raise ValueError(f"over must be 'targets' or 'predictions', got {over!r}")
     if not _is_triton(impl, prediction):

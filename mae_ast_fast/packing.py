@@ -102,7 +102,8 @@ class Packing:
         """
         counts = selected.sum(1)
         if rows is None:
-            rows, max_seqlen, exact = int(counts.sum()), max(counts.tolist(), default=0), True
+            listed = counts.tolist()
+            rows, max_seqlen, exact = sum(listed), max(listed, default=0), True
         if not exact and rows == len(counts) * max_seqlen:
             max_seqlen += 1  # rows of B clips that are all the longest would say that nothing is padded
         flat = selected.flatten()

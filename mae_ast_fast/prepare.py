@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .atomic import write_whole
-from .audio import SAMPLE_RATE, AudioError, Entry, decode, find_audio
+from .audio import SAMPLE_RATE, AudioError, Entry, decode, find_audio, to_pcm16
 
 MIN_SECONDS = 0.3  # shorter ones are no clips, as in pretraining
 _HEADER = 128  # bytes at the beginning of an .npy file
@@ -76,7 +76,7 @@ def prepare_npy(
     start = shown = time.monotonic()
     for number, entry in enumerate(entries):
         try:
-            clip = _int16(decode(entry.path, seconds))
+            clip = to_pcm16(decode(entry.path, seconds))
             if clip.size < MIN_SECONDS * SAMPLE_RATE:
                 raise AudioError(entry.path, f"shorter than {MIN_SECONDS} s")
         except AudioError as error:
@@ -126,7 +126,3 @@ def _entries(source: str | os.PathLike | None, progress: Callable[[str], object]
     found = corpus.fetch(progress=progress)
     clips, _ = corpus.default_clips(found.cache, found.packages)
     return list(clips)
-
-
-def _int16(samples: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")

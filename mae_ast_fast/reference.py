@@ -179,7 +179,7 @@ def cross_attention(
     q: Tensor, kv: Tensor, cu_q: Tensor, max_q: int, cu_kv: Tensor, max_kv: int, dropout: float = 0.0
 ) -> Tensor:
     """``attention`` where only some rows of each clip ask: (Nq, H, Dh) and (N, 2, H, Dh) -> (Nq, H, Dh)."""
-    pad_q, pad_kv = PaddedView(cu_q, max_q, q.shape[0]), PaddedView(cu_kv, max_kv, kv.shape[0])
+    pad_q, pad_kv = padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0])
     q = pad_q.pad(q).transpose(1, 2)  # (B, H, S, Dh)
     k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -263,3 +263,11 @@ class PaddedView:
             x = x.expand(self.batch, -1)
         flat = x.flatten(0, 1)
         return flat if self.full else flat.index_select(0, torch.where(self._owned, self._place, 0))
+
+
+def padded_views(
+    cu_q: Tensor, max_q: int, rows_q: int, cu_kv: Tensor, max_kv: int, rows_kv: int
+) -> tuple[PaddedView, PaddedView]:
+    """Of the rows that ask and of keys and values: one and the same where all rows ask."""
+    of_kv = PaddedView(cu_kv, max_kv, rows_kv)
+    return (of_kv if cu_q is cu_kv else PaddedView(cu_q, max_q, rows_q)), of_kv

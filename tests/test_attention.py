@@ -326,7 +326,7 @@ Q, KV = QKV[:, 0], QKV[:, 1:]
         (lambda: attention(KV, CU, 4), ["(N, 3, H, Dh)", "(4, 2, 1, 8)"]),
         (lambda: attention(QKV, CU.long(), 4), ["cu_seqlens", "int32", "torch.int64 (2,)"]),
         (lambda: attention(QKV, CU[None], 4), ["cu_seqlens", "(B + 1,)", "(1, 2)"]),
-        (lambda: attention(QKV, CU.to("meta"), 4), ["cu_seqlens", "on cpu", "on meta"]),
+        (lambda: attention(QKV, CU.to("meta"), 4), ["cu_seqlens", "on cpu", "meta"]),
         (lambda: attention(QKV, CU, 4, 1.0), ["dropout", "[0, 1)", "1.0"]),
         (lambda: attention(QKV, CU, 4, -0.1), ["dropout", "[0, 1)", "-0.1"]),
         (lambda: cross_attention(Q, QKV, CU, 4, CU, 4), ["(N, 2, H, Dh)", "(4, 3, 1, 8)"]),
