@@ -6,6 +6,7 @@ those of mae_ast_fast.kernels.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -23,6 +24,14 @@ from mae_ast_fast.cli import main
 from mae_ast_fast.kernel_report import ARCHS, amdgcn_matrix, judge, occupancy, read_amdgcn, read_ptxas, sass_matrix
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreted_kernels() -> None:
+    """Imports them while the interpreter is on: a test here turns it off, and other tests use what was imported."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        importlib.import_module(f"mae_ast_fast.kernels.{path.stem}")
+
 
 TOY = """
 import torch, triton, triton.language as tl
