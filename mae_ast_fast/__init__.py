@@ -3,6 +3,7 @@
 from .config import MAEASTConfig
 from .fbank import fbank
 from .model import MAEAST
+from .step import TrainStep
 
 __version__ = "0.1.0"
-__all__ = ["MAEAST", "MAEASTConfig", "fbank"]
+__all__ = ["MAEAST", "MAEASTConfig", "TrainStep", "fbank"]

@@ -26,7 +26,7 @@ from .config import MAEASTConfig
 from .masking import num_visible
 from .ops import resolve_impl
 from .packing import Packing, Sizes, real_tokens
-from .transformer import SITES, Execution, Positions, Stack, linear
+from .transformer import RECOMPUTE, SITES, Execution, Positions, Stack, linear
 
 MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both models
 
@@ -116,19 +116,25 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             plain PyTorch in either: matrix products, the residual connections of pre-norm layers, and mask sampling
             other than random and chunk.
         attention: "auto" or the name of an attention backend (attention.py).
+        recompute: What the backward computes again instead of keeping it: "none", "gelu" (the output of the GELU, a
+            fourth of a layer's memory) or "layer" (all inside a layer). Same results.
 
     Raises:
-        ValueError: ``impl`` or ``attention`` is unknown or not available.
+        ValueError: ``impl``, ``attention`` or ``recompute`` is unknown or not available.
     """
 
-    def __init__(self, config: MAEASTConfig, impl: str = "auto", attention: str = "auto") -> None:
+    def __init__(
+        self, config: MAEASTConfig, impl: str = "auto", attention: str = "auto", recompute: str = "none"
+    ) -> None:
         super().__init__()
         if not isinstance(config, MAEASTConfig):
             raise ValueError(f"config must be a MAEASTConfig, got {type(config).__name__}")
         # Only who asks for kernels by name is told at once that there is no GPU for them; nobody else touches CUDA.
         resolve_impl(impl, "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
         check_backend(attention)  # what the backend can do shows on the device and dtype of a call
-        self.config, self.impl, self.attention = config, impl, attention
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+        self.config, self.impl, self.attention, self.recompute = config, impl, attention, recompute
         width, decoder_width = config.embed_dim, config.decoder_embed_dim
         self.input_norm = InputNorm()
         self.patch_embed = nn.Linear(config.patch_dim, width)
@@ -178,9 +184,7 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         width = features.shape[1] // config.patch_size[0] * config.grid_f
         drawn = mask is None
         if drawn:
-            impl = self._mask_impl()
-            draw = config.masking, tokens, config.grid_f, config.mask_ratio, generator
-            mask = ops.sample_mask(*draw, max_tokens=width, impl=impl)
+            mask = self.sample_mask(frames, features.shape[1], generator=generator)
         else:
             mask = self._check_mask(mask, tokens, width, values=sizes is None)
         real = real_tokens(tokens, width)
@@ -318,17 +322,41 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         kernels = impl == "triton" or self.attention == "short"
         rates = config.dropout, config.attention_dropout, config.activation_dropout, config.input_dropout
         drop = self.training and kernels and any(rates)
-        return Execution(impl, self.attention, ops.draw_seed(device) if drop else None)
-
-    def _mask_impl(self) -> str:
-        """The implementation that samples masks: the kernel knows the strategies random and chunk alone."""
-        return self.impl if self.config.masking in ops.MASK_KERNEL_STRATEGIES else "torch"
+        seed = ops.draw_seed(device) if drop else None
+        return Execution(impl, self.attention, seed, self.recompute)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the stream and of the matrix products: autocast's where it is on, else that of the weights."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.patch_embed.weight.dtype
+
+    def sample_mask(
+        self,
+        frames: Tensor,
+        width: int,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        clip_ids: Tensor | None = None,
+        epoch: int = 0,
+    ) -> Tensor:
+        """Draws the masks of a batch by ``config.masking``: (B, L) bool, True = masked; see ``masking.sample_mask``.
+
+        Args:
+            frames: (B,) int64 real frames of each clip.
+            width: Frames T of the batch.
+            generator: This and the following as in ``masking.sample_mask``.
+            seed: Excludes ``generator``.
+            clip_ids: (B,) int64.
+            epoch: Number of the pass over the data.
+        """
+        config = self.config
+        kt, grid_f = config.patch_size[0], config.grid_f
+        # The kernel knows the strategies random and chunk alone.
+        impl = self.impl if config.masking in ops.MASK_KERNEL_STRATEGIES else "torch"
+        draw = config.masking, frames // kt * grid_f, grid_f, config.mask_ratio, generator, seed, clip_ids, epoch
+        return ops.sample_mask(*draw, max_tokens=width // kt * grid_f, impl=impl)
 
     def sizes_of(self, lengths: Sequence[int]) -> Sizes:
         """The sizes of a batch whose masks ``forward`` draws.
@@ -392,7 +420,8 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
             raise ValueError(f"lengths must be integers ({batch},), got {lengths.dtype} {tuple(lengths.shape)}")
         if values and (lengths.min() < 0 or lengths.max() > width):
             raise ValueError(f"lengths must be between 0 and T={width} frames, got {lengths.tolist()}")
-        return lengths.to(features.device, torch.long)
+        on_gpu = features.device.type == "cuda"  # a copy to the GPU must not wait; one from it must
+        return lengths.to(features.device, torch.long, non_blocking=on_gpu)
 
     def _check_mask(self, mask: Tensor, tokens: Tensor, width: int, values: bool) -> Tensor:
         """Validates a mask; returns it as (B, width), False past each clip's tokens."""

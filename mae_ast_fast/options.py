@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from .config import MAEASTConfig
+from .step import PRECISIONS
+from .transformer import RECOMPUTE
 
 # Options that change neither what is computed nor in which order: a run may go on with others.
 FREE_OPTIONS = ("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "cache")
@@ -33,10 +35,13 @@ class PretrainOptions:
         weight_decay: Decoupled, on all parameters.
         clip_norm: Gradient norm limit.
         seed: Seed of weights, data order, masks and dropout.
-        precision: fp32, bf16, or auto: bf16 where the device computes it natively.
+        precision: fp32, bf16, fp16 (its loss scaled), or auto: bf16 where the device computes it natively, else fp32.
         device: cpu, cuda, or auto.
         impl: Implementation of the model's operations: auto, torch or triton.
         attention: Attention backend: auto or a name.
+        recompute: What the backward computes again instead of keeping it in memory: none, gelu, or layer.
+        compile: Run the model through torch.compile.
+        graphs: Run updates as CUDA graphs: faster for small batches.
         log_every: Updates between two lines of progress, and between two checks that the loss is finite.
         save_every: Updates between two checkpoints.
         evaluate_every: Updates between two evaluations on held-out clips.
@@ -63,6 +68,9 @@ class PretrainOptions:
     device: str = "auto"
     impl: str = "auto"
     attention: str = "auto"
+    recompute: str = "none"
+    compile: bool = False
+    graphs: bool = False
     log_every: int = 10
     save_every: int = 500
     evaluate_every: int = 1000
@@ -86,7 +94,8 @@ class PretrainOptions:
                 "expected min_seconds <= max_seconds <= batch_seconds, got "
                 f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
             )
-        for name, allowed in (("precision", ("auto", "fp32", "bf16")), ("device", ("auto", "cpu", "cuda"))):
+        choices = {"precision": ("auto", *PRECISIONS), "device": ("auto", "cpu", "cuda"), "recompute": RECOMPUTE}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self.model_config()

@@ -54,11 +54,12 @@ class Sizes(NamedTuple):
 
     def bucket(self) -> Sizes:
         """Sizes rounded up, by at most an eighth or 15 rows, so that batches of like lengths share them."""
-        return Sizes(*map(_round_up, self[:5]), exact=False)
+        return Sizes(*map(round_up, self[:5]), exact=False)
 
 
-def _round_up(count: int) -> int:
-    step = max(16, 1 << max(0, count.bit_length() - 4))
+def round_up(count: int, least: int = 16) -> int:
+    """The next multiple of an eighth of ``count`` (a power of two, at least ``least``)."""
+    step = max(least, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 

@@ -29,9 +29,9 @@ from .data import Clips, batch_plan, load_batch, scan, split
 from .evaluate import HeldOut, evaluate
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
 from .figures import plot_loss, plot_reconstruction
-from .masking import sample_mask
 from .model import MAEAST
 from .options import FREE_OPTIONS, PretrainOptions, learning_rate, native_bf16
+from .step import TrainStep
 
 HELD_OUT_CLIPS = 64
 
@@ -78,8 +78,8 @@ class Trainer:
         self, options: PretrainOptions, run: Path, clips: Clips, train: np.ndarray, device: torch.device
     ) -> None:
         self.options, self.run, self.clips, self.train_clips, self.device = options, run, clips, train, device
-        bf16 = options.precision == "bf16" or (options.precision == "auto" and native_bf16(device))
-        self.precision = "bf16" if bf16 else "fp32"
+        best = "bf16" if native_bf16(device) else "fp32"
+        self.precision = best if options.precision == "auto" else options.precision
         self.step = self.epoch = self.batch = 0
         self.seconds = self.audio_seconds = 0.0
         self.pending: list[tuple[dict[str, Any], Tensor, list[str]]] = []  # rows whose numbers are still on the device
@@ -105,14 +105,16 @@ class Trainer:
         else:
             model = MAEAST(options.model_config(), **init)
         _check_shortest(model.config, options)
+        model.recompute = options.recompute
         self.model = model.to(device).train()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=options.lr,
-            betas=(0.9, 0.98),
-            eps=1e-6,
+        self.update = TrainStep(
+            self.model,
+            options.lr,
             weight_decay=options.weight_decay,
-            fused=True,
+            clip_norm=options.clip_norm,
+            precision=self.precision,
+            compile=options.compile,
+            graphs=options.graphs,
         )
         if found is not None:
             if state["data"] != self._data_identity():
@@ -120,7 +122,7 @@ class Trainer:
                     f"the data of the run in {run} has changed since it started: expected {state['data']}, got "
                     f"{self._data_identity()}; use another --out, or restore the data"
                 )
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.update.load_state_dict(state)
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.seconds, self.audio_seconds = state["seconds"], state["audio_seconds"]
 
@@ -175,38 +177,26 @@ class Trainer:
 
     def _update(self, windows: np.ndarray) -> None:
         """One optimizer update; its numbers stay on the device until the next flush."""
-        options, model = self.options, self.model
-        config = model.config
+        options = self.options
         waveforms, lengths, ids, names = load_batch(self.clips, windows)
-        features, frames = fbank(waveforms.to(self.device), lengths.to(self.device))
-        tokens = frames // config.patch_size[0] * config.grid_f
-        mask = sample_mask(
-            config.masking,
-            tokens,
-            config.grid_f,
-            config.mask_ratio,
-            seed=options.seed,
-            clip_ids=ids.to(self.device),
-            # The paper's own strategy draws one mask a batch and ignores clip ids: every update needs another.
-            epoch=self.step if config.masking == "chunk_official" else self.epoch,
-        )
+        features, _ = fbank(self._to_device(waveforms), lengths)
         torch.manual_seed(options.seed * 1_000_003 + self.step)  # dropout: a function of the step, nothing to save
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            out = model(features, frames, mask)
-        out.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
-        rate = learning_rate(self.step, options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        rate, tokens, rows = learning_rate(self.step, options), self.update.tokens, self.update.rows
+        # The paper's own strategy draws one mask a batch and ignores clip ids: every update needs another.
+        epoch = self.step if self.model.config.masking == "chunk_official" else self.epoch
+        draw = {"seed": options.seed, "clip_ids": self._to_device(ids), "epoch": epoch}
+        numbers = self.update(features, num_frames(lengths), lr=rate, **draw)
         self.step += 1
         seconds = float(lengths.sum()) / SAMPLE_RATE
         self.audio_seconds += seconds
         row = {"step": self.step, "epoch": self.epoch, "lr": rate, "clips": len(names), "audio_seconds": seconds}
-        numbers = (out.loss, out.loss_reconstruction, out.loss_classification, out.accuracy, norm)
-        self.pending.append((row, torch.stack([number.detach().float() for number in numbers]), names))
+        row |= {"tokens": self.update.tokens - tokens, "rows": self.update.rows - rows}
+        self.pending.append((row, torch.stack(numbers), names))
         self.bar.update()
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        """Without waiting for it."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     def _flush(self) -> None:
         """Brings the numbers of the last updates to the host, checks and writes them."""
@@ -215,7 +205,8 @@ class Trainer:
         rows, clips = [], 0
         for row, numbers, names in self.pending:
             loss, reconstruction, classification, accuracy, norm = numbers.tolist()
-            if not math.isfinite(loss) or not math.isfinite(norm):
+            skipped = self.precision == "fp16" and not math.isfinite(norm)  # its scale was too large, and is halved
+            if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
                 for finite in rows:
                     self._log(finite)
                 self._fail(row["step"], loss, norm, names)
@@ -224,7 +215,7 @@ class Trainer:
                 "loss_reconstruction": reconstruction,
                 "loss_classification": classification,
                 "accuracy": accuracy,
-                "grad_norm": norm,
+                "grad_norm": None if skipped else norm,
             }
             rows.append(row)
             clips += row["clips"]
@@ -288,7 +279,7 @@ class Trainer:
             "batch": self.batch,
             "seconds": self.seconds,
             "audio_seconds": self.audio_seconds,
-            "optimizer": self.optimizer.state_dict(),
+            **self.update.state_dict(),
             "data": self._data_identity(),
         }
         self.saved = self.step, checkpoint.save_training(self.run, self.step, self.model, state, self.options.keep)
@@ -302,9 +293,10 @@ class Trainer:
             part = held_out.select([i for i, k in enumerate(held_out.kinds) if k == kind])
             by_kind[kind] = evaluate(self.model, part)
         self.model.save_pretrained(self.run)
-        rows = read_metrics(self.run / "metrics.jsonl")
-        steps = [row for row in rows if "loss" in row]
-        evaluations = [row for row in rows if "held_out" in row] + [{"step": self.step, "held_out": report}]
+        written = read_metrics(self.run / "metrics.jsonl")
+        steps = [row for row in written if "loss" in row]
+        tokens, rows = (sum(row[name] for row in steps) for name in ("tokens", "rows"))
+        evaluations = [row for row in written if "held_out" in row] + [{"step": self.step, "held_out": report}]
         data = self.clips.report
         summary = {
             "steps": self.step,
@@ -316,6 +308,8 @@ class Trainer:
             "train_seconds": round(self.seconds, 1),
             "audio_hours_seen": round(self.audio_seconds / 3600, 3),
             "clips_per_second": round(sum(row["clips"] for row in steps) / max(self.seconds, 1e-9), 2),
+            "tokens_per_second": round(tokens / max(self.seconds, 1e-9), 1),
+            "padding_share": round(1.0 - tokens / rows, 4) if rows else 0.0,
             "final_loss": steps[-1]["loss"] if steps else None,
             "held_out": report,
             "held_out_by_kind": by_kind,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import ops, reference
 from .attention import attention, cross_attention
@@ -19,6 +20,7 @@ from .config import MAEASTConfig
 from .packing import Packing, sinusoid
 
 SITES = 4  # places of a layer where the kernels draw dropout masks
+RECOMPUTE = ("none", "gelu", "layer")  # what the backward may compute again
 
 
 @dataclass
@@ -29,11 +31,13 @@ class Execution:
         impl: "torch" or "triton".
         attention: Name of the attention backend, or "auto".
         seed: (1,) int64 of the kernels' dropout; None in evaluation, and for impl "torch".
+        recompute: One of ``RECOMPUTE``.
     """
 
     impl: str
     attention: str
     seed: Tensor | None
+    recompute: str = "none"
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -212,7 +216,10 @@ class Stack(nn.Module):
         residual = x
         for index, block in enumerate(self.layers[:layer]):
             last = only if index + 1 == len(self.layers) else None
-            y, again = block(x, residual, rows, run, last)
+            if run.recompute == "layer" and torch.is_grad_enabled():
+                y, again = checkpoint(block, x, residual, rows, run, last, use_reentrant=False)
+            else:
+                y, again = block(x, residual, rows, run, last)
             if self.training and self.layerdrop > 0.0:
                 # A select, not a branch: every parameter is always used, and nothing waits for the device.
                 kept = x if last is None else _Select.apply(x, last[1])

@@ -31,6 +31,7 @@ TONE_HZ = 1.0  # a tone of a second or more keeps its frequency (bins are 0.5 Hz
 CODEC_RMS = 0.05  # root mean square of a 0.3 tone: lossy codecs and their edges
 CODEC_SECONDS = 0.15  # padding that lossy codecs leave at the ends
 RESAMPLE_ABS = 1e-5  # in blocks against in one piece
+BUCKET_SHARE = 9 / 8 + 0.05  # rows of a rounded-up batch over its real ones: an eighth, and 15 where there are few
 PADDING_SHARE = 0.05  # padded share of batches of 160 s, lengths uniform in 0.3 - 10 s
 
 

@@ -127,7 +127,8 @@ def test_signatures_are_the_contracts() -> None:
         ]
 
     none_after = [("features", "required"), ("lengths", None)]
-    assert signature(MAEAST.__init__) == [("config", "required"), ("impl", "auto"), ("attention", "auto")]
+    how = [("impl", "auto"), ("attention", "auto"), ("recompute", "none")]
+    assert signature(MAEAST.__init__) == [("config", "required"), *how]
     assert signature(MAEAST.forward) == [*none_after, ("mask", None), ("generator", None), ("sizes", None)]
     assert signature(MAEAST.extract_features) == [*none_after, ("layer", None)]
     assert signature(MAEAST.from_fairseq_state_dict)[:2] == [("state_dict", "required"), ("cfg", "required")]

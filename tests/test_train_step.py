@@ -1,0 +1,324 @@
+"""TrainStep: the same update as PyTorch's own pieces one after another; what must not touch the weights does not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import DEVICE
+from policy import BF16_LOSS, BUCKET_SHARE, assert_rounding
+from torch import Tensor, nn
+
+from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep
+from mae_ast_fast import step as module
+
+OFF = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0)
+FRAMES = [48, 17, 33]
+
+
+def build(**fields: Any) -> MAEAST:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "ffn_dim": 48, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+    how = {name: fields.pop(name) for name in ("impl", "recompute") if name in fields}
+    config = MAEASTConfig(num_mel_bins=32, patch_size=(8, 8), decoder_embed_dim=16, **{**sizes, **OFF, **fields})
+    return MAEAST(config, **how).to(DEVICE).train()
+
+
+def features(frames: list[int], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(len(frames), max(frames), 32, generator=generator) * 3 - 4).to(DEVICE)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 1e6])
+def test_an_update_is_clip_grad_norm_and_adamw(clip_norm: float) -> None:
+    model, other = build(), build()
+    update = TrainStep(model, 1.0, clip_norm=clip_norm, weight_decay=0.1)
+    adamw = torch.optim.AdamW(other.parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    for index, rate in enumerate((1e-3, 5e-3, 0.0, 2e-3)):
+        x = features(FRAMES, index)
+        mask = model.sample_mask(torch.tensor(FRAMES, device=DEVICE), max(FRAMES), seed=index)
+        numbers = update(x, FRAMES, mask, lr=rate)
+        out = other(x, torch.tensor(FRAMES), mask)
+        adamw.zero_grad()
+        out.loss.backward()
+        norm = nn.utils.clip_grad_norm_(other.parameters(), clip_norm)
+        adamw.param_groups[0]["lr"] = rate
+        adamw.step()
+        assert (norm > clip_norm) == (clip_norm < 1), "the limit is to bind in one case and not in the other"
+        expected = (out.loss, out.loss_reconstruction, out.loss_classification, out.accuracy, norm)
+        for name, number, value in zip(numbers._fields, numbers, expected, strict=True):
+            assert_rounding(number, value.float(), name, grad=name == "grad_norm")
+    for (name, parameter), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        if not name.endswith("qkv.bias"):  # its key part has gradient 0, of which AdamW makes steps of noise
+            assert_rounding(parameter, theirs, name, grad=True)
+
+
+def test_masks_are_drawn_for_the_clips_and_the_epoch() -> None:
+    ids = torch.tensor([7, 1, 2**40 + 3], device=DEVICE)
+    losses = []
+    for clips, epoch in ((ids, 3), (ids, 3), (ids + 1, 3), (ids, 4)):
+        losses.append(TrainStep(build())(features(FRAMES), FRAMES, seed=5, clip_ids=clips, epoch=epoch).loss)
+    assert losses[0] == losses[1] and losses[0] != losses[2] and losses[0] != losses[3]
+    model = build()
+    mask = model.sample_mask(torch.tensor(FRAMES, device=DEVICE), max(FRAMES), seed=5, clip_ids=ids, epoch=3)
+    assert TrainStep(model)(features(FRAMES), FRAMES, mask).loss == losses[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_update_that_is_not_finite_changes_nothing(precision: str) -> None:
+    model = build()
+    update = TrainStep(model, 1e-2, precision=precision)
+    assert update(features(FRAMES), FRAMES).grad_norm.isfinite()
+    before, state = weights(model), copy.deepcopy(update.optimizer.state_dict()["state"])
+    bad = features(FRAMES)
+    bad[0, 0, 0] = float("inf")
+    assert not update(bad, FRAMES).grad_norm.isfinite()
+    assert_same_weights(model, before)
+    for number, kept in update.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[number][name]) for name, value in kept.items())
+    for parameter in model.parameters():
+        assert parameter.grad is None
+
+
+def test_fp16_finds_its_scale_and_tells_norms_without_it() -> None:
+    model = build()
+    update = TrainStep(model, 1e-3, precision="fp16", clip_norm=0.5)
+    expected = TrainStep(build(), 1e-3, clip_norm=0.5)(features(FRAMES), FRAMES, seed=1)
+    update.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24)
+    before, skipped = weights(model), 0
+    while not (numbers := update(features(FRAMES), FRAMES, seed=1)).grad_norm.isfinite():
+        assert_same_weights(model, before)
+        skipped += 1
+    assert 1 <= skipped < 20 and update.scaler.get_scale() == 2.0 ** (24 - skipped)
+    assert abs(numbers.loss / expected.loss - 1) < BF16_LOSS
+    assert abs(numbers.grad_norm / expected.grad_norm - 1) < BF16_LOSS
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_saved_state_goes_on_to_the_bit(precision: str) -> None:
+    whole = TrainStep(build(dropout=0.1), precision=precision)
+    rates = (1e-3, 2e-3, 3e-3, 4e-3)
+
+    def run(update: TrainStep, steps: range) -> None:
+        for index in steps:
+            torch.manual_seed(index)
+            update(features(FRAMES, index), FRAMES, lr=rates[index], seed=index)
+
+    run(whole, range(2))
+    model = copy.deepcopy(whole.model)
+    part = TrainStep(model, precision=precision)
+    part.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert part.lr == rates[1], "a state brings its rate"
+    run(whole, range(2, 4))
+    run(part, range(2, 4))
+    assert_same_weights(model, weights(whole.model))
+    assert part.optimizer.param_groups[0]["lr"] is part.lr
+
+
+def test_what_is_computed_is_real_tokens() -> None:
+    """Clips of unequal length, from an eighth of the longest on: not one row of padding."""
+    model = build()
+    update = TrainStep(model)
+    frames = [400, 50, 123, 260, 77]
+    shapes = []
+    model.encoder.layers[0].register_forward_hook(lambda _, args, out: shapes.append(len(args[0])))
+    model.decoder.layers[0].register_forward_hook(lambda _, args, out: shapes.append(len(args[0])))
+    update(features(frames), frames)
+    tokens = sum(count // 8 * 4 for count in frames)
+    assert update.tokens == update.rows == tokens and shapes == [model.sizes_of(frames).visible, tokens]
+
+
+# ------------------------------------------------------------------------------------------- one graph for like batches
+
+
+def aot(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """torch.compile without a compiler; returns the list of graphs that it will have made."""
+    graphs: list[Any] = []
+    from torch._dynamo.backends.common import aot_autograd
+
+    def keep(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    from functorch.compile import make_boxed_func
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(keep(graph, inputs)))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return graphs
+
+
+def test_compiled_updates_share_a_graph_and_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = aot(monkeypatch)
+    model, other = build(), build()
+    update, plain = TrainStep(model, 1e-3, compile=True), TrainStep(other, 1e-3)
+    for seed, frames in enumerate(([48, 17, 33], [48, 32, 9], [48, 24, 24])):
+        x = features(frames, seed)
+        numbers = update(x, frames, seed=seed)
+        for name, number, expected in zip(numbers._fields, numbers, plain(x, frames, seed=seed), strict=True):
+            assert_rounding(number, expected, name, grad=True)
+    assert len(graphs) == 2, "one forward and one backward"
+    assert plain.rows == plain.tokens == update.tokens
+    assert update.rows >= update.tokens
+
+
+def test_buckets_cost_at_most_an_eighth() -> None:
+    for frames in ([1000] * 30, [998, 400, 700, 123] * 8, [2000] * 5):
+        config = MAEASTConfig.preset("patch_tiny")
+        exact = MAEAST.sizes_of(build(), frames)
+        x, padded, ids = module._pad(torch.zeros(len(frames), max(frames), 1), frames, torch.arange(len(frames)), 16)
+        assert padded[: len(frames)] == frames and not any(padded[len(frames) :])
+        assert len(x) == len(padded) == len(ids) <= max(len(frames) * 9 / 8, len(frames) + 1)
+        assert max(frames) <= x.shape[1] <= max(frames) * 9 / 8 + 16 * config.patch_size[0]
+        bucket = exact.bucket()
+        assert bucket.visible + bucket.masked <= (exact.visible + exact.masked) * BUCKET_SHARE
+
+
+class Recorder:
+    """A stand-in for CUDA graphs: what is recorded runs only when it is replayed, on the tensors of the record."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recorded = self.replayed = 0
+
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *error: object) -> None:
+                pass
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(module, "record", self.record)
+
+    def record(self, function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Callable[[], Any], Tensor]:
+        self.recorded += 1
+        result = torch.full((5,), float("nan"))
+
+        def replay() -> None:
+            self.replayed += 1
+            result.copy_(function())
+
+        return replay, result
+
+
+def graphed(model: MAEAST, rate: float = 1e-3) -> TrainStep:
+    """A TrainStep with graphs, which a CPU would be refused."""
+    update = TrainStep(model, rate)
+    update.bucketed, update.graphs = True, module._Graphs(update._update)
+    return update
+
+
+def test_graphs_take_every_input_from_the_batch_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    model, other = build(), build()
+    update, plain = graphed(model), TrainStep(other, 1e-3)
+    batches = [[48, 17, 33], [48, 32, 9], [90, 8], [48, 24, 24], [90, 16], [48, 17, 33]]
+    for seed, frames in enumerate(batches):
+        x = features(frames, seed)
+        ids = torch.arange(len(frames)) + seed
+        draw = {"lr": 1e-3 / (1 + seed), "seed": seed, "clip_ids": ids, "epoch": seed}
+        numbers = update(x, frames, **draw)
+        for name, number, expected in zip(numbers._fields, numbers, plain(x, frames, **draw), strict=True):
+            assert_rounding(number, expected, f"update {seed}: {name}", grad=True)
+    assert (recorded := recorder.recorded) == 2, recorded
+    assert recorder.replayed == 4, "of each shape all but the first"
+
+
+def test_old_graphs_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    monkeypatch.setattr(module, "GRAPHS_KEPT", 2)
+    update = graphed(build())
+    for frames in ([16], [16], [160], [160], [800], [16], [16]):
+        update(features(frames), frames)
+    assert len(update.graphs.known) == 2 and (recorder.recorded, recorder.replayed) == (3, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda: TrainStep(build(), precision="fp8"), ["fp32, bf16, fp16", "'fp8'"]),
+        (lambda: TrainStep(build(), clip_norm=0.0), ["clip_norm", "positive", "0.0"]),
+        (lambda: TrainStep(build().cpu(), graphs=True), ["CUDA", "cpu"]),
+        (lambda: TrainStep(build())(features(FRAMES), torch.tensor(FRAMES, device="meta")), ["host", "meta"]),
+    ],
+)
+def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        run()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_masks_and_buckets_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    aot(monkeypatch)
+    with pytest.raises(ValueError, match="mask=None"):
+        TrainStep(build(), compile=True)(features(FRAMES), FRAMES, torch.zeros(3, 24, dtype=torch.bool))
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs and waits for a GPU: needs one")
+IMPLS = ["torch", "triton"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_update_never_waits_for_the_gpu(impl: str, precision: str) -> None:
+    update = TrainStep(build(impl=impl, dropout=0.1), precision=precision)
+    x = features(FRAMES)
+    for count in range(3):
+        torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
+        try:
+            update(x, FRAMES, lr=1e-3, seed=count)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cuda_graphs_compute_the_same(impl: str, precision: str) -> None:
+    update = TrainStep(build(impl=impl), 1e-3, precision=precision, graphs=True)
+    plain = TrainStep(build(impl=impl), 1e-3, precision=precision)
+    for seed, frames in enumerate(([48, 17, 33], [48, 32, 9], [90, 8], [48, 24, 24], [90, 16], [48, 17, 33])):
+        x = features(frames, seed)
+        numbers = update(x, frames, lr=1e-3, seed=seed)
+        expected = plain(x, frames, lr=1e-3, seed=seed)
+        if precision == "fp32":
+            assert_rounding(numbers.loss, expected.loss, f"update {seed}", grad=True)
+        else:
+            assert abs(numbers.loss / expected.loss - 1) < BF16_LOSS
+
+
+@needs_gpu
+def test_cuda_graphs_draw_other_dropout_each_time() -> None:
+    update = TrainStep(build(impl="triton", dropout=0.3), 0.0, graphs=True)
+    x = features(FRAMES)
+    losses = []
+    for seed in (0, 0, 1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(float(update(x, FRAMES, seed=0).loss))
+    assert losses[2] == losses[3] and len({losses[1], losses[2], losses[4]}) == 3
