@@ -1,7 +1,8 @@
 """Launch table: what each kernel is launched with. Constants, reviewed like code; nothing is tuned at run time.
 
 A row is (architecture, widest row it takes, largest element in bytes, launch); the first that fits counts.
-``mae-ast-fast tune`` measures on a GPU and puts rows of that architecture before the rows for "any".
+``mae-ast-fast tune`` measures on a GPU and puts rows of that architecture before the rows for "any". ``EPILOGUES``
+holds what it measured of products with an epilogue, which are used where that speaks for them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,22 @@ TABLE: dict[str, list[tuple[str, int, int, dict[str, int]]]] = {
     ],
     "bias_gelu_backward": [
         ("any", 1 << 30, 4, {"ROWS": 4, "COLUMNS": 256, "PROGRAMS": 352, "num_warps": 4}),
+    ],
+    # BM x BN: a tile of outputs, BK values of the product at a time; the epilogue takes BS columns of it at once;
+    # PER_SM programs on each multiprocessor.
+    "feed_forward_forward": [
+        (
+            "gfx942",
+            1 << 30,
+            2,
+            {"BM": 128, "BN": 128, "BK": 64, "BS": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3},
+        ),
+        ("any", 1 << 30, 2, {"BM": 128, "BN": 256, "BK": 64, "BS": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3}),
+        ("any", 1 << 30, 4, {"BM": 64, "BN": 64, "BK": 16, "BS": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3}),
+    ],
+    "feed_forward_backward": [
+        ("any", 1 << 30, 2, {"BM": 128, "BN": 128, "BK": 64, "BS": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3}),
+        ("any", 1 << 30, 4, {"BM": 64, "BN": 64, "BK": 16, "BS": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3}),
     ],
     "scatter_tokens_forward": [
         ("any", 1024, 4, {"ROWS": 4, "num_warps": 4}),
@@ -75,3 +92,47 @@ TABLE: dict[str, list[tuple[str, int, int, dict[str, int]]]] = {
         ("any", 512, 4, {"BM": 16, "BN": 32, "num_warps": 8, "num_stages": 1}),
     ],
 }
+
+LEAST = 0.9  # of the speed of cuBLAS's bare product, from which an epilogue is on
+
+# Measured by ``mae-ast-fast tune --op feed_forward``: (architecture, K, outputs, bytes an element, how many times as
+# fast as the bare product, how many times as fast as product and bias_gelu one after the other).
+EPILOGUES: dict[str, list[tuple[str, int, int, int, float, float]]] = {
+    "feed_forward_forward": [
+        # GELU on x W1^T
+    ],
+    "feed_forward_backward": [
+        # its derivative on dy W2
+    ],
+}
+
+
+def epilogue(kernel: str, arch: str, inner: int, outputs: int, size: int) -> tuple[bool, str]:
+    """Whether a product with its epilogue takes the place of cuBLAS's and an elementwise kernel, and why, in words.
+
+    Only what was measured is on: at least ``LEAST`` of the bare product's speed, and faster than the two together.
+
+    Args:
+        kernel: Name in ``EPILOGUES``.
+        arch: Architecture, "sm_90".
+        inner: K, what the product sums over.
+        outputs: Columns of the result.
+        size: Bytes an element.
+    """
+    for *key, bare, both in EPILOGUES[kernel]:
+        if key == [arch, inner, outputs, size]:
+            return bare >= LEAST and both > 1.0, f"{bare:.2f} x the bare product, {both:.2f} x product and bias_gelu"
+    return False, f"not measured on {arch}"
+
+
+def epilogues(arch: str) -> tuple[str, str]:
+    """What impl="triton" does on an architecture: "on" where any epilogue is, or "off", and all measurements."""
+    found = []
+    for kernel, rows in EPILOGUES.items():
+        for *key, _, _ in rows:
+            if key[0] == arch:
+                on, why = epilogue(kernel, *key)
+                size = "x".join(str(number) for number in key[1:3])
+                found.append((on, f"{kernel} {size}, {key[3]} bytes, {'on' if on else 'off'}: {why}"))
+    choice = "on" if any(on for on, _ in found) else "off"
+    return choice, "; ".join(text for _, text in found) or f"GELU inside products is not measured on {arch}"

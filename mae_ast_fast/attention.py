@@ -4,10 +4,12 @@
 
 - ``aten``: FlashAttention-2 inside PyTorch (flash.py); CUDA, fp16 and bf16. What "auto" takes there.
 - ``fa2``, ``fa3``, ``fa4``: the packages flash_attn, flash_attn_interface and flash_attn.cute (flash.py), by name only.
+- ``clips``: clip by clip on a CPU, hardly padded (clip_attention.py), outside a traced graph, since the host reads
+  lengths. What "auto" takes there (CONTRIBUTING.md has the measurement).
 - ``sdpa``: PyTorch's fused scaled_dot_product_attention on rows padded to the longest clip; any device and dtype. What
-  "auto" takes wherever FlashAttention cannot run.
-- ``math``: explicit probabilities (reference.py), the specification. What "auto" takes on a CPU in half precision with
-  dropout, where it is faster (CONTRIBUTING.md).
+  "auto" takes wherever neither FlashAttention nor ``clips`` is.
+- ``math``: explicit probabilities (reference.py), the specification. What "auto" takes in a graph traced for a CPU, in
+  half precision with dropout.
 - ``short``: the Triton kernel where all rows ask and clips have at most 128 (the encoder, with 10-second clips), on a
   GPU, or on a CPU under Triton's interpreter; what "auto" would take where clips are longer or only some rows ask.
 
@@ -21,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import flash, ops, reference
+from .clip_attention import clip_attention
 
-BACKENDS = ("sdpa", "math", "short", *flash.FLASH)
+BACKENDS = ("sdpa", "math", "clips", "short", *flash.FLASH)
 
 # Shapes at which a committed measurement has "short" ahead of FlashAttention, which "auto" then takes there:
 # (compute capability, most rows of a clip, values of a head). None has been measured.
@@ -55,7 +58,7 @@ def choose_backend(
         head_dim: Values of a head; None: unknown.
 
     Raises:
-        ValueError: An unknown name, or a FlashAttention that cannot do this.
+        ValueError: An unknown name, or a FlashAttention or "clips" that cannot do this.
     """
     check_backend(backend)
     device = torch.device(device)
@@ -66,8 +69,14 @@ def choose_backend(
     if backend == "short" and max(max_seqlen or 0, head_dim or 0) > ops.SHORT:
         name, why = choose_backend("auto", device, dtype=dtype, dropout=dropout, head_dim=head_dim)
         return name, f"'short' takes clips of at most {ops.SHORT} rows and heads as wide; as 'auto': {why}"
+    traced = torch.compiler.is_compiling()
+    if backend == "clips" and (device.type != "cpu" or traced):
+        got = "a graph that torch.compile traces" if traced else device
+        raise ValueError(f"attention='clips' needs a CPU and eager mode, got {got}; use attention='auto' or 'sdpa'")
     if backend != "auto":
         return backend, "asked for by name"
+    if device.type == "cpu" and not traced:
+        return "clips", "clip by clip, hardly padded: faster on a CPU than PyTorch's fused attention over padded rows"
     if device.type == "cpu" and dropout > 0.0 and dtype in (torch.bfloat16, torch.float16):
         return "math", "explicit products: PyTorch's fused attention with dropout is slower on a CPU in half precision"
     if problem := flash.problem("aten", device, dtype, dropout, head_dim):
@@ -101,8 +110,8 @@ def attention(
         site: Which dropout this is.
 
     Returns:
-        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.Sizes): zeros from ``short`` and
-        FlashAttention, copies of some row from ``sdpa`` and ``math``; no gradient flows to them.
+        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.Sizes): zeros from ``clips``, ``short``
+        and FlashAttention, copies of some row from ``sdpa`` and ``math``; no gradient flows to them.
 
     Raises:
         ValueError: The backend is unknown or does not take these clips, or a shape or rate is not as described.
@@ -114,6 +123,8 @@ def attention(
     name, _ = choose_backend(backend, qkv.device, dtype=qkv.dtype, dropout=dropout, **shape)
     if name == "short":
         return ops.short_attention(qkv, cu_seqlens, max_seqlen, dropout, seed, site, impl="triton")
+    if name == "clips":
+        return clip_attention(None, qkv, cu_seqlens, cu_seqlens, dropout)
     cu = cu_seqlens, max_seqlen, cu_seqlens, max_seqlen
     if name in flash.FLASH:
         # One unbind: its gradient is one pass, where those of slices are a pass over zeros each.
@@ -154,6 +165,8 @@ def cross_attention(
     _check(dropout, q, kv, cu_q=cu_q, cu_kv=cu_kv)
     backend = "auto" if backend == "short" else backend
     name, _ = choose_backend(backend, q.device, dtype=q.dtype, dropout=dropout, head_dim=q.shape[2])
+    if name == "clips":
+        return clip_attention(q, kv, cu_q, cu_kv, dropout)
     if name in flash.FLASH:
         return flash.attend(name, q, *kv.unbind(1), cu_q, max_q, cu_kv, max_kv, dropout)
     return _padded(name, q, kv, cu_q, max_q, cu_kv, max_kv, dropout)

@@ -28,6 +28,7 @@ OPERATIONS = (
     "scatter_tokens",
     "add_layer_norm",
     "bias_gelu",
+    "feed_forward",
     "masked_mse",
     "info_nce",
 )
@@ -78,7 +79,10 @@ def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[s
         "machine": machine(),
         "memory": memory(),
         "cuda": {"built_for": torch.version.cuda or torch.version.hip, "devices": devices},
-        "uses": {kind: choices(torch.device(kind)) for kind in (["cuda"] if devices else []) + ["cpu"]},
+        "uses": {
+            kind: choices(torch.device(kind), arch)
+            for kind, arch in [("cuda", device["capability"]) for device in devices[:1]] + [("cpu", "cpu")]
+        },
         "problems": problems,
     }
     kind = "cuda" if devices else "cpu"
@@ -216,8 +220,12 @@ def _first_line(error: object) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def choices(device: torch.device) -> dict[str, Any]:
-    """What ``auto`` stands for on a device, each with the reason: operations, attention, precision."""
+def choices(device: torch.device, arch: str) -> dict[str, Any]:
+    """What ``auto`` stands for on a device, each with the reason: operations, attention, precision.
+
+    ``epilogues`` is what impl="triton" does on the architecture: GELU inside products, or not.
+    """
+    from .kernels.table import epilogues
     from .options import native_bf16
 
     def entry(choice: str, why: str) -> dict[str, str]:
@@ -226,6 +234,7 @@ def choices(device: torch.device) -> dict[str, Any]:
     bf16 = native_bf16(device)
     return {
         "operations": {name: entry(*resolve_impl("auto", device)) for name in OPERATIONS},
+        "epilogues": entry(*epilogues(arch)),
         "attention": entry(*choose_backend("auto", device, dtype=torch.bfloat16 if bf16 else torch.float32)),
         "precision": entry(
             "bf16" if bf16 else "fp32", f"{device} {'computes' if bf16 else 'does not compute'} bf16 products natively"
@@ -330,7 +339,7 @@ def to_text(report: dict[str, Any]) -> str:
         lines.append(f"  no CUDA device (PyTorch is {built})")
     for kind, uses in report["uses"].items():
         lines += ["", f"Used on {kind}"]
-        rows = {**uses["operations"], "attention": uses["attention"], "precision": uses["precision"]}
+        rows = {**uses["operations"], **{name: uses[name] for name in ("epilogues", "attention", "precision")}}
         lines += [f"  {name:<16} {row['choice']:<8} {row['why']}" for name, row in rows.items()]
     if "bytes_per_clip" in training:
         lines += ["", *_training_lines(training)]

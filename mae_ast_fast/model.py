@@ -134,6 +134,10 @@ class MAEAST(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apa
         check_backend(attention)  # what the backend can do shows on the device and dtype of a call
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+        if recompute == "gelu" and config.activation_dropout > 0.0:
+            raise ValueError(
+                f"recompute='gelu' needs activation_dropout=0, got {config.activation_dropout}: use recompute='layer'"
+            )
         self.config, self.impl, self.attention, self.recompute = config, impl, attention, recompute
         width, decoder_width = config.embed_dim, config.decoder_embed_dim
         self.input_norm = InputNorm()

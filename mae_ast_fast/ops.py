@@ -202,6 +202,52 @@ def bias_gelu(
     return kernel.forward_op(x, bias, _kernel_seed(dropout, seed, x.device), dropout, site)
 
 
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    dropout: float = 0.0,
+    recompute: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """GELU(x W1^T + b1) W2^T, the exact (erf) GELU: the feed-forward block without its last bias.
+
+    Args:
+        x: (N, D).
+        w1: (F, D) of any floating dtype, as the others; products are in the dtype of ``x``.
+        b1: (F,).
+        w2: (D', F), mostly D' = D.
+        dropout: Rate on what the GELU gives, in [0, 1); 0 with impl="triton" and with ``recompute``.
+        recompute: Keep x W1^T alone for the backward and compute the GELU again there: (N, F) values less, the same
+            results to the bit.
+        impl: "auto", "torch" or "triton", which puts GELU and its derivative into the products where
+            kernels/table.py has a measurement that speaks for it, and else takes the kernels of ``bias_gelu``.
+
+    Returns:
+        (N, D') in the dtype of ``x``.
+
+    Raises:
+        ValueError: A shape, device or rate is not as described, or the implementation is not available.
+    """
+    _check_rows("x", x, ("N", "D"), x)
+    _check_rows("w1", w1, ("F", x.shape[1]), x)
+    _check_rows("b1", b1, (w1.shape[0],), x)
+    _check_rows("w2", w2, ("D'", w1.shape[0]), x)
+    check_dropout(dropout, None, x.device)
+    if recompute and dropout > 0.0:
+        raise ValueError(f"recompute needs dropout 0, whose mask would be drawn twice, got {dropout}")
+    if not _is_triton(impl, x):
+        return reference.feed_forward(x, w1, b1, w2, dropout, recompute)
+    if dropout > 0.0:
+        raise ValueError(
+            f"impl='triton' has no dropout in feed_forward, got {dropout}: use bias_gelu between two products"
+        )
+    from .kernels import feed_forward as kernel
+
+    return kernel.feed_forward(x, w1, b1, w2, recompute)
+
+
 def scatter_tokens(
     visible: Tensor,
     mask_token: Tensor,

@@ -5,6 +5,10 @@ the widths of the presets. For every name of ``kernels/table.py``, width and ele
 launch: each value is halved and doubled (num_stages: one less, one more) as long as that is clearly faster. A launch
 that does not compile, asks for more than the GPU has, or changes the results is skipped, and named.
 
+An operation with ``rivals`` has products whose epilogue does what a kernel of its own could do after cuBLAS's product.
+With the launch that was found it is timed against both, in turns, and the ratios are written too: from them
+``kernels/table.py: epilogue`` decides whether it is used.
+
 The table is a text that people review, so only the rows of one architecture are changed in it, in place.
 """
 
@@ -17,6 +21,7 @@ import functools
 import importlib
 import os
 import pkgutil
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +34,8 @@ from .atomic import write_whole
 
 FASTER = 1.03  # a launch wins that is faster by more than this factor
 SAME = 2e-2  # of the largest value: what another order of summation, rounded to bf16, stays far below
+ROUNDS = 3  # of rivals in turns, so that a clock that changes meets all of them
+LINE = 120  # characters, as ruff formats the table
 SAME_SHARE = 1e-4  # of integers and booleans: winners between two products that rounding makes equal may change
 # (kernel, bytes an element) -> what stays: in fp32 the loss and its gradient must meet the same products, to the bit.
 FIXED = {(f"info_nce_{way}", 4): ("BM", "BN") for way in ("forward", "backward")}
@@ -97,6 +104,7 @@ class Group:
     before: float = 0.0  # milliseconds, all examples together
     after: float = 0.0
     best: Launch = dataclasses.field(default_factory=dict)
+    rivals: tuple[int, float, float] | None = None  # K; times as fast as the bare product, as product and kernel
 
 
 def tune(
@@ -140,18 +148,26 @@ def tune(
         for group in groups:
             tried += _descend(group, chosen[op], bench, progress)
             done += 1
+            if hasattr(chosen[op], "rivals"):
+                _compete(group, chosen[op], bench)
+                progress(_verdict(group))
             spent = time.monotonic() - start
             change = "kept" if group.best == group.present else f"{group.before / group.after:.2f} times as fast"
             progress(
                 f"[{done}/{count}] {_title(group)}: {change}; {tried / max(spent, 1e-9):.1f} launches/s, "
                 f"about {spent / done * (count - done) / 60:.1f} minutes left"
             )
-        if not check and (rows := _rows(groups)):
+        rows, ratios = _rows(groups), [group for group in groups if group.rivals]
+        if not check and (rows or ratios):
             text = path.read_text()
             for kernel, found in rows.items():
                 text = with_rows(text, kernel, bench.arch, found)
+            for group in ratios:
+                inner, bare, both = group.rivals
+                text = with_ratios(text, group.kernel, (bench.arch, inner, group.width, group.size), bare, both)
             write_whole(path, functools.partial(Path.write_text, data=text))
-            progress(f"{path}: rows of {bench.arch} for {', '.join(rows)}")
+            names = dict.fromkeys([*rows, *(group.kernel for group in ratios)])
+            progress(f"{path}: rows of {bench.arch} for {', '.join(names)}")
     return [group for groups in planned.values() for group in groups]
 
 
@@ -228,6 +244,21 @@ def _descend(group: Group, module: Any, bench: Bench, progress: Callable[[str], 
                         break
                     group.best, group.after, improved = launch, time_of(launch), True
     return len(times)
+
+
+def _compete(group: Group, module: Any, bench: Bench) -> None:
+    """Times a row's best launch against its rivals, all three at the same work."""
+    for kernel, inner, *calls in module.rivals(DTYPES[group.dtype], group.example_width, bench.device):
+        if kernel == group.kernel:
+            with _launched_with(kernel, group.best):
+                rounds = [[bench.milliseconds(call) for call in calls] for _ in range(ROUNDS)]
+            own, bare, both = (statistics.median(times) for times in zip(*rounds, strict=True))
+            group.rivals = inner, bare / own, both / own
+
+
+def _verdict(group: Group) -> str:
+    _, bare, both = group.rivals
+    return f"{_title(group)}: {bare:.3f} x the bare product's speed, {both:.3f} x that of product and kernel"
 
 
 def _less(key: str, value: int) -> int | None:
@@ -344,10 +375,38 @@ def with_rows(text: str, kernel: str, arch: str, rows: Iterable[tuple[int, int, 
     return "".join([*before, *(own[key] for key in order), *after])
 
 
-def _entry(text: str, kernel: str) -> ast.List:
+def with_ratios(text: str, kernel: str, key: tuple[str, int, int, int], bare: float, both: float) -> str:
+    """The table's text with a row of ``EPILOGUES`` put in, or in the place of that for the same key. Rows are sorted.
+
+    Args:
+        text: Of kernels/table.py.
+        kernel: Name in ``EPILOGUES``.
+        key: (architecture, K, outputs, bytes an element).
+        bare: Times as fast as the bare product.
+        both: Times as fast as product and kernel one after the other.
+
+    Raises:
+        ValueError: The text has no such kernel, or rows share lines.
+    """
+    lines = text.splitlines(keepends=True)
+    entry = _entry(text, kernel, "EPILOGUES")
+    spans = [(row.lineno - 1, row.end_lineno or row.lineno) for row in entry.elts]
+    edges = [entry.lineno - 1, *(place for span in spans for place in span), (entry.end_lineno or 0) - 1]
+    if not (edges[0] < edges[1] and edges == sorted(edges)):
+        raise ValueError(f"{kernel}: expected each row of EPILOGUES on lines of its own")
+    present = zip(entry.elts, spans, strict=True)
+    rows = {tuple(ast.literal_eval(row)[:4]): "".join(lines[slice(*span)]) for row, span in present}
+    arch, *sizes = key
+    rows[key] = f'        ("{arch}", {", ".join(map(str, sizes))}, {bare:.3f}, {both:.3f}),\n'
+    gone = {line for span in spans for line in range(*span)}
+    before = [line for place, line in enumerate(lines[: edges[-1]]) if place not in gone]
+    return "".join([*before, *(rows[key] for key in sorted(rows)), *lines[edges[-1] :]])
+
+
+def _entry(text: str, kernel: str, name: str = "TABLE") -> ast.List:
     """The list of a kernel's rows in the table's text."""
     for node in ast.parse(text).body:
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "TABLE":
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == name:
             assert isinstance(node.value, ast.Dict)
             for key, value in zip(node.value.keys, node.value.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value == kernel and isinstance(value, ast.List):
@@ -357,7 +416,11 @@ def _entry(text: str, kernel: str) -> ast.List:
 
 def _line(arch: str, widest: int, largest: int, launch: Launch) -> str:
     options = ", ".join(f'"{key}": {value}' for key, value in launch.items())
-    return f'        ("{arch}", {widest}, {largest}, {{{options}}}),\n'
+    line = f'        ("{arch}", {widest}, {largest}, {{{options}}}),\n'
+    if len(line) <= LINE + 1:
+        return line
+    parts = f'"{arch}"', str(widest), str(largest), f"{{{options}}}"
+    return "".join(["        (\n", *(f"            {part},\n" for part in parts), "        ),\n"])
 
 
 def to_text(groups: Sequence[Group]) -> str:
@@ -376,4 +439,5 @@ def to_text(groups: Sequence[Group]) -> str:
         for group in groups
     ]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *body))
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *body)]
+    return "\n".join([*lines, *(_verdict(group) for group in groups if group.rivals)])

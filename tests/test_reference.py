@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from policy import assert_rounding
+from policy import STANDARD_ERRORS, assert_rounding
 from torch.autograd import gradcheck
 
 from mae_ast_fast import reference
@@ -170,7 +170,7 @@ def test_dropout_of_a_branch_leaves_the_residual_and_scales_what_stays() -> None
     torch.manual_seed(0)
     out = reference.add_layer_norm(branch, residual, weight, bias, dropout=0.25)
     torch.manual_seed(0)
-    dropped = torch.nn.functional.dropout(branch, 0.25)
+    dropped = reference.drop(branch, 0.25)
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert torch.equal(out, reference.layer_norm(residual + dropped, weight, bias))
     torch.manual_seed(0)
@@ -339,3 +339,57 @@ def test_padded_view_there_and_back(counts: list[int]) -> None:
     assert torch.equal(pad.unpad(padded), x)
     places = pad.unpad(torch.arange(longest))
     assert places.tolist() == [place for count in counts for place in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------ feed-forward
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_feed_forward_against_a_loop(recompute: bool) -> None:
+    x, w1, b1, w2 = normal(3, 4), normal(5, 4, seed=1), normal(5, seed=2), normal(2, 5, seed=3)
+    for row, found in zip(x, reference.feed_forward(x, w1, b1, w2, recompute=recompute), strict=True):
+        z = [sum(float(v) * float(w) for v, w in zip(row, weight, strict=True)) for weight in w1]
+        z = [value + float(bias) for value, bias in zip(z, b1, strict=True)]
+        a = [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in z]
+        expected = [sum(v * float(w) for v, w in zip(a, weight, strict=True)) for weight in w2]
+        assert_rounding(found, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_feed_forward_gradients(recompute: bool) -> None:
+    inputs = [normal(*shape, seed=seed, grad=True) for seed, shape in enumerate(((3, 4), (5, 4), (5,), (2, 5)))]
+    assert gradcheck(lambda *tensors: reference.feed_forward(*tensors, recompute=recompute), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_feed_forward_recomputed_is_equal_to_the_bit_with_fp32_weights(dtype: torch.dtype) -> None:
+    shapes = (33, 24), (50, 24), (50,), (24, 50)
+    results = []
+    for recompute in (False, True):
+        x, *weights = (normal(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes))
+        inputs = [tensor.requires_grad_() for tensor in (x.to(dtype), *weights)]
+        y = reference.feed_forward(*inputs, recompute=recompute)
+        gradients = torch.autograd.grad(y, inputs, normal(33, 24, dtype=dtype, seed=9))
+        assert [g.dtype for g in gradients] == [dtype, *[torch.float32] * 3] and y.dtype == dtype
+        results.append((y, *gradients))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drop_keeps_its_share_evenly_and_scales_by_it(dtype: torch.dtype, rate: float) -> None:
+    """Every fourth element of its own too: 16 bits of a 64-bit word decide each."""
+    torch.manual_seed(0)
+    x = torch.ones(4001, 31, dtype=dtype, requires_grad=True)
+    out = reference.drop(x, rate)
+    kept = out != 0
+    scale = torch.tensor(65536 / (65536 - round(rate * 65536)), dtype=dtype)
+    assert out.unique().tolist() == [0.0, scale.item()]
+    for part in range(4):
+        found = kept.flatten()[part::4].double().mean()
+        assert abs(found - (1 - rate)) < STANDARD_ERRORS * (rate * (1 - rate) / (kept.numel() / 4)) ** 0.5
+    out.sum().backward()
+    assert torch.equal(x.grad != 0, kept) and torch.equal(x.grad[kept], out[kept])
+    torch.manual_seed(0)
+    assert torch.equal(reference.drop(x, rate), out)
+    assert reference.drop(x, 0.0) is x

@@ -65,6 +65,16 @@ MUTANTS = [
         "    y = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))",
         "    h = h.to(x_ptr.dtype.element_ty).to(tl.float32)\n    y = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))",
     ),
+    Mutant("feed_forward", "edge", "index * h.shape[1] + tl.arange", "index * (h.shape[1] - 1) + tl.arange"),
+    Mutant("feed_forward", "last row", "x_inside, w_inside = (row < N)[", "x_inside, w_inside = (row < N - 1)["),
+    Mutant(
+        "feed_forward",
+        "fp32 cast",
+        'total, input_precision="ieee")',
+        'total, input_precision="ieee").to(x.dtype).to(tl.float32)',
+    ),
+    Mutant("feed_forward", "stored h", "_slices(total.to(h_ptr.dtype.element_ty), BS)", "_slices(total, BS)"),
+    Mutant("feed_forward", "row owner", "partial_ptr + down.to(tl.int64)", "partial_ptr + (down // 2).to(tl.int64)"),
     Mutant(
         "scatter_tokens",
         "edge",

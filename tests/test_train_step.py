@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep
 from mae_ast_fast import step as module
+from mae_ast_fast.doctor import CLIP_SECONDS, count_saved
+from mae_ast_fast.fbank import SAMPLE_RATE, num_frames
 
 OFF = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0)
 FRAMES = [48, 17, 33]
+CLIP_FRAMES = num_frames(round(CLIP_SECONDS * SAMPLE_RATE))
 
 
 def build(**fields: Any) -> MAEAST:
@@ -142,6 +145,42 @@ def test_what_is_computed_is_real_tokens() -> None:
     assert update.tokens == update.rows == tokens and shapes == [model.sizes_of(frames).visible, tokens]
 
 
+# ---------------------------------------------------------------------------------------------------------- recompute
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("recompute", ["gelu", "layer"])
+def test_recomputing_changes_no_bit(recompute: str, impl: str, norm_first: bool) -> None:
+    """With dropout, whose masks must be those of the forward."""
+    rates = {"dropout": 0.2, "attention_dropout": 0.2, "input_dropout": 0.1}
+    found = []
+    for what in ("none", recompute):
+        model = build(impl=impl, recompute=what, norm_first=norm_first, **rates)
+        torch.manual_seed(1)
+        out = model(features(FRAMES), torch.tensor(FRAMES))
+        out.loss.backward()
+        found.append((out.loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_recomputing_gelus_keeps_one_hidden_tensor_less_a_layer(impl: str) -> None:
+    how = {"impl": impl, "encoder_layers": 3, "decoder_layers": 2}
+    kept = {}
+    for what in ("none", "gelu", "layer"):
+        model = build(recompute=what, **how)
+        kept[what] = count_saved(model, 2, "fp32")
+    tokens = CLIP_FRAMES // 8 * 4
+    visible = MAEAST.sizes_of(model, [CLIP_FRAMES]).visible
+    rows = 2 * (3 * visible + tokens + (tokens - visible))  # the last decoder layer takes the masked tokens alone
+    hidden = rows * model.config.ffn_dim * 4
+    assert kept["none"] - kept["gelu"] == hidden
+    assert kept["layer"] < kept["gelu"]
+
+
 # ------------------------------------------------------------------------------------------- one graph for like batches
 
 
@@ -262,6 +301,8 @@ def test_old_graphs_go(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: TrainStep(build(), precision="fp8"), ["fp32, bf16, fp16", "'fp8'"]),
         (lambda: TrainStep(build(), clip_norm=0.0), ["clip_norm", "positive", "0.0"]),
         (lambda: TrainStep(build().cpu(), graphs=True), ["CUDA", "cpu"]),
+        (lambda: build(recompute="gelus"), ["none, gelu, layer", "'gelus'"]),
+        (lambda: build(recompute="gelu", activation_dropout=0.1), ["activation_dropout=0", "0.1", "layer"]),
         (lambda: TrainStep(build())(features(FRAMES), torch.tensor(FRAMES, device="meta")), ["host", "meta"]),
     ],
 )

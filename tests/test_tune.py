@@ -13,14 +13,17 @@ import pytest
 import torch
 from mae_ast_fast.kernels import launch
 from mae_ast_fast.kernels import table as table_module
-from mae_ast_fast.kernels.table import TABLE
+from mae_ast_fast.kernels.table import EPILOGUES, TABLE
 
 from mae_ast_fast import cli, tune
-from mae_ast_fast.tune import Group, to_text, with_rows
+from mae_ast_fast.tune import Group, to_text, with_ratios, with_rows
 
 
 class Clock:
-    """A GPU in name, of an architecture that no table has. Calls take, or raise, what ``time`` makes of a launch."""
+    """A GPU in name, of an architecture that no table has. Calls take, or raise, what ``time`` makes of a launch.
+
+    Calls that launch no kernel of ours, PyTorch's products, take 1 ms.
+    """
 
     arch, device = "sm_123", "meta"
 
@@ -38,6 +41,10 @@ class Clock:
         return [self.result(self.constants(call))]
 
     def milliseconds(self, call: Callable[[], object]) -> float:
+        with launch.record(self.arch) as recorder:
+            call()
+        if not recorder.launches:
+            return 1.0
         self.timed.append(self.constants(call))
         return self.time(self.timed[-1])
 
@@ -62,10 +69,14 @@ def run(tmp_path: Path, clock: Clock, *ops: str, **options) -> tuple[list[Group]
     return groups, path.read_text(), said
 
 
-def loaded(text: str) -> dict:
+def names_of(text: str) -> dict:
     names: dict = {}
     exec(text, names)
-    return names["TABLE"]
+    return names
+
+
+def loaded(text: str) -> dict:
+    return names_of(text)["TABLE"]
 
 
 def found(text: str, kernel: str, arch: str, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict:
@@ -77,9 +88,9 @@ def found(text: str, kernel: str, arch: str, width: int, dtype: torch.dtype, mon
 
 @pytest.fixture(autouse=True)
 def the_table_in_use_stays() -> None:
-    before = {kernel: list(rows) for kernel, rows in TABLE.items()}
+    before = [{kernel: list(rows) for kernel, rows in table.items()} for table in (TABLE, EPILOGUES)]
     yield
-    assert before == TABLE
+    assert before == [TABLE, EPILOGUES]
 
 
 # ----------------------------------------------------------------------------------------------------------- search
@@ -351,6 +362,79 @@ def test_rows_stand_in_order_before_those_for_any():
         with_rows(TEXT, "z", "sm_90", [])
     with pytest.raises(ValueError, match="no list of rows for w"):
         with_rows(TEXT, "w", "sm_90", [])
+
+
+# -------------------------------------------------------------------------------------------------------- epilogues
+
+
+def rival(fused: dict[str, float], after: float = 3.0) -> Callable[[dict[str, int]], float]:
+    """Milliseconds of a product with its epilogue, by direction, and of what follows the bare product of 1 ms."""
+
+    def time(constants: dict[str, int]) -> float:
+        if "BK" not in constants:
+            return after  # product and kernel together: the product launches nothing that is recorded
+        return fused["forward" if constants["K"] == 192 else "wider"] * (1.0 if constants["num_stages"] == 4 else 2.0)
+
+    return time
+
+
+def test_an_epilogue_is_timed_with_its_best_launch_against_product_and_kernel(tmp_path):
+    clock = Clock(rival({"forward": 1.0, "wider": 1.25}))
+    groups, text, said = run(tmp_path, clock, "feed_forward")
+    assert [(group.kernel, group.width) for group in groups] == [
+        (f"feed_forward_{way}", width) for width in (768, 1536, 3072) for way in ("forward", "backward")
+    ]
+    assert {group.best["num_stages"] for group in groups} == {4}
+    for group in groups:
+        inner, bare, both = group.rivals
+        assert inner == group.width // 4
+        assert (bare, both) == ((1.0, 3.0) if group.width == 768 else (0.8, 2.4))
+    names = names_of(text)
+    rows = [
+        ("sm_123", 192, 768, 2, 1.0, 3.0),
+        ("sm_123", 384, 1536, 2, 0.8, 2.4),
+        ("sm_123", 768, 3072, 2, 0.8, 2.4),
+    ]
+    assert names["EPILOGUES"] == {"feed_forward_forward": rows, "feed_forward_backward": rows}
+    for kernel in names["EPILOGUES"]:
+        assert names["epilogue"](kernel, "sm_123", 192, 768, 2) == (
+            True,
+            "1.00 x the bare product, 3.00 x product and bias_gelu",
+        )
+        assert names["epilogue"](kernel, "sm_123", 384, 1536, 2)[0] is False  # 0.8 of the bare product
+        for other in (("sm_90", 192, 768, 2), ("sm_123", 192, 768, 4), ("sm_123", 192, 384, 2)):
+            assert names["epilogue"](kernel, *other) == (False, f"not measured on {other[0]}")
+    choice, why = names["epilogues"]("sm_123")
+    assert choice == "on" and why.count(", off: 0.80 x the bare product") == 4
+    assert names["epilogues"]("sm_90") == ("off", "GELU inside products is not measured on sm_90")
+    verdict = (
+        "feed_forward_backward 1536 (2 bytes): 0.800 x the bare product's speed, 2.400 x that of product and kernel"
+    )
+    assert verdict in said and verdict in to_text(groups).splitlines()
+
+
+def test_an_epilogue_that_loses_to_product_and_kernel_is_off(tmp_path):
+    _, text, _ = run(tmp_path, Clock(rival({"forward": 1.0, "wider": 1.0}, after=1.0)), "feed_forward")
+    names = names_of(text)
+    assert names["EPILOGUES"]["feed_forward_forward"][0] == ("sm_123", 192, 768, 2, 1.0, 1.0)
+    assert names["epilogues"]("sm_123")[0] == "off"
+
+
+def test_ratios_are_written_in_place_and_not_by_check(tmp_path):
+    before = Path(table_module.__file__).read_text()
+    _, once, _ = run(tmp_path, Clock(rival({"forward": 1.0, "wider": 1.0})), "feed_forward")
+    _, unchanged, _ = run(tmp_path, Clock(rival({"forward": 0.5, "wider": 0.5})), "feed_forward", check=True)
+    assert unchanged == once != before
+    _, other, _ = run(tmp_path, Clock(rival({"forward": 0.5, "wider": 1.0})), "feed_forward")
+    assert other == once.replace("192, 768, 2, 1.000, 3.000", "192, 768, 2, 2.000, 6.000")
+    assert [line for line in once.splitlines() if '"sm_123"' not in line and "sm_123" in line] == []
+    key = "sm_122", 192, 768, 2
+    more = with_ratios(other, "feed_forward_backward", key, 0.9114, 1.25)
+    (line,) = set(more.splitlines()) - set(other.splitlines())
+    assert line == '        ("sm_122", 192, 768, 2, 0.911, 1.250),'
+    assert len(more.splitlines()) == len(other.splitlines()) + 1
+    with pytest.raises(ValueError, match="no list of rows for w"):
+        with_ratios(other, "w", key, 1.0, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
