@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import ops, reference
 from .attention import attention, cross_attention
-from .config import MAEASTConfig
+from .config import MAEASTConfig, SSASTConfig
 from .packing import Packing, sinusoid
 
 SITES = 4  # places of a layer where the kernels draw dropout masks
@@ -47,7 +47,7 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     """LayerNorm with fp32 statistics in the dtype of ``x``."""
-    return reference.layer_norm(x, layer.weight, layer.bias)
+    return reference.layer_norm(x, layer.weight, layer.bias, layer.eps)
 
 
 class Positions(nn.Module):
@@ -103,7 +103,7 @@ class Layer(nn.Module):
     for gradients to come back to, which the kernel adds in passing.
     """
 
-    def __init__(self, dim: int, config: MAEASTConfig, site: int) -> None:
+    def __init__(self, dim: int, config: MAEASTConfig | SSASTConfig, site: int) -> None:
         super().__init__()
         self.config, self.site = config, site
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -181,7 +181,7 @@ class Layer(nn.Module):
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of the residual branches."""
-        return F.dropout(x, self.config.dropout, self.training)
+        return reference.drop(x, self.config.dropout if self.training else 0.0)
 
 
 class Stack(nn.Module):
@@ -190,7 +190,9 @@ class Stack(nn.Module):
     The entrance (that LayerNorm, and dropout) is left to the caller, who can fuse it with what comes before.
     """
 
-    def __init__(self, dim: int, num_layers: int, layerdrop: float, config: MAEASTConfig, site: int) -> None:
+    def __init__(
+        self, dim: int, num_layers: int, layerdrop: float, config: MAEASTConfig | SSASTConfig, site: int
+    ) -> None:
         super().__init__()
         self.layerdrop, self.norm_first = layerdrop, config.norm_first
         self.norm = nn.LayerNorm(dim)
