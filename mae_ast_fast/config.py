@@ -1,11 +1,11 @@
-"""Configuration of the MAE-AST model: sizes, masking and loss weights, with the paper's presets."""
+"""Configuration of the models MAE-AST and SSAST: sizes, masking and loss weights, with the papers' presets."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 MASKING_STRATEGIES = ("random", "chunk", "chunk_official", "span", "time", "frequency")
 
@@ -24,6 +24,27 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_patch_size(patch_size: object, num_mel_bins: object) -> None:
+    if (
+        not isinstance(patch_size, tuple)
+        or len(patch_size) != 2
+        or not all(_is_whole(extent) and extent >= 1 for extent in patch_size)
+    ):
+        raise ValueError(f"patch_size must be two positive integers (time, frequency), got {patch_size!r}")
+    if not _is_whole(num_mel_bins) or num_mel_bins < 1:
+        raise ValueError(f"num_mel_bins must be a positive integer, got {num_mel_bins!r}")
+    if num_mel_bins % patch_size[1]:
+        raise ValueError(
+            f"num_mel_bins must be a multiple of the patch's frequency extent {patch_size[1]}, got {num_mel_bins}"
+        )
+
+
+def _check_fields(cls: type, fields: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"unknown configuration fields {', '.join(unknown)}; known are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -82,13 +103,8 @@ class MAEASTConfig:
     def __post_init__(self) -> None:
         if isinstance(self.patch_size, list):  # JSON and YAML bring lists
             object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if (
-            not isinstance(self.patch_size, tuple)
-            or len(self.patch_size) != 2
-            or not all(_is_whole(extent) and extent >= 1 for extent in self.patch_size)
-        ):
-            raise ValueError(f"patch_size must be two positive integers (time, frequency), got {self.patch_size!r}")
-        for name in ("num_mel_bins", "embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim"):
+        _check_patch_size(self.patch_size, self.num_mel_bins)
+        for name in ("embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim"):
             value = getattr(self, name)
             if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -99,11 +115,6 @@ class MAEASTConfig:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.encoder_projection, bool | None):
             raise ValueError(f"encoder_projection must be true, false or null, got {self.encoder_projection!r}")
-        if self.num_mel_bins % self.patch_size[1]:
-            raise ValueError(
-                f"num_mel_bins must be a multiple of the patch's frequency extent {self.patch_size[1]}, "
-                f"got {self.num_mel_bins}"
-            )
         for name in ("embed_dim", "decoder_embed_dim"):
             width = getattr(self, name)
             if width % self.num_heads:
@@ -198,7 +209,153 @@ class MAEASTConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MAEASTConfig:
         """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(fields) - set(known)):
-            raise ValueError(f"unknown configuration fields {', '.join(unknown)}; known are {', '.join(known)}")
+        _check_fields(cls, fields)
+        return cls(**fields)
+
+
+SSAST_OBJECTIVES = ("joint", "joint_two_pass", "mpc", "mpg")
+
+
+@dataclass(frozen=True)
+class SSASTConfig:
+    """Sizes, masking and objective of an SSAST model (arXiv 2110.09784), the baseline.
+
+    Args:
+        patch_size: (time, frequency) extent of a token: (16, 16) for the patch model, (2, 128) for the frame model.
+        embed_dim: Width D; the feed-forward blocks are four times as wide.
+        num_heads: Attention heads.
+        layers: Pre-norm layers.
+        input_frames: Frames of the longest clip: there are positions for its whole patches.
+        num_mel_bins: Mel bins F of the log-mel spectrogram.
+        mask_patches: Tokens that a clip of ``input_frames`` hides. A shorter clip hides the same share of its own,
+            rounded up, and never all: see ``mask_ratio``.
+        objective: "joint": InfoNCE + 10 * MSE from one pass over one mask; "joint_two_pass": the same from a pass for
+            each, as the official code has it; "mpc": InfoNCE alone; "mpg": MSE alone.
+        mean: Of the log-mel values of the data; features are normalised as (x - mean) / (2 * std). The defaults are
+            those of the paper's AudioSet and LibriSpeech recipe.
+        std: See ``mean``.
+
+    Raises:
+        ValueError: A value is outside its range, or values contradict each other.
+    """
+
+    patch_size: tuple[int, int] = (16, 16)
+    embed_dim: int = 768
+    num_heads: int = 12
+    layers: int = 12
+    input_frames: int = 1024
+    num_mel_bins: int = 128
+    mask_patches: int = 400
+    objective: str = "joint"
+    mean: float = -4.2677393
+    std: float = 4.5689974
+
+    # What the transformer layers that both models share ask of a configuration: SSAST has pre-norm and no dropout.
+    norm_first: ClassVar[bool] = True
+    dropout: ClassVar[float] = 0.0
+    attention_dropout: ClassVar[float] = 0.0
+    activation_dropout: ClassVar[float] = 0.0
+    input_dropout: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.patch_size, list):  # JSON and YAML bring lists
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        _check_patch_size(self.patch_size, self.num_mel_bins)
+        for name in ("embed_dim", "num_heads", "layers", "input_frames", "mask_patches"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be divisible by num_heads={self.num_heads}, got {self.embed_dim}")
+        if self.input_frames < self.patch_size[0]:
+            raise ValueError(f"input_frames must hold a patch of {self.patch_size[0]} frames, got {self.input_frames}")
+        if self.mask_patches >= self.num_patches:
+            raise ValueError(
+                f"mask_patches must be less than the {self.num_patches} patches of {self.input_frames} frames, got "
+                f"{self.mask_patches}"
+            )
+        if self.objective not in SSAST_OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(SSAST_OBJECTIVES)}, got {self.objective!r}")
+        if not _is_number(self.mean) or not math.isfinite(self.mean):
+            raise ValueError(f"mean must be a finite number, got {self.mean!r}")
+        if not _is_number(self.std) or not 0.0 < self.std < math.inf:
+            raise ValueError(f"std must be a finite number > 0, got {self.std!r}")
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the feed-forward blocks."""
+        return 4 * self.embed_dim
+
+    @property
+    def grid_f(self) -> int:
+        """Frequency blocks, that is tokens of one time step."""
+        return self.num_mel_bins // self.patch_size[1]
+
+    @property
+    def grid_t(self) -> int:
+        """Time blocks of a clip of ``input_frames``."""
+        return self.input_frames // self.patch_size[0]
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of a clip of ``input_frames``, without the class tokens."""
+        return self.grid_t * self.grid_f
+
+    @property
+    def patch_dim(self) -> int:
+        """Values P in a patch."""
+        return self.patch_size[0] * self.patch_size[1]
+
+    @property
+    def masking(self) -> str:
+        """Strategy of ``masking.sample_mask``; frame tokens span all frequencies, so there is no grid for chunks."""
+        return "chunk" if self.grid_f > 1 else "random"
+
+    @property
+    def mask_ratio(self) -> float:
+        """With which ``masking.num_visible`` leaves L - ceil(mask_patches * L / num_patches) of L tokens, at least 1.
+
+        A little less than mask_patches / num_patches, by which int() in num_visible would drop a whole token where the
+        product of floats comes out a rounding below an integer.
+        """
+        return self.mask_patches / self.num_patches - 1e-9
+
+    @property
+    def reconstruction_weight(self) -> float:
+        """Weight of the mean squared error in the loss."""
+        return {"mpc": 0.0, "mpg": 1.0}.get(self.objective, 10.0)
+
+    @property
+    def classification_weight(self) -> float:
+        """Weight of InfoNCE in the loss."""
+        return 0.0 if self.objective == "mpg" else 1.0
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """The names that ``preset`` knows."""
+        return [f"{kind}_{size}" for kind in _PATCHES for size in _SIZES]
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SSASTConfig:
+        """The configuration of a named model, sized as in the paper (section 3).
+
+        Args:
+            name: ``{patch,frame}_{base,small,tiny}``. base is 768 wide with 12 heads, small 384 with 6, tiny 192 with
+                3; all have 12 layers and hide 400 of 512 tokens.
+            **overrides: Fields to set otherwise.
+        """
+        if name not in cls.preset_names():
+            raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
+        kind, size = name.split("_")
+        width, _, num_heads = _SIZES[size]
+        return cls.from_dict({"patch_size": _PATCHES[kind][0], "embed_dim": width, "num_heads": num_heads, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML; ``from_dict`` reads them back."""
+        return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SSASTConfig:
+        """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
+        _check_fields(cls, fields)
         return cls(**fields)

@@ -18,7 +18,7 @@ import re
 import reprlib
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -127,12 +127,37 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: Not a torch file, a damaged one, not a checkpoint, or weights that are not plain tensors.
         OSError: The file cannot be opened.
     """
+    return _read_file(path, _read_checkpoint)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Reads a file that is a state dict and nothing else, such as SSAST's; nothing in the file is executed.
+
+    Args:
+        path: A file written by ``torch.save(model.state_dict(), path)`` (torch >= 1.6, the zip format).
+
+    Returns:
+        Parameter name -> CPU tensor, in the file's dtype.
+
+    Raises:
+        ValueError: Not a torch file, a damaged one, or something else than plain tensors by name.
+        OSError: The file cannot be opened.
+    """
+
+    def read(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+        root, content = _read_content(archive)
+        return _read_weights(archive, root, content, "the file")
+
+    return _read_file(path, read)
+
+
+def _read_file(path: str | os.PathLike[str], read: Callable[[zipfile.ZipFile], dict[str, Any]]) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             try:
                 _check_zip(file)
                 with zipfile.ZipFile(file) as archive:
-                    return _read_archive(archive)
+                    return read(archive)
             except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:  # OSError: seeks to nowhere
                 raise ValueError(f"damaged file: {error}") from error
     except ValueError as error:
@@ -154,7 +179,8 @@ def _check_zip(file: Any) -> None:
         raise ValueError(f"expected a torch checkpoint, found a file that begins with {head!r}")
 
 
-def _read_archive(archive: zipfile.ZipFile) -> dict[str, Any]:
+def _read_content(archive: zipfile.ZipFile) -> tuple[str, Any]:
+    """The folder inside the archive, and what its pickle describes."""
     pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         found = reprlib.repr(archive.namelist())
@@ -165,23 +191,29 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, Any]:
         if order != sys.byteorder:
             raise ValueError(f"expected {sys.byteorder}-endian data, found {order!r}")
 
-    content = _read_pickle(_read_record(archive, pickles[0]))
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a checkpoint (a dict with 'model'), found {_describe(content)}")
-    if "model" not in content:
-        raise ValueError(f"expected a checkpoint (a dict with 'model'), found the keys {reprlib.repr(list(content))}")
-    weights = content["model"]
-    if not isinstance(weights, dict):
-        raise ValueError(f"expected 'model' to be a dict of tensors, found {_describe(weights)}")
+    return root, _read_pickle(_read_record(archive, pickles[0]))
 
+
+def _read_weights(archive: zipfile.ZipFile, root: str, weights: Any, where: str) -> dict[str, Tensor]:
+    """The tensors that a dict describes, by name; ``where`` it stands, in words."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"expected {where} to be a dict of tensors, found {_describe(weights)}")
     storages: dict[str, Tensor] = {}  # several tensors may share one
     model = {}
     for name, value in weights.items():
         if not isinstance(name, str):
-            raise ValueError(f"expected parameter names in 'model', found the key {reprlib.repr(name)}")
+            raise ValueError(f"expected parameter names in {where}, found the key {reprlib.repr(name)}")
         model[name] = _read_tensor(archive, root, storages, name, value)
+    return model
 
-    checkpoint: dict[str, Any] = {"model": model}
+
+def _read_checkpoint(archive: zipfile.ZipFile) -> dict[str, Any]:
+    root, content = _read_content(archive)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a checkpoint (a dict with 'model'), found {_describe(content)}")
+    if "model" not in content:
+        raise ValueError(f"expected a checkpoint (a dict with 'model'), found the keys {reprlib.repr(list(content))}")
+    checkpoint: dict[str, Any] = {"model": _read_weights(archive, root, content["model"], "'model'")}
     for section in ("cfg", "args"):  # one of them is None
         options = _plain(content.get(section), {}, 0)
         if options is not None:

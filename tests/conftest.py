@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 KERNELS = Path(*importlib.util.find_spec("mae_ast_fast.kernels").submodule_search_locations)
 KERNEL_TESTS = {f"test_{path.stem}" for path in KERNELS.glob("*.py") if "def examples(" in path.read_text()}
-KERNEL_TESTS |= {"test_model_triton", "test_golden", "test_undefined_memory"}
+KERNEL_TESTS |= {"test_model_triton", "test_golden", "test_ssast", "test_undefined_memory"}
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

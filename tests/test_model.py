@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mae_ast_fast
-from mae_ast_fast import MAEAST, MAEASTConfig, fbank
+from mae_ast_fast import MAEAST, MAEASTConfig, fbank, reference
 from mae_ast_fast.masking import num_visible, sample_mask
 from mae_ast_fast.packing import real_tokens, sinusoid
 from mae_ast_fast.transformer import Execution
@@ -702,13 +702,13 @@ def _packing(rows: int) -> Any:
 def test_every_dropout_stands_where_the_paper_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"dropout": 0.11, "attention_dropout": 0.12, "activation_dropout": 0.13, "input_dropout": 0.14}
     seen: list[tuple[float, tuple[int, ...]]] = []
-    original = torch.nn.functional.dropout
+    original = reference.drop
 
-    def spy(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        seen.append((p if training else 0.0, tuple(x.shape)))
-        return original(x, p, training, inplace)
+    def spy(x: Tensor, rate: float) -> Tensor:
+        seen.append((rate, tuple(x.shape)))
+        return original(x, rate)
 
-    monkeypatch.setattr(torch.nn.functional, "dropout", spy)
+    monkeypatch.setattr(reference, "drop", spy)
     x, frames = batch([16, 16])
     mask = masks([16, 16], hidden=[7, 7])
     for norm_first in (False, True):
@@ -1124,7 +1124,7 @@ def test_loading_a_folder_needs_no_network(tmp_path: Path, monkeypatch: pytest.M
 
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(mae_ast_fast.model, "hf_hub_download", refuse)
+    monkeypatch.setattr(mae_ast_fast.base, "hf_hub_download", refuse)
     model.save_pretrained(tmp_path)
     for folder in (tmp_path, str(tmp_path)):
         assert torch.equal(MAEAST.from_pretrained(folder).head.weight, model.head.weight)
@@ -1211,7 +1211,7 @@ def test_saving_again_never_leaves_a_folder_without_its_config(tmp_path: Path, m
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(mae_ast_fast.model, "save_file", die)
+    monkeypatch.setattr(mae_ast_fast.base, "save_file", die)
     with pytest.raises(OSError):
         build(seed=1).save_pretrained(tmp_path)
     assert torch.equal(MAEAST.from_pretrained(tmp_path).head.weight, model.head.weight)

@@ -1,0 +1,232 @@
+"""What MAEAST and SSAST have in common: how they are built, what input they take, how they are saved and read.
+
+Letters as in model.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import ops
+from .atomic import write_whole
+from .attention import check_backend
+from .config import MAEASTConfig, SSASTConfig
+from .masking import num_visible
+from .ops import resolve_impl
+from .packing import Sizes
+from .transformer import RECOMPUTE, Execution
+
+Model = TypeVar("Model", bound="PretrainingModel")
+
+
+class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
+    """Base of the models. A subclass has ``patch_embed``, whose dtype is that of its computations.
+
+    Args:
+        config: Of the class ``config_class``.
+        impl: "auto", "torch" or "triton".
+        attention: "auto" or the name of an attention backend (attention.py).
+        recompute: "none", "gelu" or "layer".
+
+    Raises:
+        ValueError: ``impl``, ``attention`` or ``recompute`` is unknown or not available, or the configuration is of
+            another model.
+    """
+
+    config_class: ClassVar[type[MAEASTConfig] | type[SSASTConfig]]
+    model_type: ClassVar[str]  # in config.json
+    patch_embed: nn.Linear
+
+    def __init__(
+        self,
+        config: MAEASTConfig | SSASTConfig,
+        impl: str = "auto",
+        attention: str = "auto",
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
+        # Only who asks for kernels by name is told at once that there is no GPU for them; nobody else touches CUDA.
+        resolve_impl(impl, "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
+        check_backend(attention)  # what the backend can do shows on the device and dtype of a call
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+        if recompute == "gelu" and config.activation_dropout > 0.0:
+            raise ValueError(
+                f"recompute='gelu' needs activation_dropout=0, got {config.activation_dropout}: use recompute='layer'"
+            )
+        self.config, self.impl, self.attention, self.recompute = config, impl, attention, recompute
+
+    def sizes_of(self, lengths: Sequence[int]) -> Sizes:
+        """The sizes of a batch whose masks ``forward`` draws.
+
+        Args:
+            lengths: Real frames of each clip, on the host.
+        """
+        config = self.config
+        tokens = [int(frames) // config.patch_size[0] * config.grid_f for frames in lengths]
+        visible = [num_visible(count, config.mask_ratio) for count in tokens]
+        return Sizes.of(visible, [count - v for count, v in zip(tokens, visible, strict=True)])
+
+    def _execution(self, device: torch.device, dtype: torch.dtype) -> Execution:
+        """Resolves the implementation, and draws the seed of this forward's dropout where kernels need one."""
+        config = self.config
+        impl, _ = resolve_impl(self.impl, device, dtype)
+        kernels = impl == "triton" or self.attention == "short"
+        rates = config.dropout, config.attention_dropout, config.activation_dropout, config.input_dropout
+        drop = self.training and kernels and any(rates)
+        return Execution(impl, self.attention, ops.draw_seed(device) if drop else None, self.recompute)
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """Dtype of the stream and of the matrix products: autocast's where it is on, else that of the weights."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.patch_embed.weight.dtype
+
+    def _sizes(self, features: Tensor, lengths: Tensor | None, given: tuple[Tensor, Tensor] | None) -> Sizes:
+        """Exact sizes; the host waits for a GPU only where it cannot know them.
+
+        Args:
+            features: (B, T, F).
+            lengths: (B,) real frames.
+            given: Visible and masked tokens, (B, L) bool each, where the mask was not drawn here.
+        """
+        frames = [features.shape[1]] * features.shape[0] if lengths is None else lengths
+        if given is None:
+            sizes = self.sizes_of(frames if isinstance(frames, list) else torch.as_tensor(frames).tolist())
+            alive = sizes.masked > 0  # a drawn mask leaves one token visible
+        else:
+            visible, masked = torch.stack(given).sum(2).tolist()
+            sizes = Sizes.of(visible, masked)
+            alive = any(v and m for v, m in zip(visible, masked, strict=True))
+        if not alive:
+            kt, kf = self.config.patch_size
+            frames = frames if isinstance(frames, list) else torch.as_tensor(frames).tolist()
+            hidden = "" if given is None else f" and masked tokens {masked}"
+            raise ValueError(
+                f"no clip has both visible and masked tokens: clips need at least 2 patches of {kt} frames x {kf} "
+                f"bins, of which the mask hides some, got frames {frames}{hidden}"
+            )
+        return sizes
+
+    def _check(self, features: Tensor, lengths: Tensor | None, values: bool = True) -> Tensor:
+        """Validates features and lengths; returns the frame counts (B,) int64."""
+        bins = self.config.num_mel_bins
+        if not isinstance(features, Tensor) or features.dim() != 3 or features.shape[2] != bins:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"features must be a tensor (B, T, {bins}), got {got}")
+        if not features.is_floating_point():
+            raise ValueError(f"features must be floating point, got {features.dtype}")
+        batch, width = features.shape[:2]
+        if batch == 0:
+            raise ValueError("features has no clips: B is 0")
+        if lengths is None:
+            return torch.full((batch,), width, dtype=torch.long, device=features.device)
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"lengths must be integers ({batch},), got {lengths!r}") from error
+        is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+        if lengths.shape != (batch,) or not is_whole:
+            raise ValueError(f"lengths must be integers ({batch},), got {lengths.dtype} {tuple(lengths.shape)}")
+        if values and (lengths.min() < 0 or lengths.max() > width):
+            raise ValueError(f"lengths must be between 0 and T={width} frames, got {lengths.tolist()}")
+        on_gpu = features.device.type == "cuda"  # a copy to the GPU must not wait; one from it must
+        return lengths.to(features.device, torch.long, non_blocking=on_gpu)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **hub: Any) -> str | None:
+        """Writes model.safetensors and config.json, each in one step: a reader never sees half a file.
+
+        Args:
+            save_directory: Folder, made where it does not exist.
+            **hub: ``push_to_hub``, ``repo_id`` and what else ``huggingface_hub.ModelHubMixin`` takes.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        config = json.dumps({"model_type": self.model_type, **self.config.to_dict()}, indent=2) + "\n"
+        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+        write_whole(folder / "config.json", lambda path: path.write_text(config))
+        if "model_card_kwargs" in hub:  # the mixin is about to upload the folder
+            self.generate_model_card(**(hub["model_card_kwargs"] or {})).save(folder / "README.md")
+        if hub.pop("push_to_hub", False):
+            return self.push_to_hub(hub.pop("repo_id", None) or folder.name, **hub)
+        return None
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        impl: str = "auto",
+        attention: str = "auto",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> Model:
+        """Reads a folder that ``save_pretrained`` wrote, without a network, or a Hub repository; in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: Folder or repository name.
+            impl: As in the constructor.
+            attention: As in the constructor.
+            revision: This and the following as ``huggingface_hub.hf_hub_download`` takes them; unused for a folder.
+            cache_dir: Where downloads are kept.
+            force_download: Download again.
+            local_files_only: Never download.
+            token: Of the Hub.
+
+        Raises:
+            ValueError: A file is missing or damaged, or weights and configuration do not fit.
+        """
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        source = os.fspath(pretrained_model_name_or_path)
+
+        if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise ValueError(f"{source} is no folder, and no name of a Hub repository (owner/name)")
+
+        def locate(name: str) -> Path:
+            if not os.path.isdir(source):
+                return Path(hf_hub_download(source, name, **hub))
+            path = Path(source) / name
+            if not path.is_file():
+                raise ValueError(
+                    f"{source} is no checkpoint: expected {name} in it, found {sorted(os.listdir(source))}"
+                )
+            return path
+
+        path = locate("config.json")
+        try:
+            fields = json.loads(path.read_text())
+            if not isinstance(fields, dict):
+                raise ValueError(f"expected an object, got {type(fields).__name__}")
+            if (kind := fields.pop("model_type", None)) != cls.model_type:
+                raise ValueError(f"expected model_type {cls.model_type!r}, got {kind!r}")
+            config = cls.config_class.from_dict(fields)
+        except ValueError as error:  # that of the JSON reader among them
+            raise ValueError(f"{path} is no configuration of {cls.__name__}: {error}") from None
+        model = cls(config, impl=impl, attention=attention)
+        path = locate("model.safetensors")
+        try:
+            model.load_state_dict(load_file(path))
+        except Exception as error:  # safetensors' own exception class is not public
+            raise ValueError(f"{path} is damaged or does not fit its config.json: {error}") from None
+        return model.eval()
