@@ -4,15 +4,15 @@ OMP_WAIT_POLICY=PASSIVE python -m pytest benchmarks -k step --benchmark-json=ben
 python -m pytest benchmarks -k step --benchmark-disable            every column once, at toy sizes
 
 A step draws its masks, runs forward and backward from gradients that are None, clips the gradient's norm at 10 and
-updates with AdamW (fused): the same for all columns. The front end is not in it. Dropout 0.1, no layerdrop.
+updates with AdamW (fused): the same for all columns. The front end is not in it. Dropout 0.1, no layerdrop. In fp32
+and, as ``NAME bf16``, in bf16 (on a GPU in bf16 alone):
 
-    original          benchmarks/original.py, the paper's implementation style, in fp32
-    original bf16     the same under autocast
-    reference         MAEAST(impl="torch"), eager, in fp32
-    reference bf16    the same under autocast
-    compiled          torch.compile of the reference, fp32, and
-    compiled bf16     under autocast. Graph breaks are allowed, since packing reads counts back; masks are drawn outside
-                      the compiled part: Inductor makes C++ of Philox's shifts that does not compile (torch 2.14).
+    original        benchmarks/original.py, the paper's implementation style
+    reference       MAEAST(impl="torch", attention="sdpa"), eager: the plain path over padded attention
+    compiled        torch.compile(fullgraph=True) of it
+    fast            what this library makes of the step: TrainStep; on a CPU MAEAST as it is, on a GPU impl="triton"
+    fast, gelu      the same with recompute="gelu" (GPU)
+    fast, graphs    the same as CUDA graphs (GPU, small batches)
 
 Before anything is timed, the losses of all columns on the same weights and the same mask, without dropout, must agree
 within tests/policy.py.
@@ -21,33 +21,28 @@ The case ``mixed`` has clips of unequal length. The paper's setting (``pad_audio
 ``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s; its batches are neighbours in a
 list sorted by length, the shortest and the longest among them, so that little but the cap is lost. The packed columns
 take the same clips in random batches, whole. Each column is credited with the audio that it trains on. Compiled columns
-are left out there: every batch has another shape.
+are left out there: every batch has another shape. ``equal`` is its counterpart: as much audio in clips of 10 s.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from measure import DEVICE, ROUNDS, Clock, load_average, peak_bytes, synchronize
 from original import Original
 from policy import BF16_LOSS, ONE_STEP
 from torch import Tensor, nn
 
-from mae_ast_fast import MAEAST, MAEASTConfig
+from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep
 from mae_ast_fast.fairseq import convert_state_dict
 from mae_ast_fast.masking import sample_mask
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROUNDS = 30 if DEVICE.type == "cuda" else 5
 SECONDS = 10.0
 CROP = 250_000 / 16_000  # seconds; the paper's max_sample_size
 
@@ -73,26 +68,39 @@ class Case:
         return replace(self, clips=2, batches=min(self.batches, 2), sizes=sizes)
 
 
-CASES = (
+ON_CPU = (
     Case("patch_small", "patch_small", 8),
     Case("frame_small", "frame_small", 8),
     Case("patch_base", "patch_base", 4),
     Case("mixed", "patch_tiny", 4, mixed=True, batches=4),
+    Case("equal", "patch_tiny", 5, batches=4),
 )
+ON_GPU = (
+    Case("patch_base", "patch_base", 256),
+    Case("few clips", "patch_base", 8),
+    Case("mixed", "patch_base", 64, mixed=True, batches=4),
+    Case("equal", "patch_base", 72, batches=4),
+)
+CASES = ON_GPU if DEVICE.type == "cuda" else ON_CPU
+FEW = 32  # clips, below which launching kernels takes longer than running them
 
 
 @dataclass
 class Batch:
-    """Log-mel (B, T, F) with frame counts (B,), and the seconds that each clip lasts."""
+    """Log-mel (B, T, F) with frame counts (B,), also on the host, and the seconds that each clip lasts."""
 
     features: Tensor
     frames: Tensor
+    on_host: list[int]
     seconds: list[float]
 
 
 @dataclass
 class Column:
-    """One way to do the step; ``loss`` takes (batch, mask or None)."""
+    """One way to do the step; ``loss`` takes (batch, mask or None).
+
+    ``update`` does it whole where it is given, else ``loss``, backward, clipping and ``optimizer`` one after another.
+    """
 
     name: str
     model: nn.Module
@@ -101,6 +109,7 @@ class Column:
     optimizer: torch.optim.Optimizer
     batches: list[Batch]
     bf16: bool
+    update: TrainStep | None = None
 
     def run(self, clock: Callable[[str], None] = lambda stage: None) -> float:
         """One update a batch; returns the last loss. ``clock`` is told of every stage as it ends."""
@@ -108,6 +117,10 @@ class Column:
         if tells:
             self.model.clock = clock
         for batch in self.batches:
+            if self.update is not None:
+                loss = self.update(batch.features, batch.on_host).loss
+                clock("update")
+                continue
             self.optimizer.zero_grad(set_to_none=True)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.loss(batch, None)
@@ -134,14 +147,14 @@ def make_batch(seconds: list[float], config: MAEASTConfig, generator: torch.Gene
     """Noise with the mean and the spread of log-mel, in clips of these lengths (25 ms windows every 10 ms)."""
     frames = torch.tensor([1 + int(100 * second - 2.5) for second in seconds])
     features = torch.randn(len(seconds), int(frames.max()), config.num_mel_bins, generator=generator) * 4.0 - 6.0
-    return Batch(features.to(DEVICE), frames.to(DEVICE), seconds)
+    return Batch(features.to(DEVICE), frames.to(DEVICE), frames.tolist(), seconds)
 
 
 def make_batches(case: Case) -> tuple[list[Batch], list[Batch]]:
     """Batches of the column ``original`` and of the packed ones."""
     config, generator = case.config, torch.Generator().manual_seed(0)
     if not case.mixed:
-        batches = [make_batch([SECONDS] * case.clips, config, generator)]
+        batches = [make_batch([SECONDS] * case.clips, config, generator) for _ in range(case.batches)]
         return batches, batches
     # Half of the corpus lasts 10 s, as AudioSet's clips; half 2 to 35 s, 12 in the mean, about as LibriSpeech's.
     random = np.random.default_rng(0)
@@ -158,8 +171,14 @@ def make_columns(case: Case, compiled: bool = True) -> list[Column]:
     torch.manual_seed(0)
     config = case.config
     original = Original(config).to(DEVICE)
-    reference = MAEAST(config, impl="torch").to(DEVICE)
-    reference.load_state_dict(convert_state_dict(original.state_dict(), config))
+    weights = convert_state_dict(original.state_dict(), config)
+
+    def ours(**how: str) -> MAEAST:
+        model = MAEAST(config, **how)
+        model.load_state_dict(weights)
+        return model.to(DEVICE)
+
+    reference = ours(impl="torch", attention="sdpa")
     for_original, packed = make_batches(case)
     torch.compiler.reset()  # a case's graphs must not use up the recompilations of the next one's ...
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # ... and end in eager code unnoticed
@@ -174,20 +193,34 @@ def make_columns(case: Case, compiled: bool = True) -> list[Column]:
         return original(batch.features, mask).loss
 
     kinds = [
-        ("original", original, original.batch_norm, original_loss, for_original),
-        ("reference", reference, reference.input_norm, packed_loss(reference), packed),
+        ("original", original, original.batch_norm, original_loss, for_original, None),
+        ("reference", reference, reference.input_norm, packed_loss(reference), packed, None),
     ]
     if compiled and not case.mixed:
-        kinds.append(("compiled", reference, reference.input_norm, packed_loss(torch.compile(reference)), packed))
+        graph = torch.compile(reference, fullgraph=True)
+        kinds.append(("compiled", reference, reference.input_norm, packed_loss(graph), packed, None))
+    ways: dict[str, tuple[str, bool]] = {"fast": ("none", False)}  # recompute, graphs
+    if DEVICE.type == "cuda":
+        ways["fast, gelu"] = "gelu", False
+        if case.clips <= FEW and not case.mixed:
+            ways["fast, graphs"] = "none", True
+    for name, (recompute, graphs) in ways.items():
+        model = ours(impl="triton" if DEVICE.type == "cuda" else "torch", recompute=recompute)
+        kinds.append((name, model, model.input_norm, packed_loss(model), packed, graphs))
     optimizers = {
         model: torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
         for model in (original, reference)
     }
-    return [
-        Column(f"{name} bf16" if bf16 else name, model.train(), norm, loss, optimizers[model], batches, bf16)
-        for name, model, norm, loss, batches in kinds
-        for bf16 in (False, True)
-    ]
+    columns = []
+    for name, model, norm, loss, batches, graphs in kinds:
+        for bf16 in (True,) if DEVICE.type == "cuda" else (False, True):
+            update, optimizer = None, optimizers.get(model)
+            if graphs is not None:
+                update = TrainStep(model.train(), 1e-4, precision="bf16" if bf16 else "fp32", graphs=graphs)
+                optimizer = update.optimizer
+            full = f"{name} bf16" if bf16 else name
+            columns.append(Column(full, model.train(), norm, loss, optimizer, batches, bf16, update))
+    return columns
 
 
 def draw_mask(config: MAEASTConfig, batch: Batch, seed: int | None = None) -> Tensor:
@@ -203,7 +236,7 @@ def check(columns: list[Column], config: MAEASTConfig) -> dict[str, float]:
     Raises:
         AssertionError: It is larger than the policy allows.
     """
-    reference = next(column for column in columns if column.name == "reference")
+    reference = replace(next(column for column in columns if column.name.startswith("reference")), bf16=False)
     errors: dict[str, float] = {}
     for column in columns:
         # The original takes clips of one length only; the reference takes those too.
@@ -215,55 +248,6 @@ def check(columns: list[Column], config: MAEASTConfig) -> dict[str, float]:
             assert error <= allowed, f"{column.name}: loss {error:.3g} off the reference's, allowed {allowed:.3g}"
             errors[column.name] = max(error, errors.get(column.name, 0.0))
     return errors
-
-
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-class Clock:
-    """Adds up the seconds between its calls under the names that they bring; it does not wait for a GPU."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.last = time.perf_counter()
-
-    def __call__(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] += now - self.last
-        self.last = now
-
-
-def peak_bytes(column: Column) -> int | None:
-    """Largest memory of a run over what lies there anyway (weights, optimizer state); None where nobody counts it."""
-    column.optimizer.zero_grad(set_to_none=True)
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        column.run()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the run finds memory that others freed but the process kept
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forgets the peak so far
-    except OSError:
-        return None
-
-    def status(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-
-    before = status("VmRSS:")
-    column.run()
-    return status("VmHWM:") - before
-
-
-@contextmanager
-def load_average(into: dict[str, Any]) -> Iterator[None]:
-    into["load_average_before"] = os.getloadavg()
-    yield
-    into["load_average_after"] = os.getloadavg()
 
 
 def measure(case: Case, compiled: bool = True) -> tuple[Callable[[], None], dict[str, Any]]:
@@ -278,7 +262,8 @@ def measure(case: Case, compiled: bool = True) -> tuple[Callable[[], None], dict
     record: dict[str, Any] = {"preset": case.preset, "clips_a_batch": case.clips, "mixed": case.mixed, "columns": {}}
     for column in columns:
         column.run()
-        peak = peak_bytes(column)
+        column.optimizer.zero_grad(set_to_none=True)
+        peak = peak_bytes(column.run)
         record["columns"][column.name] = {
             "loss_error": errors[column.name],
             "steps": len(column.batches),
@@ -319,7 +304,5 @@ def bench_step(case: Case, benchmark: Any) -> None:
         case = case.toy()
     with load_average(benchmark.extra_info):
         one_round, record = measure(case, compiled=benchmark.enabled)
-        # The fixture times one function again and again, column after column: a machine that slows down meanwhile would
-        # favour some. So it is given a whole round, which times its columns itself; their samples are in extra_info.
         benchmark.pedantic(one_round, rounds=ROUNDS)
     benchmark.extra_info.update(record)

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -325,6 +326,17 @@ def memcheck_jobs(files: Sequence[Path], workers: int) -> tuple[list[Job], str]:
     return [pytest_job(file, workers, "-k", MEMCHECK, **options) for file in files if file.name not in OTHERS], ""
 
 
+def goals(path: Path) -> list[dict[str, Any]]:
+    """The goals of the step beside a benchmark's result; none where there is no result."""
+    if not path.is_file():
+        return []
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import report
+
+    names = ("what", "goal", "measured", "reached")
+    return [dict(zip(names, row, strict=True)) for row in report.goals(json.loads(path.read_text()))]
+
+
 def summary(run: Run) -> str:
     """The table at the end, and what failed."""
     rows = [("stage", "status", "passed", "failed", "skipped", "seconds")]
@@ -336,6 +348,9 @@ def summary(run: Run) -> str:
     for name, entry in run.report["stages"].items():
         lines += [f"{name}: {problem}" for problem in entry["problems"]]
         lines += [f"{name}: {count} skipped: {reason}" for reason, count in sorted(entry["skipped"].items())]
+    for row in run.report.get("goals", []):
+        reached = "reached" if row["reached"] else "not reached"
+        lines.append(f"goal: {row['what']}: {row['goal']}, measured {row['measured']}: {reached}")
     return "\n".join([*lines, f"{run.json}", f"{run.text}"])
 
 
@@ -375,11 +390,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs, note = memcheck_jobs(kernels, workers)
         run.stage("memcheck", jobs, limits["memcheck"], note=note)
     if "benchmarks" in stages:
-        files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+        files = sorted((ROOT / "benchmarks").glob("bench_*.py"), key=lambda file: (file.stem != "bench_step", file))
         target = arguments.out.resolve() / run.stem
         jobs = [pytest_job(file, 1, f"--benchmark-json={target}_{file.stem}.json") for file in files]
         note = "" if jobs else "there is no benchmarks/bench_*.py"
         run.stage("benchmarks", jobs, limits["benchmarks"], workers=1, note=note)
+        run.report["goals"] = goals(Path(f"{target}_bench_step.json"))
+        run.save()
     table = summary(run)
     print(table)
     run.log(table + "\n")

@@ -127,6 +127,146 @@ def stage_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """What the step is to reach on one H100 beside what a run of bench_step.py on a GPU measured.
+
+    Base patch model, bf16, dropout 0.1, at least 256 clips of 10 s, all columns of one run, medians over its rounds.
+
+    Returns:
+        (what, goal, measured, reached) of each goal.
+    """
+    cases = {case["param"]: case["extra_info"]["columns"] for case in result["benchmarks"]}
+    columns = cases["patch_base"]
+    fast = columns["fast bf16"]
+
+    def rate(column: dict[str, Any], unit: str) -> float:
+        return statistics.median(column[unit] / seconds for seconds in column["seconds"])
+
+    def ahead_of(other: str) -> float:
+        pairs = zip(columns[other]["seconds"], fast["seconds"], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    clips = rate(fast, "clips")
+    mixed = rate(cases["mixed"]["fast bf16"], "audio_seconds") / rate(cases["equal"]["fast bf16"], "audio_seconds")
+    rows = [("clips/s", 3500.0, clips, clips >= 3500.0)]
+    rows += [
+        (f"times the speed of `{other}`", goal, ratio := ahead_of(other), ratio >= goal)
+        for other, goal in (("compiled bf16", 1.25), ("original bf16", 3.7))
+    ]
+    rows += [
+        (f"MB a clip, `{name}`", goal, size := columns[name]["peak_bytes_a_clip"] / 1e6, size <= goal)
+        for name, goal in (("fast bf16", 65.0), ("fast, gelu bf16", 50.0))
+    ]
+    rows.append(("audio a second, clips of unequal length against equal ones", 0.9, mixed, mixed >= 0.9))
+    return [(what, f"{goal:g}", f"{measured:.4g}", reached) for what, goal, measured, reached in rows]
+
+
+def where_and_when(result: dict[str, Any]) -> str:
+    """The sentences above a table of columns that took turns."""
+    machine, commit = result["machine_info"], result["commit_info"]["id"][:12]
+    cases = [case["extra_info"] for case in result["benchmarks"]]
+    loads = [case[f"load_average_{when}"][0] for case in cases for when in ("before", "after")]
+    rounds = min(len(sample["seconds"]) for case in cases for sample in _samples(case["columns"]))
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, load "
+        f"average {min(loads):.1f} to {max(loads):.1f}; medians (quartiles) of {rounds} rounds in which the columns "
+        "take turns. Speeds are against the first column of a case, medians over the rounds."
+    )
+
+
+def _samples(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each column, or, where it has several, of each thing that is timed."""
+    return [s for column in columns.values() for s in ([column] if "seconds" in column else column.values())]
+
+
+def milliseconds(samples: list[float]) -> str:
+    low, median, high = (f"{1e3 * value:.3g}" for value in quartiles(samples))
+    return f"{median} ({low} - {high})"
+
+
+def speed(first: dict[str, Any], column: dict[str, Any]) -> str:
+    """How many times as fast as the first column, round by round."""
+    pairs = zip(first["seconds"], column["seconds"], strict=True)
+    return f"{statistics.median(a / b for a, b in pairs):.2f} x"
+
+
+def ops_table(result: dict[str, Any]) -> str:
+    """Milliseconds, speed, and share of the machine's peak of each op, point and column; from bench_ops.py."""
+    lines = [
+        where_and_when(result),
+        "Rates count the bytes or FLOP that an op cannot do without; their share is of a large copy or matrix product "
+        "in the same rounds (in a CPU's caches it may exceed 100 %).",
+        "",
+        "| op | point | column | forward, ms | speed | forward + backward, ms | speed | rate | of the peak |",
+        "|---" * 9 + "|",
+    ]
+    for case in (case["extra_info"] for case in result["benchmarks"]):
+        first, peak = next(iter(case["columns"].values())), case["peak"]
+        for name, column in case["columns"].items():
+            cells = [case["op"], case["point"], name]
+            for what in ("forward", "forward + backward"):
+                timed = column.get(what)
+                cells += [milliseconds(timed["seconds"]), speed(first[what], timed)] if timed else ["", ""]
+            what = list(column)[-1]
+            rate = case["work"][what] / statistics.median(column[what]["seconds"]) / 1e9
+            share = statistics.median(
+                case["work"][what] / a / (peak["work"] / b)
+                for a, b in zip(column[what]["seconds"], peak["seconds"], strict=True)
+            )
+            cells += [f"{rate:.3g} {'GB/s' if case['unit'] == 'bytes' else 'GFLOP/s'}", f"{100 * share:.0f} %"]
+            lines.append(f"| {' | '.join(cells)} |")
+    cases = [case["extra_info"]["left_out"] for case in result["benchmarks"]]
+    left_out = {f"`{name}`: {why}" for case in cases for name, why in case.items()}
+    lines += ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
+    return "\n".join(lines)
+
+
+def masking_table(result: dict[str, Any]) -> str:
+    """Milliseconds and clips/s of each point and column; from bench_masking.py."""
+    lines = [
+        where_and_when(result),
+        "",
+        "| point | strategy | clips | tokens a clip | column | ms a batch | speed | clips/s |",
+        "|---" * 8 + "|",
+    ]
+    for case in (case["extra_info"] for case in result["benchmarks"]):
+        first = next(iter(case["columns"].values()))
+        for name, column in case["columns"].items():
+            cells = [case["point"], case["strategy"], str(case["clips"]), str(case["tokens"]), name]
+            rate = case["clips"] / statistics.median(column["seconds"])
+            cells += [milliseconds(column["seconds"]), speed(first, column), f"{rate:,.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def data_table(result: dict[str, Any]) -> str:
+    """Milliseconds and audio a second of each stage and column, and the stages' shares; from bench_data.py."""
+    lines = [
+        where_and_when(result),
+        "",
+        "| what | column | ms | speed | clips/s | audio seconds a second | a second of one core |",
+        "|---" * 7 + "|",
+    ]
+    shares = []
+    for found in result["benchmarks"]:
+        what, case = found["name"].removeprefix("bench_"), found["extra_info"]
+        first = next(iter(case["columns"].values()))
+        for name, column in case["columns"].items():
+            seconds, worked = (statistics.median(column[key]) for key in ("seconds", "cpu_seconds"))
+            cells = [what, name, milliseconds(column["seconds"]), speed(first, column)]
+            cells += [f"{case['clips'] / seconds:.0f}"]
+            cells += [f"{case['audio_seconds'] / time:,.0f}" for time in (seconds, worked)]
+            lines.append(f"| {' | '.join(cells)} |")
+        if stages := case.get("stages"):
+            totals = [sum(sample.values()) for sample in stages]
+            for stage in stages[0]:
+                low, median, high = quartiles([100 * s[stage] / total for s, total in zip(stages, totals, strict=True)])
+                shares.append(f"{stage} {median:.1f} % ({low:.1f} - {high:.1f})")
+    if shares:
+        lines += ["", f"Of a run's time: {', '.join(shares)}."]
+    return "\n".join(lines)
+
+
 TABLES = {"pretrain": lambda dirty: pretrain_table(), "step_cpu": step_cpu_table}
 
 

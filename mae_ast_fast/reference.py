@@ -86,7 +86,8 @@ def scatter_tokens(
     if visible.shape[0] == 0:  # no clip of the batch has a visible token: nothing to look up
         x = mask_token + positions
     else:
-        x = torch.where((inverse < 0)[:, None], mask_token, visible[inverse.clamp(min=0)]) + positions
+        found = visible.index_select(0, inverse.clamp(min=0))  # its gradient adds rows; that of indexing sorts them
+        x = torch.where((inverse < 0)[:, None], mask_token, found) + positions
     if weight is not None:
         x = layer_norm(x, weight, bias)
     return drop(x, dropout)

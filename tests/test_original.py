@@ -93,12 +93,13 @@ def test_masks_are_the_papers() -> None:
         model.draw_mask(1, 8)
 
 
-@pytest.mark.parametrize("case", bench_step.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", bench_step.ON_CPU, ids=lambda case: case.name)
 def test_the_step_benchmark_at_toy_sizes(case: bench_step.Case) -> None:
     one_round, record = bench_step.measure(case.toy(), compiled=False)
     one_round()
     columns = json.loads(json.dumps(record))["columns"]
-    assert list(columns) == ["original", "original bf16", "reference", "reference bf16"]
+    kinds = ("original", "reference", "fast")
+    assert list(columns) == [f"{kind}{precision}" for kind in kinds for precision in ("", " bf16")]
     for column in columns.values():
         assert len(column["seconds"]) == len(column["cpu_seconds"]) == 1
         assert sum(column["stages"][0].values()) == pytest.approx(column["seconds"][0], abs=0.1)
@@ -108,7 +109,7 @@ def test_the_step_benchmark_at_toy_sizes(case: bench_step.Case) -> None:
 
 
 def test_the_step_benchmark_refuses_another_loss() -> None:
-    case = bench_step.CASES[1].toy()
+    case = bench_step.ON_CPU[1].toy()
     columns = bench_step.make_columns(case, compiled=False)
     with torch.no_grad():
         columns[0].model.final_proj_reconstruction.bias.add_(0.1)
