@@ -185,7 +185,8 @@ def make_columns(case: Case, compiled: bool = True) -> list[Column]:
 
     def packed_loss(model: Callable[..., Any]) -> Callable[[Batch, Tensor | None], Tensor]:
         def loss(batch: Batch, mask: Tensor | None) -> Tensor:
-            return model(batch.features, batch.frames, draw_mask(config, batch) if mask is None else mask).loss
+            mask = draw_mask(config, batch) if mask is None else mask
+            return model(batch.features, batch.frames, mask, sizes=reference.sizes_of(batch.on_host)).loss
 
         return loss
 
