@@ -97,6 +97,7 @@ def attention(
     backend: str = "auto",
     seed: Tensor | None = None,
     site: int = 0,
+    exact: bool = True,
 ) -> Tensor:
     """Softmax attention of each clip over its own rows, scale Dh ** -0.5.
 
@@ -108,6 +109,7 @@ def attention(
         backend: "auto" or one of ``BACKENDS``.
         seed: As in ops.py, for ``short``; likewise ``site``.
         site: Which dropout this is.
+        exact: Whether all N rows belong to a clip (packing.Packing).
 
     Returns:
         (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.Sizes): zeros from ``clips``, ``short``
@@ -129,7 +131,7 @@ def attention(
     if name in flash.FLASH:
         # One unbind: its gradient is one pass, where those of slices are a pass over zeros each.
         return flash.attend(name, *qkv.unbind(1), *cu, dropout)
-    return _padded(name, qkv[:, 0], qkv[:, 1:], *cu, dropout)
+    return _padded(name, qkv[:, 0], qkv[:, 1:], *cu, dropout, exact)
 
 
 def cross_attention(
@@ -141,6 +143,7 @@ def cross_attention(
     max_kv: int,
     dropout: float = 0.0,
     backend: str = "auto",
+    exact: bool = True,
 ) -> Tensor:
     """Softmax attention of some rows of each clip over all of its rows, scale Dh ** -0.5.
 
@@ -153,6 +156,7 @@ def cross_attention(
         max_kv: See ``cu_kv``.
         dropout: Rate on the attention probabilities, in [0, 1).
         backend: "auto" or one of ``BACKENDS``; "short" is "auto" here.
+        exact: Whether all rows belong to a clip (packing.Packing).
 
     Returns:
         (Nq, H, Dh) in the dtype of ``q``; rows past the last clip as in ``attention``.
@@ -169,7 +173,7 @@ def cross_attention(
         return clip_attention(q, kv, cu_q, cu_kv, dropout)
     if name in flash.FLASH:
         return flash.attend(name, q, *kv.unbind(1), cu_q, max_q, cu_kv, max_kv, dropout)
-    return _padded(name, q, kv, cu_q, max_q, cu_kv, max_kv, dropout)
+    return _padded(name, q, kv, cu_q, max_q, cu_kv, max_kv, dropout, exact)
 
 
 def _check(dropout: float, q: Tensor, kv: Tensor, **cu_seqlens: Tensor) -> None:
@@ -178,13 +182,23 @@ def _check(dropout: float, q: Tensor, kv: Tensor, **cu_seqlens: Tensor) -> None:
         raise ValueError(f"q and kv must be alike, got {q.dtype} on {q.device} and {kv.dtype} on {kv.device}")
     for name, cu in cu_seqlens.items():
         ops.check_cu_seqlens(name, cu, q)
-    if len({cu.shape[0] for cu in cu_seqlens.values()}) > 1:
+    first, *others = cu_seqlens.values()
+    # Compared, not gathered in a set: a hash would make a traced graph one for this number of clips alone.
+    if any(cu.shape[0] != first.shape[0] for cu in others):
         clips = " and ".join(str(cu.shape[0] - 1) for cu in cu_seqlens.values())
         raise ValueError(f"cu_q and cu_kv must be of the same clips, got {clips}")
 
 
 def _padded(
-    name: str, q: Tensor, kv: Tensor, cu_q: Tensor, max_q: int, cu_kv: Tensor, max_kv: int, dropout: float
+    name: str,
+    q: Tensor,
+    kv: Tensor,
+    cu_q: Tensor,
+    max_q: int,
+    cu_kv: Tensor,
+    max_kv: int,
+    dropout: float,
+    exact: bool = True,
 ) -> Tensor:
     """``cross_attention`` by ``sdpa`` or ``math``: rows padded to the longest clip of a group of like ones."""
     if groups := reference.similar_clips(cu_kv, max_kv, kv.shape[0]):
@@ -196,8 +210,8 @@ def _padded(
             asking.append(rows_q)
         return torch.cat(out)[torch.cat(asking).argsort()]
     if name == "math":
-        return reference.cross_attention(q, kv, cu_q, max_q, cu_kv, max_kv, dropout)
-    pad_q, pad_kv = reference.padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0])
+        return reference.cross_attention(q, kv, cu_q, max_q, cu_kv, max_kv, dropout, exact)
+    pad_q, pad_kv = reference.padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0], exact)
     k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)  # each (B, H, S, Dh)
     mask = None if pad_kv.full else pad_kv.key_valid[:, None, None, :]
     out = F.scaled_dot_product_attention(pad_q.pad(q).transpose(1, 2), k, v, attn_mask=mask, dropout_p=dropout)

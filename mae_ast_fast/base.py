@@ -20,6 +20,7 @@ from . import ops
 from .atomic import write_whole
 from .attention import check_backend
 from .config import MAEASTConfig, SSASTConfig
+from .fbank import fbank
 from .masking import num_visible
 from .ops import resolve_impl
 from .packing import Sizes
@@ -43,7 +44,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
     """
 
     config_class: ClassVar[type[MAEASTConfig] | type[SSASTConfig]]
-    model_type: ClassVar[str]  # in config.json
+    model_type: ClassVar[str]  # in config.json; also the name of the front end in fbank.py
     patch_embed: nn.Linear
 
     def __init__(
@@ -66,6 +67,31 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
                 f"recompute='gelu' needs activation_dropout=0, got {config.activation_dropout}: use recompute='layer'"
             )
         self.config, self.impl, self.attention, self.recompute = config, impl, attention, recompute
+
+    def features(self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """What ``forward`` takes, from waveforms: log-mel of the model's own front end, through ``normalize``.
+
+        Args:
+            waveforms: (B, S) mono at 16 kHz, as ``fbank`` takes them.
+            lengths: (B,) samples of each clip; None: all S.
+
+        Returns:
+            Features (B, T, 128) and the clips' frames (B,), as of ``fbank``.
+
+        Raises:
+            ValueError: As ``fbank``.
+        """
+        features, frames = fbank(waveforms, lengths, frontend=self.model_type)
+        return self.normalize(features), frames
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Log-mel to what ``forward`` takes: unchanged where the model normalises by itself."""
+        return features
+
+    @property
+    def max_frames(self) -> int:
+        """Most frames T of a batch."""
+        raise NotImplementedError
 
     def sizes_of(self, lengths: Sequence[int]) -> Sizes:
         """The sizes of a batch whose masks ``forward`` draws.
@@ -178,6 +204,8 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
     ) -> Model:
         """Reads a folder that ``save_pretrained`` wrote, without a network, or a Hub repository; in evaluation mode.
 
+        Called on the base class it reads either model, by the type that config.json names.
+
         Args:
             pretrained_model_name_or_path: Folder or repository name.
             impl: As in the constructor.
@@ -213,17 +241,19 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
                 )
             return path
 
+        kinds = {kind.model_type: kind for kind in (cls.__subclasses__() if cls is PretrainingModel else [cls])}
         path = locate("config.json")
         try:
             fields = json.loads(path.read_text())
             if not isinstance(fields, dict):
                 raise ValueError(f"expected an object, got {type(fields).__name__}")
-            if (kind := fields.pop("model_type", None)) != cls.model_type:
-                raise ValueError(f"expected model_type {cls.model_type!r}, got {kind!r}")
-            config = cls.config_class.from_dict(fields)
+            if (name := fields.pop("model_type", None)) not in list(kinds):  # in a list, because it may be anything
+                raise ValueError(f"expected model_type {' or '.join(map(repr, kinds))}, got {name!r}")
+            config = kinds[name].config_class.from_dict(fields)
         except ValueError as error:  # that of the JSON reader among them
-            raise ValueError(f"{path} is no configuration of {cls.__name__}: {error}") from None
-        model = cls(config, impl=impl, attention=attention)
+            names = " or ".join(kind.__name__ for kind in kinds.values())
+            raise ValueError(f"{path} is no configuration of {names}: {error}") from None
+        model = kinds[name](config, impl=impl, attention=attention)
         path = locate("model.safetensors")
         try:
             model.load_state_dict(load_file(path))

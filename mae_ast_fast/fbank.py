@@ -158,9 +158,9 @@ def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str)
 
     clip = torch.repeat_interleave(torch.arange(clips, device="cpu"), frames)
     time = torch.arange(total, device="cpu") - (frames.cumsum(0) - frames)[clip]
-    first_sample, row = (clip * samples + time * HOP).to(device), (clip * longest + time).to(device)
+    first_sample, row = _send(clip * samples + time * HOP, device), _send(clip * longest + time, device)
     if frontend == "ssast":
-        clip_means = _clip_means(waveforms, lengths)[clip.to(device), None]
+        clip_means = _clip_means(waveforms, lengths)[_send(clip, device), None]
 
     # All chunks of a call have the same rows: the last ends in rows of the chunk before it, which are not used.
     chunks = math.ceil(total / _chunk_rows(device))
@@ -188,7 +188,12 @@ def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str)
             torch.mm(power[:, bins], bank, out=mel[:, mels])
         mel.clamp_(min=_FLOOR).log_()
         flat_features.index_copy_(0, row[start:stop], mel[: stop - start].to(dtype))
-    return features, frames.to(device)
+    return features, _send(frames, device)
+
+
+def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From the CPU to a device, without waiting for a GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _chunk_rows(device: torch.device) -> int:

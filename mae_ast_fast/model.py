@@ -91,10 +91,12 @@ class InputNorm(nn.Module):
             mean = torch.where(valid, features, 0).sum(dtype=dtype) / count
             variance = torch.where(valid, features - mean, 0).square().sum(dtype=dtype) / count
             unbiased = variance * count / (count - 1).clamp(min=1)
-            learned = (total > 0).to(dtype)  # a batch without a single frame teaches nothing
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), (0.1 * learned).to(self.running_mean.dtype))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), (0.1 * learned).to(self.running_var.dtype))
-            self.num_batches_tracked += total > 0
+            # A batch without a single frame teaches nothing, nor does one with a value that is not finite.
+            learned = (total > 0) & mean.isfinite() & unbiased.isfinite()
+            for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
+                found = torch.where(learned, found.to(running.dtype), running)
+                running.lerp_(found, (0.1 * learned.to(dtype)).to(running.dtype))
+            self.num_batches_tracked += learned
             return mean, 0.5 * (variance + 1e-5).rsqrt()
 
 
@@ -217,7 +219,8 @@ class MAEAST(PretrainingModel):
         if config.reconstruction_weight > 0.0:
             mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=run.impl) * weight
         if config.classification_weight > 0.0:
-            nce, hit = ops.info_nce(classification, target, rows.cu_seqlens, rows.max_seqlen, impl=run.impl)
+            lengths = rows.cu_seqlens, rows.max_seqlen
+            nce, hit = ops.info_nce(classification, target, *lengths, impl=run.impl, exact=rows.exact)
             nce, hit = torch.where(weight > 0, nce, 0), hit * weight  # of a clip without masked tokens it is undefined
         count = weight.sum().clamp(min=1)
         total = config.reconstruction_weight * mse + config.classification_weight * nce
@@ -326,6 +329,11 @@ class MAEAST(PretrainingModel):
         impl = self.impl if config.masking in ops.MASK_KERNEL_STRATEGIES else "torch"
         draw = config.masking, frames // kt * grid_f, grid_f, config.mask_ratio, generator, seed, clip_ids, epoch
         return ops.sample_mask(*draw, max_tokens=width // kt * grid_f, impl=impl)
+
+    @property
+    def max_frames(self) -> int:
+        """Most frames T of a batch: those of ``MAX_TOKENS``."""
+        return MAX_TOKENS // self.config.grid_f * self.config.patch_size[0]
 
     def _check(self, features: Tensor, lengths: Tensor | None, values: bool = True) -> Tensor:
         frames = super()._check(features, lengths, values)

@@ -496,6 +496,7 @@ def info_nce(
     max_seqlen: int,
     over: str = "targets",
     impl: str = "auto",
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE of each row against the rows of its own clip, no temperature (paper, equation 1).
 
@@ -507,6 +508,7 @@ def info_nce(
         over: "targets": loss_i = -log softmax_j(<prediction_i, target_j>)[i] (MAE-AST). "predictions":
             loss_i = -log softmax_j(<target_i, prediction_j>)[i] (SSAST, arXiv 2110.09784). j over the clip's rows.
         impl: "auto", "torch" or "triton".
+        exact: Whether all N rows belong to a clip (packing.Packing).
 
     Returns:
         loss (N,) in fp32 (fp64 for fp64 rows) and hit (N,) bool: over targets, whether a row's own target is its first
@@ -524,7 +526,7 @@ def info_nce(
     if over not in ("targets", "predictions"):
         raise ValueError(f"over must be 'targets' or 'predictions', got {over!r}")
     if not _is_triton(impl, prediction):
-        return reference.info_nce(prediction, target, cu_seqlens, max_seqlen, over)
+        return reference.info_nce(prediction, target, cu_seqlens, max_seqlen, over, exact)
     from .kernels import info_nce as kernel
 
     _check_no_gradient(target)

@@ -105,8 +105,6 @@ class Packing:
         if rows is None:
             listed = counts.tolist()
             rows, max_seqlen, exact = sum(listed), max(listed, default=0), True
-        if not exact and rows == len(counts) * max_seqlen:
-            max_seqlen += 1  # rows of B clips that are all the longest would say that nothing is padded
         flat = selected.flatten()
         place = torch.where(flat, flat.cumsum(0) - 1, rows)  # the last place takes what is not selected
         index = torch.arange(len(flat), device=flat.device)

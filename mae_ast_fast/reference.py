@@ -159,7 +159,12 @@ def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False) 
 
 
 def info_nce(
-    prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str = "targets"
+    prediction: Tensor,
+    target: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    over: str = "targets",
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE of each row against the rows of its own clip (paper, equation 1); no temperature, no normalisation.
 
@@ -172,6 +177,7 @@ def info_nce(
         cu_seqlens: (B + 1,) int32 first row of each clip.
         max_seqlen: Rows of the longest clip.
         over: "targets" or "predictions", what the softmax runs over.
+        exact: Whether all N rows belong to a clip (packing.Packing).
 
     Returns:
         loss (N,) and hit (N,) bool: over targets, whether a row's largest product is with its own target; over
@@ -182,7 +188,7 @@ def info_nce(
         parts = [info_nce(prediction[index], target[index], cu, longest, over) for index, cu, longest in groups]
         return tuple(torch.cat(column)[order] for column in zip(*parts, strict=True))
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    pad = PaddedView(cu_seqlens, max_seqlen, prediction.shape[0])
+    pad = PaddedView(cu_seqlens, max_seqlen, prediction.shape[0], exact)
     padded_prediction, padded_target = pad.pad(prediction.to(dtype)), pad.pad(target.to(dtype))
     if over == "predictions":
         logits = padded_target @ padded_prediction.transpose(1, 2)
@@ -206,10 +212,17 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float =
 
 
 def cross_attention(
-    q: Tensor, kv: Tensor, cu_q: Tensor, max_q: int, cu_kv: Tensor, max_kv: int, dropout: float = 0.0
+    q: Tensor,
+    kv: Tensor,
+    cu_q: Tensor,
+    max_q: int,
+    cu_kv: Tensor,
+    max_kv: int,
+    dropout: float = 0.0,
+    exact: bool = True,
 ) -> Tensor:
     """``attention`` where only some rows of each clip ask: (Nq, H, Dh) and (N, 2, H, Dh) -> (Nq, H, Dh)."""
-    pad_q, pad_kv = padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0])
+    pad_q, pad_kv = padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0], exact)
     q = pad_q.pad(q).transpose(1, 2)  # (B, H, S, Dh)
     k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -256,17 +269,18 @@ def rows_of_clips(cu_seqlens: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, in
 class PaddedView:
     """Packed rows (N, ...) laid out as (B, max_seqlen, ...) and back; free of copies where all clips are equal.
 
-    Nothing is read back from the device. Rows past the last clip (see packing.Sizes) are left out, and come back as
-    copies of some row.
+    Nothing is read back from the device. Rows past the last clip, which there are where ``exact`` is false (see
+    packing.Sizes), are left out, and come back as copies of some row.
 
     Attributes:
         valid: (B, max_seqlen) bool, True where a clip has a row.
         key_valid: the same, but an empty clip has one valid key, so that no softmax runs over nothing.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, rows: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, rows: int, exact: bool = True) -> None:
         self.batch, self.length = cu_seqlens.shape[0] - 1, max_seqlen
-        self.full = self.batch * max_seqlen == rows
+        # In this order: of rounded-up sizes a traced graph must not ask for more than they are.
+        self.full = exact and self.batch * max_seqlen == rows
         counts = cu_seqlens.diff()[:, None]
         place = torch.arange(max_seqlen, device=cu_seqlens.device)
         self.valid = place < counts
@@ -296,11 +310,11 @@ class PaddedView:
 
 
 def padded_views(
-    cu_q: Tensor, max_q: int, rows_q: int, cu_kv: Tensor, max_kv: int, rows_kv: int
+    cu_q: Tensor, max_q: int, rows_q: int, cu_kv: Tensor, max_kv: int, rows_kv: int, exact: bool = True
 ) -> tuple[PaddedView, PaddedView]:
     """Of the rows that ask and of keys and values: one and the same where all rows ask."""
-    of_kv = PaddedView(cu_kv, max_kv, rows_kv)
-    return (of_kv if cu_q is cu_kv else PaddedView(cu_q, max_q, rows_q)), of_kv
+    of_kv = PaddedView(cu_kv, max_kv, rows_kv, exact)
+    return (of_kv if cu_q is cu_kv else PaddedView(cu_q, max_q, rows_q, exact)), of_kv
 
 
 def feed_forward(

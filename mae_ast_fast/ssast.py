@@ -119,8 +119,8 @@ class SSAST(PretrainingModel):
         """Masked pretraining losses (paper, section 2.3).
 
         Args:
-            features: (B, T, F) log-mel, normalised: what ``normalize`` makes of ``fbank(..., frontend="ssast")``. T is
-                at most ``config.input_frames``.
+            features: (B, T, F) log-mel, normalised, as the method ``features`` makes it of waveforms. T is at most
+                ``config.input_frames``.
             lengths: (B,) real frames of each clip; None: all T. A clip's whole patches count, its tail frames do not.
             mask: (B, L) bool, True = masked, L = (F // kf) * (T // kt) in the order of the tokens (see the module);
                 entries past a clip's time blocks are ignored, and clips may hide different counts. For
@@ -228,7 +228,8 @@ class SSAST(PretrainingModel):
         if config.classification_weight > 0.0:
             classification, of = _predict(ours.x, self.classification_head), ours
             lengths = of.rows.cu_seqlens, of.rows.max_seqlen
-            loss, hit = ops.info_nce(classification, of.target, *lengths, over="predictions", impl=run.impl)
+            how = {"over": "predictions", "impl": run.impl, "exact": of.rows.exact}
+            loss, hit = ops.info_nce(classification, of.target, *lengths, **how)
             (nce, nce_per_clip), accuracy = means(loss, of), means(hit, of)[0]
         if config.reconstruction_weight > 0.0:
             reconstruction, of = _predict(theirs.x, self.reconstruction_head), theirs
@@ -291,6 +292,11 @@ class SSAST(PretrainingModel):
             return draw(None), draw(None)
         second = seed ^ _SECOND_SEED
         return draw(seed), draw(second & (2**64 - 1) if isinstance(second, int) else second)
+
+    @property
+    def max_frames(self) -> int:
+        """Most frames T of a batch: those that have positions."""
+        return self.config.input_frames
 
     def _check(self, features: Tensor, lengths: Tensor | None, values: bool = True) -> Tensor:
         frames = super()._check(features, lengths, values)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import PretrainingModel
 from .packing import Sizes, round_up
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +60,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PretrainingModel,
         lr: float = 1e-4,
         *,
         betas: tuple[float, float] = (0.9, 0.98),
@@ -80,7 +81,7 @@ class TrainStep:
             raise ValueError(f"graphs need a model on a CUDA device, got one on {self.device}")
         if graphs and getattr(model, "recompute", None) == "layer":
             raise ValueError("graphs and recompute='layer' exclude each other: a graph cannot set the generator back")
-        self.lr = torch.tensor(float(lr), device=self.device)
+        self.lr = torch.tensor(float(lr), dtype=torch.float32, device=self.device)
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=self.lr,
@@ -93,8 +94,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
         self.forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
         self.bucketed = compile or graphs
+        self.optimizer.zero_grad(set_to_none=True)  # what a backward before left is of no update
         self.tokens = self.rows = 0  # real tokens so far, and rows that were computed for them
-        self.graphs = _Graphs(self._update) if graphs else None
+        self.graphs = _Graphs(self._update, model, self.device) if graphs else None
 
     def __call__(
         self,
@@ -112,26 +114,32 @@ class TrainStep:
         Args:
             features: (B, T, F), as the model takes them.
             lengths: (B,) real frames of each clip, on the host (numbers or a CPU tensor); None: all T.
-            mask: As the model takes it, hiding as many tokens as one that the model draws; else the model draws it.
+            mask: As the model takes it, hiding as many tokens of each clip as one that the model draws (on a CPU, where
+                counting costs nothing, any number); None: the model draws it.
             lr: Learning rate from this update on.
             seed: Of the masks that are drawn here, with ``clip_ids`` and ``epoch`` as in ``masking.sample_mask``.
-            clip_ids: (B,) int64.
+            clip_ids: (B,) integers.
             epoch: Number of the pass over the data.
 
         Raises:
-            ValueError: What the model raises; lengths on a GPU; a mask, where shapes are padded to buckets.
+            ValueError: What the model raises; lengths on a GPU, or not between 0 and T; clips too short to hide
+                something; a mask, where shapes are padded to buckets.
         """
         if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
             raise ValueError(f"lengths must be known on the host, got a tensor on {lengths.device}")
         if mask is not None and self.bucketed:
             raise ValueError("compile and graphs pad batches and draw their masks: expected mask=None, got one")
-        frames = [features.shape[1]] * features.shape[0] if lengths is None else torch.as_tensor(lengths).tolist()
+        frames = self._frames(features, lengths)
         sizes = self.model.sizes_of(frames)
+        if not sizes.masked:
+            kt, kf = self.model.config.patch_size
+            raise ValueError(f"clips need at least 2 patches of {kt} frames x {kf} bins, got frames {frames}")
+        clip_ids = None if clip_ids is None else torch.as_tensor(clip_ids)
         self.tokens += sizes.visible + sizes.masked
         if lr is not None:
             self.lr.fill_(lr)
         if self.bucketed:
-            features, frames, clip_ids = _pad(features, frames, clip_ids, self.model.config.patch_size[0])
+            features, frames, clip_ids = _pad(features, frames, clip_ids, self.model)
             sizes = sizes.bucket()
         self.rows += sizes.visible + sizes.masked
         lengths = torch.tensor(frames)
@@ -145,6 +153,22 @@ class TrainStep:
         update = self._update if self.graphs is None else self.graphs
         return Numbers(*update(features.to(self.device, non_blocking=True), lengths, mask, sizes).unbind())
 
+    @staticmethod
+    def _frames(features: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
+        """Frames of each clip, checked: behind this nobody on the host looks at them."""
+        if not isinstance(features, Tensor) or features.dim() != 3 or not len(features):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"features must be a tensor (B, T, F) of at least one clip, got {got}")
+        clips, longest = features.shape[:2]
+        if lengths is None:
+            return [longest] * clips
+        frames = torch.as_tensor(lengths)
+        if frames.shape != (clips,) or frames.is_floating_point() or frames.is_complex() or frames.dtype == torch.bool:
+            raise ValueError(f"lengths must be integers ({clips},), got {frames.dtype} {tuple(frames.shape)}")
+        if frames.min() < 0 or frames.max() > longest:
+            raise ValueError(f"lengths must be between 0 and T={longest} frames, got {frames.tolist()}")
+        return frames.tolist()
+
     def _update(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes | None) -> Tensor:
         """The update itself, on the device alone; ``Numbers`` as one tensor (5,)."""
         dtype = PRECISIONS[self.precision]
@@ -154,8 +178,9 @@ class TrainStep:
         (out.loss * scale).backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
         norm = norm / scale
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0)  # as clip_grad_norm_ does it
-        self.optimizer.found_inf = (~norm.isfinite()).to(norm.dtype)
+        # As clip_grad_norm_ does it; in fp32, as the fused kernel reads both.
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0).float()
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         if self.scaler is None:
             self.optimizer.step()
         else:  # multiplies grad_scale by its own, and finds its own found_inf
@@ -173,21 +198,25 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what ``state_dict`` gave, on any device."""
+        """Takes what ``state_dict`` gave, on any device: also its rate, betas, eps and weight decay."""
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             self.lr.fill_(float(group["lr"]))
-            group["lr"] = self.lr
-        if self.scaler is not None and state["scaler"] is not None:
+            group |= {"lr": self.lr, "fused": True, "foreach": None, "capturable": self.device.type == "cuda"}
+        if self.scaler is not None and state.get("scaler") is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if self.graphs is not None:
+            self.graphs.known.clear()  # they would go on with the state of before
 
 
 def _pad(
-    features: Tensor, frames: list[int], clip_ids: Tensor | None, block: int
+    features: Tensor, frames: list[int], clip_ids: Tensor | None, model: PretrainingModel
 ) -> tuple[Tensor, list[int], Tensor | None]:
     """A batch with empty clips and frames behind it, so that like batches have one shape."""
     batch, longest = features.shape[:2]
+    block = model.config.patch_size[0]
     clips, width = round_up(batch, least=1), round_up(-(-longest // block)) * block
+    width = max(longest, min(width, model.max_frames))
     features = F.pad(features, (0, 0, 0, width - longest, 0, clips - batch))
     clip_ids = None if clip_ids is None else F.pad(clip_ids, (0, clips - batch))
     return features, [*frames, *[0] * (clips - batch)], clip_ids
@@ -201,17 +230,20 @@ class _Graphs:
     another, and share their memory.
     """
 
-    def __init__(self, update: Callable[..., Tensor]) -> None:
-        self.update, self.stream, self.pool = update, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    def __init__(self, update: Callable[..., Tensor], model: nn.Module, device: torch.device) -> None:
+        self.update, self.model, self.device = update, model, device
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.known: OrderedDict[Any, tuple[list[Tensor], Callable[[], Any], Tensor] | None] = OrderedDict()
 
     def __call__(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes) -> Tensor:
         masks = mask if isinstance(mask, tuple) else (mask,)
         inputs = [features, lengths, *masks]
-        key = tuple((x.shape, x.dtype) for x in inputs), sizes
-        caller = torch.cuda.current_stream()
+        # A graph reads from where the buffers were; longer positions are another table.
+        buffers = tuple(buffer.data_ptr() for buffer in self.model.buffers())
+        key = tuple((x.shape, x.dtype) for x in inputs), sizes, buffers
+        caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream):  # and on its device
             if key not in self.known:
                 self.known[key] = None
                 told = self.update(features, lengths, mask, sizes)

@@ -148,7 +148,8 @@ class Layer(nn.Module):
         drop = self.config.attention_dropout if self.training else 0.0
         if only is None:
             qkv = linear(x, self.qkv).unflatten(1, (3, heads, -1))
-            out = attention(qkv, rows.cu_seqlens, rows.max_seqlen, drop, run.attention, run.seed, self.site)
+            lengths = rows.cu_seqlens, rows.max_seqlen
+            out = attention(qkv, *lengths, drop, run.attention, run.seed, self.site, rows.exact)
         else:
             width = x.shape[1]
             weight, bias = self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype)
@@ -156,7 +157,7 @@ class Layer(nn.Module):
             kv = F.linear(x, weight[width:], bias[width:]).unflatten(1, (2, heads, -1))
             ask = only[0]
             lengths = ask.cu_seqlens, ask.max_seqlen, rows.cu_seqlens, rows.max_seqlen
-            out = cross_attention(q, kv, *lengths, drop, run.attention)
+            out = cross_attention(q, kv, *lengths, drop, run.attention, rows.exact)
         return F.linear(out.flatten(1), self.out_proj.weight.to(x.dtype))
 
     def feed_forward(self, x: Tensor, run: Execution) -> Tensor:

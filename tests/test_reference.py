@@ -393,3 +393,13 @@ def test_drop_keeps_its_share_evenly_and_scales_by_it(dtype: torch.dtype, rate: 
     torch.manual_seed(0)
     assert torch.equal(reference.drop(x, rate), out)
     assert reference.drop(x, 0.0) is x
+
+
+def test_draw_kept_keeps_from_the_threshold_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 65536 words as many as the rate rounds to are dropped, not one more or less."""
+    words = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.int64)
+    monkeypatch.setattr(torch.Tensor, "random_", lambda self, *_: self.copy_(words))
+    for rate in (0.1, 0.5, 1 / 65536, 0.99999):
+        kept, scale = reference.draw_kept(torch.Size((256, 256)), rate)
+        dropped = 65536 - int(kept.sum())
+        assert dropped == min(round(rate * 65536), 65535) and scale == 65536 / (65536 - dropped)

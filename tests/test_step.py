@@ -105,7 +105,6 @@ def test_packing_into_more_rows_than_there_are(rows: list[list[bool]], more: int
     assert torch.equal(wide.clip[:total], clip) and torch.equal(wide.token[:total], token)
     assert torch.equal(wide.cu_seqlens, exact.cu_seqlens)
     assert torch.equal(wide.valid, torch.arange(total + more) < total)
-    assert len(rows) * wide.max_seqlen != total + more, "would read as clips that are all equal"
 
 
 # ----------------------------------------------------------------------------------------------------------- values

@@ -13,7 +13,7 @@ from kernel_checks import DEVICE
 from policy import BF16_LOSS, BUCKET_SHARE, assert_rounding
 from torch import Tensor, nn
 
-from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep
+from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
 from mae_ast_fast import step as module
 from mae_ast_fast.doctor import CLIP_SECONDS, count_saved
 from mae_ast_fast.fbank import SAMPLE_RATE, num_frames
@@ -48,8 +48,9 @@ def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("clip_norm", [0.5, 1e6])
 def test_an_update_is_clip_grad_norm_and_adamw(clip_norm: float) -> None:
     model, other = build(), build()
-    update = TrainStep(model, 1.0, clip_norm=clip_norm, weight_decay=0.1)
-    adamw = torch.optim.AdamW(other.parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    how = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
+    update = TrainStep(model, 1.0, clip_norm=clip_norm, **how)
+    adamw = torch.optim.AdamW(other.parameters(), lr=1.0, **how)
     for index, rate in enumerate((1e-3, 5e-3, 0.0, 2e-3)):
         x = features(FRAMES, index)
         mask = model.sample_mask(torch.tensor(FRAMES, device=DEVICE), max(FRAMES), seed=index)
@@ -69,6 +70,47 @@ def test_an_update_is_clip_grad_norm_and_adamw(clip_norm: float) -> None:
             assert_rounding(parameter, theirs, name, grad=True)
 
 
+def test_defaults_are_the_papers() -> None:
+    update = TrainStep(build())
+    (group,) = update.optimizer.param_groups
+    found = float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], update.clip_norm
+    assert found == (torch.tensor(1e-4).item(), (0.9, 0.98), 1e-6, 0.01, 10.0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_stream_has_the_precision_that_was_asked_for(precision: str) -> None:
+    model, seen = build(), []
+    model.encoder.layers[0].register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].dtype, out[0].dtype)))
+    update = TrainStep(model, precision=precision)
+    numbers = update(features(FRAMES), FRAMES)
+    dtype = module.PRECISIONS[precision] or torch.float32
+    assert seen == [(dtype, dtype)] and {number.dtype for number in numbers} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="only a CPU counts what a mask hides")
+def test_a_mask_of_another_count_is_counted() -> None:
+    model = build()
+    mask = torch.zeros(3, 24, dtype=torch.bool)
+    mask[:, :2] = True
+    expected = build()(features(FRAMES), torch.tensor(FRAMES), mask).loss.detach()
+    assert TrainStep(model)(features(FRAMES), FRAMES, mask).loss == expected
+
+
+def test_gradients_that_lay_there_before_do_not_count() -> None:
+    model = build()
+    model(features(FRAMES)).loss.backward()
+    first = TrainStep(model)(features(FRAMES), FRAMES, seed=0).grad_norm
+    assert first == TrainStep(build())(features(FRAMES), FRAMES, seed=0).grad_norm
+
+
+def test_a_model_in_fp64_is_updated_too() -> None:
+    model = build().double()
+    before = weights(model)
+    assert TrainStep(model, 1e-3)(features(FRAMES).double(), FRAMES).loss.isfinite()
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_masks_are_drawn_for_the_clips_and_the_epoch() -> None:
     ids = torch.tensor([7, 1, 2**40 + 3], device=DEVICE)
     losses = []
@@ -85,11 +127,17 @@ def test_an_update_that_is_not_finite_changes_nothing(precision: str) -> None:
     model = build()
     update = TrainStep(model, 1e-2, precision=precision)
     assert update(features(FRAMES), FRAMES).grad_norm.isfinite()
-    before, state = weights(model), copy.deepcopy(update.optimizer.state_dict()["state"])
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(update.optimizer.state_dict()["state"])
     bad = features(FRAMES)
     bad[0, 0, 0] = float("inf")
     assert not update(bad, FRAMES).grad_norm.isfinite()
-    assert_same_weights(model, before)
+    hook = model.head.weight.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    assert update(bad.clamp(max=9.0), FRAMES).grad_norm == float("inf")
+    hook.remove()
+    running = ("input_norm.running_mean", "input_norm.running_var", "input_norm.num_batches_tracked")
+    for name, value in model.state_dict().items():  # the second batch was sound, so its statistics count
+        assert torch.equal(value, before[name]) or (name in running and value.isfinite()), name
+    assert model.input_norm.num_batches_tracked == 2
     for number, kept in update.optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, state[number][name]) for name, value in kept.items())
     for parameter in model.parameters():
@@ -114,6 +162,8 @@ def test_fp16_finds_its_scale_and_tells_norms_without_it() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_saved_state_goes_on_to_the_bit(precision: str) -> None:
     whole = TrainStep(build(dropout=0.1), precision=precision)
+    if whole.scaler is not None:
+        whole.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**7, growth_interval=3)
     rates = (1e-3, 2e-3, 3e-3, 4e-3)
 
     def run(update: TrainStep, steps: range) -> None:
@@ -126,6 +176,8 @@ def test_a_saved_state_goes_on_to_the_bit(precision: str) -> None:
     part = TrainStep(model, precision=precision)
     part.load_state_dict(copy.deepcopy(whole.state_dict()))
     assert part.lr == rates[1], "a state brings its rate"
+    if part.scaler is not None:
+        assert part.scaler.state_dict() == whole.scaler.state_dict() != TrainStep(model).state_dict()["scaler"]
     run(whole, range(2, 4))
     run(part, range(2, 4))
     assert_same_weights(model, weights(whole.model))
@@ -215,11 +267,26 @@ def test_compiled_updates_share_a_graph_and_equal_plain_ones(monkeypatch: pytest
     assert update.rows >= update.tokens
 
 
+def test_ever_new_batches_make_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers of clips, other lengths, equal clips and unequal ones: shapes become symbols, not constants."""
+    graphs = aot(monkeypatch)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    update, plain = (TrainStep(build(), 1e-3, compile=compile) for compile in (True, False))
+    rng = torch.Generator().manual_seed(0)
+    for seed in range(14):
+        clips = int(torch.randint(2, 20, (), generator=rng))
+        frames = torch.randint(16, 200, (clips,), generator=rng).tolist() if seed % 2 else [16 * (3 + seed)] * clips
+        x = features(frames, seed)
+        assert_rounding(update(x, frames, seed=seed).loss, plain(x, frames, seed=seed).loss, f"{frames}", grad=True)
+    assert len(graphs) <= 2 * 6, "forwards and backwards"
+
+
 def test_buckets_cost_at_most_an_eighth() -> None:
-    for frames in ([1000] * 30, [998, 400, 700, 123] * 8, [2000] * 5):
-        config = MAEASTConfig.preset("patch_tiny")
+    for frames in ([1000] * 33, [998, 400, 700, 123] * 8, [2000] * 17):
+        config = MAEASTConfig.preset("patch_tiny", encoder_layers=1)
         exact = MAEAST.sizes_of(build(), frames)
-        x, padded, ids = module._pad(torch.zeros(len(frames), max(frames), 1), frames, torch.arange(len(frames)), 16)
+        model = MAEAST(config)
+        x, padded, ids = module._pad(torch.zeros(len(frames), max(frames), 1), frames, torch.arange(len(frames)), model)
         assert padded[: len(frames)] == frames and not any(padded[len(frames) :])
         assert len(x) == len(padded) == len(ids) <= max(len(frames) * 9 / 8, len(frames) + 1)
         assert max(frames) <= x.shape[1] <= max(frames) * 9 / 8 + 16 * config.patch_size[0]
@@ -231,11 +298,15 @@ class Recorder:
     """A stand-in for CUDA graphs: what is recorded runs only when it is replayed, on the tensors of the record."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.waits = 0
+        recorder = self
 
         class Stream:
-            def wait_stream(self, other: Any) -> None:
+            def __init__(self, device: Any = None) -> None:
                 pass
+
+            def wait_stream(self, other: Any) -> None:
+                recorder.waits += 1
 
             def __enter__(self) -> None:
                 pass
@@ -263,7 +334,7 @@ class Recorder:
 def graphed(model: MAEAST, rate: float = 1e-3) -> TrainStep:
     """A TrainStep with graphs, which a CPU would be refused."""
     update = TrainStep(model, rate)
-    update.bucketed, update.graphs = True, module._Graphs(update._update)
+    update.bucketed, update.graphs = True, module._Graphs(update._update, model, update.device)
     return update
 
 
@@ -272,24 +343,101 @@ def test_graphs_take_every_input_from_the_batch_at_hand(monkeypatch: pytest.Monk
     model, other = build(), build()
     update, plain = graphed(model), TrainStep(other, 1e-3)
     batches = [[48, 17, 33], [48, 32, 9], [90, 8], [48, 24, 24], [90, 16], [48, 17, 33]]
+    first = None
     for seed, frames in enumerate(batches):
         x = features(frames, seed)
+        before = x.clone()
         ids = torch.arange(len(frames)) + seed
         draw = {"lr": 1e-3 / (1 + seed), "seed": seed, "clip_ids": ids, "epoch": seed}
         numbers = update(x, frames, **draw)
         for name, number, expected in zip(numbers._fields, numbers, plain(x, frames, **draw), strict=True):
             assert_rounding(number, expected, f"update {seed}: {name}", grad=True)
+        first = (x, before, numbers, [number.clone() for number in numbers]) if seed == 1 else first
+    x, before, numbers, kept = first
+    assert torch.equal(x, before), "a graph reads a copy"
+    assert all(torch.equal(*pair) for pair in zip(numbers, kept, strict=True)), "and tells one"
     assert (recorded := recorder.recorded) == 2, recorded
     assert recorder.replayed == 4, "of each shape all but the first"
+    assert recorder.waits == 2 * len(batches), "for the caller, and the caller for it"
+
+
+@pytest.mark.parametrize("other", ["sizes", "clips", "frames"])
+def test_a_graph_serves_its_bucket_alone(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """Of equal shapes, batches with other numbers of rows; of other shapes, those that round up to the same."""
+    recorder = Recorder(monkeypatch)
+    update, plain = graphed(build()), TrainStep(build(), 1e-3)
+    batches = {
+        "sizes": [[200, 8, 8], [200, 200, 200], [200, 16, 8], [200, 200, 200]],
+        "clips": [[16] * 17, [16] * 18],
+        "frames": [[41] * 3, [47] * 3],
+    }[other]
+    for seed, frames in enumerate(batches):
+        x = features(frames, seed)
+        numbers, expected = (step(x, frames, seed=seed) for step in (update, plain))
+        assert_rounding(numbers.loss, expected.loss, f"{frames}", grad=True)
+        assert_rounding(numbers.grad_norm, expected.grad_norm, f"{frames}", grad=True)
+    assert (recorder.recorded, recorder.replayed) == ((2, 2) if other == "sizes" else (1, 1))
+
+
+def test_graphs_go_where_what_they_read_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's state by that of a checkpoint, the positions by a longer table."""
+    recorder = Recorder(monkeypatch)
+    update = graphed(build())
+    frames = [48, 17]
+    for _ in range(2):
+        update(features(frames), frames)
+    update.load_state_dict(copy.deepcopy(update.state_dict()))
+    assert not update.graphs.known
+    for _ in range(2):
+        update(features(frames), frames)
+    assert recorder.recorded == 2
+    long = [2048 // 4 * 8 + 8]
+    update(features(long), long)  # more tokens than the table has
+    for _ in range(2):
+        update(features(frames), frames)
+    assert recorder.recorded == 3
+
+
+def test_two_masks_go_through_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch)
+    sizes = {"embed_dim": 32, "num_heads": 2, "layers": 1, "patch_size": (8, 8), "num_mel_bins": 32}
+    config = SSASTConfig(**sizes, input_frames=56, mask_patches=20, objective="joint_two_pass")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(SSAST(config).train())
+    update, plain = graphed(models[0]), TrainStep(models[1], 1e-3)
+    for seed in range(3):
+        x = features(FRAMES, seed)
+        numbers, expected = (step(x, FRAMES, seed=seed) for step in (update, plain))
+        assert_rounding(numbers.loss, expected.loss, f"update {seed}", grad=True)
 
 
 def test_old_graphs_go(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     monkeypatch.setattr(module, "GRAPHS_KEPT", 2)
     update = graphed(build())
-    for frames in ([16], [16], [160], [160], [800], [16], [16]):
+    for frames in ([16], [16], [160], [160], [16], [800], [16], [800], [160]):
         update(features(frames), frames)
-    assert len(update.graphs.known) == 2 and (recorder.recorded, recorder.replayed) == (3, 3)
+    # Used last: 16 and 800, so that 160 goes, and begins anew.
+    assert len(update.graphs.known) == 2 and (recorder.recorded, recorder.replayed) == (3, 5)
+
+
+@pytest.mark.parametrize("objective", ["joint", "joint_two_pass"])
+def test_ssast_in_buckets_equals_ssast(monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    """Its masks are laid out by the batch's width, and it has positions for no frame more than its longest clip's."""
+    aot(monkeypatch)
+    updates = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        sizes = {"embed_dim": 32, "num_heads": 2, "layers": 1, "patch_size": (8, 8), "num_mel_bins": 32}
+        model = SSAST(SSASTConfig(**sizes, input_frames=56, mask_patches=20, objective=objective)).to(DEVICE).train()
+        updates.append(TrainStep(model, 1e-3, compile=compile))
+    for seed, frames in enumerate(([55, 17, 33], [48, 8])):
+        x = features(frames, seed)
+        numbers, expected = (update(x, frames, seed=seed) for update in updates)
+        for name, number, value in zip(numbers._fields, numbers, expected, strict=True):
+            assert_rounding(number, value, name, grad=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -304,6 +452,12 @@ def test_old_graphs_go(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: build(recompute="gelus"), ["none, gelu, layer", "'gelus'"]),
         (lambda: build(recompute="gelu", activation_dropout=0.1), ["activation_dropout=0", "0.1", "layer"]),
         (lambda: TrainStep(build())(features(FRAMES), torch.tensor(FRAMES, device="meta")), ["host", "meta"]),
+        (lambda: TrainStep(build())(features(FRAMES), [49, 17, 33]), ["between 0 and T=48", "[49, 17, 33]"]),
+        (lambda: TrainStep(build())(features(FRAMES), [48, -1, 33]), ["between 0 and T=48", "-1"]),
+        (lambda: TrainStep(build())(features(FRAMES), [48, 17]), ["integers (3,)", "(2,)"]),
+        (lambda: TrainStep(build())(features(FRAMES), [48.0, 17.0, 33.0]), ["integers (3,)", "float32"]),
+        (lambda: TrainStep(build())(features(FRAMES), [7, 7, 0]), ["at least 2 patches of 8 frames", "[7, 7, 0]"]),
+        (lambda: TrainStep(build())(features(FRAMES)[0]), ["(B, T, F)", "(48, 32)"]),
     ],
 )
 def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], words: list[str]) -> None:
