@@ -15,7 +15,11 @@ from typing import Any
 import torch
 
 from . import fairseq
+from .base import PretrainingModel
 from .model import MAEAST
+from .ssast import SSAST
+
+MODELS: dict[str, type[MAEAST] | type[SSAST]] = {kind.model_type: kind for kind in (MAEAST, SSAST)}
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -39,27 +43,45 @@ def load_fairseq(path: str | os.PathLike[str], **init: Any) -> MAEAST:
     return MAEAST.from_fairseq_state_dict(checkpoint["model"], options, **init)
 
 
-def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST:
-    """Reads a model from wherever it is: a folder, a run folder, an official ``.pt`` file, or a Hub repository.
+def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
+    """Reads a model from wherever it is: a folder, a run folder, an official file, or a Hub repository.
+
+    Official files are those of MAE-AST, ``.pt``, and of SSAST, ``.pth``.
 
     Raises:
         ValueError: Nothing of the kind is there, with what was found instead.
     """
     path = Path(source)
     if path.is_file():
-        return load_fairseq(path, **init)
+        return SSAST.from_official(path, **init) if path.suffix == ".pth" else load_fairseq(path, **init)
     if path.is_dir():
         if not (path / "config.json").is_file() and (steps := training_checkpoints(path)):
             path = steps[-1]
-        return MAEAST.from_pretrained(path, **init)
-    expected = "a folder with config.json and model.safetensors, or a .pt file"
+        return PretrainingModel.from_pretrained(path, **init)
+    expected = "a folder with config.json and model.safetensors, or an official file (.pt of MAE-AST, .pth of SSAST)"
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) is not None
     if not is_hub_name or path.parent.is_dir():
         raise ValueError(f"no checkpoint at {source}: expected {expected}")
     try:
-        return MAEAST.from_pretrained(str(source), **init)
+        return PretrainingModel.from_pretrained(str(source), **init)
     except OSError as error:
         raise ValueError(f"no checkpoint at {source}: neither {expected}, nor on the Hub ({error})") from None
+
+
+def load_mae_ast(source: str | os.PathLike[str], purpose: str) -> MAEAST:
+    """As ``load_model``, for what SSAST cannot be used for.
+
+    Args:
+        source: As there.
+        purpose: What needs a MAE-AST, for the message.
+
+    Raises:
+        ValueError: As there, or it is an SSAST.
+    """
+    model = load_model(source)
+    if not isinstance(model, MAEAST):
+        raise ValueError(f"{purpose} needs a MAE-AST checkpoint, got {model.model_type}: {source}")
+    return model
 
 
 def training_checkpoints(run: Path) -> list[Path]:
@@ -69,7 +91,7 @@ def training_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def save_training(run: Path, step: int, model: MAEAST, state: dict[str, Any], keep: int) -> Path:
+def save_training(run: Path, step: int, model: MAEAST | SSAST, state: dict[str, Any], keep: int) -> Path:
     """Writes the checkpoint of a step and removes all but the last ``keep``.
 
     It is written under another name, flushed to the disk and renamed, so that a process killed at any instant leaves
@@ -100,7 +122,7 @@ def save_training(run: Path, step: int, model: MAEAST, state: dict[str, Any], ke
     return final
 
 
-def load_training(run: Path) -> tuple[Path, MAEAST, dict[str, Any], list[str]] | None:
+def load_training(run: Path) -> tuple[Path, MAEAST | SSAST, dict[str, Any], list[str]] | None:
     """The newest checkpoint of a run that can be read: its path, model and state, and what was wrong with newer ones.
 
     None where the run has no checkpoint.
@@ -113,7 +135,7 @@ def load_training(run: Path) -> tuple[Path, MAEAST, dict[str, Any], list[str]] |
     for path in reversed(found):
         try:
             state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-            return path, MAEAST.from_pretrained(path), state, damaged
+            return path, PretrainingModel.from_pretrained(path), state, damaged
         except (ValueError, OSError, RuntimeError, EOFError, KeyError) as error:
             damaged.append(f"{path.name}: {error}".splitlines()[0])
     if damaged:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from .model import MAEAST
     from .options import PretrainOptions
+    from .ssast import SSAST
 
 PROGRAM = "mae-ast-fast"
 TRAIN_EXTRA = ("jsonargparse", "soundfile", "soxr", "av", "tensorboard", "tqdm", "matplotlib")
@@ -182,10 +183,8 @@ def _pretrain(argv: Sequence[str]) -> int:
     except (pretrain.NonFiniteLoss, corpus.CorpusError) as error:
         raise CommandError(str(error)) from error
     except torch.OutOfMemoryError as error:
-        raise CommandError(
-            f"out of memory: choose a smaller --batch-seconds ({PROGRAM} doctor --preset {options.preset} says what "
-            f"fits); {error}"
-        ) from error
+        fits = f" ({PROGRAM} doctor --preset {options.preset} says what fits)" if options.model == "mae_ast" else ""
+        raise CommandError(f"out of memory: choose a smaller --batch-seconds{fits}; {error}") from error
     print(pretrain_summary(summary, Path(options.out)))
     return 0
 
@@ -196,7 +195,7 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         import jsonargparse
     except ImportError:
         raise _missing(["jsonargparse"]) from None
-    from .config import MAEASTConfig
+    from .config import MAEASTConfig, SSASTConfig
     from .options import PretrainOptions
 
     class Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
@@ -206,9 +205,9 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
     parser = jsonargparse.ArgumentParser(
         prog=f"{PROGRAM} pretrain",
         description=textwrap.fill(
-            "Pretrains MAE-AST on audio. Without --data on the default corpus of real recordings. The run folder gets "
-            "checkpoints, metrics.jsonl, TensorBoard events, pictures and summary.json; the same command goes on with "
-            "a run that was stopped.",
+            "Pretrains MAE-AST, or SSAST, on audio. Without --data on the default corpus of real recordings. The run "
+            "folder gets checkpoints, metrics.jsonl, TensorBoard events, pictures and summary.json; the same command "
+            "goes on with a run that was stopped.",
             100,
         ),
         epilog=_examples(
@@ -235,16 +234,23 @@ def _pretrain_options(argv: Sequence[str]) -> PretrainOptions:
                 metavar=_metavar(hints[field.name]),
                 help=described[field.name],
             )
-    group = parser.add_argument_group("fields of the model", "Where not given, the preset's.")
-    described, hints = _described(MAEASTConfig), typing.get_type_hints(MAEASTConfig)
-    for field in dataclasses.fields(MAEASTConfig):
-        group.add_argument(
-            f"--model_args.{field.name}",
-            type=hints[field.name],
-            default=defaults.model_args.get(field.name, argparse.SUPPRESS),
-            metavar=_metavar(hints[field.name]),
-            help=described[field.name],
-        )
+    seen: set[str] = set()
+    for config_class, title, text in (
+        (MAEASTConfig, "fields of the model", "Where not given, the preset's."),
+        (SSASTConfig, "fields that only --model ssast has", "The names that both have mean the same."),
+    ):
+        group = parser.add_argument_group(title, text)
+        described, hints = _described(config_class), typing.get_type_hints(config_class)
+        new = [field.name for field in dataclasses.fields(config_class) if field.name not in seen]
+        for name in new:
+            group.add_argument(
+                f"--model_args.{name}",
+                type=hints[name],
+                default=defaults.model_args.get(name, argparse.SUPPRESS),
+                metavar=_metavar(hints[name]),
+                help=described[name],
+            )
+        seen.update(new)
     known = parser._option_string_actions
     try:
         parsed = parser.parse_args(_spelled(argv, known, "pretrain")).as_dict()
@@ -297,10 +303,13 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
         lines += ["  NOT passed:", *(f"    {failure}" for failure in held_out["failures"])]
     for kind, report in summary["held_out_by_kind"].items():
         lines += [f"  {kind} alone: {failure}" for failure in report["failures"]]
+    use = f"features FILE --checkpoint {run} --out features/"
+    if summary["model"] == "ssast":
+        use = f"reconstruct FILE --checkpoint {run} --out file.png"
     lines += [
         f"In {run}: model.safetensors and config.json, summary.json, metrics.jsonl, loss.png, reconstruction.png, "
         "tensorboard/",
-        f"Next: {PROGRAM} features FILE --checkpoint {run} --out features/",
+        f"Next: {PROGRAM} {use}",
     ]
     return "\n".join(lines)
 
@@ -348,7 +357,7 @@ def _prepare(argv: Sequence[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------- a trained model
 
-_CHECKPOINT_HELP = "a folder of ours (a run folder too), an official .pt file, or a Hub repository"
+_CHECKPOINT_HELP = "a folder of ours (a run folder too), an official file, or a Hub repository"
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -357,12 +366,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(source: str, device: str) -> MAEAST:
-    from .checkpoint import load_model
+def _load(source: str, device: str, mae_ast_for: str | None = None) -> MAEAST | SSAST:
+    """A model on its device; ``mae_ast_for``: for what an SSAST would not do."""
+    from .checkpoint import load_mae_ast, load_model
     from .inference import pick_device
 
     chosen = pick_device(device)
-    return load_model(source).to(chosen)
+    model = load_model(source) if mae_ast_for is None else load_mae_ast(source, mae_ast_for)
+    return model.to(chosen)
 
 
 def _features(argv: Sequence[str]) -> int:
@@ -425,7 +436,7 @@ def _features(argv: Sequence[str]) -> int:
         raise ValueError(f"--out {out} and --format {arguments.format} contradict each other")
     form = arguments.format or named or "npz"
     targets = [out] * len(paths) if named else output_paths(paths, out, f".{form}") if paths else []
-    model = _load(arguments.checkpoint, arguments.device)
+    model = _load(arguments.checkpoint, arguments.device, "features")
     written = 0
     for path, target in zip(paths, targets, strict=True):
         try:
@@ -459,7 +470,9 @@ def _reconstruct(argv: Sequence[str]) -> int:
     parser.add_argument("--mask-ratio", type=float, metavar="X", help="share hidden, in (0, 1) (default: the model's)")
     parser.add_argument("--masking", metavar="NAME", help="strategy of hiding (default: the model's)")
     parser.add_argument("--start", type=float, default=0.0, metavar="S", help="seconds into each file (default: 0)")
-    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="length of a clip (default: 10)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="length of a clip (default: 10, or as much as an SSAST takes)"
+    )
     _add_device(parser)
     arguments = parser.read(argv)
 
@@ -471,9 +484,8 @@ def _reconstruct(argv: Sequence[str]) -> int:
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {out}")
     model = _load(arguments.checkpoint, arguments.device)
-    wanted = {"mask_ratio": arguments.mask_ratio, "masking": arguments.masking}
-    model.config = dataclasses.replace(model.config, **{name: x for name, x in wanted.items() if x is not None})
-    clips = masked_clips(model, arguments.files, arguments.seed, arguments.start, arguments.seconds)
+    hide = {"mask_ratio": arguments.mask_ratio, "masking": arguments.masking}
+    clips = masked_clips(model, arguments.files, arguments.seed, arguments.start, arguments.seconds, **hide)
     reports = [evaluate(model, select(clips, index)) for index in range(len(clips.names))]
     out.parent.mkdir(parents=True, exist_ok=True)
     plot_reconstruction(model, clips, out)
@@ -498,10 +510,10 @@ def _export(argv: Sequence[str]) -> int:
     parser.add_argument("dir", metavar="DIR", help="new folder")
     arguments = parser.read(argv)
 
-    from .checkpoint import load_model
+    from .checkpoint import load_mae_ast
     from .inference import encoder_alone, save_model
 
-    model = load_model(arguments.checkpoint)
+    model = load_mae_ast(arguments.checkpoint, "export")
     encoder = encoder_alone(model)
     size = save_model(encoder, Path(arguments.dir))
     print(
@@ -564,6 +576,38 @@ def _doctor(argv: Sequence[str]) -> int:
         print(json.dumps(report, indent=2))
     else:
         print(doctor.to_text(report))
+    return 0
+
+
+def _bench(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "bench",
+        "Times a training step on this machine, in about a minute: plain PyTorch, this library's step, and SSAST, "
+        "whose encoder runs over masked tokens too, in turns. The model is the largest whose rounds fit into the time.",
+        ("", "--preset patch_small --clips 8 --json"),
+    )
+    parser.add_argument("--preset", metavar="NAME", help="{patch,frame}_{base,small,tiny} (default: what fits)")
+    parser.add_argument("--clips", type=int, metavar="N", help="clips of 10 s in a batch (default: CPU 4, GPU 64)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or auto (default: auto)")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="to spend, about (default: 60)")
+    parser.add_argument("--json", action="store_true", help="for programs: every round")
+    arguments = parser.read(argv)
+
+    from . import bench
+
+    report = bench.bench(
+        arguments.preset,
+        arguments.clips,
+        arguments.device,
+        arguments.seconds,
+        say=functools.partial(print, file=sys.stderr, flush=True),
+    )
+    if arguments.json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print(bench.to_text(report))
     return 0
 
 
@@ -666,6 +710,7 @@ COMMANDS = {
     "export": Command("Use a model", "write the encoder alone", _export),
     "convert": Command("Use a model", "read a checkpoint of the paper's own code", _convert),
     "doctor": Command("This machine", "versions, devices, what will be used and why, the largest batch", _doctor),
+    "bench": Command("This machine", "time a training step beside plain PyTorch and SSAST, in a minute", _bench),
     "kernels": Command(
         "Kernels", "compile every kernel for several GPUs, without one, and say what it costs", _kernels
     ),

@@ -256,6 +256,7 @@ class SSASTConfig:
     attention_dropout: ClassVar[float] = 0.0
     activation_dropout: ClassVar[float] = 0.0
     input_dropout: ClassVar[float] = 0.0
+    norm_pix_loss: ClassVar[bool] = False  # asked for where reconstructions are evaluated
 
     def __post_init__(self) -> None:
         if isinstance(self.patch_size, list):  # JSON and YAML bring lists
@@ -359,3 +360,6 @@ class SSASTConfig:
         """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
         _check_fields(cls, fields)
         return cls(**fields)
+
+
+CONFIGS: dict[str, type[MAEASTConfig] | type[SSASTConfig]] = {"mae_ast": MAEASTConfig, "ssast": SSASTConfig}

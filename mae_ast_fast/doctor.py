@@ -16,7 +16,7 @@ import torch
 
 from . import __version__
 from .attention import choose_backend
-from .checkpoint import load_model
+from .checkpoint import load_mae_ast
 from .config import MAEASTConfig
 from .fbank import SAMPLE_RATE, num_frames
 from .model import MAEAST
@@ -71,7 +71,10 @@ def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[s
     from .options import PretrainOptions
 
     # As the pretrain command would train it: its own defaults come on top of the preset.
-    config = PretrainOptions(preset=preset).model_config() if checkpoint is None else load_model(checkpoint).config
+    if checkpoint is None:
+        config = PretrainOptions(preset=preset).model_config()
+    else:
+        config = load_mae_ast(checkpoint, "doctor").config
     devices, problems = cuda_devices()
     report: dict[str, Any] = {
         "mae_ast_fast": __version__,

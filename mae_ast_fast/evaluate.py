@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MAEASTConfig
+from .config import MAEASTConfig, SSASTConfig
 from .masking import sample_mask
 from .model import MAEAST
 from .packing import real_tokens
 from .reference import masked_mse, patchify, unpatchify
+from .ssast import SSAST
 
 BASELINES = ("mean_of_visible", "mean_of_visible_same_band", "interpolation")
 TO_BEAT = ("mean_of_visible", "interpolation")
@@ -30,9 +31,9 @@ class HeldOut:
     """A fixed set of held-out clips with their masks.
 
     Attributes:
-        features: (B, T, F) log-mel, not normalised.
+        features: (B, T, F), as the model's ``features`` makes them.
         frames: (B,) real frames.
-        mask: (B, L) bool, True = masked.
+        mask: (B, L) bool, True = masked, tokens time step by time step for either model.
         names: Clip names.
         kinds: Kind of each clip ("speech", "sound", ...), empty where unknown.
     """
@@ -44,7 +45,9 @@ class HeldOut:
     kinds: list[str]
 
     @classmethod
-    def of(cls, model: MAEAST, features: Tensor, frames: Tensor, names: Sequence[str], kinds: Sequence[str]) -> HeldOut:
+    def of(
+        cls, model: MAEAST | SSAST, features: Tensor, frames: Tensor, names: Sequence[str], kinds: Sequence[str]
+    ) -> HeldOut:
         """Draws the fixed masks for a model's patch grid and masking strategy; clip i always gets the same mask."""
         config = model.config
         tokens = frames // config.patch_size[0] * config.grid_f
@@ -70,7 +73,59 @@ class HeldOut:
         return self.select([i for kind in kinds for i in [j for j in order if self.kinds[j] == kind][:share]])
 
 
-def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str, Any]:
+@dataclass
+class Prediction:
+    """What a model makes of masked clips: tokens time step by time step, values in a patch t * kf + f.
+
+    Rows run clip by clip, tokens ascending; sum M is their number.
+
+    Attributes:
+        patches: (B, L, P) all patches, normalised.
+        mask: (B, L) bool, True = masked, False past a clip's tokens.
+        reconstruction: (sum M, P) of the masked patches.
+        target: (sum M, P) these patches.
+        info_nce: Mean over the masked tokens, 0 where that objective is off.
+        accuracy: The same.
+    """
+
+    patches: Tensor
+    mask: Tensor
+    reconstruction: Tensor
+    target: Tensor
+    info_nce: Tensor
+    accuracy: Tensor
+
+
+def predict(model: MAEAST | SSAST, features: Tensor, frames: Tensor, mask: Tensor) -> Prediction:
+    """Runs a model on masked clips; what comes out is in one order for either.
+
+    SSAST in two passes hides the same in both: InfoNCE and accuracy are those of the first, the reconstruction that of
+    the second. With reconstruction off it reconstructs nothing, and zeros, the mean of the data, stand for it.
+
+    Args:
+        features: (B, T, F), as the model's ``features`` makes them.
+        frames: (B,) real frames.
+        mask: (B, L) bool, True = masked, tokens time step by time step.
+    """
+    patches = patchify(features, model.config.patch_size)
+    if isinstance(model, MAEAST):
+        out = model(features, frames, mask)
+        mean, scale = model.input_norm(features, frames)
+        known = (patches - mean) * scale, out.mask, out.pred_reconstruction, out.target
+        return Prediction(*known, out.loss_classification, out.accuracy)
+    grid_f, (kt, kf) = model.config.grid_f, model.config.patch_size
+    mask = mask[:, : patches.shape[1]].unflatten(1, (-1, grid_f)).transpose(1, 2).flatten(1)  # as SSAST orders tokens
+    two = model.config.objective == "joint_two_pass"
+    out = model(features, frames, (mask, mask) if two else mask)
+    mask, target = (out.mask[1], out.target[1]) if two else (out.mask, out.target)
+    row = mask.flatten().cumsum(0).view_as(mask) - 1  # of each masked token among the outputs
+    mask, row = (x.unflatten(1, (grid_f, -1)).transpose(1, 2).flatten(1) for x in (mask, row))
+    guess = out.pred_reconstruction if model.config.reconstruction_weight > 0.0 else torch.zeros_like(target)
+    guess, target = (x[row[mask]].unflatten(1, (kf, kt)).transpose(1, 2).flatten(1) for x in (guess, target))
+    return Prediction(patches, mask, guess, target, out.loss_classification, out.accuracy)
+
+
+def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> dict[str, Any]:
     """Errors of the model and of the baselines on the held-out clips, in the model's normalised space.
 
     Baselines, each from the same clip's visible patches: ``mean_of_visible``, their mean patch;
@@ -118,7 +173,7 @@ def evaluate(model: MAEAST, held_out: HeldOut, batch_size: int = 16) -> dict[str
     return report
 
 
-def _usable(config: MAEASTConfig, held_out: HeldOut) -> Tensor:
+def _usable(config: MAEASTConfig | SSASTConfig, held_out: HeldOut) -> Tensor:
     """Indices of the clips that have both visible and masked tokens."""
     real = real_tokens(held_out.frames // config.patch_size[0] * config.grid_f, held_out.mask.shape[1])
     has_both = (held_out.mask & real).any(1) & (~held_out.mask & real).any(1)
@@ -127,7 +182,7 @@ def _usable(config: MAEASTConfig, held_out: HeldOut) -> Tensor:
     return has_both.nonzero()[:, 0]
 
 
-def failures(model: MAEAST, report: dict[str, Any]) -> list[str]:
+def failures(model: MAEAST | SSAST, report: dict[str, Any]) -> list[str]:
     """What a trained model must beat and this report does not: ``TO_BEAT``, and twice the chance accuracy.
 
     ``mean_of_visible_same_band`` is the harder mark that stands beside them. An objective of weight 0 is not asked for.
@@ -149,13 +204,11 @@ def failures(model: MAEAST, report: dict[str, Any]) -> list[str]:
     return found
 
 
-def _sums(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -> dict[str, float]:
+def _sums(model: MAEAST | SSAST, features: Tensor, frames: Tensor, mask: Tensor) -> dict[str, float]:
     """Sums over the masked tokens of one batch."""
     config = model.config
-    out = model(features, frames, mask)
-    mask = out.mask
-    mean, scale = model.input_norm(features, frames)
-    patches = (patchify(features, config.patch_size) - mean) * scale
+    out = predict(model, features, frames, mask)
+    patches, mask = out.patches, out.mask
     tokens = real_tokens(frames // config.patch_size[0] * config.grid_f, patches.shape[1])
     visible = tokens & ~mask
     counts = mask.sum(1)
@@ -167,19 +220,19 @@ def _sums(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -> dict
         "interpolation": interpolation(patches, visible, config.patch_size, config.num_mel_bins),
     }
     sums = {name: (masked_mse(guess[mask], out.target) / unit).sum() for name, guess in guesses.items()}
-    sums["mse"] = masked_mse(out.pred_reconstruction, out.target, config.norm_pix_loss).sum()
-    sums["other_times"] = other_times_error(out.pred_reconstruction, out.target, mask, config)
-    sums["nce"] = out.loss_classification * counts.sum()
+    sums["mse"] = masked_mse(out.reconstruction, out.target, config.norm_pix_loss).sum()
+    sums["other_times"] = other_times_error(out.reconstruction, out.target, mask, config)
+    sums["nce"] = out.info_nce * counts.sum()
     sums["accuracy"] = out.accuracy * counts.sum()
     sums["chance"] = (counts > 0).sum()  # M tokens of a clip, each 1 / M
     sums["rows"] = counts.sum()
     return {name: float(value) for name, value in sums.items()}
 
 
-def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, config: MAEASTConfig) -> Tensor:
+def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, config: MAEASTConfig | SSASTConfig) -> Tensor:
     """Sum over masked tokens of the mean error of the predictions for their block's other masked times in the clip.
 
-    A token that is its block's only masked one counts with its own error. Rows (sum M, P) as in the model's output.
+    A token that is its block's only masked one counts with its own error. Rows (sum M, P) as in ``Prediction``.
     """
     target, prediction = target.double(), prediction.double()
     if config.norm_pix_loss:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .atomic import write_whole
-from .evaluate import BASELINES, HeldOut
+from .evaluate import BASELINES, HeldOut, predict
 from .model import MAEAST
 from .packing import real_tokens
-from .reference import patchify, unpatchify
+from .reference import unpatchify
+from .ssast import SSAST
 
 
 def _pyplot() -> Any:
@@ -73,7 +74,7 @@ def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
     _save(figure, path)
 
 
-def reconstruct(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(model: MAEAST | SSAST, features: Tensor, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Original, masked and reconstructed normalised log-mel, each (B, T', F) with NaN where nothing is or is known.
 
     Visible patches stand as they are in the reconstruction. With ``norm_pix_loss`` the prediction is brought back to
@@ -81,10 +82,8 @@ def reconstruct(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -
     """
     config = model.config
     with torch.no_grad():
-        out = model(features, frames, mask)
-        mean, scale = model.input_norm(features, frames)
-        patches = (patchify(features, config.patch_size) - mean) * scale
-    prediction = out.pred_reconstruction.to(patches.dtype)
+        out = predict(model, features, frames, mask)
+    patches, prediction = out.patches, out.reconstruction.to(out.patches.dtype)
     if config.norm_pix_loss:
         prediction = prediction * (out.target.var(1, keepdim=True) + 1e-6).sqrt() + out.target.mean(1, keepdim=True)
     real = real_tokens(frames // config.patch_size[0] * config.grid_f, patches.shape[1])[:, :, None]
@@ -97,7 +96,7 @@ def reconstruct(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor) -
     )
 
 
-def plot_reconstruction(model: MAEAST, clips: HeldOut, path: Path) -> None:
+def plot_reconstruction(model: MAEAST | SSAST, clips: HeldOut, path: Path) -> None:
     """Draws original, masked and reconstructed log-mel, one row a clip."""
     plt = _pyplot()
     device = next(model.parameters()).device

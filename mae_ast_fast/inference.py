@@ -19,9 +19,10 @@ from . import audio
 from .atomic import write_whole
 from .config import MAEASTConfig
 from .evaluate import MASK_SEED, HeldOut
-from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
+from .fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
 from .masking import sample_mask
 from .model import MAEAST, MAX_TOKENS
+from .ssast import SSAST
 
 _FILES = ("model.safetensors", "config.json", "checkpoints")  # of a model or of a run
 
@@ -103,7 +104,7 @@ def extract_file(
             if frames == 0:
                 raise audio.AudioError(path, "shorter than 25 ms")
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                spectrogram, _ = fbank(torch.from_numpy(waveform)[None].to(device))
+                spectrogram, _ = model.features(torch.from_numpy(waveform)[None].to(device))
                 rows = model.extract_features(spectrogram, layer=layer).last_hidden_state[0].float().cpu().numpy()
             # In place where the allocator can: two copies of an hour's features would be the most that is ever held.
             features.resize((len(features) + len(rows), config.embed_dim), refcheck=False)
@@ -201,32 +202,45 @@ def output_paths(inputs: Sequence[str | os.PathLike[str]], folder: Path, suffix:
 
 
 def masked_clips(
-    model: MAEAST,
+    model: MAEAST | SSAST,
     paths: Sequence[str | os.PathLike[str]],
     seed: int | None = None,
     start: float = 0.0,
-    seconds: float = 10.0,
+    seconds: float | None = None,
+    mask_ratio: float | None = None,
+    masking: str | None = None,
 ) -> HeldOut:
-    """Reads a stretch of each file and draws its mask by the model's strategy and ratio.
+    """Reads a stretch of each file and draws its mask.
 
     Args:
         model: Whose patch grid and masking count.
         paths: Audio files.
         seed: Of the masks; None: the fixed one of held-out evaluation.
         start: Seconds into each file.
-        seconds: Length, less where a file ends before.
+        seconds: Length, less where a file ends before. None: 10, or what the model takes where that is less.
+        mask_ratio: Share that is hidden, in (0, 1); None: the model's.
+        masking: Strategy of hiding; None: the model's.
 
     Raises:
         audio.AudioError: A file gives no usable audio.
-        ValueError: ``start`` lies behind a file's end, or what is left is too short to hide something.
+        ValueError: ``start`` lies behind a file's end, or what is left is too short to hide something; no such
+            strategy or share.
     """
+    if seconds is None:
+        seconds = min(10.0, ((model.max_frames - 1) * HOP + WINDOW) / SAMPLE_RATE)
     if not (start >= 0.0 and seconds > 0.0):
         raise ValueError(f"start must be >= 0 and seconds > 0, got {start:g} and {seconds:g}")
-    config = model.config
+    # A configuration of MAE-AST checks the two, of whichever model they are.
+    config = MAEASTConfig(
+        num_mel_bins=model.config.num_mel_bins,
+        patch_size=model.config.patch_size,
+        mask_ratio=model.config.mask_ratio if mask_ratio is None else mask_ratio,
+        masking=model.config.masking if masking is None else masking,
+    )
     spectrograms = []
     for path in paths:
         waveform = _read(path, round(start * SAMPLE_RATE), round(seconds * SAMPLE_RATE))
-        spectrograms.append(fbank(torch.from_numpy(waveform)[None])[0][0])
+        spectrograms.append(model.features(torch.from_numpy(waveform)[None])[0][0])
     frames = torch.tensor([len(spectrogram) for spectrogram in spectrograms])
     features = pad_sequence(spectrograms, batch_first=True)
     tokens = frames // config.patch_size[0] * config.grid_f

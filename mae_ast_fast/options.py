@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from .config import MAEASTConfig
+from .config import CONFIGS, MAEASTConfig, SSASTConfig
+from .fbank import SAMPLE_RATE, num_frames
 from .step import PRECISIONS
 from .transformer import RECOMPUTE
 
@@ -23,9 +24,14 @@ class PretrainOptions:
         data: Folder of audio, fairseq .tsv manifest or audio file. None: the default corpus, real recordings from
             Debian packages, fetched once.
         out: Run folder. A run that was stopped there goes on.
-        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}. None: those of --init-from, or patch_tiny.
-        model_args: Model fields to set otherwise, as in MAEASTConfig: --model_args.mask_ratio 0.8
-        init_from: Start from this checkpoint: a folder of ours or an official .pt file. A preset must have its sizes.
+        model: mae_ast, or ssast, the baseline, on the same data with the same losses.
+        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}, of ssast without base_6layer. None: those of
+            --init-from, or patch_tiny.
+        model_args: Model fields to set otherwise, as in MAEASTConfig or SSASTConfig: --model_args.mask_ratio 0.8. Not
+            given, those of ssast follow from the run: input_frames from max_seconds, mask_patches from the preset's
+            share, mean and std from the training clips.
+        init_from: Start from this checkpoint: a folder of ours or an official file, .pt of MAE-AST, .pth of SSAST. A
+            preset must have its sizes.
         steps: Updates of the whole run; the learning rate reaches 0 at the last.
         batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
         max_seconds: Longer clips are cut into windows of at most this length.
@@ -52,6 +58,7 @@ class PretrainOptions:
 
     data: str | None = None
     out: str = "runs/pretrain"
+    model: str = "mae_ast"
     preset: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
@@ -94,17 +101,61 @@ class PretrainOptions:
                 "expected min_seconds <= max_seconds <= batch_seconds, got "
                 f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
             )
-        choices = {"precision": ("auto", *PRECISIONS), "device": ("auto", "cpu", "cuda"), "recompute": RECOMPUTE}
-        for name, allowed in choices.items():
+        choices = {"model": tuple(CONFIGS), "precision": ("auto", *PRECISIONS), "device": ("auto", "cpu", "cuda")}
+        for name, allowed in {**choices, "recompute": RECOMPUTE}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        self.model_config()
+        config = self.model_config()
+        if self.recompute == "gelu" and config.activation_dropout > 0.0:
+            raise ValueError(
+                f"recompute=gelu needs activation_dropout 0, got {config.activation_dropout}: use recompute=layer"
+            )
 
-    def model_config(self, source: MAEASTConfig | None = None) -> MAEASTConfig:
-        """The model that preset and overrides describe; without a preset, ``source`` with the overrides."""
-        if self.preset is None and source is not None:
-            return MAEASTConfig.from_dict({**source.to_dict(), **self.model_args})
-        return MAEASTConfig.preset(self.preset or "patch_tiny", **self.model_args)
+    def model_config(self, source: MAEASTConfig | SSASTConfig | None = None) -> MAEASTConfig | SSASTConfig:
+        """The model that preset and overrides describe; without a preset, ``source`` with the overrides.
+
+        Args:
+            source: Of the checkpoint that the run starts from.
+
+        Raises:
+            ValueError: A preset or field that the model does not have, a source of the other model, or sizes that
+                contradict each other or the length of the windows.
+        """
+        config_class = CONFIGS[self.model]
+        if source is not None and not isinstance(source, config_class):
+            kind = next(name for name, other in CONFIGS.items() if isinstance(source, other))
+            raise ValueError(f"--model {self.model} cannot start from --init-from {self.init_from}: it is a {kind}")
+        known = [field.name for field in fields(config_class)]
+        if unknown := [name for name in self.model_args if name not in known]:
+            raise ValueError(f"--model {self.model} has no model_args {', '.join(unknown)}; it has {', '.join(known)}")
+        if source is not None and self.preset is None:
+            base = source
+        elif (name := self.preset or "patch_tiny") in config_class.preset_names():
+            base = config_class.preset(name)
+        else:
+            names = ", ".join(config_class.preset_names())
+            raise ValueError(f"preset must be one of {names} for --model {self.model}, got {name!r}")
+        if isinstance(base, SSASTConfig):
+            return self._ssast_config(base, source)
+        return MAEASTConfig.from_dict({**base.to_dict(), **self.model_args})
+
+    def _ssast_config(self, base: SSASTConfig, source: SSASTConfig | None) -> SSASTConfig:
+        """Sizes of ``base``, the rest of the checkpoint where there is one; the same share of every grid is hidden."""
+        window = num_frames(round(self.max_seconds * SAMPLE_RATE))
+        rest = {"input_frames": window}
+        if source is not None:
+            rest = {"input_frames": source.input_frames, "mean": source.mean, "std": source.std}
+        given = {**base.to_dict(), **rest, **self.model_args}
+        if "mask_patches" not in self.model_args:
+            tokens = SSASTConfig.from_dict({**given, "mask_patches": 1}).num_patches
+            given["mask_patches"] = min(max(1, round(base.mask_patches / base.num_patches * tokens)), tokens - 1)
+        config = SSASTConfig.from_dict(given)
+        if config.input_frames < window:
+            raise ValueError(
+                f"input_frames must be at least {window}, the frames of max_seconds={self.max_seconds:g}, got "
+                f"{config.input_frames}: use a smaller --max-seconds"
+            )
+        return config
 
 
 def native_bf16(device: torch.device) -> bool:

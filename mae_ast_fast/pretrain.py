@@ -24,16 +24,20 @@ from torch import Tensor
 from . import checkpoint, corpus
 from .atomic import write_json, write_whole
 from .audio import find_audio
-from .config import MAEASTConfig
+from .config import MAEASTConfig, SSASTConfig
 from .data import Clips, batch_plan, load_batch, scan, split
 from .evaluate import HeldOut, evaluate
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
 from .figures import plot_loss, plot_reconstruction
 from .model import MAEAST
 from .options import FREE_OPTIONS, PretrainOptions, learning_rate, native_bf16
+from .packing import real_tokens
+from .ssast import SSAST
 from .step import TrainStep
 
 HELD_OUT_CLIPS = 64
+SKIPPED_AT_MOST = 50  # updates in a row of fp16: halved as often, its scale is below any gradient
+STATISTICS_WINDOWS = 200  # spread evenly over the first epoch; SSAST is normalised by their mean and deviation
 
 
 class NonFiniteLoss(RuntimeError):
@@ -84,26 +88,20 @@ class Trainer:
         self.seconds = self.audio_seconds = 0.0
         self.pending: list[tuple[dict[str, Any], Tensor, list[str]]] = []  # rows whose numbers are still on the device
         self.saved: tuple[int, Path] | None = None
+        self.skipped = 0  # updates in a row that fp16 left out
         self.bar: Any = None
         self.events: Any = None
 
         torch.manual_seed(options.seed)
         found = checkpoint.load_training(run)
-        init = {"impl": options.impl, "attention": options.attention}
         if found is not None:
             path, model, state, damaged = found
             for line in damaged:
                 print(f"skipped a damaged checkpoint: {line}")
             print(f"going on from {path}")
             model.impl, model.attention = options.impl, options.attention
-        elif options.init_from is not None:
-            source = checkpoint.load_model(options.init_from, **init)
-            config = options.model_config(source.config)
-            _check_fits(source.config, config, options)
-            model = MAEAST(config, **init)
-            model.load_state_dict(source.state_dict())
         else:
-            model = MAEAST(options.model_config(), **init)
+            model = self._new_model()
         _check_shortest(model.config, options)
         model.recompute = options.recompute
         self.model = model.to(device).train()
@@ -125,6 +123,25 @@ class Trainer:
             self.update.load_state_dict(state)
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.seconds, self.audio_seconds = state["seconds"], state["audio_seconds"]
+
+    def _new_model(self) -> MAEAST | SSAST:
+        """The model with which a run starts."""
+        options = self.options
+        init = {"impl": options.impl, "attention": options.attention}
+        if options.init_from is not None:
+            source = checkpoint.load_model(options.init_from, **init)
+            config = options.model_config(source.config)
+            _check_fits(source.config, config, options)
+            model = type(source)(config, **init)
+            model.load_state_dict(source.state_dict())
+            return model
+        config = options.model_config()
+        if isinstance(config, SSASTConfig) and not {"mean", "std"} <= set(options.model_args):
+            windows = np.concatenate(self._plan(0))
+            few = np.linspace(0, len(windows) - 1, min(STATISTICS_WINDOWS, len(windows))).round().astype(np.int64)
+            mean, std = log_mel_statistics(self.clips, windows[few])
+            config = dataclasses.replace(config, **{"mean": mean, "std": std, **options.model_args})
+        return checkpoint.MODELS[options.model](config, **init)
 
     def _data_identity(self) -> list[int]:
         return [len(self.train_clips), int(self.clips.samples[self.train_clips].sum())]
@@ -156,30 +173,28 @@ class Trainer:
                 if not self.pending:  # what was saved and evaluated since the flush is no training time
                     self._began = time.perf_counter()
 
+    def _plan(self, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch: (clip, first sample, samples) of each window."""
+        options = self.options
+        samples = self.clips.samples[self.train_clips]
+        lengths = options.batch_seconds, options.max_seconds
+        plan = batch_plan(samples, *lengths, options.seed, epoch, options.min_seconds)
+        return [np.column_stack((self.train_clips[windows[:, 0]], windows[:, 1:])) for windows in plan]
+
     def _batches(self) -> Iterator[np.ndarray]:
         """The batches from the current place on, epoch after epoch."""
-        options = self.options
         while True:
-            plan = batch_plan(
-                self.clips.samples[self.train_clips],
-                options.batch_seconds,
-                options.max_seconds,
-                options.seed,
-                self.epoch,
-                options.min_seconds,
-            )
+            plan = self._plan(self.epoch)
             while self.batch < len(plan):
                 self.batch += 1
-                windows = plan[self.batch - 1].copy()
-                windows[:, 0] = self.train_clips[windows[:, 0]]
-                yield windows
+                yield plan[self.batch - 1]
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _update(self, windows: np.ndarray) -> None:
         """One optimizer update; its numbers stay on the device until the next flush."""
         options = self.options
         waveforms, lengths, ids, names = load_batch(self.clips, windows)
-        features, _ = fbank(self._to_device(waveforms), lengths)
+        features, _ = self.model.features(self._to_device(waveforms), lengths)
         torch.manual_seed(options.seed * 1_000_003 + self.step)  # dropout: a function of the step, nothing to save
         rate, tokens, rows = learning_rate(self.step, options), self.update.tokens, self.update.rows
         # The paper's own strategy draws one mask a batch and ignores clip ids: every update needs another.
@@ -206,7 +221,8 @@ class Trainer:
         for row, numbers, names in self.pending:
             loss, reconstruction, classification, accuracy, norm = numbers.tolist()
             skipped = self.precision == "fp16" and not math.isfinite(norm)  # its scale was too large, and is halved
-            if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+            self.skipped = self.skipped + 1 if skipped else 0
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.skipped in range(1, SKIPPED_AT_MOST)):
                 for finite in rows:
                     self._log(finite)
                 self._fail(row["step"], loss, norm, names)
@@ -295,11 +311,12 @@ class Trainer:
         self.model.save_pretrained(self.run)
         written = read_metrics(self.run / "metrics.jsonl")
         steps = [row for row in written if "loss" in row]
-        tokens, rows = (sum(row[name] for row in steps) for name in ("tokens", "rows"))
+        tokens, rows = (sum(row.get(name, 0) for row in steps) for name in ("tokens", "rows"))
         evaluations = [row for row in written if "held_out" in row] + [{"step": self.step, "held_out": report}]
         data = self.clips.report
         summary = {
             "steps": self.step,
+            "model": self.model.model_type,
             "config": self.model.config.to_dict(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": str(self.device),
@@ -367,11 +384,12 @@ def _check_same_run(run: Path, options: PretrainOptions) -> None:
     path = run / "options.json"
     if not path.is_file() or not checkpoint.training_checkpoints(run):
         return
-    before = json.loads(path.read_text())
+    # An option that is younger than the run had its default then.
+    before = {**dataclasses.asdict(PretrainOptions()), **json.loads(path.read_text())}
     differing = [
-        f"{name} {before.get(name)!r} -> {value!r}"
+        f"{name} {before[name]!r} -> {value!r}"
         for name, value in dataclasses.asdict(options).items()
-        if name not in FREE_OPTIONS and before.get(name) != value
+        if name not in FREE_OPTIONS and before[name] != value
     ]
     if differing:
         raise ValueError(
@@ -380,11 +398,14 @@ def _check_same_run(run: Path, options: PretrainOptions) -> None:
         )
 
 
-def _check_fits(config: MAEASTConfig, wanted: MAEASTConfig, options: PretrainOptions) -> None:
-    sizes = (
-        "num_mel_bins", "patch_size", "embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim",
-        "decoder_layers", "norm_first", "has_projection",
-    )  # fmt: skip
+def _check_fits(
+    config: MAEASTConfig | SSASTConfig, wanted: MAEASTConfig | SSASTConfig, options: PretrainOptions
+) -> None:
+    sizes = ["num_mel_bins", "patch_size", "embed_dim", "ffn_dim", "num_heads"]
+    if isinstance(config, SSASTConfig):
+        sizes += ["layers", "input_frames"]
+    else:
+        sizes += ["encoder_layers", "decoder_embed_dim", "decoder_layers", "norm_first", "has_projection"]
     differing = [
         f"{name} {getattr(config, name)} in the checkpoint, {getattr(wanted, name)} asked for"
         for name in sizes
@@ -394,7 +415,7 @@ def _check_fits(config: MAEASTConfig, wanted: MAEASTConfig, options: PretrainOpt
         raise ValueError(f"--init-from {options.init_from} does not fit: {'; '.join(differing)}")
 
 
-def _check_shortest(config: MAEASTConfig, options: PretrainOptions) -> None:
+def _check_shortest(config: MAEASTConfig | SSASTConfig, options: PretrainOptions) -> None:
     """A clip needs two tokens, one to see and one to hide."""
     kt, grid_f = config.patch_size[0], config.grid_f
     frames = num_frames(round(options.min_seconds * SAMPLE_RATE))
@@ -404,6 +425,27 @@ def _check_shortest(config: MAEASTConfig, options: PretrainOptions) -> None:
             f"min_seconds must be at least {needed:g} for patches of {kt} frames x {config.patch_size[1]} bins, "
             f"got {options.min_seconds:g}"
         )
+
+
+def log_mel_statistics(clips: Clips, windows: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of all log-mel values of these windows, by SSAST's front end, to four decimals.
+
+    Its recipe normalises by such statistics of the whole data set (arXiv 2110.09784, official code).
+
+    Args:
+        clips: Where the windows lie.
+        windows: (N, 3): clip, first sample, samples.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(windows), 16):
+        waveforms, lengths, _, _ = load_batch(clips, windows[start : start + 16])
+        features, frames = fbank(waveforms, lengths, frontend="ssast")
+        values = features[real_tokens(frames, features.shape[1])].double()
+        count += values.numel()
+        total += float(values.sum())
+        squares += float(values.square().sum())
+    mean = total / count
+    return round(mean, 4), round(math.sqrt(max(0.0, squares / count - mean**2)), 4)
 
 
 def _open_data(options: PretrainOptions) -> tuple[Clips, np.ndarray, np.ndarray, str]:
@@ -419,7 +461,7 @@ def _open_data(options: PretrainOptions) -> tuple[Clips, np.ndarray, np.ndarray,
     return clips, *split(clips, seed=options.seed)
 
 
-def _held_out(model: MAEAST, clips: Clips, indices: np.ndarray, options: PretrainOptions) -> HeldOut:
+def _held_out(model: MAEAST | SSAST, clips: Clips, indices: np.ndarray, options: PretrainOptions) -> HeldOut:
     """Features and masks of the clips to evaluate on: the first ``max_seconds`` of each.
 
     As many of each kind, spread evenly over the names; none that is silent, and clips of at least 2 s where there are
@@ -438,7 +480,7 @@ def _held_out(model: MAEAST, clips: Clips, indices: np.ndarray, options: Pretrai
     longest = round(options.max_seconds * SAMPLE_RATE)
     windows = np.array([(clip, 0, min(longest, clips.samples[clip])) for clip in chosen])
     waveforms, lengths, _, names = load_batch(clips, windows)
-    features, frames = fbank(waveforms, lengths)
+    features, frames = model.features(waveforms, lengths)
     return HeldOut.of(model, features, frames, names, [clips.entries[clip].kind for clip in chosen])
 
 
@@ -446,7 +488,7 @@ def _headline(options: PretrainOptions, trainer: Trainer, clips: Clips, train: i
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     name = options.preset or options.init_from or "patch_tiny"
     return (
-        f"{name}: {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
+        f"{options.model} {name}: {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
         f"({torch.get_num_threads()} threads); {clips.report['hours']:.2f} h in {clips.report['clips']} clips: "
         f"{train} to train, {held_out} to evaluate on ({how}); run folder {options.out}"
     )

@@ -18,11 +18,16 @@ from safetensors.numpy import load_file
 
 from mae_ast_fast import (
     MAEAST,
+    SSAST,
     MAEASTConfig,
+    SSASTConfig,
     __version__,
+    audio,
+    bench,
     cli,
     corpus,
     doctor,
+    fbank,
     inference,
     kernel_report,
     prepare,
@@ -45,6 +50,7 @@ SPEECH = AUDIO / "festvox-ru" / "353705932f.opus"  # 5.9 s
 SOUND = AUDIO / "sonic-pi-samples" / "018e740416.opus"  # 3.7 s
 TRAIN_DONE = {
     "steps": 800,
+    "model": "mae_ast",
     "train_seconds": 90.0,
     "clips_per_second": 31.25,
     "audio_hours_seen": 12.5,
@@ -70,6 +76,15 @@ def checkpoint(tmp_path_factory) -> Path:
     model.input_norm.running_mean.fill_(-8.0)
     model.input_norm.running_var.fill_(16.0)
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ssast(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ssast")
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "num_heads": 2, "layers": 1, "input_frames": 298, "mask_patches": 112}
+    SSAST(SSASTConfig(**sizes, objective="joint_two_pass", mean=-8.0, std=4.0)).save_pretrained(folder)
     return folder
 
 
@@ -137,6 +152,7 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_report, "examine", reached)
     monkeypatch.setattr(prepare, "prepare_npy", reached)
     monkeypatch.setattr(tune, "tune", reached)
+    monkeypatch.setattr(bench, "bench", reached)
     for command in COMMANDS:
         main([command, "--help"])
         examples = capsys.readouterr().out.partition("examples:\n")[2].strip().splitlines()
@@ -194,8 +210,9 @@ def test_every_field_is_an_option_with_its_default_and_its_help(capsys):
     for field in dataclasses.fields(PretrainOptions):
         if field.name != "model_args":
             assert f" --{field.name.replace('_', '-')} " in text
-    for field in dataclasses.fields(MAEASTConfig):
-        assert f" --model_args.{field.name} " in text
+    for config_class in (MAEASTConfig, SSASTConfig):
+        for field in dataclasses.fields(config_class):
+            assert text.count(f" --model_args.{field.name} ") >= 1
     assert "Audio in a batch, in seconds: a token budget, not a clip count. (type: float, default: 160.0)" in text
     assert "Share of a clip's tokens that is hidden, in (0, 1). (type: float)" in text
 
@@ -232,6 +249,50 @@ def test_fields_of_the_model_are_parsed_by_their_types():
     }
     config = found.model_config()
     assert (config.mask_ratio, config.patch_size, config.embed_dim) == (0.8, (8, 16), 192)
+
+
+def test_the_model_and_the_fields_that_only_ssast_has(tmp_path, capsys):
+    argv = ["--model", "ssast", "--preset", "frame_small", "--model_args.objective", "mpc", "--model_args.layers=2"]
+    argv += ["--model-args.patch-size", "[4,128]", "--model_args.mean", "-5", "--model_args.embed_dim", "96"]
+    found = options_of(*argv)
+    assert (found.model, found.preset) == ("ssast", "frame_small")
+    given = {"objective": "mpc", "layers": 2, "patch_size": [4, 128], "mean": -5.0, "embed_dim": 96}
+    assert found.model_args == given
+    assert found.model_config() == SSASTConfig.preset(
+        "frame_small", **given, input_frames=998, mask_patches=195
+    )  # 249 tokens of 4 frames
+    assert main(["pretrain", *argv, "--print_config"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["model"] == "ssast" and yaml.safe_load(text)["model_args"] == given
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert options_of("--config", str(path)) == found
+    assert options_of("--model=ssast").model_config().input_frames == 998
+
+
+def test_what_does_not_fit_the_model(capsys):
+    told = fails(capsys, 1, "pretrain", "--model", "ssast", "--model_args.decoder_layers", "1")
+    assert "--model ssast has no model_args decoder_layers" in told
+    told = fails(capsys, 1, "pretrain", "--model", "ssast", "--preset", "frame_base_6layer")
+    assert "frame_tiny for --model ssast, got 'frame_base_6layer'" in told
+    assert "model must be one of mae_ast, ssast, got" in fails(capsys, 1, "pretrain", "--model", "mae-ast")
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_options(recipe):
+    found = options_of("--config", str(recipe))
+    assert found.model_config().embed_dim in (192, 768)
+
+
+def test_the_recipe_of_ssast_is_that_of_mae_ast_with_another_model():
+    quick, ssast = (
+        dataclasses.asdict(options_of("--config", str(RECIPES[0].with_stem(x)))) for x in ("quick", "ssast")
+    )
+    assert {name for name in quick if quick[name] != ssast[name]} == {"model", "model_args", "out"}
+    assert quick["model_args"]["encoder_layers"] == ssast["model_args"]["layers"]
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -306,6 +367,13 @@ def test_a_finished_run_is_summed_up(capsys, monkeypatch):
     assert "  passed: " in text and "NOT" not in text
     assert "  sound alone: worse than a straight line\n" in text and "speech alone" not in text
     assert "In runs/x: model.safetensors" in text
+
+
+def test_what_is_next_after_an_ssast():
+    text = cli.pretrain_summary({**TRAIN_DONE, "model": "ssast"}, Path("runs/x"))
+    assert text.endswith("Next: mae-ast-fast reconstruct FILE --checkpoint runs/x --out file.png")
+    text = cli.pretrain_summary(TRAIN_DONE, Path("runs/x"))
+    assert text.endswith("Next: mae-ast-fast features FILE --checkpoint runs/x --out features/")
 
 
 def test_a_run_that_learned_nothing_is_said_to_have_failed():
@@ -486,6 +554,38 @@ def test_reconstruct_draws_and_compares(checkpoint, tmp_path, capsys):
         assert f"{path.name}: MSE {report['reconstruction_mse']:.4f} on 48 hidden patches" in text
         for name, error in report["baselines"].items():
             assert f"{name.replace('_', ' ')} {error:.4f}" in text
+
+
+def test_reconstruct_with_an_ssast(ssast, tmp_path, capsys):
+    """Clips as long as it takes, its own front end, and the options of hiding that it has none of itself."""
+    out = tmp_path / "r.png"
+    argv = ["reconstruct", SPEECH, SOUND, "--checkpoint", ssast, "--out", out]
+    assert main([str(argument) for argument in argv]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    model = SSAST.from_pretrained(ssast)
+    samples = torch.from_numpy(audio.decode(SPEECH)[: 297 * 160 + 400])
+    features, frames = model.features(samples[None])
+    assert frames.tolist() == [298]
+    assert torch.equal(features, model.normalize(fbank(samples[None], frontend="ssast")[0]))
+    report = evaluate(model, HeldOut.of(model, features, frames, ["x"], [""]))
+    assert f"{SPEECH.name}: MSE {report['reconstruction_mse']:.4f} on 112 hidden patches" in text
+    assert f"accuracy {report['accuracy']:.4f}" in text
+    argv += ["--seconds", "2", "--mask-ratio", "0.5", "--masking", "time", "--seed", "3"]
+    assert main([str(argument) for argument in argv]) == 0
+    assert capsys.readouterr().out.count("on 48 hidden patches") == 2  # half of 12 x 8
+    assert "at most input_frames=298 frames" in fails(capsys, 1, *argv[:7], "--seconds", "4")
+
+
+@pytest.mark.parametrize("command", ["features", "export", "doctor"])
+def test_what_only_a_mae_ast_can_do(command, ssast, tmp_path, capsys):
+    argv = {
+        "features": [SOUND, "--checkpoint", ssast, "--out", tmp_path / "x.npz"],
+        "export": [ssast, tmp_path / "e"],
+        "doctor": ["--checkpoint", ssast],
+    }[command]
+    assert fails(capsys, 1, command, *argv).endswith(f"{command} needs a MAE-AST checkpoint, got ssast: {ssast}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_reconstruct_that_cannot_be(checkpoint, tmp_path, capsys):

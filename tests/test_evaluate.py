@@ -14,8 +14,9 @@ import torch
 from policy import PERFECT_MSE, assert_rounding
 from torch import Tensor
 
-from mae_ast_fast import MAEAST, MAEASTConfig, fbank, reference
+from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, fbank, reference
 from mae_ast_fast.audio import decode
+from mae_ast_fast.config import SSAST_OBJECTIVES
 from mae_ast_fast.evaluate import HeldOut, evaluate, failures, interpolation, mean_of_visible
 from mae_ast_fast.figures import plot_loss, plot_reconstruction, reconstruct
 from mae_ast_fast.masking import sample_mask
@@ -35,6 +36,17 @@ def build(seed: int = 0, **fields: Any) -> MAEAST:
     return model
 
 
+def build_ssast(**fields: Any) -> SSAST:
+    torch.manual_seed(0)
+    sizes = {"num_mel_bins": BINS, "patch_size": (KT, KF), "embed_dim": 16, "num_heads": 2, "layers": 1}
+    rest = {"input_frames": 48, "mask_patches": 18, "mean": -7.5, "std": 3.0}
+    model = SSAST(SSASTConfig(**{**sizes, **rest, **fields})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so large that predictions differ from token to token
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter == 1))
+    return model
+
+
 def clips(frames: list[int], seed: int = 0, padding: float = 0.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.full((len(frames), max(frames), BINS), padding)
@@ -43,8 +55,9 @@ def clips(frames: list[int], seed: int = 0, padding: float = 0.0) -> tuple[Tenso
     return x, torch.tensor(frames)
 
 
-def held_out(model: MAEAST, frames: list[int], seed: int = 0, padding: float = 0.0) -> HeldOut:
+def held_out(model: MAEAST | SSAST, frames: list[int], seed: int = 0, padding: float = 0.0) -> HeldOut:
     x, lengths = clips(frames, seed, padding)
+    x = model.normalize(x)
     names = [f"clip {i}" for i in range(len(frames))]
     return HeldOut.of(model, x, lengths, names, ["speech" if i % 2 else "sound" for i in range(len(frames))])
 
@@ -143,9 +156,52 @@ def test_interpolation_of_a_line_is_exact_inside_and_constant_outside() -> None:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-def expected_report(model: MAEAST, held: HeldOut) -> dict[str, Any]:
-    """Clip by clip, from the model's predictions for that clip alone, with the loops above."""
+Outputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def outputs_of_mae_ast(model: MAEAST, x: Tensor, mask: Tensor) -> Outputs:
+    """Of one clip (1, T, F): normalised patches (1, L, P), predictions (M, P), InfoNCE (M,) and hits (M,)."""
     scale = 0.5 / math.sqrt(model.input_norm.running_var.item() + 1e-5)
+    with torch.no_grad():
+        out = model(x, None, mask)
+    patches = (reference.patchify(x, (KT, KF)).double().numpy() - model.input_norm.running_mean.item()) * scale
+    logits = out.pred_classification.double().numpy() @ patches[mask.numpy()].T
+    nce = np.log(np.exp(logits).sum(1)) - logits.diagonal()
+    return patches, out.pred_reconstruction.double().numpy(), nce, logits.argmax(1) == np.arange(len(logits))
+
+
+def outputs_of_ssast(model: SSAST, x: Tensor, mask: Tensor) -> Outputs:
+    """The same, brought from SSAST's order, token band * steps + time and value f * KT + t, value by value."""
+    steps = mask.shape[1] // GRID_F
+    theirs = torch.zeros_like(mask)
+    for time in range(steps):
+        for band in range(GRID_F):
+            theirs[0, band * steps + time] = mask[0, time * GRID_F + band]
+    two = model.config.objective == "joint_two_pass"
+    with torch.no_grad():
+        out = model(x, None, (theirs, theirs) if two else theirs)
+    tokens = theirs[0].nonzero()[:, 0].tolist()
+
+    def ours(rows: Tensor) -> np.ndarray:
+        by_token = {}
+        for token, row in zip(tokens, rows.double().tolist(), strict=True):
+            band, time = divmod(token, steps)
+            by_token[time * GRID_F + band] = [row[f * KT + t] for t in range(KT) for f in range(KF)]
+        return np.array([by_token[token] for token in sorted(by_token)])
+
+    patches = reference.patchify(x, (KT, KF)).double().numpy()
+    nce = hit = np.zeros(len(tokens))
+    if model.config.classification_weight:
+        logits = patches[mask.numpy()] @ ours(out.pred_classification).T  # targets x predictions
+        nce = np.log(np.exp(logits).sum(1)) - logits.diagonal()
+        hit = (logits - np.log(np.exp(logits).sum(1, keepdims=True))).argmax(0) == np.arange(len(logits))
+    guess = ours(out.pred_reconstruction) if model.config.reconstruction_weight else np.zeros((len(tokens), KT * KF))
+    return patches, guess, nce, hit
+
+
+def expected_report(model: MAEAST | SSAST, held: HeldOut) -> dict[str, Any]:
+    """Clip by clip, from the model's predictions for that clip alone, with the loops above."""
+    outputs_of = outputs_of_ssast if isinstance(model, SSAST) else outputs_of_mae_ast
     sums: dict[str, float] = {}
     rows = 0
     for clip, count in enumerate(held.frames.tolist()):
@@ -154,10 +210,7 @@ def expected_report(model: MAEAST, held: HeldOut) -> dict[str, Any]:
         masked = int(mask.sum())
         if not masked or masked == tokens:
             continue
-        x = held.features[clip : clip + 1, :count]
-        with torch.no_grad():
-            out = model(x, None, mask)
-        patches = (reference.patchify(x, (KT, KF)).double().numpy() - model.input_norm.running_mean.item()) * scale
+        patches, prediction, nce, hit = outputs_of(model, held.features[clip : clip + 1, :count], mask)
         hidden = mask.numpy()
         target = patches[hidden]
         unit, goal = np.ones(masked), target
@@ -170,10 +223,8 @@ def expected_report(model: MAEAST, held: HeldOut) -> dict[str, Any]:
             "interpolation": loop_interpolation(patches, ~hidden),
         }
         errors = {name: ((guess[hidden] - target) ** 2).mean(1) / unit for name, guess in guesses.items()}
-        errors["mse"] = ((out.pred_reconstruction.double().numpy() - goal) ** 2).mean(1)
-        logits = out.pred_classification.double().numpy() @ target.T
-        errors["nce"] = np.log(np.exp(logits).sum(1)) - logits.diagonal()
-        errors["accuracy"] = logits.argmax(1) == np.arange(masked)
+        errors["mse"] = ((prediction - goal) ** 2).mean(1)
+        errors["nce"], errors["accuracy"] = nce, hit
         errors["chance"] = np.full(masked, 1 / masked)
         for name, values in errors.items():
             sums[name] = sums.get(name, 0.0) + float(values.sum())
@@ -212,6 +263,29 @@ def test_report_against_loops(fields: dict, batch_size: int) -> None:
     assert_report(report, expected_report(model, held))
     assert report["clips"] == len(FRAMES)
     assert {"mean_of_visible", "mean_of_visible_same_band", "interpolation"} <= set(report["baselines"])
+
+
+@pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_report_of_ssast_against_loops_in_the_order_of_mae_ast(objective: str, batch_size: int) -> None:
+    model = build_ssast(objective=objective)
+    held = held_out(model, FRAMES, padding=float("nan"))
+    report = evaluate(model, held, batch_size)
+    assert_report(report, expected_report(model, held))
+    asked = " ".join(report["failures"])
+    assert ("MSE" in asked) == (objective != "mpc"), "untrained: only what is off is not asked for"
+    assert ("accuracy" in asked) <= (objective != "mpg")
+    assert (report["accuracy"] > 0) == (report["info_nce"] > 0) == (objective != "mpg")
+
+
+def test_both_models_are_asked_the_same() -> None:
+    """The same clips and patch grid, the same share hidden: the same masks, and the same baselines."""
+    ours, theirs = build(), build_ssast(std=math.sqrt(14.0 + 1e-5))
+    one, two = held_out(ours, FRAMES), held_out(theirs, FRAMES)
+    assert torch.equal(one.mask, two.mask)
+    reports = evaluate(ours, one), evaluate(theirs, two)
+    for name, value in reports[0]["baselines"].items():
+        assert_rounding(torch.tensor(reports[1]["baselines"][name]), torch.tensor(value), name)
 
 
 def test_clips_that_are_too_short_or_have_nothing_to_predict_count_for_nothing() -> None:
@@ -552,6 +626,22 @@ def test_reconstructions_keep_what_is_visible_and_fill_the_rest(norm_pix_loss: b
             else:
                 assert torch.equal(masked[place], original[place]) and torch.equal(filled[place], original[place])
     assert row == len(out.target)
+
+
+@pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
+def test_reconstructions_of_ssast(objective: str) -> None:
+    model = build_ssast(objective=objective)
+    held = held_out(model, [29, 16], padding=float("nan"))
+    original, masked, filled = reconstruct(model, held.features, held.frames, held.mask)
+    for clip, count in enumerate((28, 16)):
+        x, mask = held.features[clip : clip + 1, :count], held.mask[clip : clip + 1, : count // KT * GRID_F]
+        patches, prediction, _, _ = outputs_of_ssast(model, x, mask)
+        assert torch.equal(original[clip, :count], x[0]) and original[clip, count:].isnan().all()
+        patches[mask.numpy()] = np.nan
+        expected = reference.unpatchify(torch.from_numpy(patches).float(), (KT, KF), BINS)[0]
+        assert torch.equal(masked[clip, :count].nan_to_num(99.0), expected.nan_to_num(99.0))
+        patches[mask.numpy()] = prediction
+        assert_rounding(filled[clip, :count], reference.unpatchify(torch.from_numpy(patches), (KT, KF), BINS)[0])
 
 
 def test_pictures_are_written(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pretraining loop: what a run leaves; kills, signals, bad files, bad losses and other options do not break it."""
+"""The pretraining loop: what a run of either model leaves; kills, signals, bad files and losses do not break it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import yaml
 from goldens import Golden
 from safetensors.torch import load_file
 
-from mae_ast_fast import MAEAST, checkpoint
+from mae_ast_fast import MAEAST, SSAST, SSASTConfig, checkpoint, fbank
 from mae_ast_fast import pretrain as pretrain_module
 from mae_ast_fast.cli import TRAIN_EXTRA
+from mae_ast_fast.config import SSAST_OBJECTIVES
 from mae_ast_fast.options import PretrainOptions, learning_rate
 from mae_ast_fast.pretrain import NonFiniteLoss, pretrain, read_metrics
 
@@ -214,15 +215,15 @@ def test_non_finite_loss_names_step_clips_and_checkpoint(
         loaded.append(batch[3])
         return batch
 
-    def poisoned_fbank(waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
-        features, frames = pretrain_module_fbank(waveforms, lengths)
+    def poisoned(model: MAEAST, waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
+        features, frames = real_features(model, waveforms, lengths)
         if len(loaded) == 6:  # the first call makes the held-out set: this is update 5
             features = features * float("nan")
         return features, frames
 
-    pretrain_module_fbank = pretrain_module.fbank
+    real_features = MAEAST.features
     monkeypatch.setattr(pretrain_module, "load_batch", poison)
-    monkeypatch.setattr(pretrain_module, "fbank", poisoned_fbank)
+    monkeypatch.setattr(MAEAST, "features", poisoned)
     with pytest.raises(NonFiniteLoss) as error:
         pretrain(options)
     message = str(error.value)
@@ -356,3 +357,249 @@ def test_run_leaves_no_temporary_files(options: PretrainOptions) -> None:
     left = [path for path in Path(options.out).rglob("*") if path.name.startswith(".") or "partial" in path.name]
     assert not left
     assert os.path.getsize(Path(options.out) / "checkpoints/step-00000012/trainer.pt") > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- SSAST
+
+
+def of_ssast(options: PretrainOptions, out: str = "-ssast", **changes: Any) -> PretrainOptions:
+    fields = {"embed_dim": 32, "num_heads": 2, "layers": 2, **changes.pop("model_args", {})}
+    return dataclasses.replace(options, model="ssast", model_args=fields, out=options.out + out, **changes)
+
+
+def files(run: str) -> set[str]:
+    found = {path.relative_to(run) for path in Path(run).rglob("*") if path.is_file()}
+    return {str(path if path.parent.name != "tensorboard" else path.parent) for path in found}
+
+
+def log_mel(path: Path, longest: float) -> torch.Tensor:
+    """(frames, F) of the first ``longest`` seconds, by SSAST's front end."""
+    samples = soundfile.read(path, dtype="int16")[0][: round(longest * RATE)]
+    return fbank(torch.from_numpy(samples)[None], frontend="ssast")[0][0]
+
+
+def test_an_ssast_run_leaves_the_same_files(options: PretrainOptions) -> None:
+    options = dataclasses.replace(options, steps=4)
+    pretrain(options)
+    ours = of_ssast(options)
+    summary = pretrain(ours)
+    assert files(ours.out) == files(options.out)
+    assert summary["model"] == "ssast" and summary["config"] == SSAST.from_pretrained(ours.out).config.to_dict()
+    assert json.loads((Path(ours.out) / "summary.json").read_text()) == summary
+    rows = [row for row in read_metrics(Path(ours.out) / "metrics.jsonl") if "loss" in row]
+    weighted = [10 * row["loss_reconstruction"] + row["loss_classification"] for row in rows]
+    assert weighted == pytest.approx([row["loss"] for row in rows])
+    _, model, state, _ = checkpoint.load_training(Path(ours.out))
+    assert state["step"] == 4 and isinstance(model, SSAST) and isinstance(checkpoint.load_model(ours.out), SSAST)
+
+
+def test_ssast_sees_its_own_front_end_normalised_by_the_training_data(
+    options: PretrainOptions, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every training clip is one window here, and there are fewer than what the statistics are taken of."""
+    seen, held_out, batches = [], [], []
+    step, load, evaluate = pretrain_module.TrainStep.__call__, pretrain_module.load_batch, pretrain_module.evaluate
+    monkeypatch.setattr(
+        pretrain_module.TrainStep, "__call__", lambda self, x, *a, **b: seen.append(x) or step(self, x, *a, **b)
+    )
+    monkeypatch.setattr(pretrain_module, "load_batch", lambda *a: batches.append(load(*a)) or batches[-1])
+    monkeypatch.setattr(pretrain_module, "evaluate", lambda model, x: held_out.append(x) or evaluate(model, x))
+    options = of_ssast(options, steps=2, max_seconds=4.0)
+    summary = pretrain(options)
+    config = SSAST.from_pretrained(options.out).config
+    given = {name: getattr(config, name) for name in ("mean", "std")}
+    assert config == dataclasses.replace(options.model_config(), **given)
+
+    voices = {name.split("/")[0] for name in summary["held_out_clips"]}
+    names = [str(path.relative_to(audio)) for path in audio.rglob("*.wav") if path.parent.name not in voices]
+    assert len(names) == summary["train_clips"]
+    values = torch.cat([log_mel(audio / name, 4.0) for name in names]).double()
+    assert given == {"mean": round(values.mean().item(), 4), "std": round(values.std(correction=0).item(), 4)}
+
+    names = batches[-2][3]  # of the first update
+    for x, name in [*zip(seen[0], names, strict=True), *zip(held_out[0].features, held_out[0].names, strict=True)]:
+        expected = (log_mel(audio / name, 4.0) - given["mean"]) / (2 * given["std"])
+        assert torch.equal(x[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("objective", ["joint", "joint_two_pass"])
+def test_an_ssast_run_that_broke_off_equals_an_uninterrupted_one(
+    options: PretrainOptions, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    whole = of_ssast(options, "-whole", model_args={"objective": objective}, steps=8)
+    pretrain(whole)
+    broken = dataclasses.replace(whole, out=options.out + "-broken")
+    update = pretrain_module.Trainer._update
+
+    def break_off(trainer: Any, windows: Any) -> None:
+        if trainer.step == 5:
+            raise KeyboardInterrupt
+        update(trainer, windows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module.Trainer, "_update", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(broken)
+    assert [path.name for path in checkpoint.training_checkpoints(Path(broken.out))] == ["step-00000003"]
+    monkeypatch.setattr(pretrain_module, "log_mel_statistics", lambda *_: pytest.fail("the run has its statistics"))
+    pretrain(broken)
+    assert losses(broken.out) == losses(whole.out)
+    runs = [Path(run) for run in (broken.out, whole.out)]
+    assert len({(run / "config.json").read_text() for run in runs}) == 1
+    weights, expected = (load_file(run / "model.safetensors") for run in runs)
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
+def test_ssast_learns(options: PretrainOptions, objective: str) -> None:
+    options = of_ssast(options, model_args={"objective": objective}, steps=30, lr=1e-2, evaluate_every=5, save_every=30)
+    summary = pretrain(options)
+    rows = [row["held_out"] for row in read_metrics(Path(options.out) / "metrics.jsonl") if "held_out" in row]
+    first, last = rows[0], summary["held_out"]
+    if objective != "mpc":
+        assert last["reconstruction_mse"] < first["reconstruction_mse"]
+    if objective != "mpg":
+        assert last["info_nce"] < first["info_nce"]
+    else:
+        assert last["info_nce"] == last["accuracy"] == 0.0
+
+
+def test_ssast_goes_on_from_its_own_checkpoints(options: PretrainOptions) -> None:
+    first = of_ssast(options, steps=2, model_args={"input_frames": 320})
+    pretrain(first)
+    source = SSAST.from_pretrained(first.out)
+    again = dataclasses.replace(first, init_from=first.out, model_args={"objective": "mpg"}, out=options.out + "-again")
+    again = dataclasses.replace(again, max_seconds=2.0, lr=1e-9)
+    pretrain(again)
+    trained = SSAST.from_pretrained(again.out)
+    assert trained.config == dataclasses.replace(source.config, objective="mpg"), "also its statistics and positions"
+    assert torch.equal(trained.positions.round(decimals=5), source.positions.round(decimals=5))
+    longer = dataclasses.replace(again, max_seconds=4.0, out=options.out + "-longer")
+    with pytest.raises(ValueError, match=r"input_frames must be at least 398, .* got 320: use a smaller --max-seconds"):
+        pretrain(longer)
+    misfit = dataclasses.replace(again, preset="patch_tiny", out=options.out + "-misfit")
+    with pytest.raises(ValueError, match=r"does not fit: embed_dim 32 in the checkpoint, 192 asked for; .*layers 2 in"):
+        pretrain(misfit)
+
+
+def test_one_model_does_not_start_from_the_other(options: PretrainOptions, tmp_path: Path) -> None:
+    MAEAST(options.model_config()).save_pretrained(tmp_path / "mae_ast")
+    SSAST(of_ssast(options).model_config()).save_pretrained(tmp_path / "ssast")
+    for model, other in (("ssast", "mae_ast"), ("mae_ast", "ssast")):
+        wrong = dataclasses.replace(options, model=model, model_args={}, init_from=str(tmp_path / other))
+        with pytest.raises(ValueError, match=f"--model {model} cannot start from .*: it is a {other}"):
+            pretrain(wrong)
+    pretrain(dataclasses.replace(options, steps=1))
+    with pytest.raises(ValueError, match=r"model 'mae_ast' -> 'ssast'"):
+        pretrain(dataclasses.replace(options, steps=1, model="ssast", model_args={}))
+
+
+def test_a_run_from_before_an_option_goes_on(options: PretrainOptions) -> None:
+    options = dataclasses.replace(options, steps=1)
+    pretrain(options)
+    path = Path(options.out) / "options.json"
+    written = json.loads(path.read_text())
+    del written["model"]
+    path.write_text(json.dumps(written))
+    pretrain(options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"preset": "patch_base_6layer"}, "preset must be one of patch_base, .* for --model ssast, got 'patch_base_6l"),
+        ({"model_args": {"encoder_layers": 3}}, "--model ssast has no model_args encoder_layers; it has .*layers, "),
+        ({"model": "mae_ast", "model_args": {"layers": 3}}, "--model mae_ast has no model_args layers; it has "),
+        ({"model": "vit"}, "model must be one of mae_ast, ssast, got 'vit'"),
+        ({"model_args": {"input_frames": 997}}, "input_frames must be at least 998, .*max_seconds=10, got 997"),
+        ({"model_args": {"mask_patches": 496}}, "mask_patches must be less than the 496 patches of 998 frames"),
+    ],
+)
+def test_options_that_contradict_the_model(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PretrainOptions(**{"model": "ssast", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "input_frames", "mask_patches"),
+    [
+        ({}, 998, 388),  # 400 of 512 is 387.5 of 62 x 8
+        ({"max_seconds": 3.0}, 298, 112),
+        ({"preset": "frame_small"}, 998, 390),
+        ({"max_seconds": 10.255}, 1024, 400),
+        ({"model_args": {"input_frames": 1024}}, 1024, 400),
+        ({"model_args": {"mask_patches": 250}}, 998, 250),
+        ({"max_seconds": 0.4}, 38, 12),
+    ],
+)
+def test_the_sizes_of_ssast_follow_the_windows(fields: dict, input_frames: int, mask_patches: int) -> None:
+    config = PretrainOptions(model="ssast", **fields).model_config()
+    assert (config.input_frames, config.mask_patches) == (input_frames, mask_patches)
+    bare = {"input_frames", "mask_patches"}
+    preset = SSASTConfig.preset(fields.get("preset", "patch_tiny")).to_dict()
+    assert {k: v for k, v in config.to_dict().items() if k not in bare} == {
+        k: v for k, v in preset.items() if k not in bare
+    }
+
+
+def test_a_preset_takes_statistics_and_positions_from_the_checkpoint_that_it_starts_from() -> None:
+    source = SSASTConfig(input_frames=512, mask_patches=100, mean=-1.0, std=2.0)
+    options = PretrainOptions(model="ssast", preset="patch_base", init_from="x", max_seconds=2.0)
+    assert options.model_config(source) == dataclasses.replace(source, mask_patches=200)
+    given = dataclasses.replace(options, model_args={"mean": 3.0})
+    assert given.model_config(source) == dataclasses.replace(source, mask_patches=200, mean=3.0)
+
+
+def test_options_of_the_update_arrive(options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the model computes again in the backward."""
+    seen: dict[str, Any] = {}
+
+    class Arrived(Exception):
+        pass
+
+    def spy(model: MAEAST, lr: float, **how: Any) -> None:
+        seen.update(how, lr=lr, recompute=model.recompute)
+        raise Arrived
+
+    monkeypatch.setattr(pretrain_module, "TrainStep", spy)
+    wanted = {"weight_decay": 0.3, "clip_norm": 3.0, "precision": "fp16", "compile": True, "graphs": True}
+    with pytest.raises(Arrived):
+        pretrain(dataclasses.replace(options, lr=2e-3, recompute="layer", **wanted))
+    assert seen == {**wanted, "lr": 2e-3, "recompute": "layer"}
+    with pytest.raises(ValueError, match="recompute=gelu needs activation_dropout 0"):
+        dataclasses.replace(options, recompute="gelu", model_args={"activation_dropout": 0.1})
+
+
+def test_the_papers_own_masks_are_others_every_update(
+    options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs: list[int] = []
+    original = pretrain_module.TrainStep.__call__
+
+    def spy(self: Any, *inputs: Any, **how: Any) -> Any:
+        epochs.append(how["epoch"])
+        return original(self, *inputs, **how)
+
+    monkeypatch.setattr(pretrain_module.TrainStep, "__call__", spy)
+    masking = {"model_args": {**options.model_args, "masking": "chunk_official"}}
+    pretrain(dataclasses.replace(options, steps=3, evaluate_every=100, **masking))
+    assert epochs == [0, 1, 2]
+
+
+def test_fp16_goes_on_over_skipped_updates_and_stops_where_all_are(
+    options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.amp.GradScaler
+
+    def scaler(scale: float) -> Any:
+        return lambda device: original(device, init_scale=scale)
+
+    fp16 = dataclasses.replace(options, precision="fp16", steps=24, evaluate_every=100)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler(2.0**27))
+    pretrain(fp16)
+    norms = [row["grad_norm"] for row in read_metrics(Path(options.out) / "metrics.jsonl") if "loss" in row]
+    assert norms[0] is None and norms[-1] is not None and len(norms) == 24
+    monkeypatch.setattr(pretrain_module, "SKIPPED_AT_MOST", 4)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler(2.0**120))
+    with pytest.raises(NonFiniteLoss, match="step 4"):
+        pretrain(dataclasses.replace(fp16, out=options.out + "-other"))
