@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
+BASE ?= main
 # Nearly every test keeps one core busy, so that two halves of the suite side by side take half the time.
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: pretrain test test-ci test-all kernels gpu lint clean
+.PHONY: pretrain test test-ci test-all kernels bench-compare gpu lint clean
 
 pretrain: $(VENV)/train.done
 	$(BIN)/mae-ast-fast pretrain --config recipes/quick.yaml $(ARGS)
@@ -24,6 +25,10 @@ test-all: $(VENV)/test.done
 
 kernels: $(VENV)/test.done
 	$(BIN)/mae-ast-fast kernels $(ARGS)
+
+# Is this tree slower than BASE? The benchmarks that its changes touch, of both, in turns.
+bench-compare: $(VENV)/test.done
+	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
 
 # With the Python at hand: GPU machines come with a torch of their own. Installs nothing, needs no network.
 gpu:

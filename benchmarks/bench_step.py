@@ -1,21 +1,30 @@
-"""One training step, column by column: seconds, clips/s, hours of audio an hour, tokens/s, memory.
+"""One training step, column by column: seconds, and of them the forward's; clips/s, tokens/s, memory, MFU.
 
 OMP_WAIT_POLICY=PASSIVE python -m pytest benchmarks -k step --benchmark-json=benchmarks/results/step_cpu.json
 python -m pytest benchmarks -k step --benchmark-disable            every column once, at toy sizes
 
 A step draws its masks, runs forward and backward from gradients that are None, clips the gradient's norm at 10 and
 updates with AdamW (fused): the same for all columns. The front end is not in it. Dropout 0.1, no layerdrop. In fp32
-and, as ``NAME bf16``, in bf16 (on a GPU in bf16 alone):
+and, as ``NAME bf16``, in bf16 (compiled columns, and all on a GPU, in bf16 alone, where that is native):
 
-    original        benchmarks/original.py, the paper's implementation style
-    reference       MAEAST(impl="torch", attention="sdpa"), eager: the plain path over padded attention
-    compiled        torch.compile(fullgraph=True) of it
-    fast            what this library makes of the step: TrainStep; on a CPU MAEAST as it is, on a GPU impl="triton"
-    fast, gelu      the same with recompute="gelu" (GPU)
-    fast, graphs    the same as CUDA graphs (GPU, small batches)
+    original            benchmarks/original.py, the paper's implementation style
+    reference           MAEAST(impl="torch", attention="sdpa"), eager: the plain path over padded attention
+    compiled            torch.compile(fullgraph=True) of it
+    fast                what this library makes of the step: TrainStep; on a CPU MAEAST as it is, on a GPU impl="triton"
+    fast, gelu          the same with recompute="gelu" (GPU)
+    fast, graphs        the same as CUDA graphs (GPU, small batches)
+    fast, no dropout    the same without dropout, as SSAST has none
+    vitmae              Hugging Face's ViTMAEForPreTraining at these sizes; benchmarks/vitmae.py says what differs
+    vitmae compiled     torch.compile of it
+    ssast               SSAST at these sizes, objective "joint" (one pass), by TrainStep on what ``fast`` runs on
+    ssast, two passes   the same with objective "joint_two_pass", as the official code has it
 
-Before anything is timed, the losses of all columns on the same weights and the same mask, without dropout, must agree
-within tests/policy.py.
+Before anything is timed, losses on the same weights and the same mask, without dropout, must agree within
+tests/policy.py: of MAE-AST's columns with the fp32 reference's, of SSAST's with those of SSAST(impl="torch",
+attention="sdpa") in fp32, of ViTMAE's with the one counted from its predictions.
+
+Three kinds of cases. ``main``: models and clips in all columns. ``ssast``: MAE-AST against SSAST, without dropout.
+``sweep``: one factor at a time (clips a batch, their length, mask ratio, layers) from one base point.
 
 The case ``mixed`` has clips of unequal length. The paper's setting (``pad_audio`` false, ``random_crop`` true,
 ``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s; its batches are neighbours in a
@@ -27,62 +36,142 @@ are left out there: every batch has another shape. ``equal`` is its counterpart:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from measure import DEVICE, ROUNDS, Clock, load_average, peak_bytes, synchronize
+import vitmae
+from measure import DEVICE, ON_GPU, ROUNDS, Turns, load_average, no_compiler, peak_bytes, peaks, synchronize
 from original import Original
 from policy import BF16_LOSS, ONE_STEP
 from torch import Tensor, nn
 
-from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep
+from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
 from mae_ast_fast.fairseq import convert_state_dict
-from mae_ast_fast.masking import sample_mask
+from mae_ast_fast.masking import num_visible, sample_mask
+from mae_ast_fast.options import native_bf16
+from mae_ast_fast.packing import sinusoid
 
 SECONDS = 10.0
 CROP = 250_000 / 16_000  # seconds; the paper's max_sample_size
+EAGER = ("original", "reference", "fast")
+ALL = ("original", "reference", "compiled", "fast", "vitmae", "vitmae compiled")
+AGAINST_SSAST = ("fast, no dropout", "ssast", "ssast, two passes")
+SWEPT = ("original", "fast", "ssast")
+NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BEST = ("bf16",) if native_bf16(DEVICE) else ("fp32",)
+PRECISIONS = ("bf16",) if ON_GPU else ("fp32", "bf16")
+Mask = Tensor | tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and clips; ``mixed``: of unequal length, ``batches`` of them instead of one."""
+    """A model, clips, and columns.
+
+    Attributes:
+        mixed: Clips of unequal length.
+        batches: Of a round.
+        part: "main", "ssast" or "sweep".
+        factor: Of a sweep, what differs from the base point; "" is that point itself.
+        sizes: Fields of the configuration that differ from the preset's.
+    """
 
     name: str
     preset: str
     clips: int
+    columns: tuple[str, ...]
+    precisions: tuple[str, ...] = PRECISIONS
+    seconds: float = SECONDS
+    rounds: int = ROUNDS
     mixed: bool = False
     batches: int = 1
+    part: str = "main"
+    factor: str = ""
     sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> MAEASTConfig:
-        return MAEASTConfig.preset(self.preset, encoder_layerdrop=0.0, **self.sizes)
+        return MAEASTConfig.preset(self.preset, **{"encoder_layerdrop": 0.0, **self.sizes})
 
     def toy(self) -> Case:
         """The same at a size that takes a second."""
-        sizes = {"embed_dim": 32, "decoder_embed_dim": 32, "ffn_dim": 64, "num_heads": 2, "encoder_layers": 1}
-        return replace(self, clips=2, batches=min(self.batches, 2), sizes=sizes)
+        sizes = {"embed_dim": 32, "decoder_embed_dim": 32, "ffn_dim": 128, "num_heads": 2, "encoder_layers": 1}
+        sizes = {**self.sizes, **sizes}
+        return replace(self, clips=2, batches=min(self.batches, 2), seconds=min(self.seconds, 2.0), sizes=sizes)
 
 
+def sweeps(preset: str, clips: int, rounds: int, changes: dict[str, Sequence[Any]]) -> list[Case]:
+    """The base point, and for each factor the points that differ from it in that alone.
+
+    Args:
+        preset: Of the base point.
+        clips: Of the base point.
+        rounds: Of every point.
+        changes: By factor: the clips of a batch; (seconds of a clip, clips); mask ratios; layers of the encoder.
+    """
+    base = Case("sweep base", preset, clips, SWEPT, BEST, rounds=rounds, part="sweep")
+    cases = [base]
+    for factor, values in changes.items():
+        for value in values:
+            case = replace(base, factor=factor, name=f"sweep {factor} {value}")
+            if factor == "clips":
+                case = replace(case, clips=value)
+            elif factor == "seconds":
+                case = replace(case, name=f"sweep {factor} {value[0]:g}", seconds=value[0], clips=value[1])
+            else:  # SSAST knows neither a mask ratio nor MAE-AST's two kinds of layers
+                case = replace(case, sizes={factor: value}, columns=SWEPT[:2])
+            cases.append(case)
+    return cases
+
+
+RATIOS = (0.5, 0.6, 0.9)  # and the base point's 0.75
 ON_CPU = (
-    Case("patch_small", "patch_small", 8),
-    Case("frame_small", "frame_small", 8),
-    Case("patch_base", "patch_base", 4),
-    Case("mixed", "patch_tiny", 4, mixed=True, batches=4),
-    Case("equal", "patch_tiny", 5, batches=4),
+    Case("patch_small", "patch_small", 4, ALL),
+    Case("frame_small", "frame_small", 4, EAGER),
+    Case("patch_base", "patch_base", 2, (*EAGER, "vitmae"), BEST),
+    Case("mixed", "patch_tiny", 4, EAGER, BEST, mixed=True, batches=4),
+    Case("equal", "patch_tiny", 5, ("original", "fast"), BEST, batches=4),
+    Case("ssast patch_small", "patch_small", 6, AGAINST_SSAST, BEST, part="ssast"),
+    Case("ssast frame_small", "frame_small", 4, AGAINST_SSAST, BEST, part="ssast"),
+    Case("ssast patch_base", "patch_base", 4, AGAINST_SSAST, BEST, part="ssast"),
+    *sweeps(
+        "patch_small",
+        8,
+        3,
+        {
+            "clips": (2, 4, 16),
+            "seconds": ((1.0, 8), (2.0, 8), (5.0, 8), (20.0, 4), (60.0, 1)),
+            "mask_ratio": RATIOS,
+            "encoder_layers": (6,),
+        },
+    ),
 )
-ON_GPU = (
-    Case("patch_base", "patch_base", 256),
-    Case("few clips", "patch_base", 8),
-    Case("mixed", "patch_base", 64, mixed=True, batches=4),
-    Case("equal", "patch_base", 72, batches=4),
+ON_GPU_CASES = (
+    Case("patch_base", "patch_base", 256, (*ALL, "fast, gelu")),
+    Case("frame_base", "frame_base", 256, EAGER, rounds=10),
+    Case("few clips", "patch_base", 8, ("original", "reference", "compiled", "fast", "fast, graphs")),
+    Case("mixed", "patch_base", 64, (*EAGER, "fast, gelu"), mixed=True, batches=4),
+    Case("equal", "patch_base", 72, (*EAGER, "fast, gelu"), batches=4),
+    Case("ssast patch_base", "patch_base", 128, AGAINST_SSAST, rounds=10, part="ssast"),
+    Case("ssast frame_base", "frame_base", 128, AGAINST_SSAST, rounds=10, part="ssast"),
+    *sweeps(
+        "patch_base",
+        64,
+        10,
+        {
+            "clips": (16, 32, 128, 256),
+            "seconds": ((1.0, 512), (2.0, 256), (5.0, 128), (20.0, 32), (60.0, 8)),
+            "mask_ratio": RATIOS,
+            "encoder_layers": (6,),
+        },
+    ),
 )
-CASES = ON_GPU if DEVICE.type == "cuda" else ON_CPU
-FEW = 32  # clips, below which launching kernels takes longer than running them
+CASES = ON_GPU_CASES if ON_GPU else ON_CPU
+AFTER_FORWARD = ("backward", "optimizer", "update")  # stages of a step; all others are of its forward
 
 
 @dataclass
@@ -95,35 +184,121 @@ class Batch:
     seconds: list[float]
 
 
-@dataclass
-class Column:
-    """One way to do the step; ``loss`` takes (batch, mask or None).
+class Stages:
+    """Seconds between its calls, added up under the names that they bring; on a GPU by the device's clock."""
 
-    ``update`` does it whole where it is given, else ``loss``, backward, clipping and ``optimizer`` one after another.
+    def __init__(self) -> None:
+        self.marks: list[tuple[str, Any]] = []
+        self("")
+
+    def __call__(self, stage: str) -> None:
+        mark: Any = time.perf_counter()
+        if ON_GPU:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self.marks.append((stage, mark))
+
+    def seconds(self) -> dict[str, float]:
+        """To be asked once the device is done."""
+        found: dict[str, float] = {}
+        for (_, before), (stage, mark) in zip(self.marks, self.marks[1:], strict=False):
+            found[stage] = found.get(stage, 0.0) + (before.elapsed_time(mark) / 1e3 if ON_GPU else mark - before)
+        return found
+
+
+class Yardstick:
+    """The mask that a batch is checked with, and the loss that it must then have.
+
+    Args:
+        draw: The mask of a batch.
+        loss: In fp32 and without dropout, of a batch and a mask, as plainly as can be.
     """
 
-    name: str
+    def __init__(self, draw: Callable[[Batch], Tensor], loss: Callable[[Batch, Tensor], float]) -> None:
+        self.draw, self.loss = draw, loss
+        self.known: dict[int, tuple[Tensor, float]] = {}
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, float]:
+        if id(batch) not in self.known:
+            mask = self.draw(batch)
+            self.known[id(batch)] = mask, self.loss(batch, mask)
+        return self.known[id(batch)]
+
+
+@dataclass
+class Kind:
+    """One way to do the step in any precision; ``loss`` takes (batch, mask or None).
+
+    Attributes:
+        statistics: What has statistics of the batch in training, and needs them in a check as well.
+        flops: Of a step's training on a clip with L tokens, which the model cannot do without.
+        train_step: Options of TrainStep, which then does the step whole; None: ``loss``, backward, clipping and AdamW.
+    """
+
     model: nn.Module
-    norm: nn.Module
-    loss: Callable[[Batch, Tensor | None], Tensor]
-    optimizer: torch.optim.Optimizer
+    loss: Callable[[Batch, Mask], Tensor]
     batches: list[Batch]
-    bf16: bool
-    update: TrainStep | None = None
+    yardstick: Yardstick
+    flops: Callable[[int], int]
+    statistics: nn.Module | None = None
+    train_step: dict[str, Any] | None = None
+
+
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def loss_without_dropout(kind: Kind, precision: str, batch: Batch, mask: Mask) -> float:
+    """The loss as in training, with batch statistics, but without dropout."""
+    kind.model.eval()
+    if kind.statistics is not None:
+        kind.statistics.train()
+    with torch.no_grad(), autocast(precision):
+        loss = kind.loss(batch, mask).item()
+    kind.model.train()
+    return loss
+
+
+class Column:
+    """A kind in a precision.
+
+    Args:
+        kind: May be shared by columns, which then train the same weights.
+        optimizer: Of these weights, where there is no TrainStep.
+    """
+
+    def __init__(self, name: str, kind: Kind, precision: str, optimizer: torch.optim.Optimizer | None) -> None:
+        self.name = name if precision == "fp32" else f"{name} {precision}"
+        self.kind, self.precision, self.model = kind, precision, kind.model.train()
+        self.clock: Callable[[str], None] = lambda stage: None
+        self.update, self.optimizer = None, optimizer
+        if kind.train_step is not None:
+            self.update = TrainStep(self.model, 1e-4, precision=precision, **kind.train_step)
+            self.optimizer = self.update.optimizer
+            if not kind.train_step.get("graphs"):
+                forward = self.update.forward
+
+                def timed(*inputs: Any, **options: Any) -> Any:
+                    out = forward(*inputs, **options)
+                    self.clock("forward")
+                    return out
+
+                self.update.forward = timed
 
     def run(self, clock: Callable[[str], None] = lambda stage: None) -> float:
         """One update a batch; returns the last loss. ``clock`` is told of every stage as it ends."""
+        self.clock = clock
         tells = isinstance(self.model, Original)
         if tells:
             self.model.clock = clock
-        for batch in self.batches:
+        for batch in self.kind.batches:
             if self.update is not None:
                 loss = self.update(batch.features, batch.on_host).loss
                 clock("update")
                 continue
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16):
-                loss = self.loss(batch, None)
+            with autocast(self.precision):
+                loss = self.kind.loss(batch, None)
             if not tells:
                 clock("forward")
             loss.backward()
@@ -133,14 +308,44 @@ class Column:
             clock("optimizer")
         return loss.item()
 
-    def without_dropout(self, batch: Batch, mask: Tensor) -> float:
-        """The loss as in training, with batch statistics, but without dropout."""
-        self.model.eval()
-        self.norm.train()
-        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(batch, mask).item()
-        self.model.train()
-        return loss
+
+def stack_flops(tokens: int, layers: int, width: int, inner: int) -> int:
+    """Of the matrix products of a transformer stack's forward over one clip."""
+    return layers * tokens * (8 * width * width + 4 * width * inner + 4 * tokens * width)
+
+
+def mae_ast_flops(config: MAEASTConfig, tokens: int) -> int:
+    """Train FLOPs of MAE-AST on a clip of L tokens: three times the forward's matrix products, all as in the paper.
+
+    An implementation that leaves some of them out (all but the hidden tokens of the last layer) is credited with them,
+    one that does more of them (projecting every patch, recomputing) is not.
+    """
+    visible = num_visible(tokens, config.mask_ratio)
+    hidden, width, patch = tokens - visible, config.decoder_embed_dim, config.patch_dim
+    forward = 2 * visible * patch * config.embed_dim
+    forward += stack_flops(visible, config.encoder_layers, config.embed_dim, config.ffn_dim)
+    forward += stack_flops(tokens, config.decoder_layers, width, config.ffn_dim)
+    forward += 2 * visible * config.embed_dim * width if config.has_projection else 0
+    forward += 2 * hidden * width * 2 * patch + 2 * hidden * hidden * patch  # heads, InfoNCE
+    return 3 * forward
+
+
+def ssast_flops(config: SSASTConfig, tokens: int) -> int:
+    """As ``mae_ast_flops``; the two passes of "joint_two_pass" are counted both."""
+    visible = num_visible(tokens, config.mask_ratio)
+    hidden, width, patch = tokens - visible, config.embed_dim, config.patch_dim
+    one = 2 * visible * patch * width + stack_flops(tokens + 2, config.layers, width, config.ffn_dim)
+    heads = 2 * (2 * hidden * width * (width + patch)) + 2 * hidden * hidden * patch
+    return 3 * ((2 if config.objective == "joint_two_pass" else 1) * one + heads)
+
+
+def vitmae_flops(config: MAEASTConfig, tokens: int) -> int:
+    """As ``mae_ast_flops``, for what vitmae.py lists: a class token, a Linear in between, one head over all tokens."""
+    visible, width, patch = num_visible(tokens, config.mask_ratio), config.decoder_embed_dim, config.patch_dim
+    forward = 2 * tokens * patch * config.embed_dim + 2 * (visible + 1) * config.embed_dim * width
+    forward += stack_flops(visible + 1, config.encoder_layers, config.embed_dim, config.ffn_dim)
+    forward += stack_flops(tokens + 1, config.decoder_layers, width, config.ffn_dim) + 2 * tokens * width * patch
+    return 3 * forward
 
 
 def make_batch(seconds: list[float], config: MAEASTConfig, generator: torch.Generator) -> Batch:
@@ -154,7 +359,7 @@ def make_batches(case: Case) -> tuple[list[Batch], list[Batch]]:
     """Batches of the column ``original`` and of the packed ones."""
     config, generator = case.config, torch.Generator().manual_seed(0)
     if not case.mixed:
-        batches = [make_batch([SECONDS] * case.clips, config, generator) for _ in range(case.batches)]
+        batches = [make_batch([case.seconds] * case.clips, config, generator) for _ in range(case.batches)]
         return batches, batches
     # Half of the corpus lasts 10 s, as AudioSet's clips; half 2 to 35 s, 12 in the mean, about as LibriSpeech's.
     random = np.random.default_rng(0)
@@ -166,64 +371,6 @@ def make_batches(case: Case) -> tuple[list[Batch], list[Batch]]:
     return tuple([make_batch(row.tolist(), config, generator) for row in rows] for rows in (cropped, packed))
 
 
-def make_columns(case: Case, compiled: bool = True) -> list[Column]:
-    """The columns of a case, with equal weights; those of one implementation share them."""
-    torch.manual_seed(0)
-    config = case.config
-    original = Original(config).to(DEVICE)
-    weights = convert_state_dict(original.state_dict(), config)
-
-    def ours(**how: str) -> MAEAST:
-        model = MAEAST(config, **how)
-        model.load_state_dict(weights)
-        return model.to(DEVICE)
-
-    reference = ours(impl="torch", attention="sdpa")
-    for_original, packed = make_batches(case)
-    torch.compiler.reset()  # a case's graphs must not use up the recompilations of the next one's ...
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # ... and end in eager code unnoticed
-
-    def packed_loss(model: Callable[..., Any]) -> Callable[[Batch, Tensor | None], Tensor]:
-        def loss(batch: Batch, mask: Tensor | None) -> Tensor:
-            mask = draw_mask(config, batch) if mask is None else mask
-            return model(batch.features, batch.frames, mask, sizes=reference.sizes_of(batch.on_host)).loss
-
-        return loss
-
-    def original_loss(batch: Batch, mask: Tensor | None) -> Tensor:
-        return original(batch.features, mask).loss
-
-    kinds = [
-        ("original", original, original.batch_norm, original_loss, for_original, None),
-        ("reference", reference, reference.input_norm, packed_loss(reference), packed, None),
-    ]
-    if compiled and not case.mixed:
-        graph = torch.compile(reference, fullgraph=True)
-        kinds.append(("compiled", reference, reference.input_norm, packed_loss(graph), packed, None))
-    ways: dict[str, tuple[str, bool]] = {"fast": ("none", False)}  # recompute, graphs
-    if DEVICE.type == "cuda":
-        ways["fast, gelu"] = "gelu", False
-        if case.clips <= FEW and not case.mixed:
-            ways["fast, graphs"] = "none", True
-    for name, (recompute, graphs) in ways.items():
-        model = ours(impl="triton" if DEVICE.type == "cuda" else "torch", recompute=recompute)
-        kinds.append((name, model, model.input_norm, packed_loss(model), packed, graphs))
-    optimizers = {
-        model: torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
-        for model in (original, reference)
-    }
-    columns = []
-    for name, model, norm, loss, batches, graphs in kinds:
-        for bf16 in (True,) if DEVICE.type == "cuda" else (False, True):
-            update, optimizer = None, optimizers.get(model)
-            if graphs is not None:
-                update = TrainStep(model.train(), 1e-4, precision="bf16" if bf16 else "fp32", graphs=graphs)
-                optimizer = update.optimizer
-            full = f"{name} bf16" if bf16 else name
-            columns.append(Column(full, model.train(), norm, loss, optimizer, batches, bf16, update))
-    return columns
-
-
 def draw_mask(config: MAEASTConfig, batch: Batch, seed: int | None = None) -> Tensor:
     """(B, L) bool, True = masked: a mask for each clip."""
     tokens = batch.frames // config.patch_size[0] * config.grid_f
@@ -231,65 +378,240 @@ def draw_mask(config: MAEASTConfig, batch: Batch, seed: int | None = None) -> Te
     return sample_mask(config.masking, tokens, config.grid_f, config.mask_ratio, seed=seed, max_tokens=width)
 
 
-def check(columns: list[Column], config: MAEASTConfig) -> dict[str, float]:
-    """Relative distance of each column's loss from the fp32 reference's: same weights, same mask, no dropout.
+def mae_ast_kinds(case: Case, wanted: Sequence[str]) -> tuple[dict[str, Kind], MAEAST]:
+    """MAE-AST's kinds with equal weights, and the reference."""
+    config = case.config
+    original = Original(config).to(DEVICE)
+    weights = convert_state_dict(original.state_dict(), config)
+
+    def ours(config: MAEASTConfig = config, **how: str) -> MAEAST:
+        model = MAEAST(config, **how)
+        model.load_state_dict(weights)
+        return model.to(DEVICE)
+
+    reference = ours(impl="torch", attention="sdpa")
+    for_original, packed = make_batches(case)
+    most = max(batch.features.shape[1] for batch in for_original) // config.patch_size[0] * config.grid_f
+    if most > len(original.encoder_positions):  # its table ends at 2048 tokens, 41 s of patches
+        original.encoder_positions = sinusoid(most, config.embed_dim).to(DEVICE)
+        original.decoder_positions = sinusoid(most, config.decoder_embed_dim).to(DEVICE)
+
+    def packed_loss(model: Callable[..., Any]) -> Callable[[Batch, Mask], Tensor]:
+        def loss(batch: Batch, mask: Mask) -> Tensor:
+            mask = draw_mask(config, batch) if mask is None else mask
+            return model(batch.features, batch.frames, mask, sizes=reference.sizes_of(batch.on_host)).loss
+
+        return loss
+
+    def original_loss(batch: Batch, mask: Mask) -> Tensor:
+        return original(batch.features, mask).loss
+
+    def expected(batch: Batch, mask: Tensor) -> float:
+        return loss_without_dropout(plain, "fp32", batch, mask)
+
+    # The original takes clips of one length only; the reference takes those too.
+    yardstick = Yardstick(lambda batch: draw_mask(config, batch, seed=1), expected)
+    shared: dict[str, Any] = {"yardstick": yardstick, "flops": lambda tokens: mae_ast_flops(config, tokens)}
+    plain = Kind(reference, packed_loss(reference), packed, statistics=reference.input_norm, **shared)
+    kinds = {"original": Kind(original, original_loss, for_original, statistics=original.batch_norm, **shared)}
+    kinds["reference"] = plain
+    if "compiled" in wanted:
+        kinds["compiled"] = replace(plain, loss=packed_loss(torch.compile(reference, fullgraph=True)))
+    ways = {"fast": {}, "fast, gelu": {"recompute": "gelu"}, "fast, graphs": {}, "fast, no dropout": {}}
+    for name, how in ways.items():
+        if name in wanted:
+            options = replace(config, **NO_DROPOUT) if name == "fast, no dropout" else config
+            model = ours(options, impl="triton" if ON_GPU else "torch", **how)
+            more = {"statistics": model.input_norm, "train_step": {"graphs": name == "fast, graphs"}}
+            kinds[name] = Kind(model, packed_loss(model), packed, **shared, **more)
+    return kinds, reference
+
+
+def ssast_config(config: MAEASTConfig, frames: int, objective: str) -> SSASTConfig:
+    """SSAST as deep and wide as MAE-AST's encoder, hiding its own share: 400 of 512 tokens."""
+    sizes = {"patch_size": config.patch_size, "embed_dim": config.embed_dim, "num_heads": config.num_heads}
+    sizes |= {"layers": config.encoder_layers, "input_frames": max(1024, frames), "objective": objective}
+    every = sizes["input_frames"] // config.patch_size[0] * config.grid_f
+    return SSASTConfig(**sizes, mask_patches=400 * every // 512)
+
+
+def ssast_kinds(case: Case, wanted: Sequence[str]) -> dict[str, Kind]:
+    """SSAST's kinds with equal weights; a check hides the same tokens in both of two passes."""
+    _, batches = make_batches(case)
+    frames = max(batch.features.shape[1] for batch in batches)
+    weights: dict[str, Tensor] = {}
+
+    def model(objective: str, **how: str) -> SSAST:
+        made = SSAST(ssast_config(case.config, frames, objective), **how)
+        if not weights:
+            weights.update(made.state_dict())
+        made.load_state_dict(weights)
+        return made.to(DEVICE)
+
+    plain = model("joint", impl="torch", attention="sdpa")
+    batches = [replace(batch, features=plain.normalize(batch.features)) for batch in batches]
+
+    def loss_of(model: SSAST) -> Callable[[Batch, Mask], Tensor]:
+        two = model.config.objective == "joint_two_pass"
+        return lambda batch, mask: model(batch.features, batch.frames, (mask, mask) if two else mask).loss
+
+    def expected(batch: Batch, mask: Tensor) -> float:
+        with torch.no_grad():
+            return loss_of(plain)(batch, mask).item()
+
+    yardstick = Yardstick(lambda batch: plain.sample_mask(batch.frames, batch.features.shape[1], seed=1), expected)
+    kinds = {}
+    for name, objective in (("ssast", "joint"), ("ssast, two passes", "joint_two_pass")):
+        if name in wanted:
+            made = model(objective, impl="triton" if ON_GPU else "torch")
+
+            def flops(tokens: int, config: SSASTConfig = made.config) -> int:
+                return ssast_flops(config, tokens)
+
+            kinds[name] = Kind(made, loss_of(made), batches, yardstick, flops, train_step={})
+    return kinds
+
+
+def vitmae_kinds(case: Case, wanted: Sequence[str], ours: nn.Module) -> dict[str, Kind]:
+    """ViTMAE's kinds."""
+    config = case.config
+    batches, _ = make_batches(case)
+    model = vitmae.build(config, batches[0].features.shape[1]).to(DEVICE)
+
+    def loss_of(model: Callable[..., Any]) -> Callable[[Batch, Mask], Tensor]:
+        def loss(batch: Batch, mask: Mask) -> Tensor:
+            noise = None if mask is None else mask.float()
+            return model(vitmae.pixels(batch.features, config), noise=noise).loss
+
+        return loss
+
+    def expected(batch: Batch, mask: Tensor) -> float:
+        with torch.no_grad():
+            return vitmae.check(model, vitmae.pixels(batch.features, config), mask, ours)
+
+    yardstick = Yardstick(lambda batch: draw_mask(config, batch, seed=1), expected)
+    kinds = {"vitmae": Kind(model, loss_of(model), batches, yardstick, lambda tokens: vitmae_flops(config, tokens))}
+    if "vitmae compiled" in wanted:
+        kinds["vitmae compiled"] = replace(kinds["vitmae"], loss=loss_of(torch.compile(model, fullgraph=True)))
+    return kinds
+
+
+def left_out(case: Case, compiled: bool = True) -> dict[str, str]:
+    """Columns of a case that cannot run here, and why."""
+    compiler = no_compiler() if compiled else "not at toy sizes"
+    why = {name: compiler for name in case.columns if "compiled" in name and compiler}
+    library = vitmae.missing(case.config)
+    return why | {name: library for name in case.columns if "vitmae" in name and library}
+
+
+def make_columns(case: Case, compiled: bool = True) -> list[Column]:
+    """The columns of a case; kinds are in their order, precision by precision."""
+    torch.manual_seed(0)
+    torch.compiler.reset()  # a case's graphs must not use up the recompilations of the next one's ...
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # ... and end in eager code unnoticed
+    without = left_out(case, compiled)
+    wanted = [name for name in case.columns if name not in without]
+    kinds, reference = mae_ast_kinds(case, wanted)
+    if any("ssast" in name for name in wanted):
+        kinds |= ssast_kinds(case, wanted)
+    if any("vitmae" in name for name in wanted):
+        kinds |= vitmae_kinds(case, wanted, reference)
+    optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
+    columns = []
+    for precision in case.precisions:
+        for name in wanted:
+            if "compiled" in name and precision not in BEST:
+                continue
+            kind = kinds[name]
+            if kind.train_step is None and kind.model not in optimizers:
+                options = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
+                optimizers[kind.model] = torch.optim.AdamW(kind.model.parameters(), **options)
+            columns.append(Column(name, kind, precision, optimizers.get(kind.model)))
+    return columns
+
+
+def check(columns: list[Column]) -> dict[str, float]:
+    """Relative distance of each column's loss from what it must be: same weights, same mask, no dropout.
 
     Raises:
         AssertionError: It is larger than the policy allows.
     """
-    reference = replace(next(column for column in columns if column.name.startswith("reference")), bf16=False)
     errors: dict[str, float] = {}
     for column in columns:
-        # The original takes clips of one length only; the reference takes those too.
-        for batch in column.batches:
-            mask = draw_mask(config, batch, seed=1)
-            expected = reference.without_dropout(batch, mask)
-            error = abs(column.without_dropout(batch, mask) - expected) / abs(expected)
-            allowed = BF16_LOSS if column.bf16 else ONE_STEP
-            assert error <= allowed, f"{column.name}: loss {error:.3g} off the reference's, allowed {allowed:.3g}"
+        for batch in column.kind.batches:
+            mask, expected = column.kind.yardstick(batch)
+            found = loss_without_dropout(column.kind, column.precision, batch, mask)
+            error = abs(found - expected) / abs(expected)
+            allowed = BF16_LOSS if column.precision == "bf16" else ONE_STEP
+            assert error <= allowed, f"{column.name}: loss {error:.3g} off the plain one, allowed {allowed:.3g}"
             errors[column.name] = max(error, errors.get(column.name, 0.0))
     return errors
 
 
-def measure(case: Case, compiled: bool = True) -> tuple[Callable[[], None], dict[str, Any]]:
+def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Callable[[], None], dict[str, Any]]:
     """Checks and warms up the columns of a case.
 
     Returns:
         A round, which runs every column once in turn and keeps their times, and where they are kept.
     """
     columns = make_columns(case, compiled)
-    errors = check(columns, case.config)
-    patch, grid_f = case.config.patch_size[0], case.config.grid_f
-    record: dict[str, Any] = {"preset": case.preset, "clips_a_batch": case.clips, "mixed": case.mixed, "columns": {}}
+    errors = check(columns)
+    config = case.config
+    patch, grid_f = config.patch_size[0], config.grid_f
+    record: dict[str, Any] = {
+        "part": case.part,
+        "factor": case.factor,
+        "preset": case.preset,
+        "clips": case.clips,
+        "seconds": case.seconds,
+        "mask_ratio": config.mask_ratio,
+        "encoder_layers": config.encoder_layers,
+        "mixed": case.mixed,
+        "left_out": left_out(case, compiled),
+        "peak": {},
+        "columns": {},
+    }
+    products = []
+    for precision in case.precisions:
+        calls, work = peaks(DTYPES[precision], toy)
+        products.append(Turns({"product": calls["product"]}, once=toy))
+        record["peak"][precision] = {**products[-1].samples["product"], "work": work["product"]}
     for column in columns:
         column.run()
         column.optimizer.zero_grad(set_to_none=True)
         peak = peak_bytes(column.run)
+        batches = column.kind.batches
+        tokens = [[frames // patch * grid_f for frames in batch.on_host] for batch in batches]
         record["columns"][column.name] = {
+            "precision": column.precision,
             "loss_error": errors[column.name],
-            "steps": len(column.batches),
-            "clips": sum(len(batch.frames) for batch in column.batches),
-            "audio_seconds": sum(sum(batch.seconds) for batch in column.batches),
-            "clip_seconds": [[round(second, 2) for second in batch.seconds] for batch in column.batches],
-            "tokens": sum(int((batch.frames // patch * grid_f).sum()) for batch in column.batches),
+            "steps": len(batches),
+            "clips": sum(len(batch.frames) for batch in batches),
+            "audio_seconds": sum(sum(batch.seconds) for batch in batches),
+            "tokens": sum(map(sum, tokens)),
+            "flops": sum(column.kind.flops(count) for counts in tokens for count in counts),
             "peak_bytes_a_clip": None if peak is None else peak // case.clips,
             "seconds": [],
             "cpu_seconds": [],
             "stages": [],
         }
+        if case.mixed:
+            lengths = [[round(second, 2) for second in batch.seconds] for batch in batches]
+            record["columns"][column.name]["clip_seconds"] = lengths
 
     def one_round() -> None:
+        for turns in products:
+            turns()
         for column in columns:
             kept = record["columns"][column.name]
             synchronize()
-            clock = Clock()
             began, worked = time.perf_counter(), time.process_time()
+            clock = Stages()
             loss = column.run(clock)
             synchronize()
             kept["seconds"].append(time.perf_counter() - began)
             kept["cpu_seconds"].append(time.process_time() - worked)
-            if DEVICE.type == "cpu":  # a GPU is still at work when its stages end
-                kept["stages"].append(clock.seconds)
+            kept["stages"].append(clock.seconds())
             assert np.isfinite(loss), f"{column.name}: loss {loss}"
 
     return one_round, record
@@ -303,7 +625,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
 def bench_step(case: Case, benchmark: Any) -> None:
     if benchmark.disabled:
         case = case.toy()
+    for name, why in left_out(case, benchmark.enabled).items():
+        print(f"without the column {name}: {why}")
     with load_average(benchmark.extra_info):
-        one_round, record = measure(case, compiled=benchmark.enabled)
-        benchmark.pedantic(one_round, rounds=ROUNDS)
+        one_round, record = measure(case, compiled=benchmark.enabled, toy=benchmark.disabled)
+        benchmark.pedantic(one_round, rounds=case.rounds)
     benchmark.extra_info.update(record)

@@ -9,7 +9,8 @@ Stages, each with a time limit (--limit):
     kernels       every kernel's tests on the GPU, the model's with impl="triton", and the recorded tensors
     suite         the other tests, less those marked ci, network or long
     memcheck      compute-sanitizer on a subset of the kernels' tests, without PyTorch's memory cache
-    benchmarks    benchmarks/bench_*.py
+    step          benchmarks/bench_step.py, and the goals beside what it measured
+    benchmarks    the other benchmarks/bench_*.py
 
 Test files run side by side, each in a process of its own. After each of them and after each stage the report is
 written, gpu_ARCH_COMMIT.json beside gpu_ARCH_COMMIT.txt with all output, so that a run that is stopped leaves what was
@@ -41,7 +42,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"kernels": 560, "suite": 400, "memcheck": 400, "benchmarks": 560}  # seconds
+LIMITS = {"kernels": 560, "suite": 400, "memcheck": 400, "step": 560, "benchmarks": 560}  # seconds
 STAGES = ("environment", *LIMITS)
 NEEDED = ("torch", "triton", "numpy", "safetensors", "huggingface_hub", "pytest", "hypothesis")
 OPTIONAL = (
@@ -389,14 +390,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "memcheck" in stages:
         jobs, note = memcheck_jobs(kernels, workers)
         run.stage("memcheck", jobs, limits["memcheck"], note=note)
-    if "benchmarks" in stages:
-        files = sorted((ROOT / "benchmarks").glob("bench_*.py"), key=lambda file: (file.stem != "bench_step", file))
+    for stage in ("step", "benchmarks"):
+        if stage not in stages:
+            continue
+        every = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+        files = [file for file in every if (file.stem == "bench_step") == (stage == "step")]
         target = arguments.out.resolve() / run.stem
         jobs = [pytest_job(file, 1, f"--benchmark-json={target}_{file.stem}.json") for file in files]
         note = "" if jobs else "there is no benchmarks/bench_*.py"
-        run.stage("benchmarks", jobs, limits["benchmarks"], workers=1, note=note)
-        run.report["goals"] = goals(Path(f"{target}_bench_step.json"))
-        run.save()
+        run.stage(stage, jobs, limits[stage], workers=1, note=note)
+        if stage == "step":
+            run.report["goals"] = goals(Path(f"{target}_bench_step.json"))
+            run.save()
     table = summary(run)
     print(table)
     run.log(table + "\n")

@@ -6,9 +6,11 @@ python benchmarks/report.py             ``--check`` only compares, ``--dirty`` t
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,246 @@ def pretrain_table() -> str:
     return "\n".join(lines)
 
 
+def of_part(result: dict[str, Any], part: str) -> dict[str, Any]:
+    """The result of bench_step.py with the cases of one part alone."""
+    return {**result, "benchmarks": [case for case in result["benchmarks"] if case["extra_info"]["part"] == part]}
+
+
+def audio_speed(other: dict[str, Any], column: dict[str, Any]) -> float:
+    """How many times as fast as the other column, for equal audio: the median over the rounds."""
+    share = column["audio_seconds"] / other["audio_seconds"]
+    return statistics.median(a / b * share for a, b in zip(other["seconds"], column["seconds"], strict=True))
+
+
+def rate(column: dict[str, Any], unit: str) -> float:
+    """Clips, tokens, seconds of audio or FLOP a second: the median over the rounds."""
+    return statistics.median(column[unit] / seconds for seconds in column["seconds"])
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point where there are more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def forward_share(column: dict[str, Any]) -> float | None:
+    """Of a step's time, what passes until the loss is there; None where nobody saw that."""
+    after = ("backward", "optimizer", "update")
+    shares = [
+        1.0 - sum(sample.get(stage, 0.0) for stage in after) / sum(sample.values())
+        for sample in column["stages"]
+        if set(sample) - set(after)
+    ]
+    return statistics.median(shares) if shares else None
+
+
+def mfu(case: dict[str, Any], column: dict[str, Any]) -> float:
+    """The model's FLOPs a second as a share of a large matrix product's in the same rounds and precision."""
+    peak = case["peak"][column["precision"]]
+    pairs = zip(column["seconds"], peak["seconds"], strict=True)
+    return statistics.median(column["flops"] / a / (peak["work"] / b) for a, b in pairs)
+
+
+def _measures(case: dict[str, Any], column: dict[str, Any]) -> list[str]:
+    """Cells: share of the forward, clips/s, tokens/s, hours of audio an hour, MB a clip, MFU."""
+    share, peak = forward_share(column), column["peak_bytes_a_clip"]
+    return [
+        "" if share is None else f"{100 * share:.0f} %",
+        short(rate(column, "clips")),
+        short(rate(column, "tokens")),
+        f"{rate(column, 'audio_seconds'):.1f}",
+        "" if peak is None else f"{peak / 1e6:.0f}",
+        f"{100 * mfu(case, column):.0f} %",
+    ]
+
+
+def _seconds(column: dict[str, Any]) -> str:
+    low, median, high = (f"{value / column['steps']:.3g}" for value in quartiles(column["seconds"]))
+    return f"{median} ({low} - {high})"
+
+
+MEANING = (
+    "MB a clip: the peak of a step above weights and AdamW's state, gradients included, divided by the clips. MFU: the "
+    "FLOPs of the model's matrix products, however many are run, against those of a large product in the same rounds."
+)
+MEASURES = "of it forward | clips/s | tokens/s | hours of audio an hour | MB a clip | MFU"
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """Seconds of a training step by column, and where ``original`` spends them; from bench_step.py."""
+    result = of_part(result, "main")
+    cases = {case["param"]: case["extra_info"] for case in result["benchmarks"]}
+    precisions = [p for p in ("fp32", "bf16") if any(p in case["peak"] for case in cases.values())]
+    lines = [where_and_when(result, "the first column of the same precision, for equal audio")]
+    if "mixed" in cases:
+        mixed = cases["mixed"]["columns"]
+        original, whole = (mixed[name] for name in (next(iter(mixed)), next(n for n in mixed if "reference" in n)))
+        lengths = [second for batch in whole["clip_seconds"] for second in batch]
+        lines[0] += (
+            f" In `mixed`, clips of {min(lengths):.1f} to {max(lengths):.1f} s, `original` crops the "
+            f"{whole['audio_seconds']:.0f} s of audio to {original['audio_seconds']:.0f} s, which alone count for it; "
+            "the others take them whole."
+        )
+    lines[0] += f" What stands behind the seconds is of {precisions[-1]}. {MEANING}"
+    heads = " | ".join(f"{precision}: s a step | speed" for precision in precisions)
+    count = 2 + 2 * len(precisions) + MEASURES.count("|") + 1
+    lines += ["", f"| case | column | {heads} | {MEASURES} |", "|---" * count + "|"]
+    for name, case in cases.items():
+        kinds = list(dict.fromkeys(column.removesuffix(" bf16") for column in case["columns"]))
+        for kind in kinds:
+            cells, last = [f"{name}, {case['clips']} clips", kind], None
+            for precision in precisions:
+                first, column = (
+                    case["columns"].get(key if precision == "fp32" else f"{key} bf16") for key in (kinds[0], kind)
+                )
+                cells += [_seconds(column), f"{audio_speed(first, column):.2f} x"] if column else ["", ""]
+                last = column or last
+            lines.append(f"| {' | '.join([*cells, *_measures(case, last)])} |")
+    lines += ["", *stage_lines({name: next(iter(case["columns"].values())) for name, case in cases.items()})]
+    without = {f"`{name}`: {why}" for case in cases.values() for name, why in case["left_out"].items()}
+    return "\n".join([*lines, *(["", f"Left out: {'; '.join(sorted(without))}."] if without else [])])
+
+
+def stage_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
+    """Where each case's ``original`` column spends its time, in percent of the median round's sum."""
+    stages = list(next(iter(cases.values()))["stages"][0])
+    precisions = [case["precision"] for case in cases.values()]
+    heads = [f"{name}, {precision}" for name, precision in zip(cases, precisions, strict=True)]
+    lines = [f"| stage of `original` | {' | '.join(heads)} |", "|---" * (len(cases) + 1) + "|"]
+    medians = {
+        name: {stage: statistics.median(sample[stage] for sample in case["stages"]) for stage in stages}
+        for name, case in cases.items()
+    }
+    for stage in stages:
+        shares = [f"{100 * median[stage] / sum(median.values()):.1f} %" for median in medians.values()]
+        lines.append(f"| {stage} | {' | '.join(shares)} |")
+    return lines
+
+
+PAPER = {"speed": 3.0, "memory": 2.0}  # of MAE-AST against SSAST, arXiv 2203.16691, abstract
+
+
+def against_ssast(case: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """How many times as fast as each SSAST column MAE-AST is, and how much less memory and FLOPs a clip it takes."""
+    columns = case["columns"]
+    ours = next(column for name, column in columns.items() if name.startswith("fast, no dropout"))
+    told: dict[str, dict[str, float | None]] = {}
+    for name, theirs in columns.items():
+        if name.startswith("ssast"):
+            memory = (theirs["peak_bytes_a_clip"], ours["peak_bytes_a_clip"])
+            told[name] = {
+                "speed": audio_speed(theirs, ours),
+                "memory": None if None in memory else memory[0] / memory[1],
+                "FLOPs": theirs["flops"] / ours["flops"],
+            }
+    return told
+
+
+def ssast_table(result: dict[str, Any]) -> str:
+    """MAE-AST against SSAST; from bench_step.py."""
+    result = of_part(result, "ssast")
+    lines = [
+        where_and_when(result, "SSAST") + " Both models run in this library, without dropout, on the same kernels and "
+        f"attention. The paper reports {PAPER['speed']:g} x the speed and {PAPER['memory']:g} x less memory. {MEANING}",
+        "",
+        f"| case | column | s a step | {MEASURES} | GFLOP a clip | MAE-AST: speed | less memory | fewer FLOPs |",
+        "|---" * 13 + "|",
+    ]
+    for name, case in ((case["param"], case["extra_info"]) for case in result["benchmarks"]):
+        ratios = against_ssast(case)
+        for key, column in case["columns"].items():
+            cells = [f"{name.removeprefix('ssast ')}, {case['clips']} clips", key, _seconds(column)]
+            cells += [*_measures(case, column), f"{column['flops'] / column['clips'] / 1e9:.1f}"]
+            found = ratios.get(key, {}).values()
+            cells += ["" if ratio is None else f"{ratio:.2f} x" for ratio in found] or [""] * 3
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+FACTORS = {  # of a sweep -> (what it is called, its unit)
+    "clips": ("clips a batch", ""),
+    "seconds": ("length of a clip", " s"),
+    "mask_ratio": ("mask ratio", ""),
+    "encoder_layers": ("layers of the encoder", ""),
+}
+
+
+GROWTH = {"seconds": "time", "bytes": "memory"}
+
+
+def sweep(result: dict[str, Any], factor: str) -> list[tuple[float, dict[str, dict[str, Any]]]]:
+    """(value, columns by name without precision) of the points that differ in a factor alone, the base point among
+    them, ascending."""
+    cases = (case["extra_info"] for case in of_part(result, "sweep")["benchmarks"])
+    points = [
+        (case[factor], {name.removesuffix(" bf16"): column for name, column in case["columns"].items()})
+        for case in cases
+        if case["factor"] in ("", factor)
+    ]
+    return sorted(points, key=lambda point: point[0])
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """The power of x that y grows with: least squares between the logarithms."""
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+
+
+def growth(result: dict[str, Any], factor: str) -> dict[str, dict[str, tuple[list[float], list[float], float]]]:
+    """How time and memory grow with a factor: column -> what -> (values, what was measured, exponent).
+
+    Of a batch where the factor is its clips, else of one clip.
+    """
+    points = sweep(result, factor)
+    told: dict[str, dict[str, tuple[list[float], list[float], float]]] = {}
+    for name in points[0][1] if points else ():
+        having = [(value, columns[name]) for value, columns in points if name in columns]
+        clips = [column["clips"] / column["steps"] for _, column in having]
+        one = [1.0 if factor == "clips" else 1.0 / count for count in clips]
+        found = {
+            "seconds": [statistics.median(c["seconds"]) / c["steps"] * f for (_, c), f in zip(having, one, strict=True)]
+        }
+        if all(column["peak_bytes_a_clip"] for _, column in having):
+            memory = zip(having, clips, one, strict=True)
+            found["bytes"] = [column["peak_bytes_a_clip"] * count * f for (_, column), count, f in memory]
+        values = [value for value, _ in having]
+        if len(values) > 1:
+            told[name] = {what: (values, y, exponent(values, y)) for what, y in found.items()}
+    return told
+
+
+def sweep_table(result: dict[str, Any]) -> str:
+    """One factor at a time: milliseconds and memory of a clip by column, and how both grow; from bench_step.py."""
+    first = of_part(result, "sweep")["benchmarks"][0]["extra_info"]
+    names = [name.removesuffix(" bf16") for name in first["columns"]]
+    heads = " | ".join([*(f"`{name}`, ms a clip" for name in names), *(f"`{name}`, MB a clip" for name in names)])
+    precision = next(iter(first["columns"].values()))["precision"]
+    base = (
+        f"{first['preset']}, {first['clips']} clips of {first['seconds']:g} s, mask ratio {first['mask_ratio']:g}, "
+        f"{first['encoder_layers']} layers, {precision}"
+    )
+    lines = [
+        where_and_when(of_part(result, "sweep"), "`original`") + f" Base point: {base}.",
+        "",
+        f"| one thing changed | {heads} | speed of `fast` |",
+        "|---" * (2 + 2 * len(names)) + "|",
+    ]
+    for factor, (called, unit) in FACTORS.items():
+        for value, columns in sweep(result, factor):
+            cells = [f"{called}: {value:g}{unit}"]
+            having = [columns.get(name) for name in names]
+            cells += [short(1e3 / rate(column, "clips")) if column else "" for column in having]
+            peaks = [column and column["peak_bytes_a_clip"] for column in having]
+            cells += [short(peak / 1e6) if peak else "" for peak in peaks]
+            cells.append(f"{audio_speed(columns[names[0]], columns['fast']):.2f} x")
+            lines.append(f"| {' | '.join(cells)} |")
+    told = [
+        f"with {FACTORS[factor][0]}, `{name}` "
+        + ", ".join(f"{GROWTH[what]} {power:.2f}" for what, (*_, power) in found.items())
+        for factor in ("clips", "seconds")
+        for name, found in growth(result, factor).items()
+    ]
+    return "\n".join([*lines, "", f"Fitted exponents of growth: {'; '.join(told)}."])
+
+
 def step_cpu_table(dirty: bool) -> str:
     """Seconds of a training step by column, and where ``original`` spends them."""
     result = benchmark_result("step_cpu.json", dirty)
@@ -109,11 +351,11 @@ def step_cpu_table(dirty: bool) -> str:
                 f"{leaner:.2f} x",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *stage_lines({name: case["columns"]["original"] for name, case in cases.items()})]
+    lines += ["", *old_stage_lines({name: case["columns"]["original"] for name, case in cases.items()})]
     return "\n".join(lines)
 
 
-def stage_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
+def old_stage_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
     """Where each case's ``original`` column spends its time, in percent of the median round's sum."""
     stages = list(next(iter(cases.values()))["stages"][0])
     lines = [f"| stage of `original` | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
@@ -139,9 +381,6 @@ def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     columns = cases["patch_base"]
     fast = columns["fast bf16"]
 
-    def rate(column: dict[str, Any], unit: str) -> float:
-        return statistics.median(column[unit] / seconds for seconds in column["seconds"])
-
     def ahead_of(other: str) -> float:
         pairs = zip(columns[other]["seconds"], fast["seconds"], strict=True)
         return statistics.median(theirs / ours for theirs, ours in pairs)
@@ -161,7 +400,7 @@ def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     return [(what, f"{goal:g}", f"{measured:.4g}", reached) for what, goal, measured, reached in rows]
 
 
-def where_and_when(result: dict[str, Any]) -> str:
+def where_and_when(result: dict[str, Any], against: str = "the first column of a case") -> str:
     """The sentences above a table of columns that took turns."""
     machine, commit = result["machine_info"], result["commit_info"]["id"][:12]
     cases = [case["extra_info"] for case in result["benchmarks"]]
@@ -170,7 +409,7 @@ def where_and_when(result: dict[str, Any]) -> str:
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, load "
         f"average {min(loads):.1f} to {max(loads):.1f}; medians (quartiles) of {rounds} rounds in which the columns "
-        "take turns. Speeds are against the first column of a case, medians over the rounds."
+        f"take turns. Speeds are against {against}, medians over the rounds."
     )
 
 
@@ -267,6 +506,8 @@ def data_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+STEP_CPU = "step_cpu.json"
+STEP_CPU = "step_cpu.json"
 TABLES = {"pretrain": lambda dirty: pretrain_table(), "step_cpu": step_cpu_table}
 
 

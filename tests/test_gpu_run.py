@@ -220,7 +220,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
     done = python(str(SCRIPT), "--stage", "kernel")
     assert done.returncode == 2
-    assert "stages are environment, kernels, suite, memcheck, benchmarks, got kernel" in done.stderr
+    assert "stages are environment, kernels, suite, memcheck, step, benchmarks, got kernel" in done.stderr
 
 
 def test_another_tree_than_the_installed_one(monkeypatch, tmp_path):

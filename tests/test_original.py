@@ -12,14 +12,14 @@ import torch
 from goldens import MAE_AST, Golden
 from policy import assert_golden, assert_golden_zero
 
-from mae_ast_fast import MAEASTConfig
+from mae_ast_fast import MAEAST, MAEASTConfig
 from mae_ast_fast.fairseq import fairseq_config
 from mae_ast_fast.masking import num_visible
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
 import bench_step  # noqa: E402
-import report  # noqa: E402
+import vitmae  # noqa: E402
 from original import Original, chunk_mask, random_mask  # noqa: E402
 
 
@@ -95,44 +95,109 @@ def test_masks_are_the_papers() -> None:
 
 @pytest.mark.parametrize("case", bench_step.ON_CPU, ids=lambda case: case.name)
 def test_the_step_benchmark_at_toy_sizes(case: bench_step.Case) -> None:
-    one_round, record = bench_step.measure(case.toy(), compiled=False)
+    toy = case.toy()
+    one_round, record = bench_step.measure(toy, compiled=False, toy=True)
     one_round()
-    columns = json.loads(json.dumps(record))["columns"]
-    kinds = ("original", "reference", "fast")
-    assert list(columns) == [f"{kind}{precision}" for kind in kinds for precision in ("", " bf16")]
-    for column in columns.values():
+    record = json.loads(json.dumps(record))
+    columns = record["columns"]
+    kinds = [kind for kind in case.columns if kind not in bench_step.left_out(toy, compiled=False)]
+    precisions = ["" if precision == "fp32" else " bf16" for precision in case.precisions]
+    assert list(columns) == [f"{kind}{precision}" for precision in precisions for kind in kinds]
+    assert set(record["peak"]) == set(case.precisions)
+    for name, column in columns.items():
         assert len(column["seconds"]) == len(column["cpu_seconds"]) == 1
-        assert sum(column["stages"][0].values()) == pytest.approx(column["seconds"][0], abs=0.1)
-    assert {"encoder", "decoder", "losses", "backward", "optimizer"} < set(columns["original"]["stages"][0])
-    audio = columns["original"]["audio_seconds"], columns["reference"]["audio_seconds"]
-    assert audio[0] < audio[1] if case.mixed else audio[0] == audio[1]
+        stages = column["stages"][0]
+        assert sum(stages.values()) == pytest.approx(column["seconds"][0], abs=0.1)
+        if not name.startswith("original"):
+            assert set(stages) == {"forward", "update"} or set(stages) == {"forward", "backward", "optimizer"}
+        assert column["flops"] > 0 and column["clips"] == toy.clips * toy.batches
+    if "original" in case.columns:
+        first, second = (next(c for name, c in columns.items() if kind in name) for kind in ("original", "fast"))
+        assert {"encoder", "decoder", "losses", "backward", "optimizer"} < set(first["stages"][0])
+        audio = first["audio_seconds"], second["audio_seconds"]
+        assert audio[0] < audio[1] if case.mixed else audio[0] == audio[1]
 
 
-def test_the_step_benchmark_refuses_another_loss() -> None:
-    case = bench_step.ON_CPU[1].toy()
-    columns = bench_step.make_columns(case, compiled=False)
+@pytest.mark.parametrize("cases", [bench_step.ON_CPU, bench_step.ON_GPU_CASES], ids=["cpu", "gpu"])
+def test_sweeps_change_one_factor_at_a_time(cases: tuple[bench_step.Case, ...]) -> None:
+    assert len({case.name for case in cases}) == len(cases)
+    points = [case for case in cases if case.part == "sweep"]
+    base = next(case for case in points if case.factor == "")
+    for case in points:
+        assert (case.preset, case.precisions, case.rounds) == (base.preset, base.precisions, base.rounds)
+        ours, theirs = case.config.to_dict(), base.config.to_dict()
+        different = {name for name in ours if ours[name] != theirs[name]}
+        if case.seconds != base.seconds:  # then the clips of a batch follow, and figures are given by the clip
+            different.add("seconds")
+        elif case.clips != base.clips:
+            different.add("clips")
+        assert different == ({case.factor} if case.factor else set())
+
+
+def test_the_goals_of_a_gpu_find_their_columns() -> None:
+    cases = {case.name: case.columns for case in bench_step.ON_GPU_CASES}
+    assert {"original", "compiled", "fast", "fast, gelu"} <= set(cases["patch_base"])
+    assert "fast" in cases["mixed"] and "fast" in cases["equal"]
+
+
+def toy_columns(name: str) -> dict[str, bench_step.Column]:
+    case = next(case for case in bench_step.ON_CPU if case.name == name)
+    return {column.name: column for column in bench_step.make_columns(case.toy(), compiled=False)}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "parameter"),
+    [
+        ("frame_small", "original", "final_proj_reconstruction.bias"),
+        ("frame_small", "fast", "decoder.layers.0.fc2.bias"),
+        ("ssast patch_small", "ssast, two passes bf16", "reconstruction_head.2.bias"),
+        ("ssast patch_small", "ssast bf16", "classification_head.2.weight"),
+    ],
+)
+def test_the_step_benchmark_refuses_another_loss(case: str, name: str, parameter: str) -> None:
+    columns = toy_columns(case)
+    name = name if name in columns else name.removesuffix(" bf16")  # where bf16 is not native
+    bench_step.check(list(columns.values()))
     with torch.no_grad():
-        columns[0].model.final_proj_reconstruction.bias.add_(0.1)
-    with pytest.raises(AssertionError, match="original: loss"):
-        bench_step.check(columns, case.config)
+        columns[name].model.get_parameter(parameter)[::2].add_(0.3)
+    with pytest.raises(AssertionError, match=f"{name}: loss"):
+        bench_step.check([columns[name]])
 
 
-def test_the_report_counts_from_raw_samples_and_refuses_uncommitted_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = json.loads((report.RESULTS / "step_cpu.json").read_text())
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_a_column_without_dropout_has_none() -> None:
+    def twice(column: bench_step.Column) -> list[float]:
+        batch = column.kind.batches[0]
+        mask = column.kind.yardstick(batch)[0]
+        return [column.kind.loss(batch, mask).item() for _ in range(2)]
 
-    def table(**options: bool) -> str:
-        (tmp_path / "step_cpu.json").write_text(json.dumps(result))
-        return report.step_cpu_table(**options)
+    without = next(c for name, c in toy_columns("ssast patch_small").items() if name.startswith("fast, no dropout"))
+    assert len(set(twice(without))) == 1
+    assert len(set(twice(toy_columns("frame_small")["fast"]))) == 2
 
-    before = table(dirty=False)
-    result["commit_info"]["dirty"] = True
-    with pytest.raises(ValueError, match="uncommitted code"):
-        table(dirty=False)
-    assert table(dirty=True) == before
-    column = result["benchmarks"][0]["extra_info"]["columns"]["reference"]
-    column["seconds"] = [2.0 * second for second in column["seconds"]]
-    changed = [old for old, new in zip(before.splitlines(), table(dirty=True).splitlines(), strict=True) if old != new]
-    assert len(changed) == 1 and "| reference |" in changed[0]
+
+def test_flops_are_those_of_the_papers_models() -> None:
+    config = MAEASTConfig.preset("patch_base")
+    assert f"{bench_step.mae_ast_flops(config, 512) / 1e9:.1f}" == "116.6"
+    ssast, twice = (bench_step.ssast_config(config, 1024, how) for how in ("joint", "joint_two_pass"))
+    assert f"{bench_step.ssast_flops(ssast, 512) / 1e9:.1f}" == "295.3"  # 295.8 where hidden patches are embedded too
+    assert f"{bench_step.ssast_flops(twice, 512) / 1e9:.1f}" == "586.6"  # the heads are not run twice
+
+
+def test_vitmae_is_of_our_sizes() -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    toy = bench_step.ON_CPU[0].toy()
+    column = toy_columns("patch_small")["vitmae"]
+    (batch,) = column.kind.batches
+    mask = bench_step.draw_mask(toy.config, batch, seed=1)
+    image = vitmae.pixels(batch.features, toy.config)
+    ours = MAEAST(toy.config)
+    with torch.no_grad():
+        vitmae.check(column.model, image, mask, ours)
+        with pytest.raises(AssertionError, match="hides other tokens"):
+            vitmae.check(column.model, image, mask | ~mask, ours)
+        deeper = MAEAST(dataclasses.replace(toy.config, encoder_layers=2))
+        with pytest.raises(AssertionError, match="parameters, expected"):
+            vitmae.check(column.model, image, mask, deeper)
+    column.model.patchify = lambda image, **options: torch.zeros(*mask.shape, toy.config.patch_dim)
+    with pytest.raises(AssertionError, match="vitmae: loss"):
+        bench_step.check([column])

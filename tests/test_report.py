@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import report  # noqa: E402
+import report_figures  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_tables_are_generated(report) -> None:
+def test_readme_tables_are_generated() -> None:
     readme = (ROOT / "README.md").read_text()
     assert report.render(readme) == readme, "run python benchmarks/report.py"
 
 
-def test_a_typed_number_is_noticed(report) -> None:
+def test_a_typed_number_is_noticed() -> None:
     readme = (ROOT / "README.md").read_text()
     begin = readme.index("<!-- report:pretrain -->")
     digit = next(i for i in range(begin, len(readme)) if readme[i].isdigit())
@@ -31,7 +28,7 @@ def test_a_typed_number_is_noticed(report) -> None:
     assert report.render(typed) == readme != typed
 
 
-def test_goals_are_judged_by_medians_of_the_rounds(report) -> None:
+def test_goals_are_judged_by_medians_of_the_rounds() -> None:
     def column(seconds: list[float], megabytes: float = 60.0, audio: float = 2560.0) -> dict:
         return {"seconds": seconds, "clips": 256, "audio_seconds": audio, "peak_bytes_a_clip": megabytes * 1e6}
 
@@ -56,3 +53,154 @@ def test_goals_are_judged_by_medians_of_the_rounds(report) -> None:
     case["fast, gelu bf16"] = column([0.08] * 3, 51.0)
     cases["mixed"]["fast bf16"] = column([0.11] * 3)
     assert [reached for *_, reached in report.goals(result)] == [True, False, True, True, False, False]
+
+
+def a_column(seconds: list[float], precision: str = "fp32", **more: Any) -> dict[str, Any]:
+    """4 clips of 10 s, 2000 tokens, 40 GFLOP, 2 MB a clip; a quarter of each step is its forward."""
+    stages = [{"forward": second / 4, "update": 3 * second / 4} for second in seconds]
+    column = {"precision": precision, "loss_error": 1e-7, "steps": 1, "clips": 4, "audio_seconds": 40.0}
+    column |= {"tokens": 2000, "flops": 40 * 10**9, "peak_bytes_a_clip": 2 * 10**6, "stages": stages}
+    return column | {"seconds": seconds, "cpu_seconds": seconds, **more}
+
+
+def a_case(part: str, columns: dict[str, Any], **more: Any) -> dict[str, Any]:
+    peak = {"seconds": [0.1] * 3, "work": 10 * 10**9}
+    case = {"part": part, "factor": "", "preset": "patch_small", "clips": 4, "seconds": 10.0, "mask_ratio": 0.75}
+    case |= {"encoder_layers": 12, "mixed": False, "left_out": {}, "peak": {"fp32": peak, "bf16": peak}}
+    loads = {"load_average_before": [0.5], "load_average_after": [1.5]}
+    return {**case, **loads, "columns": columns, **more}
+
+
+def step_result() -> dict[str, Any]:
+    """As bench_step.py writes it: seconds go with clips and with the square of their length, memory with both."""
+    original = [{"encoder": s / 2, "backward": s / 2} for s in (2.0, 4.0, 9.0)]
+    main = {
+        "original": a_column([2.0, 4.0, 9.0], stages=original),
+        "reference": a_column([4.0, 4.0, 4.0]),
+        "fast": a_column([1.0, 1.0, 3.0]),
+        "original bf16": a_column([1.0, 1.0, 1.0], "bf16", stages=original),
+        "fast bf16": a_column([0.5, 0.5, 0.25], "bf16", peak_bytes_a_clip=10**6),
+    }
+    lengths = {"clip_seconds": [[2.0, 18.0], [4.0, 16.0]]}
+    mixed = {
+        "original bf16": a_column([1.0] * 3, "bf16", stages=original, audio_seconds=30.0, **lengths),
+        "reference bf16": a_column([1.0] * 3, "bf16", **lengths),
+    }
+    against = {
+        "fast, no dropout bf16": a_column([1.0] * 3, "bf16"),
+        "ssast bf16": a_column([2.5] * 3, "bf16", flops=100 * 10**9, peak_bytes_a_clip=5 * 10**6),
+    }
+    cases = {
+        "a": a_case("main", main),
+        "mixed": a_case("main", mixed, mixed=True, left_out={"compiled bf16": "no compiler"}),
+        "ssast small": a_case("ssast", against),
+    }
+
+    speeds = {"original": 1.0, "fast": 2.0}
+
+    def swept(clips: int, seconds: float, ratio: float = 1.0) -> dict[str, Any]:
+        took, memory = clips * seconds**2 / 400, int(10**5 * seconds)
+        sizes = {"clips": clips, "audio_seconds": clips * seconds, "peak_bytes_a_clip": memory}
+        return {f"{name} bf16": a_column([took / speed] * 3, "bf16", **sizes) for name, speed in speeds.items()}
+
+    cases["sweep base"] = a_case("sweep", swept(4, 10.0))
+    cases["sweep clips 8"] = a_case("sweep", swept(8, 10.0), factor="clips", clips=8)
+    for seconds, clips in ((5.0, 2), (20.0, 1)):
+        case = a_case("sweep", swept(clips, seconds), factor="seconds", seconds=seconds, clips=clips)
+        cases[f"sweep seconds {seconds:g}"] = case
+    cases["sweep mask_ratio 0.5"] = a_case("sweep", swept(4, 10.0), factor="mask_ratio", mask_ratio=0.5)
+    return {
+        "machine_info": {"processor": "P", "threads": 2, "torch": "2"},
+        "commit_info": {"id": "c" * 40, "dirty": False},
+        "benchmarks": [{"param": name, "extra_info": case} for name, case in cases.items()],
+    }
+
+
+def test_the_step_table_counts_from_raw_samples() -> None:
+    result = step_result()
+    lines = report.step_table(result).splitlines()
+    assert (
+        "of 3 rounds" in lines[0] and "clips of 2.0 to 18.0 s, `original` crops the 40 s of audio to 30 s" in lines[0]
+    )
+    assert lines[4:9] == [
+        "| a, 4 clips | original | 4 (3 - 6.5) | 1.00 x | 1 (1 - 1) | 1.00 x | 50 % | 4 | 2,000 | 40.0 | 2 | 40 % |",
+        "| a, 4 clips | reference | 4 (4 - 4) | 1.00 x |  |  | 25 % | 1 | 500 | 10.0 | 2 | 10 % |",
+        "| a, 4 clips | fast | 1 (1 - 2) | 3.00 x | 0.5 (0.375 - 0.5) | 2.00 x | 25 % | 8 | 4,000 | 80.0 | 1 | 80 % |",
+        "| mixed, 4 clips | original |  |  | 1 (1 - 1) | 1.00 x | 50 % | 4 | 2,000 | 30.0 | 2 | 40 % |",
+        "| mixed, 4 clips | reference |  |  | 1 (1 - 1) | 1.33 x | 25 % | 4 | 2,000 | 40.0 | 2 | 40 % |",
+    ]
+    assert lines[-1] == "Left out: `compiled bf16`: no compiler."
+    assert "| backward | 50.0 % | 50.0 % |" in lines
+    column = result["benchmarks"][0]["extra_info"]["columns"]["reference"]
+    column["seconds"] = [2.0 * second for second in column["seconds"]]
+    changed = [old for old, new in zip(lines, report.step_table(result).splitlines(), strict=True) if old != new]
+    assert len(changed) == 1 and "| reference |" in changed[0]
+
+
+def test_mae_ast_stands_beside_ssast_and_the_paper() -> None:
+    lines = report.ssast_table(step_result()).splitlines()
+    assert "The paper reports 3 x the speed and 2 x less memory" in lines[0]
+    assert lines[-2:] == [
+        "| small, 4 clips | fast, no dropout bf16 | 1 (1 - 1) | 25 % | 4 | 2,000 | 40.0 | 2 | 40 % | 10.0 |  |  |  |",
+        "| small, 4 clips | ssast bf16 | 2.5 (2.5 - 2.5) | 25 % | 1.6 | 800 | 16.0 | 5 | 40 % | 25.0 | 2.50 x | "
+        "2.50 x | 2.50 x |",
+    ]
+
+
+def test_growth_is_fitted() -> None:
+    result = step_result()
+    for name in ("original", "fast"):
+        powers = {
+            (factor, what): round(power, 6)
+            for factor in ("clips", "seconds")
+            for what, (*_, power) in report.growth(result, factor)[name].items()
+        }
+        assert powers == {
+            ("clips", "seconds"): 1.0,
+            ("clips", "bytes"): 1.0,
+            ("seconds", "seconds"): 2.0,
+            ("seconds", "bytes"): 1.0,
+        }
+    lines = report.sweep_table(result).splitlines()
+    assert "| length of a clip: 20 s | 1,000 | 500 | 2 | 2 | 2.00 x |" in lines
+    assert [line.split(" | ")[0] for line in lines[4:-2]] == [
+        "| clips a batch: 4",
+        "| clips a batch: 8",
+        *(f"| length of a clip: {seconds} s" for seconds in (5, 10, 20)),
+        *(f"| mask ratio: {ratio}" for ratio in (0.5, 0.75)),
+        "| layers of the encoder: 12",
+    ]
+    assert "with length of a clip, `fast` time 2.00, memory 1.00" in lines[-1]
+
+
+def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = step_result()
+    for dirty in (False, True):
+        result["commit_info"]["dirty"] = dirty
+        (tmp_path / "x.json").write_text(json.dumps(result))
+        assert report.benchmark_result("x.json", dirty=True) == result
+        if dirty:
+            with pytest.raises(ValueError, match="uncommitted code"):
+                report.benchmark_result("x.json", dirty=False)
+
+
+def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report_figures, "FIGURES", tmp_path / "figures")
+    (tmp_path / report.STEP_CPU).write_text(json.dumps(step_result()))
+    op = {"op": "o", "point": "base point", "unit": "bytes", "work": {"forward": 10**9}}
+    op |= {"peak": {"seconds": [0.1], "work": 10**9}, "columns": {"reference": {"forward": {"seconds": [0.2]}}}}
+    ops = {"commit_info": {"dirty": False}, "benchmarks": [{"extra_info": op}]}
+    (tmp_path / "ops_cpu.json").write_text(json.dumps(ops))
+    drawn = []
+    assert report_figures.stale() == list(report_figures.DRAWN)
+    for _ in range(2):
+        report_figures.write()
+        drawn.append([(report_figures.FIGURES / name).read_bytes() for name in report_figures.DRAWN])
+    assert drawn[0] == drawn[1]
+    assert max(map(len, drawn[0])) < 150_000
+    assert report_figures.stale() == []
+    ops["benchmarks"] *= 2
+    (tmp_path / "ops_cpu.json").write_text(json.dumps(ops))
+    assert report_figures.stale() == ["roofline.png"]

@@ -1,0 +1,194 @@
+"""Is this tree slower than another commit? The benchmarks that its changes touch, of both, in turns.
+
+make bench-compare BASE=main                       python benchmarks/compare.py main
+make bench-compare BASE=main ARGS="-k patch_small"      more words go to pytest
+
+The base commit is checked out into a temporary worktree. Two processes run this tree's benchmarks, one on the base's
+library and one on this tree's; before every round each waits for its turn, so that a machine that slows down meanwhile
+slows both down. Exit codes: 0; 1 a column is slower by 5 % or more (the median over rounds of base against this tree);
+2 nothing could be compared. Columns that are not this library's (``original``, ``vitmae``) show the noise: they count
+for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOWER = 0.05
+NOT_OURS = ("original", "vitmae", "kaldi")
+# A benchmark file, and what it times, by the beginnings of paths.
+MODEL = ("config", "packing", "reference", "ops", "attention", "clip_attention", "flash", "transformer", "model")
+TOUCHES = {
+    "bench_step.py": (*(f"mae_ast_fast/{name}." for name in (*MODEL, "base", "ssast", "step", "masking")), "kernels/"),
+    "bench_ops.py": (*(f"mae_ast_fast/{name}." for name in MODEL[:7]), "kernels/"),
+    "bench_masking.py": ("mae_ast_fast/masking.", "kernels/sample_mask", "kernels/launch", "kernels/table"),
+    "bench_data.py": tuple(f"mae_ast_fast/{name}." for name in ("audio", "data", "fbank", "prepare", "pretrain")),
+}
+# pytest with the library of another tree: the folder that it runs in would come before PYTHONPATH.
+RUN = """
+import sys
+sys.path.remove("")
+import mae_ast_fast, pytest
+root = sys.argv.pop(1)
+if not mae_ast_fast.__file__.startswith(root):
+    sys.exit(f"mae_ast_fast is {mae_ast_fast.__file__}, expected it in {root}")
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+TURNS = "MAE_AST_FAST_BENCH_TURNS"  # descriptors to read a turn from and to tell its end to
+
+
+class Unusable(RuntimeError):
+    """Nothing can be compared; the message says why."""
+
+
+Row = tuple[str, str, float, bool]  # case, column, median over rounds of base's seconds against head's, slower
+
+
+def affected(changed: Sequence[str]) -> list[str]:
+    """Benchmark files that time what changed; a benchmark that changed itself is one."""
+    return [
+        name
+        for name, paths in TOUCHES.items()
+        if any(path.startswith(paths) or path == f"benchmarks/{name}" for path in changed)
+    ]
+
+
+def git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise Unusable(f"git {' '.join(arguments)}: there is no git here") from None
+    if done.returncode:
+        raise Unusable(f"git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Side:
+    """A process that asks for a turn before every round."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        read, self.grant = os.pipe()
+        self.told, write = os.pipe()
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**environment, TURNS: f"{read},{write}"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(read, write),
+            )
+        os.close(read)
+        os.close(write)
+
+    def waits(self) -> bool:
+        """Once it asks for a turn, or has ended (False)."""
+        return os.read(self.told, 1) == b"?"
+
+    def go(self) -> None:
+        os.write(self.grant, b"!")
+
+
+def take_turns(sides: Sequence[Side]) -> list[int]:
+    """Grants rounds one after another until all have ended; returns the exit codes."""
+    waiting = [side for side in sides if side.waits()]
+    while waiting:
+        for side in list(waiting):
+            side.go()
+            if not side.waits():
+                waiting.remove(side)
+    return [side.process.wait() for side in sides]
+
+
+def verdict(base: dict[str, Any], head: dict[str, Any]) -> list[Row]:
+    """Every case and column that two results of pytest-benchmark have in common."""
+    theirs = {(case["fullname"].partition("::")[2], column): seconds for case, column, seconds in samples(base)}
+    rows = []
+    for case, column, seconds in samples(head):
+        name = case["fullname"].partition("::")[2]
+        if (name, column) not in theirs:
+            continue
+        ratio = statistics.median(a / b for a, b in zip(theirs[name, column], seconds, strict=False))
+        rows.append((name, column, ratio, not column.startswith(NOT_OURS) and ratio <= 1.0 / (1.0 + SLOWER)))
+    if not rows:
+        raise Unusable("the two results have no column in common")
+    return rows
+
+
+def samples(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, list[float]]]:
+    """Seconds of every round by case and column; where a column has several timings, each is one."""
+    for case in result["benchmarks"]:
+        for column, found in case["extra_info"]["columns"].items():
+            if "seconds" in found:
+                yield case, column, found["seconds"]
+            else:
+                for what, timing in found.items():
+                    yield case, f"{column} {what}", timing["seconds"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compares; returns the exit code."""
+    if not argv or argv[0].startswith("-"):
+        print("usage: compare.py COMMIT [pytest's words]", file=sys.stderr)
+        return 2
+    commit, *words = argv
+    try:
+        changed = [*git("diff", "--name-only", commit).split(), *git("ls-files", "-o", "--exclude-standard").split()]
+        files = affected(changed)
+        if not files:
+            print(f"nothing that a benchmark times differs from {commit}")
+            return 0
+        print(f"against {git('rev-parse', '--short', commit).strip()}: {', '.join(files)}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compare(commit, files, words, Path(folder))
+    except Unusable as error:
+        print(f"bench-compare: {error}", file=sys.stderr)
+        return 2
+    width = max(len(f"{case} {column}") for case, column, *_ in rows)
+    for case, column, ratio, slower in rows:
+        print(f"{f'{case} {column}':<{width}}  {ratio:5.3f} x the speed of {commit}{'  SLOWER' if slower else ''}")
+    return int(any(slower for *_, slower in rows))
+
+
+def compare(
+    commit: str, files: Sequence[str], words: Sequence[str], folder: Path
+) -> list[tuple[str, str, float, bool]]:
+    """Runs both sides; see ``verdict``."""
+    tree = folder / "base"
+    git("worktree", "add", "--detach", str(tree), commit)
+    try:
+        # What pip would install of a tree, without pip: its package, and its kernels at their place in it.
+        roots = {}
+        for name, source in (("base", tree), ("head", ROOT)):
+            roots[name] = folder / name / "import" if name == "base" else folder / "import"
+            (roots[name] / "mae_ast_fast").mkdir(parents=True)
+            for path in (source / "mae_ast_fast").iterdir():
+                if path.name != "kernels":
+                    (roots[name] / "mae_ast_fast" / path.name).symlink_to(path)
+            (roots[name] / "mae_ast_fast" / "kernels").symlink_to(source / "kernels")
+        sides = []
+        for name, root in roots.items():
+            command = [sys.executable, "-c", RUN, str(root), *(f"benchmarks/{file}" for file in files), *words]
+            command += ["-p", "no:cacheprovider", "-q", f"--benchmark-json={folder / name}.json"]
+            paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+            sides.append(Side(command, {**os.environ, "PYTHONPATH": paths}, folder / f"{name}.log"))
+        codes = take_turns(sides)
+        for name, code in zip(roots, codes, strict=True):
+            if code:
+                raise Unusable(f"the benchmarks fail on {name}:\n{(folder / f'{name}.log').read_text()[-2000:]}")
+        return verdict(*(json.loads((folder / f"{name}.json").read_text()) for name in roots))
+    finally:
+        git("worktree", "remove", "--force", str(tree))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
