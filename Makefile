@@ -9,7 +9,7 @@ SIDE_BY_SIDE ?= -n auto --maxprocesses 4
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: pretrain test test-ci test-all kernels bench-compare gpu lint clean
+.PHONY: pretrain test test-ci test-all kernels bench bench-compare gpu lint clean
 
 pretrain: $(VENV)/train.done
 	$(BIN)/mae-ast-fast pretrain --config recipes/quick.yaml $(ARGS)
@@ -25,6 +25,14 @@ test-all: $(VENV)/test.done
 
 kernels: $(VENV)/test.done
 	$(BIN)/mae-ast-fast kernels $(ARGS)
+
+# This machine's tables and figures, in runs/bench/report.md: some 20 minutes on two cores.
+bench: $(VENV)/bench.done
+	mkdir -p runs/bench
+	for name in step ops masking data; do \
+	  $(BIN)/python -m pytest benchmarks/bench_$$name.py --benchmark-json=runs/bench/$${name}_cpu.json $(ARGS) || exit 1; \
+	done
+	$(BIN)/python benchmarks/report.py --results runs/bench
 
 # Is this tree slower than BASE? The benchmarks that its changes touch, of both, in turns.
 bench-compare: $(VENV)/test.done

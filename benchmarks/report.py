@@ -1,6 +1,7 @@
-"""Writes the README's tables from the result files in benchmarks/results.
+"""Writes the tables of README.md and docs/benchmarks.md, and docs/figures, from the files in benchmarks/results.
 
-python benchmarks/report.py             ``--check`` only compares, ``--dirty`` takes results of uncommitted code too
+python benchmarks/report.py                     ``--check`` only compares, ``--dirty`` takes results of uncommitted code
+python benchmarks/report.py --results FOLDER    the tables and figures of another folder's results, in its report.md
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -306,69 +307,6 @@ def sweep_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Fitted exponents of growth: {'; '.join(told)}."])
 
 
-def step_cpu_table(dirty: bool) -> str:
-    """Seconds of a training step by column, and where ``original`` spends them."""
-    result = benchmark_result("step_cpu.json", dirty)
-    machine = result["machine_info"]
-    cases = {case["param"]: case["extra_info"] for case in result["benchmarks"]}
-    rounds = {len(column["seconds"]) for case in cases.values() for column in case["columns"].values()}
-    loads = [case[f"load_average_{when}"][0] for case in cases.values() for when in ("before", "after")]
-    mixed = cases["mixed"]["columns"]
-    lengths = [second for batch in mixed["reference"]["clip_seconds"] for second in batch]
-    lines = [
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit "
-        f"{result['commit_info']['id'][:12]}; medians (quartiles) of {min(rounds)} rounds in which the columns take "
-        f"turns. The machine did other work too (load average {min(loads):.1f} to {max(loads):.1f}): seconds are not "
-        "those of an idle one. Ratios are medians over the rounds, of seconds and of processor time, for equal audio. "
-        f"In `mixed`, clips of {min(lengths):.1f} to {max(lengths):.1f} s, `original` crops the "
-        f"{mixed['reference']['audio_seconds']:.0f} s of audio to "
-        f"{mixed['original']['audio_seconds']:.0f} s, which alone count for it; the others take them whole.",
-        "",
-        "| case | column | s a step | clips/s | hours of audio an hour | tokens/s | MB a clip | speed against "
-        "`original` | by processor time |",
-        "|---" * 9 + "|",
-    ]
-    for name, case in cases.items():
-        original = case["columns"]["original"]
-        for column, got in case["columns"].items():
-            low, median, high = quartiles(got["seconds"])
-            steps = got["steps"]
-            share = got["audio_seconds"] / original["audio_seconds"]
-            faster, leaner = (
-                statistics.median(a / b * share for a, b in zip(original[key], got[key], strict=True))
-                for key in ("seconds", "cpu_seconds")
-            )
-            peak = got["peak_bytes_a_clip"]
-            cells = [
-                name,
-                column,
-                f"{median / steps:.2f} ({low / steps:.2f} - {high / steps:.2f})",
-                f"{got['clips'] / median:.2f}",
-                f"{got['audio_seconds'] / median:.1f}",
-                f"{got['tokens'] / median:.0f}",
-                "" if peak is None else f"{peak / 1e6:.0f}",
-                f"{faster:.2f} x",
-                f"{leaner:.2f} x",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *old_stage_lines({name: case["columns"]["original"] for name, case in cases.items()})]
-    return "\n".join(lines)
-
-
-def old_stage_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
-    """Where each case's ``original`` column spends its time, in percent of the median round's sum."""
-    stages = list(next(iter(cases.values()))["stages"][0])
-    lines = [f"| stage of `original` | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
-    medians = {
-        name: {stage: statistics.median(sample[stage] for sample in case["stages"]) for stage in stages}
-        for name, case in cases.items()
-    }
-    for stage in stages:
-        shares = [f"{100 * median[stage] / sum(median.values()):.1f} %" for median in medians.values()]
-        lines.append(f"| {stage} | {' | '.join(shares)} |")
-    return lines
-
-
 def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     """What the step is to reach on one H100 beside what a run of bench_step.py on a GPU measured.
 
@@ -508,30 +446,104 @@ def data_table(result: dict[str, Any]) -> str:
 
 STEP_CPU = "step_cpu.json"
 STEP_CPU = "step_cpu.json"
-TABLES = {"pretrain": lambda dirty: pretrain_table(), "step_cpu": step_cpu_table}
 
 
-def render(readme: str, dirty: bool = False) -> str:
-    """The README's text with every marked table made anew; ``dirty`` takes results of uncommitted code too."""
-    for name, table in TABLES.items():
+def distances(result: dict[str, Any], column: str) -> list[float]:
+    """Relative distance of a column's loss from the reference's, update by update."""
+    ours, theirs = (result["columns"][name]["rows"] for name in (column, "reference"))
+    return [a["loss"] / b["loss"] - 1.0 for a, b in zip(ours, theirs, strict=True)]
+
+
+def convergence_table(dirty: bool) -> str:
+    """Losses of the fast step beside those of the plain one."""
+    result = benchmark_result("convergence_cpu.json", dirty)
+    lines = [
+        f"{result['steps']} updates of patch_tiny with 4 encoder layers, from the same weights, on the same audio in the "
+        "same order with the same masks, without dropout, one run after the other. Single updates scatter: rounding "
+        "grows from update to update, and each sees another batch.",
+        "",
+        "| run | mean loss of the first 20 | of the last 20 | distance from `reference`, first 20 | all | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, column in result["columns"].items():
+        losses = [row["loss"] for row in column["rows"]]
+        far = [abs(each) for each in distances(result, name)]
+        first, every = (f"{100 * statistics.fmean(part):.2g} %" for part in (far[:20], far))
+        means = [f"{statistics.fmean(part):.3f}" for part in (losses[:20], losses[-20:])]
+        cells = [name, *means, *(("", "") if name == "reference" else (first, every)), f"{column['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[bool], str]] = {
+    "pretrain": lambda dirty: pretrain_table(),
+    "step_cpu": lambda dirty: step_table(benchmark_result(STEP_CPU, dirty)),
+    "ssast_cpu": lambda dirty: ssast_table(benchmark_result(STEP_CPU, dirty)),
+    "sweep_cpu": lambda dirty: sweep_table(benchmark_result(STEP_CPU, dirty)),
+    "ops_cpu": lambda dirty: ops_table(benchmark_result("ops_cpu.json", dirty)),
+    "masking_cpu": lambda dirty: masking_table(benchmark_result("masking_cpu.json", dirty)),
+    "data_cpu": lambda dirty: data_table(benchmark_result("data_cpu.json", dirty)),
+    "convergence_cpu": convergence_table,
+}
+PAGES = {
+    "README.md": ("pretrain", "step_cpu", "ssast_cpu", "convergence_cpu"),
+    "docs/benchmarks.md": ("sweep_cpu", "ops_cpu", "masking_cpu", "data_cpu"),
+}
+
+
+def render(text: str, page: str = "README.md", dirty: bool = False) -> str:
+    """A page's text with every marked table made anew; ``dirty`` takes results of uncommitted code too."""
+    for name in PAGES[page]:
         pattern = rf"(<!-- report:{name} -->\n)(.*?)<!-- /report -->"
-        place = re.search(pattern, readme, re.S)
+        place = re.search(pattern, text, re.S)
         if place is None:
-            raise ValueError(f"README.md has no place for the table {name!r}")
+            raise ValueError(f"{page} has no place for the table {name!r}")
         begin, end = place.span(2)
-        readme = f"{readme[:begin]}{table(dirty)}\n{readme[end:]}"
-    return readme
+        text = f"{text[:begin]}{TABLES[name](dirty)}\n{text[end:]}"
+    return text
+
+
+def own_page(folder: Path) -> str:
+    """Every table and figure of the result files in a folder, of this machine as it is."""
+    import report_figures
+
+    global RESULTS
+    RESULTS, report_figures.FIGURES = folder, folder / "figures"
+    report_figures.write(dirty=True)
+    lines = ["# Benchmarks of this machine", ""]
+    for name, table in TABLES.items():
+        try:
+            text = table(True)
+        except FileNotFoundError:
+            continue  # not measured
+        lines += [f"## {name.removesuffix('_cpu')}", "", text, ""]
+    lines += [f"![{path.stem}](figures/{path.name})" for path in sorted(folder.glob("figures/*.png"))]
+    return "\n".join(lines)
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = render(before, "--dirty" in sys.argv[1:])
-    if "--check" in sys.argv[1:]:
-        return int(before != after)
-    path.write_text(after)
+    import report_figures
+
+    words = sys.argv[1:]
+    if "--results" in words:
+        folder = Path(words[words.index("--results") + 1])
+        (folder / "report.md").write_text(own_page(folder) + "\n")
+        print(folder / "report.md")
+        return 0
+    dirty, check, changed = "--dirty" in words, "--check" in words, False
+    for page in PAGES:
+        before = (ROOT / page).read_text()
+        after = render(before, page, dirty)
+        changed |= before != after
+        if not check:
+            (ROOT / page).write_text(after)
+    if check:
+        return int(changed or bool(report_figures.stale()))
+    report_figures.write(dirty)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import report  # under the name by which report_figures knows it
+
+    sys.exit(report.main())

@@ -196,12 +196,31 @@ def roofline(result: dict[str, Any]) -> Any:
     return figure
 
 
+def convergence(result: dict[str, Any]) -> Any:
+    """Losses of the plain and of the fast step on the same audio, seeds and masks, and their distance."""
+    figure, axes = _pyplot().subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
+    for index, (name, column) in enumerate(result["columns"].items()):
+        steps = [row["step"] for row in column["rows"]]
+        style = {"color": f"C{index}", "linestyle": "-" if index == 0 else "--", "linewidth": 1, "label": name}
+        axes[0].plot(steps, [row["loss"] for row in column["rows"]], **style)
+        if name != "reference":
+            axes[1].plot(steps, [100 * far for far in report.distances(result, name)], **style)
+    axes[0].set(xlabel="update", ylabel="loss", title="same audio, weights, masks; no dropout")
+    axes[1].set(xlabel="update", ylabel="%", title="loss against reference")
+    for axis in axes:
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+        axis.title.set_fontsize(9)
+    return figure
+
+
 DRAWN: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {  # file -> (result, function)
     "step_bars.png": (report.STEP_CPU, step_bars),
     "waterfall.png": (report.STEP_CPU, waterfall),
     "ssast.png": (report.STEP_CPU, ssast),
     "scaling.png": (report.STEP_CPU, scaling),
     "roofline.png": ("ops_cpu.json", roofline),
+    "convergence.png": ("convergence_cpu.json", convergence),
 }
 
 

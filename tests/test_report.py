@@ -15,9 +15,10 @@ import report  # noqa: E402
 import report_figures  # noqa: E402
 
 
-def test_readme_tables_are_generated() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert report.render(readme) == readme, "run python benchmarks/report.py"
+@pytest.mark.parametrize("page", report.PAGES)
+def test_tables_are_generated(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert report.render(text, page) == text, "run python benchmarks/report.py"
 
 
 def test_a_typed_number_is_noticed() -> None:
@@ -185,6 +186,10 @@ def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: py
                 report.benchmark_result("x.json", dirty=False)
 
 
+def test_figures_are_of_the_committed_results() -> None:
+    assert report_figures.stale() == [], "run python benchmarks/report.py"
+
+
 def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report_figures, "FIGURES", tmp_path / "figures")
@@ -204,3 +209,13 @@ def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.M
     ops["benchmarks"] *= 2
     (tmp_path / "ops_cpu.json").write_text(json.dumps(ops))
     assert report_figures.stale() == ["roofline.png"]
+
+
+def test_results_of_another_machine_make_a_page_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", report.RESULTS)
+    monkeypatch.setattr(report_figures, "FIGURES", report_figures.FIGURES)
+    result = json.loads((report.RESULTS / "masking_cpu.json").read_text())
+    result["commit_info"]["dirty"] = True  # which is theirs to know
+    (tmp_path / "masking_cpu.json").write_text(json.dumps(result))
+    text = report.own_page(tmp_path)
+    assert report.masking_table(result) in text and text.count("## ") == 1
