@@ -459,8 +459,8 @@ def convergence_table(dirty: bool) -> str:
     result = benchmark_result("convergence_cpu.json", dirty)
     lines = [
         f"{result['steps']} updates of patch_tiny with 4 encoder layers, from the same weights, on the same audio in "
-        "the same order with the same masks, without dropout, one run after the other. Single updates scatter: rounding "
-        "grows from update to update, and each sees another batch.",
+        "the same order with the same masks, without dropout, one run after the other. Single updates scatter: "
+        "rounding grows from update to update, and each sees another batch.",
         "",
         "| run | mean loss of the first 20 | of the last 20 | distance from `reference`, first 20 | all | seconds |",
         "|---|---|---|---|---|---|",

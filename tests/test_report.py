@@ -198,6 +198,9 @@ def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.M
     op |= {"peak": {"seconds": [0.1], "work": 10**9}, "columns": {"reference": {"forward": {"seconds": [0.2]}}}}
     ops = {"commit_info": {"dirty": False}, "benchmarks": [{"extra_info": op}]}
     (tmp_path / "ops_cpu.json").write_text(json.dumps(ops))
+    rows = [{"step": step, "loss": 9.0 / step} for step in (1, 2, 3)]
+    runs = {"commit_info": {"dirty": False}, "columns": {name: {"rows": rows} for name in ("reference", "fast")}}
+    (tmp_path / "convergence_cpu.json").write_text(json.dumps(runs))
     drawn = []
     assert report_figures.stale() == list(report_figures.DRAWN)
     for _ in range(2):
