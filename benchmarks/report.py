@@ -161,9 +161,21 @@ def step_table(result: dict[str, Any]) -> str:
                 cells += [_seconds(column), f"{audio_speed(first, column):.2f} x"] if column else ["", ""]
                 last = column or last
             lines.append(f"| {' | '.join([*cells, *_measures(case, last)])} |")
+    lines += ["", f"Faster than `fast`: {', '.join(ahead_of_fast(cases)) or 'nothing'}."]
     lines += ["", *stage_lines({name: next(iter(case["columns"].values())) for name, case in cases.items()})]
     without = {f"`{name}`: {why}" for case in cases.values() for name, why in case["left_out"].items()}
     return "\n".join([*lines, *(["", f"Left out: {'; '.join(sorted(without))}."] if without else [])])
+
+
+def ahead_of_fast(cases: dict[str, dict[str, Any]]) -> list[str]:
+    """Columns that beat ``fast`` of their precision, for equal audio, by the median over the rounds."""
+    found = []
+    for name, case in cases.items():
+        for column, samples in case["columns"].items():
+            fast = case["columns"].get("fast bf16" if column.endswith(" bf16") else "fast")
+            if fast is not None and (ratio := audio_speed(fast, samples)) > 1.0:
+                found.append(f"`{column}` on {name}, {ratio:.2f} x")
+    return found
 
 
 def stage_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
