@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 BASE ?= main
-# Nearly every test keeps one core busy, so that two halves of the suite side by side take half the time.
+# Nearly every test keeps one core busy: side by side they take half the time. (Those of test-ci see to that themselves.)
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -18,10 +18,10 @@ test: $(VENV)/test.done
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-ci: $(VENV)/test.done
-	$(BIN)/python -m pytest -m ci $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m ci $(ARGS)
 
 test-all: $(VENV)/test.done
-	$(BIN)/python -m pytest -m "" --timeout 3600 --results tests/results/test-all.txt $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m "" --timeout 3600 --results tests/results/test-all.txt $(ARGS)
 
 kernels: $(VENV)/test.done
 	$(BIN)/mae-ast-fast kernels $(ARGS)
