@@ -125,7 +125,8 @@ def _seconds(column: dict[str, Any]) -> str:
 
 
 MEANING = (
-    "MB a clip: the peak of a step above weights and AdamW's state, gradients included, divided by the clips. MFU: the "
+    "MB a clip: the peak of a step above weights and AdamW's state, gradients included, divided by the clips; so it "
+    "compares within a case, not between batches of other sizes. MFU: the "
     "FLOPs of the model's matrix products, however many are run, against those of a large product in the same rounds."
 )
 MEASURES = "of it forward | clips/s | tokens/s | hours of audio an hour | MB a clip | MFU"
@@ -359,7 +360,8 @@ def where_and_when(result: dict[str, Any], against: str = "the first column of a
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, load "
         f"average {min(loads):.1f} to {max(loads):.1f}; medians (quartiles) of {rounds} rounds in which the columns "
-        f"take turns. Speeds are against {against}, medians over the rounds."
+        f"take turns. Speeds are against {against}: the median of the rounds' own ratios. Where that is another number "
+        "than the ratio of the medians beside it, the difference is the machine's noise."
     )
 
 
