@@ -44,12 +44,13 @@ import numpy as np
 import pytest
 import torch
 import vitmae
-from measure import DEVICE, ON_GPU, ROUNDS, Turns, load_average, no_compiler, peak_bytes, peaks, synchronize
+from measure import DEVICE, ON_GPU, ROUNDS, Turns, load_average, no_compiler, peaks, synchronize
 from original import Original
 from policy import BF16_LOSS, ONE_STEP
 from torch import Tensor, nn
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
+from mae_ast_fast.bench import peak_bytes
 from mae_ast_fast.fairseq import convert_state_dict
 from mae_ast_fast.masking import num_visible, sample_mask
 from mae_ast_fast.options import native_bf16
@@ -579,7 +580,7 @@ def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Calla
     for column in columns:
         column.run()
         column.optimizer.zero_grad(set_to_none=True)
-        peak = peak_bytes(column.run)
+        peak = peak_bytes(column.run, DEVICE)
         batches = column.kind.batches
         tokens = [[frames // patch * grid_f for frames in batch.on_host] for batch in batches]
         record["columns"][column.name] = {

@@ -93,4 +93,5 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    output_json["command"] = ["python", "-m", "pytest", *sys.argv[1:]]
+    words = [word.replace(f"{ROOT}{os.sep}", "") for word in sys.argv[1:]]  # where the tree lies is nobody's business
+    output_json["command"] = ["python", "-m", "pytest", *words]

@@ -1,7 +1,7 @@
 """Does the fast step learn what the plain one learns? 200 updates of each on the same audio, seeds and masks.
 
 python benchmarks/convergence.py                      the default corpus, fetched once; or --data FOLDER
-python benchmarks/convergence.py --steps 20 --out /tmp/c.json
+python benchmarks/convergence.py --steps 20 --out c.json
 
 Two runs of ``mae-ast-fast pretrain`` as it is, from the same weights, on the same batches in the same order, with the
 same masks and without dropout, whose draws would differ:

@@ -7,7 +7,6 @@ which times its columns itself; their samples are kept, raw, in ``extra_info``.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import shutil
@@ -120,29 +119,6 @@ def no_compiler() -> str | None:
     if named or any(shutil.which(name) for name in names):
         return None
     return f"torch.compile needs a compiler, found none of {', '.join(names)}"
-
-
-def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Largest memory of ``run`` over what lies there anyway; None where nobody counts it."""
-    if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the run finds memory that others freed but the process kept
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forgets the peak so far
-    except OSError:
-        return None
-
-    def status(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-
-    before = status("VmRSS:")
-    run()
-    return status("VmHWM:") - before
 
 
 @contextmanager

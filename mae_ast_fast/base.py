@@ -29,6 +29,30 @@ from .transformer import RECOMPUTE, Execution
 Model = TypeVar("Model", bound="PretrainingModel")
 
 
+def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, values: bool = True) -> Tensor:
+    """The frame counts (B,) of ``clips`` clips of at most ``longest`` frames, where they are.
+
+    Args:
+        lengths: What the caller gave.
+        clips: B.
+        longest: T.
+        values: Look at the values too, for which the host waits where they are on a GPU.
+
+    Raises:
+        ValueError: No such integers.
+    """
+    try:
+        lengths = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"lengths must be integers ({clips},), got {lengths!r}") from error
+    is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if lengths.shape != (clips,) or not is_whole:
+        raise ValueError(f"lengths must be integers ({clips},), got {lengths.dtype} {tuple(lengths.shape)}")
+    if values and (lengths.min() < 0 or lengths.max() > longest):
+        raise ValueError(f"lengths must be between 0 and T={longest} frames, got {lengths.tolist()}")
+    return lengths
+
+
 class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
     """Base of the models. A subclass has ``patch_embed``, whose dtype is that of its computations.
 
@@ -119,13 +143,21 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             return torch.get_autocast_dtype(device.type)
         return self.patch_embed.weight.dtype
 
-    def _sizes(self, features: Tensor, lengths: Tensor | None, given: tuple[Tensor, Tensor] | None) -> Sizes:
+    def exact_sizes(
+        self,
+        features: Tensor,
+        lengths: Tensor | list[int] | None,
+        given: tuple[Tensor, Tensor] | None = None,
+    ) -> Sizes:
         """Exact sizes; the host waits for a GPU only where it cannot know them.
 
         Args:
             features: (B, T, F).
             lengths: (B,) real frames.
-            given: Visible and masked tokens, (B, L) bool each, where the mask was not drawn here.
+            given: Visible and masked tokens, (B, L) bool each, where the mask was not drawn by ``config``.
+
+        Raises:
+            ValueError: No clip has both visible and masked tokens.
         """
         frames = [features.shape[1]] * features.shape[0] if lengths is None else lengths
         if given is None:
@@ -158,15 +190,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             raise ValueError("features has no clips: B is 0")
         if lengths is None:
             return torch.full((batch,), width, dtype=torch.long, device=features.device)
-        try:
-            lengths = torch.as_tensor(lengths)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"lengths must be integers ({batch},), got {lengths!r}") from error
-        is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-        if lengths.shape != (batch,) or not is_whole:
-            raise ValueError(f"lengths must be integers ({batch},), got {lengths.dtype} {tuple(lengths.shape)}")
-        if values and (lengths.min() < 0 or lengths.max() > width):
-            raise ValueError(f"lengths must be between 0 and T={width} frames, got {lengths.tolist()}")
+        lengths = check_lengths(lengths, batch, width, values)
         on_gpu = features.device.type == "cuda"  # a copy to the GPU must not wait; one from it must
         return lengths.to(features.device, torch.long, non_blocking=on_gpu)
 

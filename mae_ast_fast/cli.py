@@ -160,6 +160,16 @@ def _examples(command: str, examples: Sequence[str]) -> str:
     return "\n".join(["examples:", *(f"  {PROGRAM} {command} {example}" for example in examples)])
 
 
+def _tell(report: dict[str, Any], to_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Prints a report, for programs or for reading."""
+    if as_json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print(to_text(report))
+
+
 def _missing(names: Sequence[str]) -> CommandError:
     return CommandError(f'{", ".join(names)} missing: pip install "mae-ast-fast[train]"')
 
@@ -570,12 +580,7 @@ def _doctor(argv: Sequence[str]) -> int:
     from . import doctor
 
     report = doctor.examine(arguments.preset, arguments.checkpoint)
-    if arguments.json:
-        import json
-
-        print(json.dumps(report, indent=2))
-    else:
-        print(doctor.to_text(report))
+    _tell(report, doctor.to_text, arguments.json)
     return 0
 
 
@@ -602,12 +607,7 @@ def _bench(argv: Sequence[str]) -> int:
         arguments.seconds,
         say=functools.partial(print, file=sys.stderr, flush=True),
     )
-    if arguments.json:
-        import json
-
-        print(json.dumps(report, indent=2))
-    else:
-        print(bench.to_text(report))
+    _tell(report, bench.to_text, arguments.json)
     return 0
 
 
@@ -657,12 +657,7 @@ def _kernels(argv: Sequence[str]) -> int:
         )
     except kernel_report.Unavailable as error:
         raise CommandError(str(error)) from error
-    if arguments.json:
-        import json
-
-        print(json.dumps(report, indent=2))
-    else:
-        print(kernel_report.to_text(report))
+    _tell(report, kernel_report.to_text, arguments.json)
     return 1 if report["problems"] else 0
 
 

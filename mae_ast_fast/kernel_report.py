@@ -27,6 +27,7 @@ import os
 import pkgutil
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -449,6 +450,7 @@ def _compile(
                 key, place, process = running.pop(sentinel)
                 process.join()
                 results[key] = _result(place, process.exitcode)
+                shutil.rmtree(place)  # some MB each, hundreds of them
                 keep({key: results[key]})
                 progress(len(results), len(sources))
     return results

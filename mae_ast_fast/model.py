@@ -177,7 +177,7 @@ class MAEAST(PretrainingModel):
         real = real_tokens(tokens, width)
         seen, hidden = real & ~mask, real & mask
         if sizes is None:
-            sizes = self._sizes(features, lengths, None if drawn else (seen, hidden))
+            sizes = self.exact_sizes(features, lengths, None if drawn else (seen, hidden))
         rows = sizes.visible + sizes.masked
         every = Packing.of(real, rows, sizes.most_tokens, sizes.exact)
         visible = Packing.of(seen, sizes.visible, sizes.most_visible, sizes.exact)

@@ -152,9 +152,9 @@ class SSAST(PretrainingModel):
         if sizes is not None:
             each = [sizes] * len(masks)
         elif drawn:
-            each = [self._sizes(features, lengths, None)] * len(masks)
+            each = [self.exact_sizes(features, lengths, None)] * len(masks)
         else:
-            each = [self._sizes(features, lengths, (real & ~m, m)) for m in masks]
+            each = [self.exact_sizes(features, lengths, (real & ~m, m)) for m in masks]
 
         dtype = self._compute_dtype(features.device)
         run = self._execution(features.device, dtype)

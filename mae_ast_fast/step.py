@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import PretrainingModel
+from .base import PretrainingModel, check_lengths
 from .packing import Sizes, round_up
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,10 +130,7 @@ class TrainStep:
         if mask is not None and self.bucketed:
             raise ValueError("compile and graphs pad batches and draw their masks: expected mask=None, got one")
         frames = self._frames(features, lengths)
-        sizes = self.model.sizes_of(frames)
-        if not sizes.masked:
-            kt, kf = self.model.config.patch_size
-            raise ValueError(f"clips need at least 2 patches of {kt} frames x {kf} bins, got frames {frames}")
+        sizes = self.model.exact_sizes(features, frames)
         clip_ids = None if clip_ids is None else torch.as_tensor(clip_ids)
         self.tokens += sizes.visible + sizes.masked
         if lr is not None:
@@ -162,12 +159,7 @@ class TrainStep:
         clips, longest = features.shape[:2]
         if lengths is None:
             return [longest] * clips
-        frames = torch.as_tensor(lengths)
-        if frames.shape != (clips,) or frames.is_floating_point() or frames.is_complex() or frames.dtype == torch.bool:
-            raise ValueError(f"lengths must be integers ({clips},), got {frames.dtype} {tuple(frames.shape)}")
-        if frames.min() < 0 or frames.max() > longest:
-            raise ValueError(f"lengths must be between 0 and T={longest} frames, got {frames.tolist()}")
-        return frames.tolist()
+        return check_lengths(lengths, clips, longest).tolist()
 
     def _update(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes | None) -> Tensor:
         """The update itself, on the device alone; ``Numbers`` as one tensor (5,)."""

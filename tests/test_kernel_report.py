@@ -367,7 +367,7 @@ def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
 )
 def test_every_kernel_compiles_for_every_architecture_within_its_limits(archs):
     done = python("-m", "mae_ast_fast", "kernels", "--json", "--no-cache", "--arch", ",".join(archs))
-    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout.startswith("{"), (done.returncode, done.stderr)
     report = json.loads(done.stdout)
     assert titles(report["problems"]) == []
     assert done.returncode == 0

@@ -14,11 +14,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.ci
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,21 @@ def outcomes(
         return dict(zip(chosen, pool.map(run_tests, folders, chosen), strict=True))
 
 
+def cases() -> list[Any]:
+    """CI takes the first mutant of each kernel, ``make test-all`` all: they take minutes."""
+    ops = [mutant.op for mutant in MUTANTS]
+    return [
+        pytest.param(
+            mutant,
+            marks=pytest.mark.ci if ops.index(mutant.op) == place else pytest.mark.long,
+            id=f"{mutant.op}, {mutant.kind}",
+        )
+        for place, mutant in enumerate(MUTANTS)
+    ]
+
+
 @pytest.mark.timeout(1200)  # the first one waits for all
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.op}, {mutant.kind}")
+@pytest.mark.parametrize("mutant", cases())
 def test_no_mutant_survives(mutant: Mutant, outcomes: dict[Mutant, subprocess.CompletedProcess[str]]) -> None:
     done = outcomes[mutant]
     report = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
