@@ -327,7 +327,7 @@ def held_out(clips: Sequence[CorpusClip]) -> tuple[np.ndarray, np.ndarray, str]:
     train on, and with each the packages that share a voice with it.
 
     Args:
-        clips: From ``default_clips``, or the ``entries`` of the scanned ``Clips``.
+        clips: From ``default_clips``; those of them that can be used.
 
     Returns:
         Indices int64 (train,) and (held-out,), both ascending, and a sentence that says how.

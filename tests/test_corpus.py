@@ -442,7 +442,7 @@ def test_real_packages(tmp_path):
     clips, counts = default_clips(tmp_path, packages)
     print(json.dumps(counts))
     assert counts["tasks"] >= 50 and len(clips) >= 250
-    from mae_ast_fast.data import scan
+    from mae_ast_fast.prepare import prepare_shards
 
-    report = scan(clips, tmp_path / "pcm").report
+    report = prepare_shards(clips, tmp_path / "shards")
     assert report["hours"] > 0.5 and not report["skipped"].get("corrupt")
