@@ -83,21 +83,42 @@ class InputNorm(nn.Module):
         """Mean and scale such that (x - mean) * scale is normalised, for (B, T, F) features and (B,) frame counts."""
         if not self.training:
             return self.running_mean, 0.5 * (self.running_var + 1e-5).rsqrt()
-        with torch.no_grad():
-            dtype = torch.promote_types(features.dtype, torch.float32)
-            valid = real_tokens(frames, features.shape[1])[:, :, None]
-            total = frames.sum() * features.shape[2]
-            count = total.clamp(min=1).to(dtype)
-            mean = torch.where(valid, features, 0).sum(dtype=dtype) / count
-            variance = torch.where(valid, features - mean, 0).square().sum(dtype=dtype) / count
-            unbiased = variance * count / (count - 1).clamp(min=1)
-            # A batch without a single frame teaches nothing, nor does one with a value that is not finite.
-            learned = (total > 0) & mean.isfinite() & unbiased.isfinite()
-            for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
-                found = torch.where(learned, found.to(running.dtype), running)
-                running.lerp_(found, (0.1 * learned.to(dtype)).to(running.dtype))
-            self.num_batches_tracked += learned
-            return mean, 0.5 * (variance + 1e-5).rsqrt()
+        return self.learn(*self.measure(features, frames))
+
+    @staticmethod
+    @torch.no_grad()
+    def measure(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Number, mean and variance (0-d) of the real values of a batch; all 0 where there are none."""
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        valid = real_tokens(frames, features.shape[1])[:, :, None]
+        total = frames.sum() * features.shape[2]
+        count = total.clamp(min=1).to(dtype)
+        mean = torch.where(valid, features, 0).sum(dtype=dtype) / count
+        variance = torch.where(valid, features - mean, 0).square().sum(dtype=dtype) / count
+        return total, mean, variance
+
+    @staticmethod
+    def pool(totals: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``measure`` says of several batches (N,), as of one; in fp64, so that their order does not matter."""
+        totals, means, variances = totals.double(), means.double(), variances.double()
+        total = totals.sum()
+        count = total.clamp(min=1)
+        mean = (totals * means).sum() / count
+        return total, mean, (totals * (variances + (means - mean).square())).sum() / count
+
+    @torch.no_grad()
+    def learn(self, total: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes a batch's statistics into the running ones; returns mean and scale for that batch."""
+        dtype = mean.dtype
+        count = total.clamp(min=1).to(dtype)
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        # A batch without a single frame teaches nothing, nor does one with a value that is not finite.
+        learned = (total > 0) & mean.isfinite() & unbiased.isfinite()
+        for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
+            found = torch.where(learned, found.to(running.dtype), running)
+            running.lerp_(found, (0.1 * learned.to(dtype)).to(running.dtype))
+        self.num_batches_tracked += learned
+        return mean, 0.5 * (variance + 1e-5).rsqrt()
 
 
 class MAEAST(PretrainingModel):
@@ -143,6 +164,7 @@ class MAEAST(PretrainingModel):
         generator: torch.Generator | None = None,
         *,
         sizes: Sizes | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
     ) -> MAEASTOutput:
         """Masked pretraining losses (paper, section 2).
 
@@ -158,6 +180,7 @@ class MAEAST(PretrainingModel):
             sizes: Of ``sizes_of``, or ``sizes_of(...).bucket()``: then neither ``lengths`` nor ``mask`` is read on
                 the host, all shapes follow from ``features`` and ``sizes``, and ``torch.compile`` and CUDA graphs take
                 any batch that fits.
+            statistics: Mean and scale of the input normalisation, 0-d or (1,); None: those of ``input_norm``.
 
         Raises:
             ValueError: Inputs of the wrong shape or dtype; no clip has both visible and masked tokens (not looked for
@@ -183,7 +206,7 @@ class MAEAST(PretrainingModel):
         visible = Packing.of(seen, sizes.visible, sizes.most_visible, sizes.exact)
         masked = Packing.of(hidden, sizes.masked, sizes.most_masked, sizes.exact)
 
-        mean, scale = self.input_norm(features, frames)
+        mean, scale = self.input_norm(features, frames) if statistics is None else statistics
         dtype = self._compute_dtype(features.device)
         run = self._execution(features.device, dtype)
         with torch.autocast(features.device.type, enabled=False):

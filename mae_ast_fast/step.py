@@ -7,21 +7,28 @@
 - The learning rate, the seeds of dropout and the scale of fp16 lie on the device. The factor that clips the gradient's
   norm goes into the fused AdamW as its ``grad_scale``: no pass of its own over the gradients. An update whose norm is
   not finite is skipped there, on the device, and leaves the weights and AdamW's state as they were.
+- ``update``: an update of several micro-batches, on one process or several. It is that of one batch of all their clips:
+  losses are means over all masked tokens, whoever has how many of them, and the input is normalised by the statistics
+  of all. Without dropout 1 process and N agree up to rounding.
 - ``graphs``: an update of shapes that were seen before is one CUDA graph. Below some 20 to 35 clips launching a base
   model's kernels takes longer than running them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import PretrainingModel, check_lengths
+from .distributed import broadcast, check_parallel, data_parallel, shard
 from .packing import Sizes, round_up
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +47,48 @@ class Numbers(NamedTuple):
     grad_norm: Tensor  # before clipping; not finite: the update was skipped
 
 
+class Part(NamedTuple):
+    """A micro-batch: what ``TrainStep.__call__`` takes. Of 0 clips: one that adds nothing to its update."""
+
+    features: Tensor
+    lengths: Sequence[int] | Tensor | None = None
+    seed: int | Tensor | None = None
+    clip_ids: Tensor | None = None
+    epoch: int = 0
+
+
+@dataclass
+class _Batch:
+    """A micro-batch on the device.
+
+    Attributes:
+        features: (B, T, F).
+        lengths: (B,) int64.
+        draw: Of the masks.
+        sizes: Of the rows.
+        masked: Number of masked tokens; 0: it stands for a micro-batch without clips.
+    """
+
+    features: Tensor
+    lengths: Tensor
+    draw: dict[str, Any]
+    sizes: Sizes
+    masked: int
+
+
+class _Told(nn.Module):
+    """A model's loss and, detached, the numbers that it tells (4,): tensors, since DDP looks into no dataclass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        out = self.model(*inputs, **options)
+        told = out.loss, out.loss_reconstruction, out.loss_classification, out.accuracy
+        return out.loss, torch.stack([number.detach().float() for number in told])
+
+
 class TrainStep:
     """Updates a model's weights, batch by batch, with the paper's AdamW (section 3.2: betas .9 and .98, eps 1e-6).
 
@@ -53,9 +102,12 @@ class TrainStep:
         precision: "fp32", "bf16", or "fp16", whose loss is scaled (``torch.amp.GradScaler``).
         compile: Run the model through ``torch.compile(fullgraph=True)``.
         graphs: Run updates as CUDA graphs; batches are padded to buckets of like shapes.
+        parallel: "ddp" or "fsdp" (distributed.py): over all processes of the default process group, which start from
+            the first one's weights. None: this process alone. FSDP changes ``model`` in place, gathers weights in bf16
+            where that is the precision, and excludes fp16 and ``compile``.
 
     Raises:
-        ValueError: An unknown precision, or graphs where there can be none.
+        ValueError: An unknown precision, or graphs, compile or processes where there can be none.
     """
 
     def __init__(
@@ -70,17 +122,28 @@ class TrainStep:
         precision: str = "fp32",
         compile: bool = False,
         graphs: bool = False,
+        parallel: str | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        if parallel is not None and graphs:
+            raise ValueError(f"graphs hold no communication: expected parallel=None with them, got {parallel!r}")
+        if parallel == "fsdp" and (compile or precision == "fp16"):
+            got = "compile" if compile else "precision='fp16'"
+            raise ValueError(f"parallel='fsdp' takes fp32 and bf16, not compiled, got {got}: use parallel='ddp'")
+        self.parallel, self.processes = parallel, check_parallel(parallel)
         self.model, self.clip_norm, self.precision = model, clip_norm, precision
         self.device = next(model.parameters()).device
         if graphs and self.device.type != "cuda":
             raise ValueError(f"graphs need a model on a CUDA device, got one on {self.device}")
         if graphs and getattr(model, "recompute", None) == "layer":
             raise ValueError("graphs and recompute='layer' exclude each other: a graph cannot set the generator back")
+        if parallel is not None:
+            broadcast(model)
+        if parallel == "fsdp":
+            shard(model, PRECISIONS[precision])
         self.lr = torch.tensor(float(lr), dtype=torch.float32, device=self.device)
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -92,7 +155,10 @@ class TrainStep:
             capturable=self.device.type == "cuda",
         )
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
-        self.forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compile else model
+        self.forward: Callable[..., Any] = _Told(torch.compile(model, fullgraph=True) if compile else model)
+        if parallel == "ddp":
+            self.forward = data_parallel(self.forward)
+        self.learned = False  # whether DDP knows its graph
         self.bucketed = compile or graphs
         self.optimizer.zero_grad(set_to_none=True)  # what a backward before left is of no update
         self.tokens = self.rows = 0  # real tokens so far, and rows that were computed for them
@@ -125,30 +191,98 @@ class TrainStep:
             ValueError: What the model raises; lengths on a GPU, or not between 0 and T; clips too short to hide
                 something; a mask, where shapes are padded to buckets.
         """
-        if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
-            raise ValueError(f"lengths must be known on the host, got a tensor on {lengths.device}")
-        if mask is not None and self.bucketed:
-            raise ValueError("compile and graphs pad batches and draw their masks: expected mask=None, got one")
-        frames = self._frames(features, lengths)
-        sizes = self.model.exact_sizes(features, frames)
-        clip_ids = None if clip_ids is None else torch.as_tensor(clip_ids)
-        self.tokens += sizes.visible + sizes.masked
+        if mask is not None and (self.bucketed or self.parallel is not None):
+            raise ValueError("compile, graphs and processes draw their masks: expected mask=None, got one")
+        part = Part(features, lengths, seed, clip_ids, epoch)
+        if self.parallel is not None:
+            return self.update([part], lr=lr)
+        batch = self._prepare(part)
         if lr is not None:
             self.lr.fill_(lr)
+        sizes = batch.sizes
+        if mask is None:
+            mask = self.model.sample_mask(batch.lengths, batch.features.shape[1], **batch.draw)
+        elif self.device.type == "cpu":
+            sizes = None  # the model counts, and complains of a mask that hides another number
+        update = self._update if self.graphs is None else self.graphs
+        return Numbers(*update(batch.features, batch.lengths, mask, sizes).unbind())
+
+    def update(self, parts: Sequence[Part], *, lr: float | None = None) -> Numbers:
+        """One update of several micro-batches; all processes make it together, each with its own and as many.
+
+        Masks without a seed, and dropout, are drawn by the state of torch's generator and by the micro-batch's place
+        among those of all processes, rank by rank: processes with the same state draw differently, and N processes
+        draw what one does.
+
+        Args:
+            parts: This process's micro-batches, at least one; of no clips where there are none to be had.
+            lr: Learning rate from this update on.
+
+        Returns:
+            Of the whole update, the same in all processes; NaN, and nothing changes, where no micro-batch has clips.
+
+        Raises:
+            ValueError: As of ``__call__``, in the process that it happens in (others wait for it until their timeout);
+                no parts; several of them with ``graphs``; with DDP, parameters without a gradient.
+        """
+        if not parts:
+            raise ValueError("an update needs at least one part, got none")
+        if self.parallel is None and len(parts) == 1 and not _is_empty(parts[0].features):
+            features, lengths, seed, clip_ids, epoch = parts[0]
+            return self(features, lengths, lr=lr, seed=seed, clip_ids=clip_ids, epoch=epoch)
+        if self.graphs is not None:
+            clips = [len(part.features) for part in parts]
+            raise ValueError(f"with graphs an update is one batch of clips, got parts of {clips} clips")
+        batches = [self._stand_in(part) if _is_empty(part.features) else self._prepare(part) for part in parts]
+        if lr is not None:
+            self.lr.fill_(lr)
+        rank = dist.get_rank() if self.parallel is not None else 0
+        weights, statistics = self._share(batches)
+        if self.parallel == "ddp" and not self.learned:
+            self._learn_graph(batches[0], statistics)
+        draw = int(torch.randint(2**62, ())) + rank * len(parts)
+        scale, told = self._scale(), torch.zeros(4, device=self.device)
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            with self._exchange(last=index + 1 == len(parts)):
+                with _generator(draw + index, self.device):
+                    loss, numbers = self._loss(batch, statistics)
+                # Gradients are averaged over processes.
+                (loss * (weight * self.processes * scale).to(loss.dtype)).backward()
+            told += weight * numbers
+        if self.parallel is not None:
+            dist.all_reduce(told)
+        return Numbers(*told.unbind(), self._apply(scale))
+
+    def _prepare(self, part: Part) -> _Batch:
+        """A micro-batch, checked, on its way to the device."""
+        features, lengths, seed, clip_ids, epoch = part
+        if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
+            raise ValueError(f"lengths must be known on the host, got a tensor on {lengths.device}")
+        frames = self._frames(features, lengths)
+        sizes = self.model.exact_sizes(features, frames)
+        masked = sizes.masked
+        clip_ids = None if clip_ids is None else torch.as_tensor(clip_ids)
+        self.tokens += sizes.visible + sizes.masked
         if self.bucketed:
             features, frames, clip_ids = _pad(features, frames, clip_ids, self.model)
             sizes = sizes.bucket()
         self.rows += sizes.visible + sizes.masked
-        lengths = torch.tensor(frames)
-        if self.device.type == "cuda":
-            lengths = lengths.pin_memory().to(self.device, non_blocking=True)  # any other copy would wait
-        if mask is None:
-            draw = {"seed": seed, "clip_ids": clip_ids, "epoch": epoch}
-            mask = self.model.sample_mask(lengths, features.shape[1], **draw)
-        elif self.device.type == "cpu":
-            sizes = None  # the model counts, and complains of a mask that hides another number
-        update = self._update if self.graphs is None else self.graphs
-        return Numbers(*update(features.to(self.device, non_blocking=True), lengths, mask, sizes).unbind())
+        draw = {"seed": seed, "clip_ids": clip_ids, "epoch": epoch}
+        features = features.to(self.device, non_blocking=True)
+        return _Batch(features, self._send(torch.tensor(frames)), draw, sizes, masked)
+
+    def _stand_in(self, part: Part) -> _Batch:
+        """Silence for a micro-batch without clips: it runs as the others do, so that processes stay together."""
+        block, limit = self.model.config.patch_size[0], self.model.max_frames
+        frames = next(count for count in range(block, limit + 1, block) if self.model.sizes_of([count]).masked)
+        tokens = self.tokens
+        batch = self._prepare(Part(part.features.new_zeros(1, frames, part.features.shape[2]), seed=0))
+        self.tokens, batch.masked = tokens, 0
+        return batch
+
+    def _send(self, values: Tensor) -> Tensor:
+        """From the host to the device; any other copy would wait."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
 
     @staticmethod
     def _frames(features: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
@@ -162,25 +296,98 @@ class TrainStep:
         return check_lengths(lengths, clips, longest).tolist()
 
     def _update(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes | None) -> Tensor:
-        """The update itself, on the device alone; ``Numbers`` as one tensor (5,)."""
+        """An update of one batch, on the device alone; ``Numbers`` as one tensor (5,)."""
+        loss, told = self._forward(features, lengths, mask, sizes)
+        scale = self._scale()
+        (loss * scale).backward()
+        return torch.cat((told, self._apply(scale)[None]))
+
+    def _forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        mask: Mask,
+        sizes: Sizes | None,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and what else is told (4,)."""
         dtype = PRECISIONS[self.precision]
+        options = {} if statistics is None else {"statistics": statistics}
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            out = self.forward(features, lengths, mask, sizes=sizes)
-        scale = 1.0 if self.scaler is None else self.scaler.scale(out.loss.detach().new_ones(()))
-        (out.loss * scale).backward()
+            return self.forward(features, lengths, mask, sizes=sizes, **options)
+
+    def _scale(self) -> Tensor | float:
+        return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
+
+    def _apply(self, scale: Tensor | float) -> Tensor:
+        """Clipping and AdamW; returns the norm of the gradients, which are ``scale`` times what they should be."""
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
+        if self.parallel == "fsdp":
+            norm = norm.full_tensor()
         norm = norm / scale
         # As clip_grad_norm_ does it; in fp32, as the fused kernel reads both.
         self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0).float()
         self.optimizer.found_inf = (~norm.isfinite()).float()
         if self.scaler is None:
             self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf  # no step but this one's
         else:  # multiplies grad_scale by its own, and finds its own found_inf
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)  # inside a graph: so that graphs share the gradients' memory
-        told = out.loss, out.loss_reconstruction, out.loss_classification, out.accuracy, norm
-        return torch.stack([number.detach().float() for number in told])
+        return norm.detach().float()
+
+    # What several micro-batches, or processes, need.
+
+    def _share(self, batches: list[_Batch]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What each micro-batch counts in the update (P,), by masked tokens of all, and the statistics of their input.
+
+        The host waits for nothing; one exchange tells every process of all micro-batches.
+        """
+        norm = getattr(self.model, "input_norm", None)
+        counts = self._send(torch.tensor([batch.masked for batch in batches], dtype=torch.float64))
+        own = [counts]
+        if norm is not None and norm.training:
+            measured = [norm.measure(batch.features, batch.lengths * (batch.masked > 0)) for batch in batches]
+            own += [torch.stack(values).double() for values in zip(*measured, strict=True)]
+        every = torch.stack(own)[None]
+        if self.parallel is not None:
+            gathered = every.new_empty(self.processes, *every.shape[1:])
+            dist.all_gather(list(gathered.unbind()), every[0])
+            every = gathered
+        every = every.transpose(0, 1).flatten(1)  # (1 or 4, M)
+        statistics = None
+        if len(own) > 1:
+            dtype = torch.promote_types(batches[0].features.dtype, torch.float32)
+            mean, factor = norm.learn(*norm.pool(*every[1:]))
+            statistics = mean.to(dtype), factor.to(dtype)
+        return counts / every[0].sum(), statistics
+
+    def _loss(self, batch: _Batch, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """``_forward`` of a micro-batch, its masks drawn."""
+        mask = self.model.sample_mask(batch.lengths, batch.features.shape[1], **batch.draw)
+        return self._forward(batch.features, batch.lengths, mask, batch.sizes, statistics)
+
+    def _exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward of a micro-batch: gradients are exchanged in the backward of the last one."""
+        if self.parallel == "fsdp":
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+        return self.forward.no_sync() if self.parallel == "ddp" and not last else contextlib.nullcontext()
+
+    def _learn_graph(self, batch: _Batch, statistics: tuple[Tensor, Tensor] | None) -> None:
+        """DDP learns its static graph in a first backward, in which it ignores ``no_sync``: here one that counts not.
+
+        Raises:
+            ValueError: That graph has not all parameters.
+        """
+        with _generator(0, self.device):
+            self._loss(batch, statistics)[0].backward()
+        named = self.model.named_parameters()
+        if unused := [name for name, p in named if p.requires_grad and p.grad is None]:
+            raise ValueError(f"parallel='ddp' needs a gradient of every parameter, got none of {', '.join(unused)}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.learned = True
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and scaler: tensors and plain values."""
@@ -192,13 +399,31 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what ``state_dict`` gave, on any device: also its rate, betas, eps and weight decay."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.restore()
+        if self.scaler is not None and state.get("scaler") is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def restore(self) -> None:
+        """Gives the optimizer its rate on the device and its fused kernel back, after a state was loaded into it."""
         for group in self.optimizer.param_groups:
             self.lr.fill_(float(group["lr"]))
             group |= {"lr": self.lr, "fused": True, "foreach": None, "capturable": self.device.type == "cuda"}
-        if self.scaler is not None and state.get("scaler") is not None:
-            self.scaler.load_state_dict(state["scaler"])
         if self.graphs is not None:
             self.graphs.known.clear()  # they would go on with the state of before
+
+
+@contextlib.contextmanager
+def _generator(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators, seeded, and afterwards as they were before."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        for generator in (torch.default_generator, *([torch.cuda.default_generators[device.index]] if cuda else [])):
+            generator.manual_seed(seed)
+        yield
+
+
+def _is_empty(features: Any) -> bool:
+    return isinstance(features, Tensor) and features.dim() == 3 and not len(features)
 
 
 def _pad(

@@ -16,6 +16,8 @@ ROUNDING_GRAD = 2e-5  # the same for gradients summed over all tokens of a batch
 ONE_STEP = 1e-5  # loss of one step, impl triton against torch, fp32, same mask, dropout 0
 FIFTY_STEPS = 1e-4  # the same for each loss of 50 steps
 DIRECTIONAL = 1e-2  # slope of the loss along the gradient from two fp32 evaluations, relative
+PROCESSES = 1e-5  # what 20 updates tell: N processes, micro-batches and one batch, fp32; max|a - b| / max|b|
+PROCESSES_WEIGHTS = 1e-4  # the weights after them: AdamW makes whole steps of small gradients
 BF16_LOSS = 2e-3  # one step in bf16, same mask, dropout 0: loss relative to fp32
 HALF_FEATURES = 1e-2  # half-precision weights of a tiny model against fp32, max|a - b| / max|b|
 ATTENTION_EPS = 4  # probabilities and output are rounded once each: max|a - b| / max|b| in units of the dtype's eps
@@ -33,6 +35,10 @@ CODEC_SECONDS = 0.15  # padding that lossy codecs leave at the ends
 RESAMPLE_ABS = 1e-5  # in blocks against in one piece
 BUCKET_SHARE = 9 / 8 + 0.05  # rows of a rounded-up batch over its real ones: an eighth, and 15 where there are few
 PADDING_SHARE = 0.05  # padded share of batches of 160 s, lengths uniform in 0.3 - 10 s
+
+# Memory.
+DECODER_BYTES = 128 << 20  # more than for a short file, whatever a file's header says and however long it is
+RSS_SLOPE = 8 << 20  # bytes in 1,000 updates, after a warm-up of 300
 
 
 def max_rel(actual: torch.Tensor, expected: torch.Tensor) -> float:

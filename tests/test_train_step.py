@@ -466,6 +466,13 @@ def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], w
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_a_graph_is_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch)
+    part = module.Part(features(FRAMES), FRAMES)
+    with pytest.raises(ValueError, match=r"one batch of clips, got parts of \[3, 0\] clips"):
+        graphed(build()).update([part, module.Part(features(FRAMES)[:0])])
+
+
 def test_masks_and_buckets_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     aot(monkeypatch)
     with pytest.raises(ValueError, match="mask=None"):
@@ -488,6 +495,23 @@ def test_an_update_never_waits_for_the_gpu(impl: str, precision: str) -> None:
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
         try:
             update(x, FRAMES, lr=1e-3, seed=count)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_update_of_parts_never_waits_for_the_gpu(precision: str) -> None:
+    update = TrainStep(build(dropout=0.1), precision=precision)
+    parts = [
+        module.Part(features(FRAMES), FRAMES, seed=1),
+        module.Part(features(FRAMES)[:0]),
+        module.Part(features([40])),
+    ]
+    for count in range(3):
+        torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
+        try:
+            update.update(parts, lr=1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
