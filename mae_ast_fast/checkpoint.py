@@ -1,18 +1,15 @@
-"""Checkpoints: the paper's own (fairseq) in, ours in, and those of a training run, written so that none is half there.
+"""Models out of checkpoints: the paper's own (fairseq), ours, and those of a training run.
 
-A run folder holds ``model.safetensors`` and ``config.json`` of its last state, and ``checkpoints/step-N/`` with the
-same two files beside ``trainer.pt``, which carries what a run needs to continue.
+A run folder holds ``model.safetensors`` and ``config.json`` of its last state, and ``checkpoints/step-N/`` with what a
+run needs to go on (resume.py).
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import fairseq
 from .base import PretrainingModel
@@ -57,6 +54,10 @@ def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
     if path.is_dir():
         if not (path / "config.json").is_file() and (steps := training_checkpoints(path)):
             path = steps[-1]
+        if (path / "trainer.json").is_file():
+            from .resume import load_weights
+
+            return load_weights(path, **init)
         return PretrainingModel.from_pretrained(path, **init)
     expected = "a folder with config.json and model.safetensors, or an official file (.pt of MAE-AST, .pth of SSAST)"
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) is not None
@@ -91,73 +92,18 @@ def training_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def save_training(run: Path, step: int, model: MAEAST | SSAST, state: dict[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of a step and removes all but the last ``keep``.
+def export(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> MAEAST | SSAST:
+    """Writes model.safetensors and config.json of whatever ``load_model`` reads, and returns the model.
 
-    It is written under another name, flushed to the disk and renamed, so that a process killed at any instant leaves
-    either the whole of it or nothing that is taken for it.
+    A checkpoint of a run is read without a process group, however many processes wrote it.
 
     Args:
-        run: Run folder.
-        step: Updates done.
-        model: Saved as model.safetensors and config.json.
-        state: What else the run needs: tensors and plain values only.
-        keep: Checkpoints to keep, at least 1.
-    """
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    partial, final = folder / f".partial-{step:08d}", folder / f"step-{step:08d}"
-    partial.mkdir()
-    model.save_pretrained(partial)
-    torch.save(state, partial / "trainer.pt")
-    for path in partial.iterdir():
-        _flush(path)
-    if final.exists():  # a run that was killed after saving and before telling: the same step again
-        _discard(final)
-    os.replace(partial, final)
-    _flush(folder)
-    for old in training_checkpoints(run)[:-keep]:
-        _discard(old)
-    return final
-
-
-def load_training(run: Path) -> tuple[Path, MAEAST | SSAST, dict[str, Any], list[str]] | None:
-    """The newest checkpoint of a run that can be read: its path, model and state, and what was wrong with newer ones.
-
-    None where the run has no checkpoint.
+        source: As of ``load_model``.
+        folder: Folder, made where it does not exist.
 
     Raises:
-        ValueError: There are checkpoints, and none can be read.
+        ValueError: As ``load_model``.
     """
-    found = training_checkpoints(run)
-    damaged: list[str] = []
-    for path in reversed(found):
-        try:
-            state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-            return path, PretrainingModel.from_pretrained(path), state, damaged
-        except (ValueError, OSError, RuntimeError, EOFError, KeyError) as error:
-            damaged.append(f"{path.name}: {error}".splitlines()[0])
-    if damaged:
-        raise ValueError(f"no checkpoint of {run} can be read: {'; '.join(damaged)}")
-    return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    """Removes a checkpoint; under its own name it is either whole or gone."""
-    doomed = path.with_name(f".partial-old-{path.name}")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(".partial-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    model = load_model(source)
+    model.save_pretrained(folder)
+    return model
