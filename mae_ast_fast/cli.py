@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .ssast import SSAST
 
 PROGRAM = "mae-ast-fast"
-TRAIN_EXTRA = ("jsonargparse", "soundfile", "soxr", "av", "tensorboard", "tqdm", "matplotlib")
+TRAIN_EXTRA = ("jsonargparse", "lhotse", "urllib3", "soundfile", "soxr", "av", "tensorboard", "tqdm", "matplotlib")
 
 
 class UsageError(Exception):
@@ -195,7 +195,8 @@ def _pretrain(argv: Sequence[str]) -> int:
     except torch.OutOfMemoryError as error:
         fits = f" ({PROGRAM} doctor --preset {options.preset} says what fits)" if options.model == "mae_ast" else ""
         raise CommandError(f"out of memory: choose a smaller --batch-seconds{fits}; {error}") from error
-    print(pretrain_summary(summary, Path(options.out)))
+    if summary:  # of several processes the first one's
+        print(pretrain_summary(summary, Path(options.out)))
     return 0
 
 
@@ -312,7 +313,9 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
     else:
         lines += ["  NOT passed:", *(f"    {failure}" for failure in held_out["failures"])]
     for kind, report in summary["held_out_by_kind"].items():
-        lines += [f"  {kind} alone: {failure}" for failure in report["failures"]]
+        if failures := report["failures"]:
+            more = f" (summary.json: {len(failures) - 1} more)" if len(failures) > 1 else ""
+            lines.append(f"  {kind} alone: {failures[0]}{more}")
     use = f"features FILE --checkpoint {run} --out features/"
     if summary["model"] == "ssast":
         use = f"reconstruct FILE --checkpoint {run} --out file.png"
@@ -330,37 +333,70 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
 def _prepare(argv: Sequence[str]) -> int:
     parser = _Parser(
         "prepare",
-        "Decodes audio to 16 kHz mono int16 and writes it where no audio library is needed to read it. FILE.npy is one "
-        "array of all samples, clip after clip, FILE.lengths.npy the samples of each clip: "
-        "numpy.split(samples, lengths.cumsum()[:-1]) gives the clips. Files are taken in random order until the size "
-        "is reached; those that give no audio are named and skipped.",
-        ("recordings/ --npy audio.npy", "--npy corpus.npy --seconds 5 --max-mb 10      (the default corpus)"),
+        "Decodes audio once, to 16 kHz mono. --out makes Lhotse Shar shards for pretrain --data, of sources of any "
+        "size: killed, the same command goes on, and DIR appears whole. DIR.report.json says what was found and "
+        "skipped. --npy makes two arrays that are read without any audio library, and stops at a size: FILE.npy has "
+        "all samples, clip after clip, FILE.lengths.npy the samples of each: "
+        "numpy.split(samples, lengths.cumsum()[:-1]) gives the clips. Files that give no audio are named and skipped.",
+        (
+            "recordings/ --out shards/ --workers 16",
+            "--npy corpus.npy --seconds 5 --max-mb 10   (the default corpus)",
+        ),
     )
     parser.add_argument(
-        "source", nargs="?", metavar="SRC", help="folder, fairseq .tsv or audio file (default: the default corpus)"
+        "source",
+        nargs="?",
+        metavar="SRC",
+        help="folder of audio, fairseq .tsv or audio file; with --out also a Lhotse CutSet manifest (.jsonl, "
+        ".jsonl.gz), a Shar folder, or their URL (default: the default corpus)",
     )
-    parser.add_argument("--npy", required=True, metavar="FILE", help="file to write, ends in .npy")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, metavar="S", help="of longer files, the first S seconds (default: 10)"
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="DIR", help="folder of shards to make")
+    target.add_argument("--npy", metavar="FILE", help="file to write, ends in .npy")
+    shards = parser.add_argument_group("with --out")
+    shards.add_argument("--format", choices=("wav", "flac"), help="in the shards (default: wav, the fastest to read)")
+    shards.add_argument(
+        "--workers", type=int, metavar="N", help=f"processes that decode (default: one a CPU core, {os.cpu_count()})"
     )
-    parser.add_argument(
-        "--max-mb", type=float, default=30.0, metavar="X", help="both files together, in 10^6 bytes (default: 30)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of files (default: 0)")
+    shards.add_argument("--min-seconds", type=float, metavar="S", help="shorter clips are skipped (default: 0.3)")
+    arrays = parser.add_argument_group("with --npy")
+    arrays.add_argument("--seconds", type=float, metavar="S", help="of longer files, the first S seconds (default: 10)")
+    arrays.add_argument("--max-mb", type=float, metavar="X", help="both files together, in 10^6 bytes (default: 30)")
+    arrays.add_argument("--seed", type=int, metavar="N", help="of the order of files (default: 0)")
     arguments = parser.read(argv)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    source, out, npy = (given.pop(name, None) for name in ("source", "out", "npy"))
+    allowed = ("format", "workers", "min_seconds") if out else ("seconds", "max_mb", "seed")
+    for name in given:
+        if name not in allowed:
+            parser.error(f"--{name.replace('_', '-')} does not go with {'--out' if out else '--npy'}")
 
     from . import corpus, prepare
 
     tell = functools.partial(print, file=sys.stderr, flush=True)
     try:
-        report = prepare.prepare_npy(
-            arguments.source, arguments.npy, arguments.seconds, arguments.max_mb, arguments.seed, progress=tell
-        )
+        if npy:
+            report = prepare.prepare_npy(source, npy, **given, progress=tell)
+            print(
+                f"{npy}: {report.clips} clips, {report.seconds / 60:.1f} minutes, {report.size / 1e6:.2f} MB; "
+                f"{len(report.skipped)} files skipped, {report.left} of {report.files} left out because the size was "
+                "reached"
+            )
+            return 0
+        split = None
+        if source is None:
+            source, split = prepare.default_entries(tell), corpus.held_out
     except corpus.CorpusError as error:
         raise CommandError(str(error)) from error
+    given = {"form": given.pop("format", "wav"), "workers": os.cpu_count() or 1, **given}
+    found = prepare.prepare_shards(source, out, split=split, **given)
+    for reason, finding in found["skipped"].items():
+        some = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
+        tell(f"skipped {finding['count']}: {reason}: {some}")
+    size = sum(size for _, size in found["shards"]) / 1e6
     print(
-        f"{arguments.npy}: {report.clips} clips, {report.seconds / 60:.1f} minutes, {report.size / 1e6:.2f} MB; "
-        f"{len(report.skipped)} files skipped, {report.left} of {report.files} left out because the size was reached"
+        f"{out}: {found['clips']} of {found['files']} clips, {found['hours']:.2f} hours, {size:,.1f} MB in "
+        f"{len(found['shards'])} shards; {found['split']}; report in {out.rstrip('/')}.report.json"
     )
     return 0
 
@@ -699,7 +735,7 @@ class Command(typing.NamedTuple):
 
 COMMANDS = {
     "pretrain": Command("Train", "pretrain a model on a folder of audio, or on the default corpus", _pretrain),
-    "prepare": Command("Train", "decode audio into one file that needs no audio library", _prepare),
+    "prepare": Command("Train", "decode audio once, into Lhotse Shar shards", _prepare),
     "features": Command("Use a model", "features of audio files of any length, with their times", _features),
     "reconstruct": Command("Use a model", "hide part of a clip and draw what the model fills in", _reconstruct),
     "export": Command("Use a model", "write the encoder alone", _export),

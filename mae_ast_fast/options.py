@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from .config import CONFIGS, MAEASTConfig, SSASTConfig
+from .distributed import PARALLEL
 from .fbank import SAMPLE_RATE, num_frames
 from .step import PRECISIONS
 from .transformer import RECOMPUTE
 
 # Options that change neither what is computed nor in which order: a run may go on with others.
-FREE_OPTIONS = ("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "cache")
+FREE_OPTIONS = (
+    *("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "loader_workers", "cache", "parallel"),
+)
 
 
 @dataclass
@@ -21,8 +24,9 @@ class PretrainOptions:
     """Options of ``mae-ast-fast pretrain``.
 
     Args:
-        data: Folder of audio, fairseq .tsv manifest or audio file. None: the default corpus, real recordings from
-            Debian packages, fetched once.
+        data: Folder of audio, fairseq .tsv manifest, audio file, Lhotse manifest, folder of Shar shards, or their URL.
+            What is not 16 kHz shards yet is made so once, in the cache. None: the default corpus, real recordings
+            from Debian packages, fetched once.
         out: Run folder. A run that was stopped there goes on.
         model: mae_ast, or ssast, the baseline, on the same data with the same losses.
         preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}, of ssast without base_6layer. None: those of
@@ -33,7 +37,11 @@ class PretrainOptions:
         init_from: Start from this checkpoint: a folder of ours or an official file, .pt of MAE-AST, .pth of SSAST. A
             preset must have its sizes.
         steps: Updates of the whole run; the learning rate reaches 0 at the last.
-        batch_seconds: Audio in a batch, in seconds: a token budget, not a clip count.
+        batch_seconds: Audio in an update, in seconds: a token budget, not a clip count. All processes together.
+        micro_batches: Parts of an update, each of batch_seconds / micro_batches: processes share them, and one with
+            several accumulates their gradients. A multiple of the number of processes; what is computed does not
+            depend on that number. None: one a process, of the run's first start.
+        parallel: How the processes under torchrun share a model: ddp, or fsdp, which splits its state among them.
         max_seconds: Longer clips are cut into windows of at most this length.
         min_seconds: Shorter clips are skipped.
         lr: Peak learning rate. Paper: 1e-4.
@@ -52,7 +60,8 @@ class PretrainOptions:
         save_every: Updates between two checkpoints.
         evaluate_every: Updates between two evaluations on held-out clips.
         keep: Checkpoints to keep.
-        workers: Processes that decode audio.
+        workers: Processes that decode audio while shards are made.
+        loader_workers: Processes that read batches beside each training process; 0: it reads them itself.
         cache: Folder for fetched packages and decoded audio. None: $MAE_AST_FAST_CACHE or the user's cache folder.
     """
 
@@ -64,6 +73,8 @@ class PretrainOptions:
     init_from: str | None = None
     steps: int = 10_000
     batch_seconds: float = 160.0
+    micro_batches: int | None = None
+    parallel: str = "ddp"
     max_seconds: float = 10.0
     min_seconds: float = 0.4
     lr: float = 5e-4
@@ -83,6 +94,7 @@ class PretrainOptions:
     evaluate_every: int = 1000
     keep: int = 2
     workers: int = 2
+    loader_workers: int = 1
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,8 +113,12 @@ class PretrainOptions:
                 "expected min_seconds <= max_seconds <= batch_seconds, got "
                 f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
             )
+        if self.micro_batches is not None and self.micro_batches < 1:
+            raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
+        if self.loader_workers < 0:
+            raise ValueError(f"loader_workers must be >= 0, got {self.loader_workers}")
         choices = {"model": tuple(CONFIGS), "precision": ("auto", *PRECISIONS), "device": ("auto", "cpu", "cuda")}
-        for name, allowed in {**choices, "recompute": RECOMPUTE}.items():
+        for name, allowed in {**choices, "recompute": RECOMPUTE, "parallel": PARALLEL}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         config = self.model_config()

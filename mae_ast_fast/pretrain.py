@@ -1,7 +1,8 @@
 """The pretraining loop: data in, checkpoints, curves and pictures out; killed and started again, it goes on.
 
-Every random draw is a function of the seed and of what is drawn for (epoch and clip for order, windows and masks; step
-for dropout), so a run continued from a checkpoint computes what an uninterrupted one does.
+One process, or the processes that torchrun starts: the same program. Every random draw is a function of the seed and of
+what is drawn for (epoch and clip for order, windows and masks; update and place in it for dropout), so a run continued
+from a checkpoint computes what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -11,33 +12,31 @@ import dataclasses
 import json
 import math
 import signal
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, corpus
-from .atomic import write_json, write_whole
-from .audio import find_audio
+from . import checkpoint
+from .atomic import write_json
 from .config import MAEASTConfig, SSASTConfig
-from .data import Clips, batch_plan, load_batch, scan, split
+from .distributed import World, world
 from .evaluate import HeldOut, evaluate
-from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
+from .fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
 from .figures import plot_loss, plot_reconstruction
 from .model import MAEAST
 from .options import FREE_OPTIONS, PretrainOptions, learning_rate, native_bf16
-from .packing import real_tokens
+from .resume import Checkpoints
+from .run_log import RunLog, read_metrics
+from .shards import Shards, loader
 from .ssast import SSAST
-from .step import TrainStep
+from .step import Part, TrainStep
+from .training_data import held_out_set, log_mel_statistics, training_shards
 
-HELD_OUT_CLIPS = 64
 SKIPPED_AT_MOST = 50  # updates in a row of fp16: halved as often, its scale is below any gradient
-STATISTICS_WINDOWS = 200  # spread evenly over the first epoch; SSAST is normalised by their mean and deviation
+FAULTS_LISTED = 1000  # unreadable clips named in summary.json; their count is whole
 
 
 class NonFiniteLoss(RuntimeError):
@@ -55,57 +54,61 @@ class Stopped(Exception):
 def pretrain(options: PretrainOptions) -> dict[str, Any]:
     """Runs pretraining, or goes on with the run in ``options.out``; returns what summary.json holds.
 
+    Under torchrun all its processes call this, and all but the first return an empty dict.
+
     Raises:
         ValueError: Unusable data or options, or the folder holds a run with other options.
         NonFiniteLoss: The loss became infinite or NaN.
         Stopped: SIGTERM or Ctrl-C arrived; the run was saved.
     """
     run = Path(options.out)
-    name = options.device
-    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    _check_same_run(run, options)
-    clips, train, held_out_clips, how = _open_data(options)
-    trainer = Trainer(options, run, clips, train, device)
-    held_out = _held_out(trainer.model, clips, held_out_clips, options)
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "options.json", dataclasses.asdict(options))
-    write_json(run / "data_report.json", clips.report)
-    print(_headline(options, trainer, clips, len(train), len(held_out.names), how))
-    trainer.train(held_out)
-    return trainer.finish(held_out, how)
+    with world(options.device) as peers:
+        _check_same_run(run, options)
+        shards = training_shards(options)
+        trainer = Trainer(options, run, shards, peers)
+        held_out = held_out_set(trainer.model, shards, options)
+        if peers.first:
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(run / "options.json", dataclasses.asdict(options))
+            write_json(run / "data_report.json", shards.report)
+            print(_headline(options, trainer, len(held_out.names)), flush=True)
+        trainer.train(held_out)
+        return trainer.finish(held_out) if peers.first else {}
 
 
 class Trainer:
     """State of one run: model, optimizer, and the place in the data."""
 
-    def __init__(
-        self, options: PretrainOptions, run: Path, clips: Clips, train: np.ndarray, device: torch.device
-    ) -> None:
-        self.options, self.run, self.clips, self.train_clips, self.device = options, run, clips, train, device
-        best = "bf16" if native_bf16(device) else "fp32"
+    def __init__(self, options: PretrainOptions, run: Path, shards: Shards, peers: World) -> None:
+        self.options, self.run, self.shards, self.peers, self.device = options, run, shards, peers, peers.device
+        best = "bf16" if native_bf16(self.device) else "fp32"
         self.precision = best if options.precision == "auto" else options.precision
-        self.step = self.epoch = self.batch = 0
-        self.seconds = self.audio_seconds = 0.0
-        self.pending: list[tuple[dict[str, Any], Tensor, list[str]]] = []  # rows whose numbers are still on the device
-        self.saved: tuple[int, Path] | None = None
+        self.step, self.place = 0, (0, 0)  # updates done; epoch and batch of the next
+        self.seconds = self.waited = self.audio_seconds = 0.0
+        self.faults: list[str] = []
+        self.fault_count = 0
+        self.pending: list[tuple[dict[str, Any], Tensor, list[str], list[str]]] = []  # numbers are still on the device
         self.skipped = 0  # updates in a row that fp16 left out
-        self.bar: Any = None
-        self.events: Any = None
+        self.log: RunLog | None = None
 
         torch.manual_seed(options.seed)
-        found = checkpoint.load_training(run)
+        self.checkpoints = Checkpoints(run, options.keep)
+        found = self.checkpoints.peek()
+        self.micro_batches = options.micro_batches or peers.size
         if found is not None:
-            path, model, state, damaged = found
-            for line in damaged:
-                print(f"skipped a damaged checkpoint: {line}")
-            print(f"going on from {path}")
-            model.impl, model.attention = options.impl, options.attention
+            self.micro_batches = options.micro_batches or found.state["micro_batches"]
+            kind = checkpoint.MODELS[options.model]
+            model = kind(found.config, impl=options.impl, attention=options.attention)
         else:
             model = self._new_model()
+        if self.micro_batches % peers.size:
+            raise ValueError(
+                f"micro_batches must be a multiple of the {peers.size} processes, got {self.micro_batches}"
+            )
         _check_shortest(model.config, options)
         model.recompute = options.recompute
-        self.model = model.to(device).train()
-        self.update = TrainStep(
+        self.model = model.to(self.device).train()
+        self.updates = TrainStep(
             self.model,
             options.lr,
             weight_decay=options.weight_decay,
@@ -113,16 +116,24 @@ class Trainer:
             precision=self.precision,
             compile=options.compile,
             graphs=options.graphs,
+            parallel=options.parallel if peers.size > 1 else None,
         )
         if found is not None:
-            if state["data"] != self._data_identity():
-                raise ValueError(
-                    f"the data of the run in {run} has changed since it started: expected {state['data']}, got "
-                    f"{self._data_identity()}; use another --out, or restore the data"
-                )
-            self.update.load_state_dict(state)
-            self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-            self.seconds, self.audio_seconds = state["seconds"], state["audio_seconds"]
+            self._restore(found.state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Goes on where the newest checkpoint is."""
+        if state["data"] != self.shards.identity:
+            raise ValueError(
+                f"the data of the run in {self.run} has changed since it started: expected {state['data']}, got "
+                f"{self.shards.identity}; use another --out, or restore the data"
+            )
+        path, _ = self.checkpoints.load(self.updates)
+        if self.peers.first:
+            print(f"going on from {path}", flush=True)
+        self.step, self.place = state["step"], (state["epoch"], state["batch"])
+        self.seconds, self.waited, self.audio_seconds = state["seconds"], state["waited"], state["audio_seconds"]
+        self.faults, self.fault_count = state["faults"], state["fault_count"]
 
     def _new_model(self) -> MAEAST | SSAST:
         """The model with which a run starts."""
@@ -137,94 +148,101 @@ class Trainer:
             return model
         config = options.model_config()
         if isinstance(config, SSASTConfig) and not {"mean", "std"} <= set(options.model_args):
-            windows = np.concatenate(self._plan(0))
-            few = np.linspace(0, len(windows) - 1, min(STATISTICS_WINDOWS, len(windows))).round().astype(np.int64)
-            mean, std = log_mel_statistics(self.clips, windows[few])
+            mean, std = log_mel_statistics(self.shards, options)
             config = dataclasses.replace(config, **{"mean": mean, "std": std, **options.model_args})
         return checkpoint.MODELS[options.model](config, **init)
-
-    def _data_identity(self) -> list[int]:
-        return [len(self.train_clips), int(self.clips.samples[self.train_clips].sum())]
 
     def train(self, held_out: HeldOut) -> None:
         """Runs the remaining updates."""
         options = self.options
-        self._truncate_metrics()
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        self.events = SummaryWriter(self.run / "tensorboard", purge_step=self.step)
-        self.bar = tqdm(
-            total=options.steps, initial=self.step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
-        with _Signals() as signals, contextlib.closing(self.bar), contextlib.closing(self.events):
+        with contextlib.ExitStack() as stack:
+            if self.peers.first:
+                self.log = RunLog(self.run, self.step, options.steps)
+                stack.callback(self.log.close)
+            signals = stack.enter_context(_Signals())
+            stack.callback(self.checkpoints.finish)
+            batches = loader(
+                self.shards,
+                batch_seconds=options.batch_seconds / self.micro_batches,
+                max_seconds=options.max_seconds,
+                min_seconds=options.min_seconds,
+                seed=options.seed,
+                position=self.place,
+                micro_batches=self.micro_batches,
+                rank=self.peers.rank,
+                world_size=self.peers.size,
+                workers=options.loader_workers,
+                pin_memory=self.device.type == "cuda",
+            )
+            stack.callback(batches.close)
             self._began = time.perf_counter()
-            batches = self._batches()
             while self.step < options.steps:
-                self._update(next(batches))
+                self._update(batches)
                 if self.step % options.log_every == 0 or self.step == options.steps:
                     self._flush()
                 if self.step % options.save_every == 0 or self.step == options.steps:
                     self.save()
                 if self.step % options.evaluate_every == 0 and self.step < options.steps:
-                    self._log({"step": self.step, "held_out": evaluate(self.model, held_out)})
-                if signals.received is not None:
-                    raise Stopped(signals.received, self.save())
+                    report = evaluate(self.model, held_out)  # by all: a sharded model takes all of them
+                    if self.log is not None:
+                        self.log.row({"step": self.step, "held_out": report})
+                if (number := self.peers.largest(signals.received or 0)) > 0:
+                    self.save()
+                    raise Stopped(number, self.checkpoints.finish())
                 if not self.pending:  # what was saved and evaluated since the flush is no training time
                     self._began = time.perf_counter()
 
-    def _plan(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch: (clip, first sample, samples) of each window."""
-        options = self.options
-        samples = self.clips.samples[self.train_clips]
-        lengths = options.batch_seconds, options.max_seconds
-        plan = batch_plan(samples, *lengths, options.seed, epoch, options.min_seconds)
-        return [np.column_stack((self.train_clips[windows[:, 0]], windows[:, 1:])) for windows in plan]
-
-    def _batches(self) -> Iterator[np.ndarray]:
-        """The batches from the current place on, epoch after epoch."""
-        while True:
-            plan = self._plan(self.epoch)
-            while self.batch < len(plan):
-                self.batch += 1
-                yield plan[self.batch - 1]
-            self.epoch, self.batch = self.epoch + 1, 0
-
-    def _update(self, windows: np.ndarray) -> None:
+    def _update(self, batches: Any) -> None:
         """One optimizer update; its numbers stay on the device until the next flush."""
-        options = self.options
-        waveforms, lengths, ids, names = load_batch(self.clips, windows)
-        features, _ = self.model.features(self._to_device(waveforms), lengths)
+        options, own = self.options, self.micro_batches // self.peers.size
+        parts, names, faults, samples, waited = [], [], [], 0, 0.0
+        for place in range(own):
+            began = time.perf_counter()
+            batch, after = next(batches)
+            waited += time.perf_counter() - began
+            features, _ = self.model.features(self._to_device(batch.waveforms), batch.lengths)
+            # The paper's own strategy draws one mask a batch and ignores clip ids: every batch needs another.
+            number = self.step * self.micro_batches + self.peers.rank * own + place
+            epoch = number if self.model.config.masking == "chunk_official" else batch.epoch
+            draw = {"seed": options.seed, "clip_ids": self._to_device(batch.ids), "epoch": epoch}
+            parts.append(Part(features, num_frames(batch.lengths), **draw))
+            samples += int(batch.lengths.sum())
+            names += batch.names
+            faults += [f"{name}: {reason}" for name, reason in batch.faults]
         torch.manual_seed(options.seed * 1_000_003 + self.step)  # dropout: a function of the step, nothing to save
-        rate, tokens, rows = learning_rate(self.step, options), self.update.tokens, self.update.rows
-        # The paper's own strategy draws one mask a batch and ignores clip ids: every update needs another.
-        epoch = self.step if self.model.config.masking == "chunk_official" else self.epoch
-        draw = {"seed": options.seed, "clip_ids": self._to_device(ids), "epoch": epoch}
-        numbers = self.update(features, num_frames(lengths), lr=rate, **draw)
-        self.step += 1
-        seconds = float(lengths.sum()) / SAMPLE_RATE
-        self.audio_seconds += seconds
-        row = {"step": self.step, "epoch": self.epoch, "lr": rate, "clips": len(names), "audio_seconds": seconds}
-        row |= {"tokens": self.update.tokens - tokens, "rows": self.update.rows - rows}
-        self.pending.append((row, torch.stack(numbers), names))
-        self.bar.update()
+        rate, tokens, rows = learning_rate(self.step, options), self.updates.tokens, self.updates.rows
+        numbers = self.updates.update(parts, lr=rate)
+        self.step, self.place = self.step + 1, after
+        counts = {"clips": len(names), "samples": samples, "waited": waited, "faults": len(faults)}
+        counts |= {"tokens": self.updates.tokens - tokens, "rows": self.updates.rows - rows}
+        row = {"step": self.step, "epoch": after[0], "lr": rate, **counts}
+        self.pending.append((row, torch.stack(numbers), names, faults))
+        if self.log is not None:
+            self.log.advance()
 
     def _to_device(self, x: Tensor) -> Tensor:
-        """Without waiting for it."""
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+        """Without waiting for it: the loader pins memory."""
+        return x.to(self.device, non_blocking=True)
 
     def _flush(self) -> None:
         """Brings the numbers of the last updates to the host, checks and writes them."""
         if not self.pending:
             return
-        rows, clips = [], 0
-        for row, numbers, names in self.pending:
+        summed = ("clips", "samples", "faults", "tokens", "rows", "waited")
+        counts = torch.tensor([[float(row[name]) for name in summed] for row, *_ in self.pending], dtype=torch.float64)
+        counts = self.peers.sum(counts).tolist()
+        self._note_faults()
+        rows, clips, waited = [], 0, 0.0
+        for (row, numbers, names, _), of_all in zip(self.pending, counts, strict=True):
+            row |= {name: int(count) for name, count in zip(summed[:-1], of_all[:-1], strict=True)}
+            row["audio_seconds"] = row.pop("samples") / SAMPLE_RATE
+            row["waited"] = round(of_all[-1] / self.peers.size, 4)
             loss, reconstruction, classification, accuracy, norm = numbers.tolist()
             skipped = self.precision == "fp16" and not math.isfinite(norm)  # its scale was too large, and is halved
             self.skipped = self.skipped + 1 if skipped else 0
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.skipped in range(1, SKIPPED_AT_MOST)):
-                for finite in rows:
-                    self._log(finite)
+                for finite in rows if self.log is not None else ():
+                    self.log.row(finite)
                 self._fail(row["step"], loss, norm, names)
             row |= {
                 "loss": loss,
@@ -235,26 +253,37 @@ class Trainer:
             }
             rows.append(row)
             clips += row["clips"]
+            waited += row["waited"]
+            self.audio_seconds += row["audio_seconds"]
         self.pending.clear()
         now = time.perf_counter()
         spent, self._began = now - self._began, now
         self.seconds += spent
+        self.waited += waited
+        if self.log is None:
+            return
         rate = clips / spent
-        eta = spent / len(rows) * (self.options.steps - self.step)
         for row in rows:
-            self._log(row | {"clips_per_second": round(rate, 2)})
+            self.log.row(row | {"clips_per_second": round(rate, 2)})
         last = rows[-1]
         line = (
             f"loss {last['loss']:.3f} (mse {last['loss_reconstruction']:.3f}, nce {last['loss_classification']:.3f}, "
-            f"acc {last['accuracy']:.3f})  {rate:.1f} clips/s"
+            f"acc {last['accuracy']:.3f})  {rate:.1f} clips/s, {min(1.0, waited / spent):.0%} waiting for data"
         )
-        if self.bar.disable:
-            minutes, seconds = divmod(round(eta), 60)
-            print(f"step {self.step}/{self.options.steps}  {line}  ETA {minutes}:{seconds:02d}", flush=True)
-        else:
-            self.bar.set_postfix_str(line)
+        self.log.progress(self.step, line, spent / len(rows) * (self.options.steps - self.step))
+
+    def _note_faults(self) -> None:
+        """Names the clips that could not be read since the last flush, by any process."""
+        own = [fault for *_, faults in self.pending for fault in faults]
+        found = [fault for faults in self.peers.gather(own) for fault in faults]
+        self.fault_count += len(found)
+        self.faults += found[: FAULTS_LISTED - len(self.faults)]
+        if found and self.log is not None:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            self.log.say(f"step {self.step}: clips that cannot be read are left out: {'; '.join(found[:3])}{more}")
 
     def _fail(self, step: int, loss: float, norm: float, names: list[str]) -> None:
+        names = [name for of_one in self.peers.gather(names) for name in of_one]
         saved = checkpoint.training_checkpoints(self.run)
         back = f"go back to {saved[-1]} (the same command does)" if saved else "no checkpoint was saved before it"
         raise NonFiniteLoss(
@@ -262,95 +291,85 @@ class Trainer:
             "with a lower --lr, with --precision fp32, or without these clips"
         )
 
-    def _log(self, row: dict[str, Any]) -> None:
-        with open(self.run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        values = row if "held_out" not in row else _flat("held_out", row["held_out"])
-        for name, value in values.items():
-            if isinstance(value, float):
-                self.events.add_scalar(name, value, row["step"])
-        if "held_out" in row:
-            report = row["held_out"]
-            baselines = ", ".join(f"{name} {value:.3f}" for name, value in report["baselines"].items())
-            self.bar.write(
-                f"step {row['step']}: held out mse {report['reconstruction_mse']:.3f} ({baselines}), "
-                f"accuracy {report['accuracy']:.3f} (chance {report['chance']:.3f})",
-                file=sys.stdout,
-            )
-
-    def _truncate_metrics(self) -> None:
-        """Drops what was written after the checkpoint that the run goes on from."""
-        path = self.run / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= self.step] if path.is_file() else []
-        write_whole(path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))
-
-    def save(self) -> Path:
-        """Writes a checkpoint of the current step, once."""
+    def save(self) -> None:
+        """Begins to write a checkpoint of the current step, once."""
         self._flush()
-        if self.saved is not None and self.saved[0] == self.step:
-            return self.saved[1]
         state = {
             "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
+            "epoch": self.place[0],
+            "batch": self.place[1],
+            "micro_batches": self.micro_batches,
             "seconds": self.seconds,
+            "waited": self.waited,
             "audio_seconds": self.audio_seconds,
-            **self.update.state_dict(),
-            "data": self._data_identity(),
+            "faults": self.faults,
+            "fault_count": self.fault_count,
+            "data": self.shards.identity,
         }
-        self.saved = self.step, checkpoint.save_training(self.run, self.step, self.model, state, self.options.keep)
-        return self.saved[1]
+        self.checkpoints.save(self.step, self.updates, state)
 
-    def finish(self, held_out: HeldOut, how: str) -> dict[str, Any]:
+    def finish(self, held_out: HeldOut) -> dict[str, Any]:
         """Evaluates, draws and writes what a finished run leaves."""
-        report = evaluate(self.model, held_out)
+        checkpoint.export(self.checkpoints.newest(), self.run)
+        model = checkpoint.load_model(self.run, impl=self.options.impl, attention=self.options.attention)
+        model = model.to(self.device)
+        report = evaluate(model, held_out)
         by_kind = {}
         for kind in sorted(set(held_out.kinds) - {""}):
             part = held_out.select([i for i, k in enumerate(held_out.kinds) if k == kind])
-            by_kind[kind] = evaluate(self.model, part)
-        self.model.save_pretrained(self.run)
+            by_kind[kind] = evaluate(model, part)
         written = read_metrics(self.run / "metrics.jsonl")
         steps = [row for row in written if "loss" in row]
         tokens, rows = (sum(row.get(name, 0) for row in steps) for name in ("tokens", "rows"))
         evaluations = [row for row in written if "held_out" in row] + [{"step": self.step, "held_out": report}]
-        data = self.clips.report
+        data = self.shards.report
+        seconds = max(self.seconds, 1e-9)
         summary = {
             "steps": self.step,
-            "model": self.model.model_type,
-            "config": self.model.config.to_dict(),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "model": model.model_type,
+            "config": model.config.to_dict(),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "device": str(self.device),
+            "processes": self.peers.size,
+            "parallel": self.options.parallel if self.peers.size > 1 else None,
+            "micro_batches": self.micro_batches,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
             "train_seconds": round(self.seconds, 1),
             "audio_hours_seen": round(self.audio_seconds / 3600, 3),
-            "clips_per_second": round(sum(row["clips"] for row in steps) / max(self.seconds, 1e-9), 2),
-            "tokens_per_second": round(tokens / max(self.seconds, 1e-9), 1),
+            "clips_per_second": round(sum(row["clips"] for row in steps) / seconds, 2),
+            "tokens_per_second": round(tokens / seconds, 1),
             "padding_share": round(1.0 - tokens / rows, 4) if rows else 0.0,
+            "data_wait_share": round(self.waited / seconds, 4),
             "final_loss": steps[-1]["loss"] if steps else None,
             "held_out": report,
             "held_out_by_kind": by_kind,
-            "held_out_split": how,
+            "held_out_split": data.get("split", ""),
             "held_out_clips": held_out.names,
-            "train_clips": len(self.train_clips),
-            "train_hours": round(float(self.clips.samples[self.train_clips].sum()) / SAMPLE_RATE / 3600, 3),
+            "train_clips": data.get("train"),
             "data": {
-                "files": data["files"],
-                "clips": data["clips"],
-                "hours": round(data["hours"], 3),
-                "skipped": {reason: found["count"] for reason, found in data["skipped"].items()},
-                **{name: data[name]["count"] for name in ("silent", "clipped", "duplicate")},
+                "files": data.get("files"),
+                "clips": data.get("clips"),
+                "hours": round(data.get("hours", 0.0), 3),
+                "skipped": {reason: found["count"] for reason, found in data.get("skipped", {}).items()},
+                **{name: data.get(name, {}).get("count", 0) for name in ("silent", "clipped", "duplicate")},
+                "unreadable_in_training": self.fault_count,
+                "unreadable_names": self.faults,
+                "unreadable_manifests": self.shards.faults,
             },
             "torch": torch.__version__,
         }
         write_json(self.run / "summary.json", summary)
         plot_loss(steps, evaluations, self.run / "loss.png")
-        plot_reconstruction(self.model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
+        plot_reconstruction(model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
         return summary
 
 
 class _Signals:
-    """Takes note of SIGTERM and SIGINT; the loop ends the update that runs, saves and stops. A second one kills."""
+    """Takes note of SIGTERM and SIGINT; the loop ends the update that runs, saves and stops.
+
+    A second Ctrl-C kills. A second SIGTERM does not: Slurm and torchrun both tell every process.
+    """
 
     def __enter__(self) -> _Signals:
         self.received: int | None = None
@@ -358,7 +377,7 @@ class _Signals:
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received == number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = number
@@ -366,17 +385,6 @@ class _Signals:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a killed process left half written is dropped."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _check_same_run(run: Path, options: PretrainOptions) -> None:
@@ -427,73 +435,13 @@ def _check_shortest(config: MAEASTConfig | SSASTConfig, options: PretrainOptions
         )
 
 
-def log_mel_statistics(clips: Clips, windows: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of all log-mel values of these windows, by SSAST's front end, to four decimals.
-
-    Its recipe normalises by such statistics of the whole data set (arXiv 2110.09784, official code).
-
-    Args:
-        clips: Where the windows lie.
-        windows: (N, 3): clip, first sample, samples.
-    """
-    count, total, squares = 0, 0.0, 0.0
-    for start in range(0, len(windows), 16):
-        waveforms, lengths, _, _ = load_batch(clips, windows[start : start + 16])
-        features, frames = fbank(waveforms, lengths, frontend="ssast")
-        values = features[real_tokens(frames, features.shape[1])].double()
-        count += values.numel()
-        total += float(values.sum())
-        squares += float(values.square().sum())
-    mean = total / count
-    return round(mean, 4), round(math.sqrt(max(0.0, squares / count - mean**2)), 4)
-
-
-def _open_data(options: PretrainOptions) -> tuple[Clips, np.ndarray, np.ndarray, str]:
-    """The clips, which of them train and which are held out, and how they were split."""
-    cache = Path(options.cache) if options.cache else corpus.default_cache()
-    if options.data is None:
-        fetched = corpus.fetch(cache)
-        entries, left_out = corpus.default_clips(fetched.cache, fetched.packages)
-        clips = scan(entries, cache / "decoded", options.min_seconds, options.workers)
-        clips.report |= {"corpus": left_out, "packages": fetched.packages, "missing_packages": fetched.missing}
-        return clips, *corpus.held_out(clips.entries)
-    clips = scan(find_audio(options.data), cache / "decoded", options.min_seconds, options.workers)
-    return clips, *split(clips, seed=options.seed)
-
-
-def _held_out(model: MAEAST | SSAST, clips: Clips, indices: np.ndarray, options: PretrainOptions) -> HeldOut:
-    """Features and masks of the clips to evaluate on: the first ``max_seconds`` of each.
-
-    As many of each kind, spread evenly over the names; none that is silent, and clips of at least 2 s where there are
-    enough of them.
-    """
-    silent = set(clips.report["silent"]["names"])
-    heard = np.array([clip for clip in indices if clips.entries[clip].name not in silent], dtype=np.int64)
-    indices = heard if heard.size else indices
-    samples = clips.samples[indices]
-    indices = indices[samples >= min(2 * SAMPLE_RATE, np.quantile(samples, 0.5))]
-    by_kind: dict[str, list[int]] = {}
-    for clip in sorted(indices.tolist(), key=lambda clip: clips.entries[clip].name):
-        by_kind.setdefault(clips.entries[clip].kind, []).append(clip)
-    share = HELD_OUT_CLIPS // len(by_kind)
-    chosen = [kind[round(i)] for kind in by_kind.values() for i in np.linspace(0, len(kind) - 1, min(share, len(kind)))]
-    longest = round(options.max_seconds * SAMPLE_RATE)
-    windows = np.array([(clip, 0, min(longest, clips.samples[clip])) for clip in chosen])
-    waveforms, lengths, _, names = load_batch(clips, windows)
-    features, frames = model.features(waveforms, lengths)
-    return HeldOut.of(model, features, frames, names, [clips.entries[clip].kind for clip in chosen])
-
-
-def _headline(options: PretrainOptions, trainer: Trainer, clips: Clips, train: int, held_out: int, how: str) -> str:
+def _headline(options: PretrainOptions, trainer: Trainer, held_out: int) -> str:
     millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     name = options.preset or options.init_from or "patch_tiny"
+    report, peers = trainer.shards.report, trainer.peers
+    together = f"{peers.size} processes ({options.parallel}), " if peers.size > 1 else ""
     return (
-        f"{options.model} {name}: {millions:.1f} M parameters, {trainer.precision} on {trainer.device} "
-        f"({torch.get_num_threads()} threads); {clips.report['hours']:.2f} h in {clips.report['clips']} clips: "
-        f"{train} to train, {held_out} to evaluate on ({how}); run folder {options.out}"
+        f"{options.model} {name}: {millions:.1f} M parameters, {trainer.precision} on {together}{trainer.device} "
+        f"({torch.get_num_threads()} threads); {report.get('hours', 0.0):.2f} h in {report.get('clips', 0)} clips, "
+        f"{held_out} to evaluate on ({report.get('split', '')}); run folder {options.out}"
     )
-
-
-def _flat(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
-    flat = {f"{prefix}/{name}": value for name, value in report.items() if name != "baselines"}
-    return flat | {f"{prefix}/baseline_{name}": value for name, value in report["baselines"].items()}

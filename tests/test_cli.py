@@ -151,6 +151,7 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "examine", reached)
     monkeypatch.setattr(kernel_report, "examine", reached)
     monkeypatch.setattr(prepare, "prepare_npy", reached)
+    monkeypatch.setattr(prepare, "prepare_shards", reached)
     monkeypatch.setattr(tune, "tune", reached)
     monkeypatch.setattr(bench, "bench", reached)
     for command in COMMANDS:
@@ -213,7 +214,7 @@ def test_every_field_is_an_option_with_its_default_and_its_help(capsys):
     for config_class in (MAEASTConfig, SSASTConfig):
         for field in dataclasses.fields(config_class):
             assert text.count(f" --model_args.{field.name} ") >= 1
-    assert "Audio in a batch, in seconds: a token budget, not a clip count. (type: float, default: 160.0)" in text
+    assert "Longer clips are cut into windows of at most this length. (type: float, default: 10.0)" in text
     assert "Share of a clip's tokens that is hidden, in (0, 1). (type: float)" in text
 
 

@@ -1,0 +1,96 @@
+"""What a pretraining run makes of its data beside batches: shards, the held-out set, SSAST's statistics."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+
+from . import corpus
+from .evaluate import HeldOut
+from .fbank import SAMPLE_RATE, fbank
+from .model import MAEAST
+from .options import PretrainOptions
+from .packing import real_tokens
+from .shards import Shards, open_data
+from .ssast import SSAST
+
+HELD_OUT_CLIPS = 64
+CANDIDATES = 4096  # held-out clips among which these are chosen: the first ones of the shards, which are shuffled
+STATISTICS_WINDOWS = 200  # SSAST is normalised by their mean and deviation
+
+
+def training_shards(options: PretrainOptions) -> Shards:
+    """The shards of a run: those that ``options.data`` names, or those that are made of it, once, in the cache.
+
+    Raises:
+        ValueError: Nothing there can be used.
+        corpus.CorpusError: The default corpus cannot be had.
+    """
+    cache = Path(options.cache) if options.cache else corpus.default_cache()
+    prepare = functools.partial(open_data, cache=cache, min_seconds=options.min_seconds, workers=options.workers)
+    if options.data is not None:
+        return prepare(options.data)
+    fetched = corpus.fetch(cache)
+    entries, left_out = corpus.default_clips(fetched.cache, fetched.packages)
+    shards = prepare(entries, split=corpus.held_out)
+    shards.report |= {"corpus": left_out, "packages": fetched.packages, "missing_packages": fetched.missing}
+    return shards
+
+
+def held_out_set(model: MAEAST | SSAST, shards: Shards, options: PretrainOptions) -> HeldOut:
+    """Features and masks of the clips to evaluate on: the first ``max_seconds`` of each.
+
+    As many of each kind, spread evenly over the names; none that is silent, and clips of at least 2 s where there are
+    enough of them.
+
+    Raises:
+        ValueError: The shards hold none out, or none that can be read.
+    """
+    pieces = [piece for piece in itertools.islice(shards.pieces("held_out"), CANDIDATES) if piece.number == 0]
+    if not pieces:
+        raise ValueError(f"{shards.source} holds no clip out to evaluate on: expected cuts with split=held_out")
+    silent = set(shards.report.get("silent", {}).get("names", ()))
+    pieces = [piece for piece in pieces if piece.name not in silent] or pieces
+    samples = np.array([piece.samples for piece in pieces])
+    least = min(2 * SAMPLE_RATE, np.quantile(samples, 0.5))
+    by_kind: dict[str, list] = {}
+    for piece in sorted(pieces, key=lambda piece: piece.name):
+        if piece.samples >= least:
+            by_kind.setdefault(piece.kind, []).append(piece)
+    share = HELD_OUT_CLIPS // len(by_kind)
+    chosen = [kind[round(i)] for kind in by_kind.values() for i in np.linspace(0, len(kind) - 1, min(share, len(kind)))]
+    longest = round(options.max_seconds * SAMPLE_RATE)
+    batch = shards.read([piece.window(0, min(longest, piece.samples)) for piece in chosen])
+    if not batch.names:
+        raise ValueError(f"none of the held-out clips of {shards.source} can be read: {batch.faults}")
+    kinds = {piece.name: piece.kind for piece in chosen}
+    features, frames = model.features(batch.waveforms, batch.lengths)
+    return HeldOut.of(model, features, frames, batch.names, [kinds[name] for name in batch.names])
+
+
+def log_mel_statistics(shards: Shards, options: PretrainOptions) -> tuple[float, float]:
+    """Mean and standard deviation of the log-mel values of the first windows, by SSAST's front end, to four decimals.
+
+    Its recipe normalises by such statistics of the whole data set (arXiv 2110.09784, official code).
+    """
+    lengths = {"max_seconds": options.max_seconds, "min_seconds": options.min_seconds}
+    batches = shards.batches(batch_seconds=options.batch_seconds, **lengths, seed=options.seed)
+    windows = list(itertools.islice(itertools.chain.from_iterable(batches), STATISTICS_WINDOWS))
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(windows), 16):
+        batch = shards.read(windows[start : start + 16])
+        if not batch.names:
+            continue
+        features, frames = fbank(batch.waveforms, batch.lengths, frontend="ssast")
+        values = features[real_tokens(frames, features.shape[1])].double()
+        count += values.numel()
+        total += float(values.sum())
+        squares += float(values.square().sum())
+    if not count:
+        raise ValueError(f"none of the first {len(windows)} clips of {shards.source} can be read")
+    mean = total / count
+    return round(mean, 4), round(math.sqrt(max(0.0, squares / count - mean**2)), 4)
