@@ -83,7 +83,7 @@ class Trainer:
         self.options, self.run, self.shards, self.peers, self.device = options, run, shards, peers, peers.device
         best = "bf16" if native_bf16(self.device) else "fp32"
         self.precision = best if options.precision == "auto" else options.precision
-        self.step, self.place = 0, (0, 0)  # updates done; epoch and batch of the next
+        self.step = 0  # updates done
         self.seconds = self.waited = self.audio_seconds = 0.0
         self.faults: list[str] = []
         self.fault_count = 0
@@ -105,6 +105,8 @@ class Trainer:
             raise ValueError(
                 f"micro_batches must be a multiple of the {peers.size} processes, got {self.micro_batches}"
             )
+        self.places = [(0, 0)] * self.micro_batches  # epoch and batch of each, behind the last update; own ones alone
+        self.own = slice(*(self.micro_batches // peers.size * (peers.rank + end) for end in (0, 1)))
         _check_shortest(model.config, options)
         model.recompute = options.recompute
         self.model = model.to(self.device).train()
@@ -131,7 +133,7 @@ class Trainer:
         path, _ = self.checkpoints.load(self.updates)
         if self.peers.first:
             print(f"going on from {path}", flush=True)
-        self.step, self.place = state["step"], (state["epoch"], state["batch"])
+        self.step, self.places = state["step"], [(epoch, batch) for epoch, batch in state["places"]]
         self.seconds, self.waited, self.audio_seconds = state["seconds"], state["waited"], state["audio_seconds"]
         self.faults, self.fault_count = state["faults"], state["fault_count"]
 
@@ -167,7 +169,7 @@ class Trainer:
                 max_seconds=options.max_seconds,
                 min_seconds=options.min_seconds,
                 seed=options.seed,
-                position=self.place,
+                positions=self.places,
                 micro_batches=self.micro_batches,
                 rank=self.peers.rank,
                 world_size=self.peers.size,
@@ -194,15 +196,15 @@ class Trainer:
 
     def _update(self, batches: Any) -> None:
         """One optimizer update; its numbers stay on the device until the next flush."""
-        options, own = self.options, self.micro_batches // self.peers.size
+        options = self.options
         parts, names, faults, samples, waited = [], [], [], 0, 0.0
-        for place in range(own):
+        for lane in range(self.micro_batches)[self.own]:
             began = time.perf_counter()
-            batch, after = next(batches)
+            batch, self.places[lane] = next(batches)
             waited += time.perf_counter() - began
             features, _ = self.model.features(self._to_device(batch.waveforms), batch.lengths)
             # The paper's own strategy draws one mask a batch and ignores clip ids: every batch needs another.
-            number = self.step * self.micro_batches + self.peers.rank * own + place
+            number = self.step * self.micro_batches + lane
             epoch = number if self.model.config.masking == "chunk_official" else batch.epoch
             draw = {"seed": options.seed, "clip_ids": self._to_device(batch.ids), "epoch": epoch}
             parts.append(Part(features, num_frames(batch.lengths), **draw))
@@ -212,10 +214,10 @@ class Trainer:
         torch.manual_seed(options.seed * 1_000_003 + self.step)  # dropout: a function of the step, nothing to save
         rate, tokens, rows = learning_rate(self.step, options), self.updates.tokens, self.updates.rows
         numbers = self.updates.update(parts, lr=rate)
-        self.step, self.place = self.step + 1, after
+        self.step += 1
         counts = {"clips": len(names), "samples": samples, "waited": waited, "faults": len(faults)}
         counts |= {"tokens": self.updates.tokens - tokens, "rows": self.updates.rows - rows}
-        row = {"step": self.step, "epoch": after[0], "lr": rate, **counts}
+        row = {"step": self.step, "epoch": self.places[self.own][0][0], "lr": rate, **counts}
         self.pending.append((row, torch.stack(numbers), names, faults))
         if self.log is not None:
             self.log.advance()
@@ -296,8 +298,7 @@ class Trainer:
         self._flush()
         state = {
             "step": self.step,
-            "epoch": self.place[0],
-            "batch": self.place[1],
+            "places": [place for own in self.peers.gather(self.places[self.own]) for place in own],
             "micro_batches": self.micro_batches,
             "seconds": self.seconds,
             "waited": self.waited,
@@ -392,8 +393,12 @@ def _check_same_run(run: Path, options: PretrainOptions) -> None:
     path = run / "options.json"
     if not path.is_file() or not checkpoint.training_checkpoints(run):
         return
+    try:
+        written = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, expected the options of the run: {error}") from error
     # An option that is younger than the run had its default then.
-    before = {**dataclasses.asdict(PretrainOptions()), **json.loads(path.read_text())}
+    before = {**dataclasses.asdict(PretrainOptions()), **written}
     differing = [
         f"{name} {before[name]!r} -> {value!r}"
         for name, value in dataclasses.asdict(options).items()

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 import zlib
 from bisect import bisect_left
@@ -40,6 +41,7 @@ _MIXED_BATCHES = 256  # that are shuffled together
 _BUCKETS = 20  # of like lengths: a batch is padded by no more than a bucket's width
 _POLL_SECONDS = 5.0  # between two looks at whether the loader's workers still live
 _RESTARTS = 3  # of the loader's workers, in a row
+_SHARDS_A_LANE = 4  # at least, where lanes take whole shards: fewer would differ much in length
 _RETRIES = 3  # of reading a manifest, or a part of a remote file
 
 
@@ -234,6 +236,8 @@ class Shards:
         seed: int,
         epoch: int = 0,
         skip: int = 0,
+        lane: int = 0,
+        lanes: int = 1,
     ) -> Iterator[list[Window]]:
         """The batches of one epoch of train: every sample once, less bits under ``min_seconds``.
 
@@ -246,6 +250,8 @@ class Shards:
             min_seconds: Shorter windows are left out.
             seed, epoch: Of the order and of the cuts.
             skip: Batches to pass over.
+            lane, lanes: One of so many equal shares of the epoch; which, changes with the epoch. Whole shards where
+                there are enough of them: then nothing is read of the others.
 
         Raises:
             ValueError: ``max_seconds`` exceeds ``batch_seconds``, or ``min_seconds`` exceeds ``max_seconds``.
@@ -263,26 +269,32 @@ class Shards:
         # Twice as much as all buckets hold when each lacks one window to a batch: some bucket is always full.
         full = sum(budget // max(low, shortest) + 1 for low in [0, *edges[:-1]])
         sampler = DynamicBucketingSampler(
-            self._windows(longest, shortest, seed, epoch),
+            self._windows(longest, shortest, seed, epoch, lane, lanes),
             constraint=_Budget(budget, edges),
             duration_bins=edges[:-1],
             buffer_size=max(_BUFFER, 2 * full),
             shuffle=True,
             drop_last=False,
-            seed=_number(f"order {seed}/{epoch}"),
+            seed=_number(f"order {seed}/{epoch}/{lane}"),
             world_size=1,
             rank=0,
         )
         batches = _full_batches(sampler, _Budget(budget, edges))
-        rng = random.Random(_number(f"batches {seed}/{epoch}"))
+        rng = random.Random(_number(f"batches {seed}/{epoch}/{lane}"))
         yield from itertools.islice(_shuffled(batches, rng), skip, None)
 
-    def _windows(self, longest: int, shortest: int, seed: int, epoch: int) -> Iterator[Window]:
+    def _windows(self, longest: int, shortest: int, seed: int, epoch: int, lane: int, lanes: int) -> Iterator[Window]:
         rng = random.Random(_number(f"shards {seed}/{epoch}"))
+        shards, every = rng.sample(self.shards, len(self.shards)), 1
+        if len(shards) >= _SHARDS_A_LANE * lanes:
+            shards = shards[lane::lanes]
+        else:
+            every = lanes  # each gives every lane some of its pieces
+        rng = random.Random(_number(f"windows {seed}/{epoch}/{lane}"))
         pool: list[Window] = []
-        for shard in rng.sample(self.shards, len(self.shards)):
-            for piece in self._pieces(shard):
-                if piece.split == "train":
+        for number, shard in enumerate(shards):
+            for index, piece in enumerate(self._pieces(shard), number):
+                if piece.split == "train" and (index - lane) % every == 0:
                     pool += piece.windows(longest, shortest, seed, epoch)
             if len(pool) >= _MIXED:
                 rng.shuffle(pool)
@@ -474,7 +486,7 @@ def loader(
     max_seconds: float,
     min_seconds: float,
     seed: int,
-    position: tuple[int, int] = (0, 0),
+    positions: Sequence[tuple[int, int]] = (),
     micro_batches: int = 1,
     rank: int = 0,
     world_size: int = 1,
@@ -484,14 +496,15 @@ def loader(
 ) -> Iterator[tuple[Batch, tuple[int, int]]]:
     """This process's batches, epoch after epoch, without end.
 
-    All processes have one order of batches in common, which knows neither their number nor the workers'. An update
-    takes the next ``micro_batches`` of it, if need be across the end of an epoch, and each process an equal,
-    consecutive share of these.
+    Each of an update's ``micro_batches`` has an order of its own, of its share of the epoch (its lane), and goes from
+    epoch to epoch by itself; a process takes an equal, consecutive part of these lanes. So what an update computes
+    knows neither the number of processes nor of workers, and a process lists no more than its lanes.
 
     Args:
         shards: To read.
         batch_seconds, max_seconds, min_seconds, seed: See ``Shards.batches``; ``batch_seconds`` of one micro-batch.
-        position: Epoch and batch to begin with: the second value of an item yielded before.
+        positions: Of each lane, all processes': epoch and batch to begin with, the second value of its last item.
+            Empty: from the beginning.
         micro_batches: Of an update, all processes together; a multiple of ``world_size``.
         rank, world_size: Of this process, and how many there are.
         workers: Processes that read, in addition to this one; 0: this one reads. Workers that die, or take longer than
@@ -499,10 +512,10 @@ def loader(
         pin_memory: Puts tensors where a GPU copies them from without waiting.
 
     Yields:
-        A batch, and the position behind the update that it belongs to.
+        A batch of the first of its lanes, of the second, and so on, and that lane's position behind it.
 
     Raises:
-        ValueError: Bad options, or an epoch without a single window.
+        ValueError: Bad options, or an epoch without a single window for a lane.
         RuntimeError: New workers died or hung as well, several times in a row.
     """
     if micro_batches < 1 or micro_batches % world_size or not 0 <= rank < world_size:
@@ -510,10 +523,16 @@ def loader(
             "expected micro_batches to be a multiple of world_size and rank to be below that, got "
             f"{micro_batches}, {world_size} and {rank}"
         )
+    if positions and len(positions) != micro_batches:
+        raise ValueError(f"expected a position for each of {micro_batches} micro_batches, got {len(positions)}")
     options = {"batch_seconds": batch_seconds, "max_seconds": max_seconds, "min_seconds": min_seconds, "seed": seed}
+    positions = positions or [(0, 0)] * micro_batches
     share = micro_batches // world_size
-    own = slice(rank * share, (rank + 1) * share)
-    source = _own_batches(functools.partial(shards.batches, **options), shards.source, position, micro_batches, own)
+    lanes = [
+        _lane(functools.partial(shards.batches, **options, lane=lane, lanes=micro_batches), positions[lane], shards)
+        for lane in range(rank * share, (rank + 1) * share)
+    ]
+    source = (item for items in zip(*lanes, strict=True) for item in items)
     if not workers:
         for windows, epoch, after in source:
             batch = shards.read(windows)
@@ -542,26 +561,17 @@ def loader(
             batches.close()
 
 
-def _own_batches(
-    epoch_batches: Callable[..., Iterator[list[Window]]],
-    where: str,
-    position: tuple[int, int],
-    micro_batches: int,
-    own: slice,
+def _lane(
+    epoch_batches: Callable[..., Iterator[list[Window]]], position: tuple[int, int], shards: Shards
 ) -> Iterator[tuple[list[Window], int, tuple[int, int]]]:
-    """This process's share of each update: windows, their epoch, and the position behind the update."""
+    """The batches of a lane from a position on: windows, their epoch, and the position behind them."""
     epoch, batch = position
-    group: list[tuple[list[Window], int]] = []
     while True:
         for windows in epoch_batches(epoch=epoch, skip=batch):
             batch += 1
-            group.append((windows, epoch))
-            if len(group) == micro_batches:
-                for mine, its_epoch in group[own]:
-                    yield mine, its_epoch, (epoch, batch)
-                group = []
+            yield windows, epoch, (epoch, batch)
         if not batch:
-            raise ValueError(f"{where} gives no clip of min_seconds to train on")
+            raise ValueError(f"{shards.source} gives no clip of min_seconds to train on, for each of the micro_batches")
         epoch, batch = epoch + 1, 0
 
 
@@ -618,9 +628,19 @@ def _worker_batches(
     # PyTorch's handler of a worker's death raises wherever the program just is; we look when we wait for a batch.
     with contextlib.suppress(ValueError, TypeError):  # in another thread, or one not of Python
         signal.signal(signal.SIGCHLD, handler)
+
+    def kill() -> None:
+        """PyTorch sends SIGTERM, of which a worker that is stopped takes no note, and then waits for it."""
+        for process in batches._workers:
+            process.kill()
+
     waited = time.monotonic()
     try:
         while True:
+            # A worker that is stopped while it hands over a batch is waited for without end: PyTorch's timeout is over.
+            watchdog = threading.Timer(stall_seconds + poll, kill)
+            watchdog.daemon = True
+            watchdog.start()
             try:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
@@ -628,8 +648,11 @@ def _worker_batches(
                     raise
                 if "timed out" in str(error) and time.monotonic() - waited < stall_seconds:
                     continue
+                kill()
                 said = str(error).strip().splitlines() or [type(error).__name__]  # of a worker's error: its traceback
                 raise _WorkersFailed(said[-1]) from error
+            finally:
+                watchdog.cancel()
             yield batch
             waited = time.monotonic()
     finally:

@@ -461,27 +461,42 @@ def test_the_same_batches_for_any_number_of_workers(folder):
         assert taken(loader(data, **OPTIONS, workers=workers), count) == base
 
 
-def test_processes_and_restarts_share_one_order(folder):
+@pytest.mark.parametrize("least", [1, 4], ids=["whole shards", "parts of each shard"])
+def test_processes_and_restarts_share_one_order(folder, monkeypatch, least):
+    monkeypatch.setattr(shards, "_SHARDS_A_LANE", least)
     data = Shards(folder)
-    one = len(epoch_of(data))
-    count = 4 * (one // 4 + 3)
-    assert one % 4  # an update goes across the end of an epoch
+    assert len(data.shards) >= 4
+    count = 4 * (max(len(epoch_of(data, lane=lane, lanes=4)) for lane in range(4)) + 3)  # across an end of each epoch
     base = taken(loader(data, **OPTIONS, micro_batches=4), count)
-    plain = taken(loader(data, **OPTIONS), count)
-    assert [item[:-1] for item in base] == [item[:-1] for item in plain]
-    for update in range(0, count, 4):
-        assert {item[-1] for item in base[update : update + 4]} == {plain[update + 3][-1]}
-    for begun, world_size in ((0, 2), (4, 4), (one - one % 4, 2), (one - one % 4 + 4, 1)):
-        position = base[begun - 1][-1] if begun else (0, 0)
+    for begun, world_size in ((0, 2), (4, 4), (count - 12, 2), (count - 8, 1)):
+        positions = [item[-1] for item in base[begun - 4 : begun]]
         share = 4 // world_size
         ranks = [
-            loader(data, **OPTIONS, micro_batches=4, position=position, rank=rank, world_size=world_size)
+            loader(data, **OPTIONS, micro_batches=4, positions=positions, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         found = []
         while begun + len(found) < count:
             found += [item for rank in ranks for item in taken(rank, share)]
         assert found == base[begun:]
+    with pytest.raises(ValueError, match="a position for each of 4 micro_batches, got 1"):
+        next(loader(data, **OPTIONS, micro_batches=4, positions=[(0, 0)]))
+
+
+@pytest.mark.parametrize("least", [1, 4], ids=["whole shards", "parts of each shard"])
+def test_lanes_share_an_epoch_out(folder, monkeypatch, least):
+    """Every window once in one of the lanes, and another share in the next epoch."""
+    monkeypatch.setattr(shards, "_SHARDS_A_LANE", least)
+    data = Shards(folder)
+    shares = {}
+    for epoch in (0, 1):
+        whole = sorted(window for batch in epoch_of(data, epoch=epoch) for window in batch)
+        for lane in range(3):
+            lanes = epoch_of(data, epoch=epoch, lane=lane, lanes=3)
+            shares[epoch, lane] = sorted(window for batch in lanes for window in batch)
+        assert sorted(window for lane in range(3) for window in shares[epoch, lane]) == whole
+    names = {key: {name for name, *_ in windows} for key, windows in shares.items()}
+    assert names[0, 0] != names[1, 0]
 
 
 class Sabotaged(Shards):
