@@ -365,7 +365,7 @@ def checkpoint_table() -> str:
 
 
 def sampler_table() -> str:
-    """What a rank's sampler does, and the most GPUs that it keeps up with: every rank goes through all windows."""
+    """What the sampler of a micro-batch does, beside what a GPU needs: each goes through its own lane alone."""
     data = result("scaling_data.json")
     if data is None:
         return "Not measured yet."
@@ -379,9 +379,11 @@ def sampler_table() -> str:
     ):
         windows, needed = audio / seconds, of.clips * SECONDS / seconds
         cells = [name, f"{seconds:g} s", f"{windows:,.0f}", size(windows * data["manifest_bytes"])]
-        rows.append([*cells, short(rate), duration(windows / rate), short(needed), f"{rate / needed:.0f}"])
-    heads = ("data", "windows of", "windows", "manifests, if a cut is a window", "windows/s of the sampler")
-    return table((*heads, "of an epoch, at least", "windows/s that a GPU trains on", "GPUs until it binds"), rows)
+        cells += [short(rate), short(needed), f"{needed / rate:.0%}"]
+        rows.append([*cells, *(duration(windows / gpus / rate) for gpus in (8, 1024))])
+    heads = ("data", "windows of", "windows", "manifests, if a cut is a window", "windows/s of a sampler")
+    heads += ("windows/s that a GPU trains on", "of a core, a GPU", "to replay an epoch, 8 lanes", "1,024 lanes")
+    return table(heads, rows)
 
 
 def prediction_table() -> str:
@@ -444,8 +446,8 @@ def summary() -> str:
         "many bytes in bf16: DDP is the mode for this model.",
     ]
     if data is not None:
-        kept = data["sampler_windows_per_second"] / of.clips
-        lines.append(f"The first limit is the sampler: it keeps {kept:.0f} GPUs busy with windows of {SECONDS:g} s.")
+        share = of.clips / data["sampler_windows_per_second"]
+        lines.append(f"A GPU's own sampler takes {share:.0%} of a core with windows of {SECONDS:g} s.")
     return "\n".join(f"- {line}" for line in lines)
 
 
