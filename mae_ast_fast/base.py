@@ -277,10 +277,23 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         except ValueError as error:  # that of the JSON reader among them
             names = " or ".join(kind.__name__ for kind in kinds.values())
             raise ValueError(f"{path} is no configuration of {names}: {error}") from None
-        model = kinds[name](config, impl=impl, attention=attention)
         path = locate("model.safetensors")
         try:
-            model.load_state_dict(load_file(path))
+            weights = load_file(path)
+            # Before anything is allocated: who wrote the configuration may have asked for more than this machine has.
+            if max(value for key, value in config.to_dict().items() if key.endswith("layers")) > len(weights):
+                raise ValueError(f"{config} has more layers than the {len(weights)} tensors there")
+            with torch.device("meta"):
+                expected = kinds[name](config).state_dict()
+            for key in expected.keys() & weights.keys():
+                if expected[key].shape != weights[key].shape:
+                    got = f"expected {tuple(expected[key].shape)}, got {tuple(weights[key].shape)}"
+                    raise ValueError(f"{key}: {got}")
         except Exception as error:  # safetensors' own exception class is not public
             raise ValueError(f"{path} is damaged or does not fit its config.json: {error}") from None
+        model = kinds[name](config, impl=impl, attention=attention)
+        try:
+            model.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit its config.json: {error}") from None
         return model.eval()

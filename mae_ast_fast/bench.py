@@ -7,7 +7,8 @@ Three ways to do a step take turns, so that a machine that slows down meanwhile 
     ssast        SSAST, whose encoder runs over masked tokens too, in the same TrainStep
 
 on clips of 10 s of noise, 75 % masked (SSAST: 400 of 512 tokens), dropout 0.1 (SSAST has none), no layerdrop. Before
-anything is timed, reference and fast must have the same loss on the same mask. ``pytest benchmarks`` measures more.
+anything is timed, an update of TrainStep must tell the loss and the gradient's norm that plain PyTorch has on the same
+mask, for both of our models, and a first update must move every matrix. ``pytest benchmarks`` measures more.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from .ssast import SSAST
 from .step import PRECISIONS, TrainStep
 
 SECONDS = 10.0  # of a clip
+LR = 1e-4
 SIZES = ("base", "small", "tiny")
 SAME_LOSS = {"fp32": 1e-4, "bf16": 2e-2}  # relative; tests/policy.py holds the implementations to far less
+SAME_NORM = {"fp32": 1e-3, "bf16": 5e-2}  # the same for the gradient's norm
 
 
 @dataclasses.dataclass
@@ -41,12 +44,14 @@ class Column:
 
     Attributes:
         name: In the table.
+        model: What it trains.
         step: Does one update and returns the loss.
         seconds: Of each round.
         peak_bytes: Largest memory of a step over what lies there anyway; None where nobody counts it.
     """
 
     name: str
+    model: nn.Module
     step: Callable[[], Tensor]
     seconds: list[float] = dataclasses.field(default_factory=list)
     peak_bytes: int | None = None
@@ -73,7 +78,7 @@ def bench(
         ``columns``, name -> seconds of each round, clips_per_second (median), peak_bytes_a_clip, parameters.
 
     Raises:
-        ValueError: An unknown preset, no clips, a device that is not there, or fast computes another loss.
+        ValueError: An unknown preset, no clips, a device that is not there, or a column computes something else.
     """
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -88,7 +93,7 @@ def bench(
         say(f"{preset}: the largest model whose rounds fit into {seconds:g} s here")
     columns, difference = make_columns(preset, clips, place, precision)
     for column in columns:
-        column.step()
+        _moves(column)
         column.peak_bytes = peak_bytes(column.step, place)
         say(f"{column.name}: warmed up")
     rounds = 0
@@ -133,23 +138,22 @@ def make_columns(preset: str, clips: int, device: torch.device, precision: str) 
     reference = MAEAST(config, impl="torch", attention="sdpa").to(device).train()
     model = MAEAST(config, impl="triton" if device.type == "cuda" else "torch").to(device).train()
     model.load_state_dict(reference.state_dict())
-    mask = model.sample_mask(torch.full((clips,), frames, device=device), frames, seed=0)
-    losses = [_loss_without_dropout(each, log_mel, mask, precision) for each in (reference, model)]
-    difference = abs(losses[1] / losses[0] - 1.0)
-    if not difference <= SAME_LOSS[precision]:
-        raise ValueError(f"fast computes the loss {losses[1]}, reference {losses[0]}: nothing is timed")
+    plain = SSAST(SSASTConfig.preset(preset), impl="torch", attention="sdpa").to(device).train()
     ssast = SSAST(SSASTConfig.preset(preset), impl=model.impl).to(device).train()
-    fast, baseline = (TrainStep(each, 1e-4, precision=precision) for each in (model, ssast))
+    ssast.load_state_dict(plain.state_dict())
+    fast, baseline = (TrainStep(each, LR, precision=precision) for each in (model, ssast))
     normal = ssast.normalize(log_mel)
+    difference = check("fast", fast, reference, log_mel, precision)
+    check("ssast", baseline, plain, normal, precision)
     return [
-        Column("reference", _plain(reference, log_mel, precision)),
-        Column("fast", lambda: fast(log_mel).loss),
-        Column("ssast", lambda: baseline(normal).loss),
+        Column("reference", reference, _plain(reference, log_mel, precision)),
+        Column("fast", model, lambda: fast(log_mel).loss),
+        Column("ssast", ssast, lambda: baseline(normal).loss),
     ], difference
 
 
 def _plain(model: PretrainingModel, features: Tensor, precision: str) -> Callable[[], Tensor]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
     dtype = PRECISIONS[precision]
 
     def step() -> Tensor:
@@ -164,13 +168,56 @@ def _plain(model: PretrainingModel, features: Tensor, precision: str) -> Callabl
     return step
 
 
-def _loss_without_dropout(model: MAEAST, features: Tensor, mask: Tensor, precision: str) -> float:
+def check(name: str, step: TrainStep, plain: PretrainingModel, features: Tensor, precision: str) -> float:
+    """Relative distance of an update's loss from that of the plain model with the same weights, mask, and no dropout.
+
+    The update has a rate of 0; weights, rate and AdamW's moments are afterwards as before.
+
+    Raises:
+        ValueError: It is too large, or that of the gradient's norm.
+    """
+    clips, frames = features.shape[:2]
+    mask = step.model.sample_mask(torch.full((clips,), frames, device=features.device), frames, seed=0)
+    for model in (plain, step.model):
+        model.eval()
+    loss, norm = _plain_update(plain, features, mask, precision)
+    told = step(features, mask=mask, lr=0.0)
+    for model in (plain, step.model):
+        model.train()
+    for state in step.optimizer.state.values():
+        for moment in state.values():
+            moment.zero_()
+    step.lr.fill_(LR)
+    allowed = {"loss": SAME_LOSS, "gradient's norm": SAME_NORM}
+    found = zip(allowed, (float(told.loss), float(told.grad_norm)), (loss, norm), strict=True)
+    for what, ours, theirs in found:
+        if not abs(ours / theirs - 1.0) <= allowed[what][precision]:
+            raise ValueError(f"{name} computes the {what} {ours}, reference {theirs}: nothing is timed")
+    return abs(float(told.loss) / loss - 1.0)
+
+
+def _plain_update(model: PretrainingModel, features: Tensor, mask: Tensor, precision: str) -> tuple[float, float]:
+    """Loss and gradient's norm; leaves no gradient."""
     dtype = PRECISIONS[precision]
-    model.eval()
-    with torch.no_grad(), torch.autocast(features.device.type, dtype, enabled=dtype is not None):
+    with torch.autocast(features.device.type, dtype, enabled=dtype is not None):
         loss = model(features, mask=mask).loss
-    model.train()
-    return float(loss)
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return float(loss), float(norm)
+
+
+def _moves(column: Column) -> None:
+    """The first update, after which every matrix must be another one.
+
+    Raises:
+        ValueError: One is not.
+    """
+    before = {n: p.detach().clone() for n, p in column.model.named_parameters() if p.dim() > 1}
+    column.step()
+    still = [name for name, x in before.items() if torch.equal(x, column.model.get_parameter(name))]
+    if still:
+        raise ValueError(f"{column.name}: an update does not move {', '.join(still)}: nothing is timed")
 
 
 def _largest(device: torch.device, precision: str, clips: int, seconds: float) -> str:

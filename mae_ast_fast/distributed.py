@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,11 +99,41 @@ def world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World]:
     # What lies on the CPU (counts, checkpoints) goes by gloo in either case.
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     bound = own if own.type == "cuda" else None
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    how = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout), "device_id": bound}
+    dist.init_process_group(backend, store=_unused(store, rank, size, timeout), **how)
     try:
         yield World(rank, size, own)
     finally:
         dist.destroy_process_group()
+
+
+def _unused(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+    """A part of the store that nobody has written to, the same for all processes of this start.
+
+    torchrun gives processes that it starts again the store of those before, where gloo finds addresses of dead ones.
+
+    Raises:
+        RuntimeError: Some process does not come.
+    """
+    own, deadline = uuid.uuid4().hex, timedelta(seconds=timeout)
+    if rank:
+        store.set(f"waits/{rank}", own)
+        store.wait([f"joins/{own}"], deadline)
+        name = store.get(f"joins/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return dist.PrefixStore(name, store)
+    absent, end = set(range(1, size)), time.monotonic() + timeout
+    while absent:
+        for other in sorted(absent):  # who waits may still be one of before: ask again
+            if store.check([f"waits/{other}"]):
+                store.set(f"joins/{store.get(f'waits/{other}').decode()}", own)
+            if store.check([f"{own}/{other}"]):
+                absent.remove(other)
+        if time.monotonic() > end:
+            raise RuntimeError(f"processes {sorted(absent)} of {size} did not start within {timeout:g} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def check_parallel(parallel: str | None) -> int:

@@ -331,7 +331,7 @@ def plan(
                     entries.append(Entry(json.dumps(what), name, group=str(recording.get("id", ""))))
                     sizes.append(round(2 * SAMPLE_RATE * float(cut.get("duration", 0.0))))
                     digest.update(entries[-1].path.encode() + b"\0")
-            except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, zlib.error) as error:
                 raise ValueError(
                     f"{files['cuts']}: no Lhotse cut after {len(shards[-1])} of them: {error!r}"
                 ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -34,13 +35,20 @@ class RunLog:
         self._bar.update()
 
     def row(self, row: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, its floats to TensorBoard too."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        """A line of metrics.jsonl, its floats to TensorBoard too.
+
+        Raises:
+            OSError: One of them cannot be written, for example because the disk is full.
+        """
         values = row if "held_out" not in row else _flat("held_out", row["held_out"])
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._events.add_scalar(name, value, row["step"])
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name, value, row["step"])
+        except OSError as error:  # it does not say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if "held_out" in row:
             report = row["held_out"]
             baselines = ", ".join(f"{name} {value:.3f}" for name, value in report["baselines"].items())
@@ -63,19 +71,22 @@ class RunLog:
             self._bar.set_postfix_str(line)
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
+        """Flushes TensorBoard; that it cannot be written ends no run, and hides no other error."""
         self._bar.close()
-        self._events.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            print(f"the curves in {self.path.parent / 'tensorboard'} are not complete: {error}", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a killed process left half written is dropped."""
+    """Rows of a metrics.jsonl, without what is none, such as a last line that a killed process left half written."""
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 

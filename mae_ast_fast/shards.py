@@ -43,6 +43,7 @@ _POLL_SECONDS = 5.0  # between two looks at whether the loader's workers still l
 _RESTARTS = 3  # of the loader's workers, in a row
 _SHARDS_A_LANE = 4  # at least, where lanes take whole shards: fewer would differ much in length
 _RETRIES = 3  # of reading a manifest, or a part of a remote file
+_LONGEST_SECONDS = 3600  # of a piece; ours have two minutes, and memory must not follow what a damaged line says
 
 
 @dataclass(slots=True)
@@ -83,9 +84,13 @@ class Piece:
         custom = cut["custom"]
         words = shard, cut["id"], *(custom[key] for key in ("name", "kind", "group"))
         numbers = (cut["recording"]["num_samples"], *(custom[key] for key in ("offset", "size", "crc32")))
-        if min(numbers) < 0 or numbers[0] == 0:
+        rest = custom["piece"], custom["split"], custom["form"]
+        if [type(value) for value in (*words, *numbers, *rest)] != [str] * 5 + [int] * 5 + [str] * 2:
+            raise ValueError(f"expected names and numbers, got {words}, {numbers} and {rest}"[:1000])
+        most = _LONGEST_SECONDS * SAMPLE_RATE
+        if min(numbers) < 0 or not 0 < numbers[0] <= most or numbers[1] >> 62 or numbers[2] > 2 * most:
             raise ValueError(f"expected samples and a place in the shard, got {numbers}")
-        return cls(*words, custom["piece"], custom["split"], *numbers, custom["form"])
+        return cls(*words, *rest[:2], *numbers, rest[2])
 
     def window(self, start: int, samples: int) -> Window:
         """A part of the piece, in samples."""

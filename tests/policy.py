@@ -19,6 +19,9 @@ DIRECTIONAL = 1e-2  # slope of the loss along the gradient from two fp32 evaluat
 PROCESSES = 1e-5  # what 20 updates tell: N processes, micro-batches and one batch, fp32; max|a - b| / max|b|
 PROCESSES_WEIGHTS = 1e-4  # the weights after them: AdamW makes whole steps of small gradients
 BF16_LOSS = 2e-3  # one step in bf16, same mask, dropout 0: loss relative to fp32
+GRAD_NORM = {"fp32": 1e-4, "bf16": 2e-2}  # the same for the gradient's norm, with the layers' weights scaled up
+CONVERGED_FIRST = 1e-5  # 20 updates, fast against reference, fp32: mean relative distance of the losses
+CONVERGED_LAST = 2e-2  # after 200, the mean loss of the last 20: runs have parted by then, by rounding alone
 HALF_FEATURES = 1e-2  # half-precision weights of a tiny model against fp32, max|a - b| / max|b|
 ATTENTION_EPS = 4  # probabilities and output are rounded once each: max|a - b| / max|b| in units of the dtype's eps
 PERFECT_MSE = 1e-12  # of a prediction that is the target, up to rounding
@@ -38,7 +41,7 @@ PADDING_SHARE = 0.05  # padded share of batches of 160 s, lengths uniform in 0.3
 
 # Memory.
 DECODER_BYTES = 128 << 20  # more than for a short file, whatever a file's header says and however long it is
-RSS_SLOPE = 8 << 20  # bytes in 1,000 updates, after a warm-up of 300
+RSS_GROWTH = 8 << 20  # bytes, by a line through what was measured from the end of the warm-up to that of the run
 
 
 def max_rel(actual: torch.Tensor, expected: torch.Tensor) -> float:
