@@ -26,7 +26,7 @@ test-all: $(VENV)/test.done
 kernels: $(VENV)/test.done
 	$(BIN)/mae-ast-fast kernels $(ARGS)
 
-# This machine's tables and figures, in runs/bench/report.md: some 20 minutes on two cores.
+# This machine's tables and figures, in runs/bench/report.md: some 25 minutes on two cores.
 bench: $(VENV)/bench.done
 	mkdir -p runs/bench
 	for name in step ops masking data; do \

@@ -14,18 +14,28 @@ folder (or .tsv). Files lie in the page cache: the disk is not measured. Seconds
     fbank       torchaudio.compliance.kaldi.fbank clip by clip, as the paper's code, against mae_ast_fast.fbank of the
                 padded int16 batch, on the CPU and, copy included, on a GPU. Held to Kaldi's clip by clip. Of the
                 recordings as they are, and of clips of 10 s made of them.
-    loader      a pass over the batches of 40 s: WAV files read by soundfile and padded, as the paper's code, against
-                load_batch on the decoded cache. Held to the samples as decoded.
-    run         updates of patch_tiny by TrainStep, with batches of 40 s as pretraining makes them; load_batch, fbank
-                and update one after another and synchronised, so that on a GPU nothing overlaps: their share is the
-                most that waiting for data can be. Held to Kaldi's log-mel; losses must be finite.
+    loader      batches of 160 s on one thread, in one case so that all columns take turns. ``official`` is the paper's
+                data set: each clip's FLAC file is decoded (soundfile) and goes through torchaudio's fbank; padded to a
+                batch, where the paper crops to the shortest and so gets less audio for the same work.
+                ``read`` is what a worker of ours does, Shards.read to int16 batches; ``loader`` is the sampler, the
+                manifests and that; fbank then runs on the training device. With ``+ fbank`` both ways end in the same
+                features; ``FLAC files + fbank`` has no shards, so that it tells fbank's part from theirs. Held to the
+                FLAC files, sample by sample and clip by clip, and features to the official ones. Of the recordings
+                (to 15.6 s, as the paper crops), and of clips of 10 s made of them, several copies of each.
+    sampler     Lhotse's bucketing sampler over the manifests alone, which each training process runs over all clips.
+                Held to the budget, and to every clip coming once.
+    run         pretrain() as users run it, patch_tiny with batches of 40 s, with a worker that reads and without: what
+                summary.json tells of waiting for data. Held to finite losses and to metrics.jsonl.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,18 +43,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measure import DEVICE, ON_GPU, ROUNDS, Clock, Turns, load_average, synchronize
+from measure import DEVICE, ON_GPU, ROUNDS, Turns, load_average
 from policy import CODEC_RMS, CODEC_SECONDS, RESAMPLE_ABS, assert_fbank
+from torch import Tensor
 
-from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep
-from mae_ast_fast.audio import SAMPLE_RATE, decode, find_audio, to_pcm16
-from mae_ast_fast.data import Clips, batch_plan, load_batch, scan
+from mae_ast_fast.audio import SAMPLE_RATE, Entry, decode, find_audio, to_pcm16
+from mae_ast_fast.cli import TRAIN_EXTRA
 from mae_ast_fast.fbank import fbank, num_frames
+from mae_ast_fast.options import PretrainOptions
+from mae_ast_fast.prepare import prepare_shards
+from mae_ast_fast.pretrain import pretrain
+from mae_ast_fast.run_log import read_metrics
+from mae_ast_fast.shards import Batch, Shards, Window, loader
 
 SOURCE = os.environ.get("MAE_AST_FAST_BENCH_DATA") or Path(__file__).resolve().parent.parent / "tests" / "audio"
 FILES = 200
 TOY_FILES = 3
-BATCH_SECONDS = 40.0
+COPIES = 4  # of each clip in the shards, or a pass would stay in the CPU's caches
+CROP = 250_000  # samples; the paper's max_sample_size
+BATCHES = {"batch_seconds": 160.0, "max_seconds": CROP / SAMPLE_RATE, "min_seconds": 0.025, "seed": 0}
+GOAL = 10.0  # times as fast as the official way: int16 batches out of PCM16 shards, on one thread
+WINDOWS = 20_000  # that the sampler is timed on
+UPDATES = 10
+ROUNDED = 1e-3  # of a share: what rounding in metrics.jsonl makes of it
 LOSSLESS = {"wav": {}, "flac": {}}
 LOSSY = {"ogg": {"subtype": "VORBIS"}, "opus": {"format": "OGG", "subtype": "OPUS"}, "mp3": {}}
 RATES = (44100, 48000)
@@ -53,7 +74,7 @@ RATES = (44100, 48000)
 @cache
 def recordings(count: int) -> list[np.ndarray]:
     """int16 samples at 16 kHz of the first so many files."""
-    for library in ("soundfile", "soxr", "torchaudio"):
+    for library in (*TRAIN_EXTRA, "torchaudio"):
         pytest.importorskip(library, reason=f"needs {library}: pip install 'mae-ast-fast[train]'")
     return [to_pcm16(decode(entry.path)) for entry in find_audio(SOURCE)[:count]]
 
@@ -64,6 +85,16 @@ def to_float(pcm: np.ndarray) -> np.ndarray:
 
 def count_of(benchmark: Any) -> int:
     return TOY_FILES if benchmark.disabled else FILES
+
+
+def clips_of(kind: str, benchmark: Any) -> list[np.ndarray]:
+    """int16 samples: the recordings that give a frame, or clips of 10 s made of them."""
+    pcm = [samples for samples in recordings(count_of(benchmark)) if num_frames(len(samples)) > 0]
+    if kind == "recordings":
+        return pcm
+    whole = np.concatenate(pcm)
+    pieces = len(whole) // (10 * SAMPLE_RATE) if benchmark.enabled else 1
+    return list(np.resize(whole, (max(pieces, 1), 10 * SAMPLE_RATE)))
 
 
 def time_columns(benchmark: Any, columns: dict[str, Callable[[], object]], pcm: list[np.ndarray]) -> None:
@@ -192,12 +223,7 @@ def check_fbank(features: torch.Tensor, frames: torch.Tensor, waveforms: torch.T
 @pytest.mark.parametrize("clips", ["recordings", "10 s"])
 def bench_fbank(clips: str, benchmark: Any) -> None:
     with load_average(benchmark.extra_info):
-        pcm = [samples for samples in recordings(count_of(benchmark)) if num_frames(len(samples)) > 0]
-        if clips == "10 s":
-            whole = np.concatenate(pcm)
-            pieces = len(whole) // (10 * SAMPLE_RATE) if benchmark.enabled else 1
-            pcm = np.resize(whole, (max(pieces, 1), 10 * SAMPLE_RATE)).tolist()
-            pcm = [np.asarray(samples, np.int16) for samples in pcm]
+        pcm = clips_of(clips, benchmark)
         lengths = torch.tensor(list(map(len, pcm)))
         waveforms = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for x in pcm], batch_first=True)
         each = [torch.from_numpy(to_float(samples)) for samples in pcm]
@@ -213,78 +239,219 @@ def bench_fbank(clips: str, benchmark: Any) -> None:
         time_columns(benchmark, columns, pcm)
 
 
-# ------------------------------------------------------------------------------------------------------ loader and run
+# -------------------------------------------------------------------------------------------------- loader and sampler
 
 
-def make_cache(count: int, folder: Path) -> tuple[Clips, list[np.ndarray]]:
-    """The decoded cache and the batches of one epoch."""
-    recordings(1)  # skips where a library is missing
-    clips = scan(find_audio(SOURCE)[:count], folder, progress=False)
-    return clips, batch_plan(clips.samples, BATCH_SECONDS)
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def many_clips(kind: str, benchmark: Any) -> list[np.ndarray]:
+    """The first 15.6 s of each clip, several times."""
+    return [samples[:CROP] for samples in clips_of(kind, benchmark)] * (COPIES if benchmark.enabled else 1)
+
+
+def exhaust(values: Iterable[object]) -> None:
+    """To the end, keeping nothing."""
+    deque(values, maxlen=0)
+
+
+def write_flac(pcm: list[np.ndarray], folder: Path) -> Path:
+    """A file of each clip."""
+    import soundfile
+
+    folder.mkdir()
+    for i, samples in enumerate(pcm):
+        soundfile.write(folder / f"{i}.flac", samples, SAMPLE_RATE)
+    return folder
+
+
+def make_shards(flac: Path, folder: Path, form: str, clips: int) -> Shards:
+    """Shards of the files of a folder, none of them held out."""
+
+    def everything(usable: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, str]:
+        return np.arange(len(usable)), np.arange(0), "nothing is held out"
+
+    report = prepare_shards(flac, folder, form=form, min_seconds=0.0, split=everything, progress=False)
+    assert report["clips"] == report["pieces"] == clips, f"{report['pieces']} pieces of {clips} clips"
+    return Shards(folder)
+
+
+def read_flac(path: Path, dtype: str) -> Tensor:
+    """(S,) samples of a file."""
+    import soundfile
+
+    return torch.from_numpy(soundfile.read(path, dtype=dtype)[0])
+
+
+def pad(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def check_batches(batches: Iterable[Batch], order: list[list[str]], flac: Path) -> None:
+    """Raises AssertionError where batches are not the samples of the files, each once, in this order."""
+    names = []
+    for batch in batches:
+        assert not batch.faults, f"faults: {batch.faults}"
+        names.append(batch.names)
+        for row, length, name in zip(batch.waveforms, batch.lengths.tolist(), batch.names, strict=True):
+            assert torch.equal(row[:length], read_flac(flac / name, "int16")), f"{name}: other samples than in the file"
+            assert not row[length:].any(), f"{name}: not zero past its end"
+    assert names == order, "other clips, or in another order"
+    came, there = sorted(itertools.chain(*names)), sorted(path.name for path in flac.iterdir())
+    assert came == there, f"{len(came)} clips of {len(there)} files"
+
+
+def check_features(name: str, found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Raises AssertionError where a batch's features are not the official ones."""
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert_fbank(ours.cpu(), theirs, f"{name}, batch {number}")
+
+
+def feature_columns(
+    flac: Path, order: list[list[str]], shards: dict[str, Shards], batches: dict[str, list[list[Window]]]
+) -> dict[str, Callable[[], Iterator[Tensor]]]:
+    """What ends in features (B, T, 128), batch after batch."""
+
+    def official() -> Iterator[Tensor]:
+        for names in order:
+            yield pad([kaldi_fbank(read_flac(flac / name, "float32")) for name in names])
+
+    def from_files() -> Iterator[Tensor]:
+        for names in order:
+            rows = [read_flac(flac / name, "int16") for name in names]
+            yield fbank(pad(rows), torch.tensor(list(map(len, rows))))[0]
+
+    def from_shards(form: str, device: str | torch.device) -> Iterator[Tensor]:
+        for windows in batches[form]:
+            batch = shards[form].read(windows)
+            yield fbank(batch.waveforms.to(device), batch.lengths)[0]
+
+    columns = {
+        "official": official,
+        "FLAC files + fbank": from_files,
+        "FLAC shards + fbank": lambda: from_shards("flac", "cpu"),
+        "PCM16 shards + fbank": lambda: from_shards("wav", "cpu"),
+    }
+    return columns | ({"PCM16 shards + fbank, GPU": lambda: from_shards("wav", DEVICE)} if ON_GPU else {})
 
 
 @pytest.mark.timeout(300)
-def bench_loader(benchmark: Any, tmp_path: Path) -> None:
-    with load_average(benchmark.extra_info):
-        clips, plan = make_cache(count_of(benchmark), tmp_path / "cache")
-        import soundfile
+@pytest.mark.parametrize("clips", ["recordings", "10 s"])
+def bench_loader(clips: str, benchmark: Any, tmp_path: Path) -> None:
+    with load_average(benchmark.extra_info), one_thread():
+        pcm = many_clips(clips, benchmark)
+        flac = write_flac(pcm, tmp_path / "files")
+        shards = {form: make_shards(flac, tmp_path / form, form, len(pcm)) for form in ("wav", "flac")}
+        batches = {form: list(found.batches(**BATCHES)) for form, found in shards.items()}
+        order = [[window.piece.name for window in windows] for windows in batches["wav"]]
 
-        paths = [tmp_path / f"{i}.wav" for i in range(len(clips))]
-        for path, entry in zip(paths, clips.entries, strict=True):
-            soundfile.write(path, to_pcm16(decode(entry.path)), SAMPLE_RATE)
+        def read(form: str) -> Iterator[Batch]:
+            return map(shards[form].read, batches[form])
 
-        def read_files(batch: np.ndarray) -> torch.Tensor:
-            rows = []
-            for clip, start, length in batch.tolist():
-                samples, _ = soundfile.read(paths[clip], frames=length, start=start, dtype="float32")
-                rows.append(torch.from_numpy(samples))
-            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        def load(form: str) -> Iterator[Batch]:
+            return (batch for batch, _ in itertools.islice(loader(shards[form], **BATCHES), len(order)))
 
-        for batch in plan:
-            waveforms, lengths, _, names = load_batch(clips, batch)
-            assert lengths.tolist() == batch[:, 2].tolist() and names == [clips.names[i] for i in batch[:, 0]]
-            assert torch.equal(waveforms.float() / 32768, read_files(batch)), "load_batch: other samples than decoded"
-        columns = {
-            "WAV files": lambda: [read_files(batch) for batch in plan],
-            "load_batch": lambda: [load_batch(clips, batch) for batch in plan],
-        }
-        pcm = [np.zeros(length, np.int16) for batch in plan for length in batch[:, 2].tolist()]
+        features = feature_columns(flac, order, shards, batches)
+        for form in shards:
+            check_batches(read(form), order, flac)
+            check_batches(load(form), order, flac)
+        for name, column in features.items():
+            if name != "official":
+                check_features(name, column(), features["official"]())
+        columns = {name: lambda column=column: exhaust(column()) for name, column in features.items()}
+        for form, called in (("flac", "FLAC"), ("wav", "PCM16")):
+            columns[f"{called} shards, read"] = lambda form=form: exhaust(read(form))
+            columns[f"{called} shards, loader"] = lambda form=form: exhaust(load(form))
         time_columns(benchmark, columns, pcm)
+        benchmark.extra_info["goal"] = ["PCM16 shards, loader", GOAL]
+
+
+def check_plan(batches: Iterable[list[Window]], clips: int, times: int) -> None:
+    """Raises AssertionError where a batch exceeds the budget, or a clip does not come whole and so many times."""
+    seen: Counter[str] = Counter()
+    for windows in batches:
+        seconds = sum(window.duration for window in windows)
+        assert seconds <= BATCHES["batch_seconds"], f"a batch of {seconds:.2f} s"
+        assert all(window.samples == window.piece.samples for window in windows), "a clip in parts"
+        seen.update(window.piece.id for window in windows)
+    assert len(seen) == clips and set(seen.values()) == {times}, f"{len(seen)} of {clips} clips, {set(seen.values())}"
+
+
+@pytest.mark.timeout(300)
+def bench_sampler(benchmark: Any, tmp_path: Path) -> None:
+    with load_average(benchmark.extra_info), one_thread():
+        pcm = many_clips("recordings", benchmark)
+        shards = make_shards(write_flac(pcm, tmp_path / "files"), tmp_path / "shards", "wav", len(pcm))
+        times = -(-WINDOWS // len(pcm)) if benchmark.enabled else 100  # of either, several batches
+        shards.shards *= times  # the same manifests again and again
+        check_plan(shards.batches(**BATCHES), len(pcm), times)
+        time_columns(benchmark, {"windows": lambda: exhaust(shards.batches(**BATCHES))}, pcm * times)
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def spent(row: dict[str, Any]) -> float:
+    """Seconds of an update, the mean of those that were written together."""
+    return row["clips"] / row["clips_per_second"]
+
+
+def share_waited(rows: list[dict[str, Any]]) -> float:
+    """Of the time of these updates, what went into waiting for data."""
+    return sum(row["waited"] for row in rows) / sum(map(spent, rows))
+
+
+def check_run(summary: dict[str, Any], rows: list[dict[str, Any]], updates: int) -> None:
+    """Raises AssertionError where a run did not do its updates, or its summary tells of another share."""
+    steps = [row["step"] for row in rows]
+    assert steps == list(range(1, updates + 1)), f"updates {steps}, expected {updates}"
+    assert all(math.isfinite(row["loss"]) for row in rows), f"losses {[row['loss'] for row in rows]}"
+    assert not sum(row["faults"] for row in rows), "clips that cannot be read"
+    told, found = summary["data_wait_share"], share_waited(rows)
+    assert abs(told - found) <= ROUNDED, f"a share of {told} in summary.json, of {found:.4f} in metrics.jsonl"
 
 
 @pytest.mark.timeout(600)
 def bench_run(benchmark: Any, tmp_path: Path) -> None:
+    updates = UPDATES if benchmark.enabled else 2
+    small = {} if benchmark.enabled else {"encoder_layers": 1}
+    runs = itertools.count()
+    columns: dict[str, dict[str, list[float]]] = {}
     with load_average(benchmark.extra_info):
-        clips, plan = make_cache(count_of(benchmark), tmp_path / "cache")
-        plan = plan[: 5 if benchmark.enabled else 1]
-        torch.manual_seed(0)
-        config = MAEASTConfig.preset("patch_tiny", **({"encoder_layers": 1} if benchmark.disabled else {}))
-        update = TrainStep(MAEAST(config).to(DEVICE).train(), 1e-4)
-        waveforms, lengths, *_ = load_batch(clips, plan[0])
-        check_fbank(*fbank(waveforms.to(DEVICE), lengths), waveforms, lengths)
-        stages: list[dict[str, float]] = []
+        flac = write_flac(many_clips("recordings", benchmark), tmp_path / "files")
+        prepare_shards(flac, tmp_path / "shards", progress=False)
 
-        def epoch() -> None:
-            clock = Clock()
+        def run(workers: int) -> None:
+            options = PretrainOptions(
+                data=str(tmp_path / "shards"),
+                out=str(tmp_path / f"run-{next(runs)}"),
+                preset="patch_tiny",
+                model_args=small,
+                steps=updates,
+                batch_seconds=40.0 if benchmark.enabled else 10.0,
+                max_seconds=10.0,
+                log_every=updates // 2,
+                device=DEVICE.type,
+                loader_workers=workers,
+            )
+            summary = pretrain(options)
+            rows = [row for row in read_metrics(Path(options.out) / "metrics.jsonl") if "loss" in row]
+            check_run(summary, rows, updates)
+            name = "1 worker" if workers else "no worker"
+            column = columns.setdefault(name, {"seconds": [], "waiting": [], "waiting_later": []})
+            column["seconds"].append(sum(map(spent, rows)))
+            column["waiting"].append(summary["data_wait_share"])
+            column["waiting_later"].append(share_waited(rows[updates // 2 :]))
+            totals = {"clips": sum(row["clips"] for row in rows), "updates": updates}
+            benchmark.extra_info |= totals | {"audio_seconds": sum(row["audio_seconds"] for row in rows)}
 
-            def ended(stage: str) -> None:
-                synchronize()
-                clock(stage)
-
-            for batch in plan:
-                waveforms, lengths, ids, _ = load_batch(clips, batch)
-                ended("load_batch")
-                features, _ = fbank(waveforms.to(DEVICE), lengths)
-                ended("fbank")
-                numbers = update(features, num_frames(lengths), seed=0, clip_ids=ids.to(DEVICE), epoch=len(stages))
-                loss = numbers.loss.item()
-                ended("update")
-                assert math.isfinite(loss), f"loss {loss}"
-            stages.append(dict(clock.seconds))
-
-        pcm = [np.zeros(length, np.int16) for batch in plan for length in batch[:, 2].tolist()]
-        turns = Turns({"updates": epoch}, wall=True, once=True)
-        stages.clear()  # of the warm-up
-        benchmark.pedantic(turns, rounds=ROUNDS)
-    benchmark.extra_info |= {"columns": turns.samples, "clips": len(pcm), "stages": stages, "updates": len(plan)}
-    benchmark.extra_info["audio_seconds"] = sum(map(len, pcm)) / SAMPLE_RATE
+        either = (0, 1) if benchmark.enabled else (1,)
+        benchmark.pedantic(lambda: [run(workers) for workers in either], rounds=ROUNDS)
+    benchmark.extra_info["columns"] = columns

@@ -4,9 +4,10 @@ OMP_WAIT_POLICY=PASSIVE python -m pytest benchmarks -k masking --benchmark-json=
 python -m pytest benchmarks -k masking --benchmark-disable          every column once, at toy sizes
 
     original    benchmarks/original.py: for random a loop over the clips; for chunk and chunk_official a loop over the
-                squares. The paper draws one mask for the whole batch (chunk_official); of chunk, which gives every
-                clip its own, this is the same loop once a clip. Runs on the host, as the paper's does; the copy to a
-                GPU counts. The paper's code has no other strategy in a style of its own.
+                squares, which draws ONE mask for the whole batch, as the paper does. Runs on the host, as the paper's
+                does; the copy to a GPU counts. The paper's code has no other strategy in a style of its own.
+    original, once a clip
+                of chunk, which gives every clip a mask of its own: that loop for each clip. The paper does not do it.
     torch       ops.sample_mask(impl="torch"), on the device
     triton      ops.sample_mask(impl="triton") (GPU; random and chunk)
 
@@ -71,7 +72,7 @@ def columns(point: Point) -> dict[str, Callable[[], Tensor]]:
         found["original"] = lambda: chunk_mask(clips, tokens, grid_f, ratio).to(DEVICE)
     elif point.strategy == "chunk":
         each = partial(chunk_mask, 1, tokens, grid_f, ratio)
-        found["original"] = lambda: torch.cat([each() for _ in range(clips)]).to(DEVICE)
+        found["original, once a clip"] = lambda: torch.cat([each() for _ in range(clips)]).to(DEVICE)
     counts = torch.full((clips,), tokens, device=DEVICE)
     seed = torch.randint(2**62, (), device=DEVICE)
     for impl in ("torch", "triton") if ON_GPU and point.strategy in ops.MASK_KERNEL_STRATEGIES else ("torch",):

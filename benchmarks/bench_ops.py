@@ -3,7 +3,8 @@
 OMP_WAIT_POLICY=PASSIVE python -m pytest benchmarks -k bench_ops --benchmark-json=benchmarks/results/ops_cpu.json
 python -m pytest benchmarks -k bench_ops --benchmark-disable        every column once, at toy sizes
 
-    original     loops over clips, as in benchmarks/original.py, for the ops that stand for one
+    original     as in benchmarks/original.py, for the ops that stand for a part of it; info_nce of mixed lengths, which
+                 the paper does not have, as a loop over the clips
     reference    reference.py, eager
     compiled     torch.compile(fullgraph=True) of it
     fast         the Triton kernel; on a GPU only, since Triton makes no code for a CPU

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import platform
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPARED_ROUNDS = 15  # at least, where two commits are compared: the median of 5 is off by 5 % too often
 sys.path.append(str(ROOT / "tests"))  # policy.py: an output is checked before it is timed
 
 
@@ -24,6 +27,7 @@ logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    parser.addoption("--only", type=json.loads, help="JSON list of cases, as bench_step[mixed]: compare.py's")
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds of a test")
 
@@ -32,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout(seconds): limit of a test, where pytest-timeout is installed")
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_*")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (only := config.getoption("only")) is not None:
+        items[:] = [item for item in items if item.name in only]
 
 
 if importlib.util.find_spec("pytest_benchmark") is not None:
@@ -50,7 +59,7 @@ if importlib.util.find_spec("pytest_benchmark") is not None:
                         raise RuntimeError("nobody grants turns any more")
                     round_()
 
-                return pedantic(waiting, rounds=rounds)
+                return pedantic(waiting, rounds=max(rounds, COMPARED_ROUNDS))
 
             benchmark.pedantic = in_turn
         return benchmark
@@ -77,7 +86,24 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda_driver": _driver(),
+        **{name: _version(name) for name in ("triton", "transformers")},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """Of the GPU; None: there is none, or nothing that tells it."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,12 +3,12 @@
 python benchmarks/convergence.py                      the default corpus, fetched once; or --data FOLDER
 python benchmarks/convergence.py --steps 20 --out c.json
 
-Two runs of ``mae-ast-fast pretrain`` as it is, from the same weights, on the same batches in the same order, with the
+Runs of ``mae-ast-fast pretrain`` as it is, from the same weights, on the same batches in the same order, with the
 same masks and without dropout, whose draws would differ:
 
     reference    impl="torch", attention="sdpa", fp32
     fast         what "auto" takes on a CPU, impl="triton" on a GPU, in fp32: what the implementation changes
-    fast bf16    the same in bf16: what the precision changes
+    NAME bf16    the same in bf16: what the precision changes, in the plain step and in the fast one
 
 Every update's losses go to benchmarks/results/convergence_cpu.json (gpu on a GPU); report.py draws them.
 """
@@ -41,12 +41,13 @@ def columns() -> dict[str, dict[str, str]]:
     return {
         "reference": {"impl": "torch", "attention": "sdpa", "precision": "fp32"},
         "fast": {**fast, "precision": "fp32"},
+        "reference bf16": {"impl": "torch", "attention": "sdpa", "precision": "bf16"},
         "fast bf16": {**fast, "precision": "bf16"},
     }
 
 
 def converge(data: str | None, steps: int, folder: Path) -> dict[str, Any]:
-    """Runs both; what the result file holds."""
+    """Runs them all; what the result file holds."""
     result: dict[str, Any] = {"steps": steps, "columns": {}}
     for name, how in columns().items():
         options = PretrainOptions(

@@ -1,18 +1,19 @@
 """MAE-AST in the implementation style of the paper (arXiv 2203.16691): the benchmarks' column ``original``.
 
-Our own plain writing of that style, not the authors' text: one Python loop over the clips of a batch for every step
-that treats clips differently, every patch projected, hidden or not, attention weights written out, one projection each
-for q, k and v, the whole sequence through all decoder layers, losses in fp32. It computes what the paper's code
-computes, oddities that touch the numbers included (padded frames count in the statistics, one chunk mask for the whole
-batch), takes the official parameter names, and is held to the recorded tensors (tests/test_original.py).
+Our own plain writing of that style, not the authors' text: a Python loop over the clips of a batch where the public
+code has one (drawing masks, picking visible tokens, putting them back), heads and losses for the whole batch as there,
+every patch projected, hidden or not, attention weights written out, one projection each for q, k and v, the whole
+sequence through all decoder layers, losses in fp32. It computes what the paper's code computes, oddities that touch the
+numbers included (padded frames count in the statistics, one chunk mask for the whole batch), takes the official
+parameter names, and is held to the recorded tensors (tests/test_original.py).
 
-The loops, and the functions of ``mae_ast_fast`` that stand for each of them:
+What is slow in it, and the functions of ``mae_ast_fast`` that stand for each:
 
-    1. ``chunk_mask``, ``random_mask``      drawing a mask                ``masking.sample_mask``
-    2. ``Original.select_visible``          picking visible tokens        ``ops.gather_patches``, before the projection
-    3. ``Original.decoder_input``           putting them back             ``ops.scatter_tokens``
-    4. ``Original.predict``                 the heads on hidden tokens    the last layer's ``only``, then one product
-    5. ``Original.losses``                  both losses                   ``ops.info_nce``, ``ops.masked_mse``
+    1. ``chunk_mask``, ``random_mask``    a loop that draws masks                  ``masking.sample_mask``
+    2. ``Original.select_visible``        a loop that picks visible tokens         ``ops.gather_patches``
+    3. ``Original.decoder_input``         a loop that puts them back               ``ops.scatter_tokens``
+    4. ``Original.predict``               heads; all layers saw the whole batch    the last layer's ``only``
+    5. ``Original.losses``                batched products (B, M, M)               ``ops.info_nce``, ``ops.masked_mse``
 
 Letters: B clips, T frames, L tokens a clip, K visible and M masked ones, D width, P values a patch, H heads.
 """
@@ -239,12 +240,11 @@ class Original(nn.Module):
 
     def select_visible(self, x: Tensor, mask: Tensor) -> Tensor:
         """Projected patches (B, L, D) -> visible ones with their positions (B, K, D)."""
-        positions = self.encoder_positions[: x.shape[1]]
+        x = torch.where(mask[..., None], self.encoder_mask_emb.to(x.dtype), x)
+        x = x + self.encoder_positions[: x.shape[1]]
         visible = []
         for clip in range(x.shape[0]):  # loop 2
-            hidden = mask[clip][:, None]
-            tokens = torch.where(hidden, self.encoder_mask_emb.to(x.dtype), x[clip]) + positions
-            visible.append(tokens[~mask[clip]])
+            visible.append(x[clip][~mask[clip]])
         return torch.stack(visible)
 
     def decoder_input(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -258,19 +258,13 @@ class Original(nn.Module):
 
     def predict(self, x: Tensor, patches: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder output (B, L, D) -> both predictions and the targets of the hidden tokens, each (B, M, P)."""
-        reconstruction, classification, target = [], [], []
-        for clip in range(x.shape[0]):  # loop 4
-            hidden = x[clip][mask[clip]]
-            reconstruction.append(self.final_proj_reconstruction(hidden))
-            classification.append(self.final_proj_classification(hidden))
-            target.append(patches[clip][mask[clip]])
-        return torch.stack(reconstruction), torch.stack(classification), torch.stack(target)
+        clips = x.shape[0]
+        hidden = x[mask].view(clips, -1, x.shape[2])  # (B, M, D): as many in every clip
+        target = patches[mask].view(clips, -1, patches.shape[2])
+        return self.final_proj_reconstruction(hidden), self.final_proj_classification(hidden), target
 
     def losses(self, reconstruction: Tensor, classification: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared error and InfoNCE over the targets of the same clip (paper, equation 1), in fp32."""
-        mse, info_nce = [], []
-        for clip in range(target.shape[0]):  # loop 5
-            mse.append(F.mse_loss(reconstruction[clip], target[clip]))
-            products = classification[clip] @ target[clip].transpose(0, 1)  # (M, M)
-            info_nce.append(-F.log_softmax(products, dim=-1).diagonal().mean())
-        return torch.stack(mse).mean(), torch.stack(info_nce).mean()
+        products = torch.matmul(classification, target.transpose(1, 2))  # (B, M, M)
+        info_nce = -F.log_softmax(products, dim=-1).diagonal(dim1=1, dim2=2).mean()
+        return F.mse_loss(reconstruction, target), info_nce

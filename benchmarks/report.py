@@ -2,6 +2,7 @@
 
 python benchmarks/report.py                     ``--check`` only compares, ``--dirty`` takes results of uncommitted code
 python benchmarks/report.py --results FOLDER    the tables and figures of another folder's results, in its report.md
+python benchmarks/report.py --check-age         how many commits of mae_ast_fast and kernels each result is older than
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,13 +41,16 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 def pretrain_table() -> str:
     """Held-out results of the README's first command, from a run's summary.json."""
     summary = json.loads((RESULTS / "pretrain_summary.json").read_text())
+    rate = f"{summary['clips_per_second']:.0f} clips/s"
+    if "commit_info" in summary:
+        rate += f", commit {summary['commit_info']['id'][:12]}"
     rows = [("all", summary["held_out"]), *summary["held_out_by_kind"].items()]
     rows = [(kind, report) for kind, report in rows if report["clips"] >= 8]  # fewer say nothing
     names = list(summary["held_out"]["baselines"])
     lines = [
         f"A run of the first command ({summary['parameters'] / 1e6:.1f} M parameters, {summary['steps']} updates, "
         f"{summary['train_seconds'] / 60:.1f} minutes on {summary['threads']} CPU threads in {summary['precision']}, "
-        f"{summary['clips_per_second']:.0f} clips/s). Held-out squared error of hidden patches, beside what averages "
+        f"{rate}). Held-out squared error of hidden patches, beside what averages "
         "and straight lines make of the same visible patches; InfoNCE top-1 accuracy beside chance:",
         "",
         "| held-out clips | "
@@ -72,10 +77,24 @@ def of_part(result: dict[str, Any], part: str) -> dict[str, Any]:
     return {**result, "benchmarks": [case for case in result["benchmarks"] if case["extra_info"]["part"] == part]}
 
 
-def audio_speed(other: dict[str, Any], column: dict[str, Any]) -> float:
-    """How many times as fast as the other column, for equal audio: the median over the rounds."""
+def audio_ratios(other: dict[str, Any], column: dict[str, Any]) -> list[float]:
+    """How many times as fast as the other column, for equal audio, in each round."""
     share = column["audio_seconds"] / other["audio_seconds"]
-    return statistics.median(a / b * share for a, b in zip(other["seconds"], column["seconds"], strict=True))
+    return [a / b * share for a, b in zip(other["seconds"], column["seconds"], strict=True)]
+
+
+def audio_speed(other: dict[str, Any], column: dict[str, Any]) -> float:
+    """The median over the rounds."""
+    return statistics.median(audio_ratios(other, column))
+
+
+def ranged(ratios: Sequence[float]) -> str:
+    """Median (min - max) of the rounds' ratios; a tie where some are on the other side of 1."""
+    low, high = min(ratios), max(ratios)
+    if low == high:
+        return f"{low:.2f} x"
+    tie = ", tie" if low < 1.0 < high else ""
+    return f"{statistics.median(ratios):.2f} x ({low:.2f} - {high:.2f}){tie}"
 
 
 def rate(column: dict[str, Any], unit: str) -> float:
@@ -100,10 +119,9 @@ def forward_share(column: dict[str, Any]) -> float | None:
 
 
 def mfu(case: dict[str, Any], column: dict[str, Any]) -> float:
-    """The model's FLOPs a second as a share of a large matrix product's in the same rounds and precision."""
+    """The model's FLOPs a second as a share of a large matrix product's in the same precision, in its best round."""
     peak = case["peak"][column["precision"]]
-    pairs = zip(column["seconds"], peak["seconds"], strict=True)
-    return statistics.median(column["flops"] / a / (peak["work"] / b) for a, b in pairs)
+    return rate(column, "flops") / (peak["work"] / min(peak["seconds"]))
 
 
 def _measures(case: dict[str, Any], column: dict[str, Any]) -> list[str]:
@@ -125,9 +143,9 @@ def _seconds(column: dict[str, Any]) -> str:
 
 
 MEANING = (
-    "MB a clip: the peak of a step above weights and AdamW's state, gradients included, divided by the clips; so it "
-    "compares within a case, not between batches of other sizes. MFU: the "
-    "FLOPs of the model's matrix products, however many are run, against those of a large product in the same rounds."
+    "MB a clip: the peak of a step above weights and AdamW's state, gradients included, divided by the clips (on a CPU "
+    "resident memory); so it compares within a case, not between batches of other sizes. MFU: the FLOPs of the model's "
+    "matrix products, however many are run, against a large product in the best of the same rounds."
 )
 MEASURES = "of it forward | clips/s | tokens/s | hours of audio an hour | MB a clip | MFU"
 
@@ -147,6 +165,14 @@ def step_table(result: dict[str, Any]) -> str:
             f"{whole['audio_seconds']:.0f} s of audio to {original['audio_seconds']:.0f} s, which alone count for it; "
             "the others take them whole."
         )
+    bare = {
+        kind: [name for name, case in cases.items() if not any(column.startswith(kind) for column in case["columns"])]
+        for kind in ("compiled", "vitmae compiled")
+    }
+    told = [f"`{kind}` on {', '.join(names)}" for kind, names in bare.items() if names]
+    if told:
+        lines[0] += f" Not measured: {'; '.join(told)}, nor anything compiled with 6 layers: compiling takes minutes, "
+        lines[0] += "and ViTMAE takes square patches of one length alone."
     lines[0] += f" What stands behind the seconds is of {precisions[-1]}. {MEANING}"
     heads = " | ".join(f"{precision}: s a step | speed" for precision in precisions)
     count = 2 + 2 * len(precisions) + MEASURES.count("|") + 1
@@ -159,23 +185,23 @@ def step_table(result: dict[str, Any]) -> str:
                 first, column = (
                     case["columns"].get(key if precision == "fp32" else f"{key} bf16") for key in (kinds[0], kind)
                 )
-                cells += [_seconds(column), f"{audio_speed(first, column):.2f} x"] if column else ["", ""]
+                cells += [_seconds(column), ranged(audio_ratios(first, column))] if column else ["", ""]
                 last = column or last
             lines.append(f"| {' | '.join([*cells, *_measures(case, last)])} |")
-    lines += ["", f"Faster than `fast`: {', '.join(ahead_of_fast(cases)) or 'nothing'}."]
+    lines += ["", f"Faster than `fast`, or a tie: {', '.join(ahead_of_fast(cases)) or 'nothing'}."]
     lines += ["", *stage_lines({name: next(iter(case["columns"].values())) for name, case in cases.items()})]
     without = {f"`{name}`: {why}" for case in cases.values() for name, why in case["left_out"].items()}
     return "\n".join([*lines, *(["", f"Left out: {'; '.join(sorted(without))}."] if without else [])])
 
 
 def ahead_of_fast(cases: dict[str, dict[str, Any]]) -> list[str]:
-    """Columns that beat ``fast`` of their precision, for equal audio, by the median over the rounds."""
+    """Columns that beat ``fast`` of their precision, for equal audio, in the median or, as ties, in some round."""
     found = []
     for name, case in cases.items():
         for column, samples in case["columns"].items():
             fast = case["columns"].get("fast bf16" if column.endswith(" bf16") else "fast")
-            if fast is not None and (ratio := audio_speed(fast, samples)) > 1.0:
-                found.append(f"`{column}` on {name}, {ratio:.2f} x")
+            if fast is not None and samples is not fast and max(ratios := audio_ratios(fast, samples)) > 1.0:
+                found.append(f"`{column}` on {name}, {ranged(ratios)}")
     return found
 
 
@@ -258,18 +284,37 @@ def sweep(result: dict[str, Any], factor: str) -> list[tuple[float, dict[str, di
     return sorted(points, key=lambda point: point[0])
 
 
-def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """The power of x that y grows with: least squares between the logarithms."""
-    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+Law = tuple[float, float, float]  # a, b, p of a + b x^p
 
 
-def growth(result: dict[str, Any], factor: str) -> dict[str, dict[str, tuple[list[float], list[float], float]]]:
-    """How time and memory grow with a factor: column -> what -> (values, what was measured, exponent).
+def law(x: Sequence[float], y: Sequence[float]) -> Law:
+    """y = a + b x^p with a, b >= 0 and p of 0.5 to 3: the least squares of relative errors.
+
+    A fixed cost is no part of the power: a line that does not start at 0 has p = 1.
+    """
+    fits = []
+    for p in (hundredth / 100 for hundredth in range(50, 301)):
+        # Of a / y + b x^p / y = 1.
+        u, v = [1.0 / value for value in y], [value**p / other for value, other in zip(x, y, strict=True)]
+        uu, uv, vv = (sum(map(math.prod, zip(*pair, strict=True))) for pair in ((u, u), (u, v), (v, v)))
+        determinant = uu * vv - uv * uv
+        a = (sum(u) * vv - sum(v) * uv) / determinant if determinant > 0.0 else 0.0
+        b = (sum(v) - a * uv) / vv
+        if a < 0.0:
+            a, b = 0.0, sum(v) / vv
+        elif b < 0.0:
+            a, b = sum(u) / uu, 0.0
+        fits.append((sum((a * c + b * d - 1.0) ** 2 for c, d in zip(u, v, strict=True)), (a, b, p)))
+    return min(fits)[1]
+
+
+def growth(result: dict[str, Any], factor: str) -> dict[str, dict[str, tuple[list[float], list[float], Law]]]:
+    """How time and memory grow with a factor: column -> what -> (values, what was measured, law); of 4 points or more.
 
     Of a batch where the factor is its clips, else of one clip.
     """
     points = sweep(result, factor)
-    told: dict[str, dict[str, tuple[list[float], list[float], float]]] = {}
+    told: dict[str, dict[str, tuple[list[float], list[float], Law]]] = {}
     for name in points[0][1] if points else ():
         having = [(value, columns[name]) for value, columns in points if name in columns]
         clips = [column["clips"] / column["steps"] for _, column in having]
@@ -281,8 +326,8 @@ def growth(result: dict[str, Any], factor: str) -> dict[str, dict[str, tuple[lis
             memory = zip(having, clips, one, strict=True)
             found["bytes"] = [column["peak_bytes_a_clip"] * count * f for (_, column), count, f in memory]
         values = [value for value, _ in having]
-        if len(values) > 1:
-            told[name] = {what: (values, y, exponent(values, y)) for what, y in found.items()}
+        if len(values) > 3:
+            told[name] = {what: (values, y, law(values, y)) for what, y in found.items()}
     return told
 
 
@@ -309,15 +354,18 @@ def sweep_table(result: dict[str, Any]) -> str:
             cells += [short(1e3 / rate(column, "clips")) if column else "" for column in having]
             peaks = [column and column["peak_bytes_a_clip"] for column in having]
             cells += [short(peak / 1e6) if peak else "" for peak in peaks]
-            cells.append(f"{audio_speed(columns[names[0]], columns['fast']):.2f} x")
+            cells.append(ranged(audio_ratios(columns[names[0]], columns["fast"])))
             lines.append(f"| {' | '.join(cells)} |")
     told = [
         f"with {FACTORS[factor][0]}, `{name}` "
-        + ", ".join(f"{GROWTH[what]} {power:.2f}" for what, (*_, power) in found.items())
+        + ", ".join(
+            f"{GROWTH[what]} {p:.2f} (fixed {100 * a / y[-1]:.0f} %)" for what, (_, y, (a, _, p)) in found.items()
+        )
         for factor in ("clips", "seconds")
         for name, found in growth(result, factor).items()
     ]
-    return "\n".join([*lines, "", f"Fitted exponents of growth: {'; '.join(told)}."])
+    what = "Powers p of growth, of a + b x^p fitted; the fixed part a as a share at the largest x"
+    return "\n".join([*lines, "", f"{what}: {'; '.join(told)}."])
 
 
 def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
@@ -360,8 +408,9 @@ def where_and_when(result: dict[str, Any], against: str = "the first column of a
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, load "
         f"average {min(loads):.1f} to {max(loads):.1f}; medians (quartiles) of {rounds} rounds in which the columns "
-        f"take turns. Speeds are against {against}: the median of the rounds' own ratios. Where that is another number "
-        "than the ratio of the medians beside it, the difference is the machine's noise."
+        f"take turns. Speeds are against {against}: the median (smallest - largest) of the rounds' own ratios, a tie "
+        "where 1 lies between. Where that is another number than the ratio of the medians beside it, the difference is "
+        "the machine's noise."
     )
 
 
@@ -375,10 +424,14 @@ def milliseconds(samples: list[float]) -> str:
     return f"{median} ({low} - {high})"
 
 
+def times_as_fast(first: dict[str, Any], column: dict[str, Any]) -> float:
+    """How many times as fast as the first column: the median of the rounds' own ratios."""
+    return statistics.median(a / b for a, b in zip(first["seconds"], column["seconds"], strict=True))
+
+
 def speed(first: dict[str, Any], column: dict[str, Any]) -> str:
-    """How many times as fast as the first column, round by round."""
-    pairs = zip(first["seconds"], column["seconds"], strict=True)
-    return f"{statistics.median(a / b for a, b in pairs):.2f} x"
+    """``ranged``, of the rounds' own ratios."""
+    return ranged([a / b for a, b in zip(first["seconds"], column["seconds"], strict=True)])
 
 
 def ops_table(result: dict[str, Any]) -> str:
@@ -386,7 +439,7 @@ def ops_table(result: dict[str, Any]) -> str:
     lines = [
         where_and_when(result),
         "Rates count the bytes or FLOP that an op cannot do without; their share is of a large copy or matrix product "
-        "in the same rounds (in a CPU's caches it may exceed 100 %).",
+        "in the best of the same rounds (in a CPU's caches it may exceed 100 %).",
         "",
         "| op | point | column | forward, ms | speed | forward + backward, ms | speed | rate | of the peak |",
         "|---" * 9 + "|",
@@ -400,22 +453,30 @@ def ops_table(result: dict[str, Any]) -> str:
                 cells += [milliseconds(timed["seconds"]), speed(first[what], timed)] if timed else ["", ""]
             what = list(column)[-1]
             rate = case["work"][what] / statistics.median(column[what]["seconds"]) / 1e9
-            share = statistics.median(
-                case["work"][what] / a / (peak["work"] / b)
-                for a, b in zip(column[what]["seconds"], peak["seconds"], strict=True)
-            )
+            share = rate * 1e9 / (peak["work"] / min(peak["seconds"]))
             cells += [f"{rate:.3g} {'GB/s' if case['unit'] == 'bytes' else 'GFLOP/s'}", f"{100 * share:.0f} %"]
             lines.append(f"| {' | '.join(cells)} |")
     cases = [case["extra_info"]["left_out"] for case in result["benchmarks"]]
     left_out = {f"`{name}`: {why}" for case in cases for name, why in case.items()}
     lines += ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
+    slower = [
+        f"`{name}` on {case['op']}, {case['point']}, {times_as_fast(first[what], column[what]):.2f} x"
+        for case in (case["extra_info"] for case in result["benchmarks"])
+        for first in [next(iter(case["columns"].values()))]
+        for name, column in case["columns"].items()
+        for what in [list(column)[-1]]
+        if next(iter(case["columns"])) == "original" and times_as_fast(first[what], column[what]) < 1.0
+    ]
+    lines += ["", f"Slower than `original`: {'; '.join(slower) or 'nothing'}."]
     return "\n".join(lines)
 
 
 def masking_table(result: dict[str, Any]) -> str:
     """Milliseconds and clips/s of each point and column; from bench_masking.py."""
+    slower: list[str] = []
     lines = [
-        where_and_when(result),
+        where_and_when(result) + " The paper draws one mask for the whole batch: the rows of `chunk_official`; once a "
+        "clip is what its loop costs where every clip has a mask of its own, which the paper does not do.",
         "",
         "| point | strategy | clips | tokens a clip | column | ms a batch | speed | clips/s |",
         "|---" * 8 + "|",
@@ -427,38 +488,77 @@ def masking_table(result: dict[str, Any]) -> str:
             rate = case["clips"] / statistics.median(column["seconds"])
             cells += [milliseconds(column["seconds"]), speed(first, column), f"{rate:,.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
+            if times_as_fast(first, column) < 1.0:
+                slower.append(f"`{name}` on {case['point']}, {times_as_fast(first, column):.2f} x")
+    lines += ["", f"Slower than the paper's loop: {'; '.join(slower) or 'nothing'}."]
     return "\n".join(lines)
 
 
 def data_table(result: dict[str, Any]) -> str:
-    """Milliseconds and audio a second of each stage and column, and the stages' shares; from bench_data.py."""
+    """Milliseconds and audio a second of each stage and column, the goal, and the wait for data; from bench_data.py."""
     lines = [
         where_and_when(result),
         "",
-        "| what | column | ms | speed | clips/s | audio seconds a second | a second of one core |",
-        "|---" * 7 + "|",
+        "| what | column | ms | speed | clips/s | audio seconds a second | a second of one core | MB/s of PCM16 |",
+        "|---" * 8 + "|",
     ]
-    shares = []
+    goals: dict[str, list[str]] = {}
+    waits = []
     for found in result["benchmarks"]:
         what, case = found["name"].removeprefix("bench_"), found["extra_info"]
         first = next(iter(case["columns"].values()))
         for name, column in case["columns"].items():
-            seconds, worked = (statistics.median(column[key]) for key in ("seconds", "cpu_seconds"))
+            seconds, audio = statistics.median(column["seconds"]), case["audio_seconds"]
+            worked = column.get("cpu_seconds")  # not of a run, which has several processes
             cells = [what, name, milliseconds(column["seconds"]), speed(first, column)]
-            cells += [f"{case['clips'] / seconds:.0f}"]
-            cells += [f"{case['audio_seconds'] / time:,.0f}" for time in (seconds, worked)]
+            cells += [f"{case['clips'] / seconds:.0f}", f"{audio / seconds:,.0f}"]
+            cells += [f"{audio / statistics.median(worked):,.0f}" if worked else "", f"{audio * 0.032 / seconds:,.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
-        if stages := case.get("stages"):
-            totals = [sum(sample.values()) for sample in stages]
-            for stage in stages[0]:
-                low, median, high = quartiles([100 * s[stage] / total for s, total in zip(stages, totals, strict=True)])
-                shares.append(f"{stage} {median:.1f} % ({low:.1f} - {high:.1f})")
-    if shares:
-        lines += ["", f"Of a run's time: {', '.join(shares)}."]
+            if "waiting" in column:
+                whole, later = (_percent(column[key]) for key in ("waiting", "waiting_later"))
+                waits.append(f"{name} {whole}, in the second half of its updates {later}")
+        if "goal" in case:
+            name, least = case["goal"]
+            ratio = times_as_fast(first, case["columns"][name])
+            goal = f"`{name}` at least {least:g} x as fast as `{next(iter(case['columns']))}`"
+            goals.setdefault(goal, []).append(f"{what} {ratio:.1f} x, {'reached' if ratio >= least else 'missed'}")
+    lines += [line for goal, told in goals.items() for line in ("", f"Goal: {goal}. {'; '.join(told)}.")]
+    if waits:
+        lines += ["", f"Of the time of a run of `pretrain`, waiting for data: {'; '.join(waits)}."]
     return "\n".join(lines)
 
 
-STEP_CPU = "step_cpu.json"
+def data_rate_table(result: dict[str, Any]) -> str:
+    """How much audio one thread brings to the training, our ways beside the official one; from bench_data.py."""
+    shown = ("FLAC shards, loader", "PCM16 shards, loader", "FLAC shards + fbank", "PCM16 shards + fbank")
+    lines = [
+        f"{where_and_when(result, '`official`')} One thread. `official`: a FLAC file decoded and "
+        "`torchaudio.compliance.kaldi.fbank`, clip by clip, as the paper's data set does. `loader`: int16 batches, "
+        "sampler included, as they go to the training device, which makes the features; `+ fbank`: "
+        "features on the CPU too.",
+        "",
+        "| clips | column | clips/s | hours of audio an hour | speed |",
+        "|---" * 5 + "|",
+    ]
+    for found in result["benchmarks"]:
+        if not found["name"].startswith("bench_loader["):
+            continue
+        case = found["extra_info"]
+        first, *_ = case["columns"]
+        for name in (first, *(name for name in shown if name in case["columns"])):
+            column = case["columns"][name]
+            seconds = statistics.median(column["seconds"])
+            cells = [found["name"][len("bench_loader[") : -1], name, f"{case['clips'] / seconds:,.0f}"]
+            cells += [f"{case['audio_seconds'] / seconds:,.0f}", speed(case["columns"][first], column)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _percent(shares: list[float]) -> str:
+    low, median, high = (f"{100 * value:.1f}" for value in quartiles(shares))
+    return f"{median} % ({low} - {high})"
+
+
 STEP_CPU = "step_cpu.json"
 
 
@@ -472,6 +572,7 @@ def convergence_table(dirty: bool) -> str:
     """Losses of the fast step beside those of the plain one."""
     result = benchmark_result("convergence_cpu.json", dirty)
     lines = [
+        f"{result['machine_info']['processor']}, commit {result['commit_info']['id'][:12]}. "
         f"{result['steps']} updates of patch_tiny with 4 encoder layers, from the same weights, on the same audio in "
         "the same order with the same masks, without dropout, one run after the other. Single updates scatter: "
         "rounding grows from update to update, and each sees another batch.",
@@ -497,10 +598,11 @@ TABLES: dict[str, Callable[[bool], str]] = {
     "ops_cpu": lambda dirty: ops_table(benchmark_result("ops_cpu.json", dirty)),
     "masking_cpu": lambda dirty: masking_table(benchmark_result("masking_cpu.json", dirty)),
     "data_cpu": lambda dirty: data_table(benchmark_result("data_cpu.json", dirty)),
+    "data_rate_cpu": lambda dirty: data_rate_table(benchmark_result("data_cpu.json", dirty)),
     "convergence_cpu": convergence_table,
 }
 PAGES = {
-    "README.md": ("pretrain", "step_cpu", "ssast_cpu", "convergence_cpu"),
+    "README.md": ("pretrain", "data_rate_cpu", "step_cpu", "ssast_cpu", "convergence_cpu"),
     "docs/benchmarks.md": ("sweep_cpu", "ops_cpu", "masking_cpu", "data_cpu"),
 }
 
@@ -535,10 +637,29 @@ def own_page(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def ages() -> list[str]:
+    """Of each result file: its commit, and the commits to mae_ast_fast and kernels since."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        commit = result.get("commit_info", {}).get("id") if isinstance(result, dict) else None
+        if commit is None:
+            lines.append(f"{path.name}: names no commit")
+            continue
+        command = ["git", "rev-list", "--count", f"{commit}..HEAD", "--", "mae_ast_fast", "kernels"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        count = done.stdout.strip() or f"unknown, {done.stderr.strip()}"
+        lines.append(f"{path.name}: {commit[:12]}, commits to mae_ast_fast and kernels since: {count}")
+    return lines
+
+
 def main() -> int:
     import report_figures
 
     words = sys.argv[1:]
+    if "--check-age" in words:
+        print("\n".join(ages()))
+        return 0
     if "--results" in words:
         folder = Path(words[words.index("--results") + 1])
         (folder / "report.md").write_text(own_page(folder) + "\n")

@@ -100,7 +100,7 @@ def waterfall(result: dict[str, Any]) -> Any:
         labels.append(f"{name}\n{what}\nloss off by {columns[name]['loss_error']:.0e}")
         before = rate
     axis.set_xticks(range(len(ladder)), labels, fontsize=7)
-    axis.set(ylabel="clips/s", title=f"{case['param']}: what each step brings")
+    axis.set(ylabel="clips/s", title=f"{case['param']}: what each step brings (dropout 0.1 in all)")
     axis.title.set_fontsize(9)
     axis.margins(y=0.2)
     axis.grid(axis="y", alpha=0.3)
@@ -137,7 +137,7 @@ def ssast(result: dict[str, Any]) -> Any:
 
 
 def scaling(result: dict[str, Any]) -> Any:
-    """Time and memory against the clips of a batch and against the length of a clip, with fitted exponents."""
+    """Time and memory against the clips of a batch and against the length of a clip, with a fitted law."""
     from matplotlib.ticker import LogLocator
 
     figure, axes = _pyplot().subplots(2, 2, figsize=(9, 6.4), constrained_layout=True)
@@ -148,9 +148,9 @@ def scaling(result: dict[str, Any]) -> Any:
         for name, found in report.growth(result, factor).items():
             for axis, what in zip(row, ("seconds", "bytes"), strict=True):
                 if what in found:
-                    x, y, power = found[what]
+                    x, y, (*_, power) = found[what]
                     y = [value / 1e6 for value in y] if what == "bytes" else y
-                    axis.loglog(x, y, "o-", color=_color(name), markersize=4, label=f"{name}: exponent {power:.2f}")
+                    axis.loglog(x, y, "o-", color=_color(name), markersize=4, label=f"{name}: a + b x^{power:.2f}")
         for axis, what in zip(row, (f"seconds of a step, {of}", f"MB at the peak, {of}"), strict=True):
             if not axis.lines:  # fewer than two points were measured
                 continue

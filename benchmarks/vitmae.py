@@ -81,7 +81,7 @@ def pixels(features: Tensor, config: MAEASTConfig) -> Tensor:
     return ((features[:, None, :whole] + 6.0) / 8.0).contiguous()
 
 
-def check(model: nn.Module, image: Tensor, mask: Tensor, ours: nn.Module) -> float:
+def check(model: nn.Module, image: Tensor, mask: Tensor, ours: nn.Module) -> Tensor:
     """The loss for a mask (B, L), from the predictions, counted here.
 
     Raises:
@@ -102,4 +102,4 @@ def check(model: nn.Module, image: Tensor, mask: Tensor, ours: nn.Module) -> flo
     expected = sum(p.numel() for p in ours.parameters()) + more - less
     assert got == expected, f"ViTMAE has {got} parameters, expected {expected}"
     patches = F.unfold(image, size, stride=size).transpose(1, 2)
-    return (told.logits.float() - patches)[mask].square().mean().item()
+    return (told.logits.float() - patches)[mask].square().mean()

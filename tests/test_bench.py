@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -45,11 +47,38 @@ def test_ratios_are_medians_over_the_rounds() -> None:
     assert [line.split()[-2] for line in table.splitlines() if line.endswith(" x")] == ["2.00", "2.00", "1.00"]
 
 
-def test_another_loss_is_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([1.0, 1.1])
-    monkeypatch.setattr(bench, "_loss_without_dropout", lambda *arguments: next(losses))
-    with pytest.raises(ValueError, match=r"fast computes the loss 1\.1, reference 1\.0: nothing is timed"):
-        bench.bench("patch_tiny", 1, "cpu", 0.1, say=lambda line: None)
+def half(step: bench.TrainStep, update: Any, features: Any, mask: Any = None, **more: Any) -> Any:
+    return update(features[::2], mask=None if mask is None else mask[::2], **more)
+
+
+def still(step: bench.TrainStep, update: Any, *inputs: Any, **more: Any) -> Any:
+    step.optimizer.step = lambda: None
+    return update(*inputs, **more)
+
+
+def scaled(step: bench.TrainStep, update: Any, *inputs: Any, **more: Any) -> Any:
+    numbers = update(*inputs, **more)
+    return numbers._replace(grad_norm=numbers.grad_norm * 1.1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (half, r"fast computes the (loss|gradient's norm)"),
+        (scaled, r"fast computes the gradient's norm"),
+        (still, "fast: an update does not move"),
+    ],
+)
+def test_another_update_is_not_timed(
+    small: None, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any], message: str
+) -> None:
+    class Wrong(bench.TrainStep):
+        def __call__(self, *inputs: Any, **more: Any) -> Any:
+            return wrong(self, super().__call__, *inputs, **more)
+
+    monkeypatch.setattr(bench, "TrainStep", Wrong)
+    with pytest.raises(ValueError, match=message):
+        bench.bench("patch_tiny", 2, "cpu", 0.1, say=lambda line: None)
 
 
 @pytest.mark.parametrize(("spent", "size"), [(0.01, "base"), (0.6, "small"), (5.0, "tiny")])
@@ -62,7 +91,8 @@ def test_the_model_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, spe
         now[0] += spent / 3
         return torch.zeros(())
 
-    monkeypatch.setattr(bench, "make_columns", lambda *arguments: ([bench.Column("x", step)] * 3, 0.0))
+    column = bench.Column("x", torch.nn.Identity(), step)
+    monkeypatch.setattr(bench, "make_columns", lambda *arguments: ([column] * 3, 0.0))
     assert bench._largest(torch.device("cpu"), "fp32", 4, 60.0) == size
     assert MAEASTConfig.preset(f"patch_{size}").embed_dim in (192, 384, 768)
 

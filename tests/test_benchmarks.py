@@ -23,6 +23,8 @@ import bench_ops  # noqa: E402
 import report  # noqa: E402
 from measure import Turns  # noqa: E402
 
+from mae_ast_fast.shards import Batch, Shards  # noqa: E402
+
 
 def test_all_run_at_toy_sizes() -> None:
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
@@ -34,7 +36,7 @@ def test_all_run_at_toy_sizes() -> None:
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
-    cases = sum(len(points) for _, points in bench_ops.OPS.values()) + len(bench_masking.POINTS) + 6
+    cases = sum(len(points) for _, points in bench_ops.OPS.values()) + len(bench_masking.POINTS) + 8
     assert re.search(rf"\b{cases} passed", done.stdout) and "skipped" not in done.stdout, done.stdout
 
 
@@ -125,6 +127,108 @@ def test_wrong_log_mel_is_not_timed() -> None:
             bench_data.check_fbank(wrong, frames, waveforms, lengths)
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shards]:
+    """FLAC files of noise, and shards of them."""
+    for library in ("lhotse", "soundfile", "soxr", "torchaudio"):
+        pytest.importorskip(library, reason=f"needs {library}")
+    folder, rng = tmp_path_factory.mktemp("sound"), np.random.default_rng(0)
+    pcm = [rng.normal(0, 3000, 8000 + 160 * i).astype(np.int16) for i in range(4)]
+    flac = bench_data.write_flac(pcm, folder / "files")
+    return flac, bench_data.make_shards(flac, folder / "shards", "wav", len(pcm))
+
+
+def test_other_batches_than_of_the_files_are_not_timed(sound: tuple[Path, Shards]) -> None:
+    flac, shards = sound
+    windows = next(shards.batches(**bench_data.BATCHES))
+    names = [window.piece.name for window in windows]
+    right = shards.read(windows)
+    bench_data.check_batches([right], [names], flac)
+    assert right.lengths[0] < right.waveforms.shape[1]
+
+    def changed(place: int) -> Batch:
+        waveforms = right.waveforms.clone()
+        waveforms[0, place] += 1
+        return right._replace(waveforms=waveforms)
+
+    shifted = shards.read([windows[0].piece.window(1, windows[0].samples - 1), *windows[1:]])
+    fewer, one = shards.read(windows[1:]), [shards.read([window]) for window in windows]
+    faults = [("x", "damaged")]
+    for batches, order, message in (
+        ([changed(9)], [names], "other samples"),
+        ([changed(-1)], [names], "not zero"),
+        ([shifted], [names], "other samples"),
+        ([right._replace(faults=faults)], [names], "damaged"),
+        ([fewer], [names], "other clips"),
+        ([fewer], [names[1:]], "3 clips of 4 files"),
+        ([right, right], [names, names], "8 clips of 4 files"),
+        (one[::-1], [[name] for name in names], "another order"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            bench_data.check_batches(batches, order, flac)
+
+
+def test_other_features_than_the_official_ones_are_not_timed(
+    sound: tuple[Path, Shards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flac, shards = sound
+    batches = list(shards.batches(**bench_data.BATCHES))
+    order = [[window.piece.name for window in windows] for windows in batches]
+    columns = bench_data.feature_columns(
+        flac, order, {"wav": shards, "flac": shards}, {"wav": batches, "flac": batches}
+    )
+    official = columns.pop("official")
+    clip = bench_data.kaldi_fbank(bench_data.read_flac(flac / order[0][0], "float32"))
+    assert torch.equal(next(official())[0, : len(clip)], clip)
+    fbank = bench_data.fbank
+    wrong = {
+        "of another window": lambda *args: fbank(*args, frontend="ssast"),
+        "a frame later": lambda *args: (fbank(*args)[0].roll(1, 1), None),
+        "twice as loud": lambda waveforms, lengths: fbank(2 * waveforms, lengths),
+    }
+    for name, column in columns.items():
+        monkeypatch.setattr(bench_data, "fbank", fbank)
+        bench_data.check_features(name, column(), official())
+        for function in wrong.values():
+            monkeypatch.setattr(bench_data, "fbank", function)
+            with pytest.raises(AssertionError, match=f"{re.escape(name)}, batch 0"):
+                bench_data.check_features(name, column(), official())
+        with pytest.raises(ValueError, match="zip"):
+            bench_data.check_features(name, iter(()), official())
+
+
+def test_a_sampler_that_loses_clips_is_not_timed(sound: tuple[Path, Shards]) -> None:
+    _, shards = sound
+    plan = list(shards.batches(**bench_data.BATCHES))
+    piece = plan[0][0].piece
+    bench_data.check_plan(plan, 4, 1)
+    bench_data.check_plan([*plan, *plan], 4, 2)
+    for wrong, message in (
+        ([plan[0][1:]], "3 of 4 clips"),
+        ([*plan, plan[0][:1]], r"4 of 4 clips, \{1, 2\}"),
+        ([[*plan[0][1:], piece.window(0, 5)]], "in parts"),
+        ([plan[0] * 100], r"a batch of 2\d\d\.\d\d s"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            bench_data.check_plan(wrong, 4, 1)
+
+
+def test_a_run_that_went_wrong_is_not_reported() -> None:
+    row = {"loss": 3.0, "clips": 10, "clips_per_second": 5.0, "waited": 0.25, "faults": 0}
+    rows = [row | {"step": 1}, row | {"step": 2, "waited": 0.75}]
+    bench_data.check_run({"data_wait_share": 0.25}, rows, 2)
+    for changes, message in (
+        ({"loss": float("nan")}, "losses"),
+        ({"step": 3}, r"updates \[1, 3\], expected 2"),
+        ({"faults": 1}, "cannot be read"),
+        ({"waited": 0.0}, "a share of 0.25 in summary.json, of 0.0625"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            bench_data.check_run({"data_wait_share": 0.25}, [rows[0], rows[1] | changes], 2)
+    with pytest.raises(AssertionError, match=r"updates \[1\], expected 2"):
+        bench_data.check_run({"data_wait_share": 0.125}, rows[:1], 2)
+
+
 def test_columns_take_turns() -> None:
     ran: list[str] = []
     turns = Turns({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, wall=True, once=True)
@@ -154,19 +258,27 @@ def test_tables_count_from_raw_samples() -> None:
         result(x={"point": "p", "strategy": "s", "clips": 8, "tokens": 512, "columns": columns})
     ).splitlines()
     assert "commit cccccccccccc, load average 0.5 to 1.5" in masks[0] and "of 3 rounds" in masks[0]
-    assert masks[-2:] == [
+    assert masks[-1] == "Slower than the paper's loop: nothing." and "one mask for the whole batch" in masks[0]
+    assert masks[-4:-2] == [
         "| p | s | 8 | 512 | original | 400 (300 - 650) | 1.00 x | 20 |",
-        "| p | s | 8 | 512 | torch | 100 (100 - 200) | 3.00 x | 80 |",
-    ]
-    stages = [
-        {"load_batch": 1.0, "update": 9.0},
-        {"load_batch": 2.0, "update": 8.0},
-        {"load_batch": 3.0, "update": 7.0},
+        "| p | s | 8 | 512 | torch | 100 (100 - 200) | 3.00 x (2.00 - 4.00) | 80 |",
     ]
     of_data = {"columns": columns, "clips": 40, "audio_seconds": 100.0}
-    data = report.data_table(result(decode=of_data, run=of_data | {"stages": stages})).splitlines()
-    assert data[4] == "| decode | original | 400 (300 - 650) | 1.00 x | 100 | 250 | 125 |"
-    assert data[-1] == "Of a run's time: load_batch 20.0 % (15.0 - 25.0), update 80.0 % (75.0 - 85.0)."
+    run = of_data | {"columns": {"no worker": {"seconds": [1.0, 2.0, 4.0], "waiting": [0.1, 0.2, 0.4]}}}
+    run["columns"]["no worker"]["waiting_later"] = [0.0, 0.01, 0.01]
+    cases = {"decode": of_data, "loader[a]": of_data | {"goal": ["torch", 3.0]}}
+    cases |= {"loader[b]": of_data | {"goal": ["torch", 3.1]}, "run": run}
+    data = report.data_table(result(**cases)).splitlines()
+    assert data[4] == "| decode | original | 400 (300 - 650) | 1.00 x | 100 | 250 | 125 | 8 |"
+    assert data[10] == "| run | no worker | 2e+03 (1.5e+03 - 3e+03) | 1.00 x | 20 | 50 |  | 2 |"
+    assert data[12:] == [
+        "Goal: `torch` at least 3 x as fast as `original`. loader[a] 3.0 x, reached.",
+        "",
+        "Goal: `torch` at least 3.1 x as fast as `original`. loader[b] 3.0 x, missed.",
+        "",
+        "Of the time of a run of `pretrain`, waiting for data: no worker 20.0 % (15.0 - 30.0), in the second half of "
+        "its updates 1.0 % (0.5 - 1.0).",
+    ]
     op = {
         "op": "o",
         "point": "p",
@@ -177,5 +289,6 @@ def test_tables_count_from_raw_samples() -> None:
         "left_out": {"compiled": "no compiler"},
     }
     ops = report.ops_table(result(x=op)).splitlines()
-    assert ops[-3] == "| o | p | torch | 100 (100 - 200) | 3.00 x | 100 (100 - 200) | 3.00 x | 30 GB/s | 60 % |"
-    assert ops[-1] == "Left out: `compiled`: no compiler."
+    speed = "100 (100 - 200) | 3.00 x (2.00 - 4.00)"
+    assert ops[-5] == f"| o | p | torch | {speed} | {speed} | 30 GB/s | 60 % |"
+    assert ops[-3:] == ["Left out: `compiled`: no compiler.", "", "Slower than `original`: nothing."]

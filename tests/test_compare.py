@@ -29,6 +29,9 @@ def compare():
         (["kernels/info_nce.py"], ["bench_step.py", "bench_ops.py"]),
         (["mae_ast_fast/model.py"], ["bench_step.py"]),
         (["benchmarks/bench_ops.py"], ["bench_ops.py"]),
+        (["benchmarks/original.py"], ["bench_step.py", "bench_masking.py"]),
+        (["benchmarks/vitmae.py", "mae_ast_fast/bench.py"], ["bench_step.py"]),
+        (["benchmarks/op_cases.py"], ["bench_ops.py"]),
     ],
 )
 def test_what_changed_says_what_runs(compare, changed: list[str], files: list[str]) -> None:
@@ -44,9 +47,34 @@ def test_five_percent_of_the_median_is_slower(compare) -> None:
     base = result(fast=[1.0, 1.0, 1.0], reference=[1.0] * 3, original=[1.0] * 3, gone=[1.0] * 3)
     head = result(fast=[1.04, 1.04, 9.0], reference=[1.051] * 3, original=[2.0] * 3, new=[1.0] * 3)
     found = {column: (round(ratio, 3), slower) for _, column, ratio, slower in compare.verdict(base, head)}
-    assert found == {"fast": (0.962, False), "reference": (0.951, True), "original": (0.5, False)}
+    assert found == {"fast": (0.962, ""), "reference": (0.951, "slower"), "original": (0.5, "noise")}
     with pytest.raises(compare.Unusable, match="no column in common"):
         compare.verdict(result(fast=[1.0]), result(slow=[1.0]))
+
+
+def test_what_counts_was_seen_twice(compare, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """And a column that cannot have changed says whether anything can be told at all."""
+    monkeypatch.setattr(compare, "git", lambda *words: "mae_ast_fast/step.py\n" if words[0] == "diff" else "")
+    found = []
+    monkeypatch.setattr(compare, "compare", lambda *arguments: found.pop(0))
+
+    def run(*rounds: tuple[float, float]) -> int:
+        for original, fast in rounds:
+            columns = {"original": original, "fast": fast}
+            base = result(**{name: [value] for name, value in columns.items()})
+            found.append(compare.verdict(base, result(original=[1.0], fast=[1.0])))
+        code = compare.main(["x"])
+        assert not found
+        return code
+
+    assert run((1.0, 1.0)) == 0  # and not measured again
+    assert run((1.0, 0.9), (1.0, 1.0)) == 0
+    assert run((1.0, 0.9), (1.0, 0.9)) == 1
+    assert run((0.9, 1.0), (1.0, 0.9)) == 0
+    capsys.readouterr()
+    for original in (0.9, 1.1):
+        assert run((original, 0.9), (original, 0.9)) == 2
+        assert "too noisy here" in capsys.readouterr().err
 
 
 def test_several_timings_of_a_column_are_each_judged(compare) -> None:
@@ -55,7 +83,7 @@ def test_several_timings_of_a_column_are_each_judged(compare) -> None:
         return {"benchmarks": [{"fullname": "b.py::c", "extra_info": {"columns": columns}}]}
 
     rows = compare.verdict(timed(1.0, 1.0), timed(1.0, 2.0))
-    assert [(column, slower) for _, column, _, slower in rows] == [("fast forward", False), ("fast both", True)]
+    assert [(column, slower) for _, column, _, slower in rows] == [("fast forward", ""), ("fast both", "slower")]
 
 
 def test_rounds_take_turns_to_the_last(compare, tmp_path: Path) -> None:
@@ -71,7 +99,7 @@ for _ in range(int(sys.argv[2])):
         with open({str(said)!r}, "a") as file:
             file.write(sys.argv[1] + " " + what + chr(10))
 """
-    for rounds, expected in (((3, 3), "ABABAB"), ((1, 3), "ABBB"), ((0, 2), "BB")):
+    for rounds, expected in (((3, 3), "ABBAAB"), ((1, 3), "ABBB"), ((0, 2), "BB")):
         said.write_text("")
         sides = [
             compare.Side([sys.executable, "-c", code, name, str(count)], dict(os.environ), tmp_path / f"{name}.log")

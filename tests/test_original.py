@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,10 +128,7 @@ def test_sweeps_change_one_factor_at_a_time(cases: tuple[bench_step.Case, ...]) 
         assert (case.preset, case.precisions, case.rounds) == (base.preset, base.precisions, base.rounds)
         ours, theirs = case.config.to_dict(), base.config.to_dict()
         different = {name for name in ours if ours[name] != theirs[name]}
-        if case.seconds != base.seconds:  # then the clips of a batch follow, and figures are given by the clip
-            different.add("seconds")
-        elif case.clips != base.clips:
-            different.add("clips")
+        different |= {name for name in ("seconds", "clips") if getattr(case, name) != getattr(base, name)}
         assert different == ({case.factor} if case.factor else set())
 
 
@@ -160,14 +158,76 @@ def test_the_step_benchmark_refuses_another_loss(case: str, name: str, parameter
     bench_step.check(list(columns.values()))
     with torch.no_grad():
         columns[name].model.get_parameter(parameter)[::2].add_(0.3)
-    with pytest.raises(AssertionError, match=f"{name}: loss"):
+    with pytest.raises(AssertionError, match=f"{name}: (loss|gradient)"):
         bench_step.check([columns[name]])
+
+
+def skips(what: str, column: bench_step.Column, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks a column that updates by TrainStep."""
+    update, model = column.update, column.model
+    if what in ("half the clips", "half the frames"):
+
+        def less(features: torch.Tensor, frames: list[int], mask: torch.Tensor | None = None, **more: Any) -> Any:
+            if what == "half the clips":
+                clips = len(frames) // 2
+                return update(features[:clips], frames[:clips], None if mask is None else mask[:clips], **more)
+            width = features.shape[1] // 2
+            mask = None if mask is None else mask[:, : mask.shape[1] // 2]
+            return update(features[:, :width].contiguous(), [width] * len(frames), mask, **more)
+
+        less.restore, less.lr, less.graphs = update.restore, update.lr, None
+        column.update = less
+    elif what == "optimizer":
+        monkeypatch.setattr(update.optimizer, "step", lambda: None)
+    elif what == "encoder's gradient":
+        model.encoder.register_forward_hook(lambda module, inputs, out: detached(out))
+    elif what == "a layer":
+        layer = model.encoder.layers[0]
+        with torch.no_grad():
+            for x in (layer.out_proj.weight, layer.fc2.weight):
+                x.zero_()
+
+
+def detached(out: Any) -> Any:
+    return out.detach() if isinstance(out, torch.Tensor) else type(out)(map(detached, out))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("what", ["half the clips", "half the frames", "optimizer", "encoder's gradient", "a layer"])
+def test_a_step_that_skips_something_is_not_timed(what: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(bench_step.ON_CPU[1].toy(), columns=("fast",), precisions=(precision,))
+    make = bench_step.make_columns
+
+    def broken(*arguments: Any) -> list[bench_step.Column]:
+        columns = make(*arguments)
+        skips(what, columns[0], monkeypatch)
+        return columns
+
+    bench_step.measure(case, compiled=False, toy=True)
+    monkeypatch.setattr(bench_step, "make_columns", broken)
+    told = {"optimizer": "does not move", "encoder's gradient": "gradient's norm|does not move"}
+    with pytest.raises(AssertionError, match=told.get(what, "loss|gradient's norm")):
+        bench_step.measure(case, compiled=False, toy=True)
+
+
+def test_a_check_leaves_no_trace() -> None:
+    columns = [*toy_columns("frame_small").values(), *toy_columns("ssast patch_small").values()]
+    before = [{n: x.clone() for n, x in column.model.state_dict().items()} for column in columns]
+    bench_step.check(columns)
+    for column, kept in zip(columns, before, strict=True):
+        for name, x in column.model.state_dict().items():
+            assert torch.equal(x, kept[name]), name
+        assert all(module.training for module in column.model.modules())
+        assert [float(group["lr"]) for group in column.optimizer.param_groups] == [pytest.approx(bench_step.LR)]
+        moments = [x for state in column.optimizer.state.values() for x in state.values()]
+        assert moments and not any(x.any() for x in moments)
+        assert all(p.grad is None for p in column.model.parameters())
 
 
 def test_a_column_without_dropout_has_none() -> None:
     def twice(column: bench_step.Column) -> list[float]:
         batch = column.kind.batches[0]
-        mask = column.kind.yardstick(batch)[0]
+        mask = column.kind.yardstick.draw(batch)
         return [column.kind.loss(batch, mask).item() for _ in range(2)]
 
     without = next(c for name, c in toy_columns("ssast patch_small").items() if name.startswith("fast, no dropout"))
@@ -199,5 +259,5 @@ def test_vitmae_is_of_our_sizes() -> None:
         with pytest.raises(AssertionError, match="parameters, expected"):
             vitmae.check(column.model, image, mask, deeper)
     column.model.patchify = lambda image, **options: torch.zeros(*mask.shape, toy.config.patch_dim)
-    with pytest.raises(AssertionError, match="vitmae: loss"):
+    with pytest.raises(AssertionError, match=r"vitmae: (loss|gradient)"):
         bench_step.check([column])

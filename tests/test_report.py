@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from policy import CONVERGED_FIRST, CONVERGED_LAST
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -105,9 +106,10 @@ def step_result() -> dict[str, Any]:
         return {f"{name} bf16": a_column([took / speed] * 3, "bf16", **sizes) for name, speed in speeds.items()}
 
     cases["sweep base"] = a_case("sweep", swept(4, 10.0))
-    cases["sweep clips 8"] = a_case("sweep", swept(8, 10.0), factor="clips", clips=8)
-    for seconds, clips in ((5.0, 2), (20.0, 1)):
-        case = a_case("sweep", swept(clips, seconds), factor="seconds", seconds=seconds, clips=clips)
+    for clips in (1, 2, 8):
+        cases[f"sweep clips {clips}"] = a_case("sweep", swept(clips, 10.0), factor="clips", clips=clips)
+    for seconds in (5.0, 20.0, 40.0):
+        case = a_case("sweep", swept(4, seconds), factor="seconds", seconds=seconds)
         cases[f"sweep seconds {seconds:g}"] = case
     cases["sweep mask_ratio 0.5"] = a_case("sweep", swept(4, 10.0), factor="mask_ratio", mask_ratio=0.5)
     return {
@@ -125,8 +127,9 @@ def test_the_step_table_counts_from_raw_samples() -> None:
     )
     assert lines[4:9] == [
         "| a, 4 clips | original | 4 (3 - 6.5) | 1.00 x | 1 (1 - 1) | 1.00 x | 50 % | 4 | 2,000 | 40.0 | 2 | 40 % |",
-        "| a, 4 clips | reference | 4 (4 - 4) | 1.00 x |  |  | 25 % | 1 | 500 | 10.0 | 2 | 10 % |",
-        "| a, 4 clips | fast | 1 (1 - 2) | 3.00 x | 0.5 (0.375 - 0.5) | 2.00 x | 25 % | 8 | 4,000 | 80.0 | 1 | 80 % |",
+        "| a, 4 clips | reference | 4 (4 - 4) | 1.00 x (0.50 - 2.25), tie |  |  | 25 % | 1 | 500 | 10.0 | 2 | 10 % |",
+        "| a, 4 clips | fast | 1 (1 - 2) | 3.00 x (2.00 - 4.00) | 0.5 (0.375 - 0.5) | 2.00 x (2.00 - 4.00) "
+        "| 25 % | 8 | 4,000 | 80.0 | 1 | 80 % |",
         "| mixed, 4 clips | original |  |  | 1 (1 - 1) | 1.00 x | 50 % | 4 | 2,000 | 30.0 | 2 | 40 % |",
         "| mixed, 4 clips | reference |  |  | 1 (1 - 1) | 1.33 x | 25 % | 4 | 2,000 | 40.0 | 2 | 40 % |",
     ]
@@ -154,7 +157,7 @@ def test_growth_is_fitted() -> None:
         powers = {
             (factor, what): round(power, 6)
             for factor in ("clips", "seconds")
-            for what, (*_, power) in report.growth(result, factor)[name].items()
+            for what, (*_, (_, _, power)) in report.growth(result, factor)[name].items()
         }
         assert powers == {
             ("clips", "seconds"): 1.0,
@@ -165,13 +168,42 @@ def test_growth_is_fitted() -> None:
     lines = report.sweep_table(result).splitlines()
     assert "| length of a clip: 20 s | 1,000 | 500 | 2 | 2 | 2.00 x |" in lines
     assert [line.split(" | ")[0] for line in lines[4:-2]] == [
-        "| clips a batch: 4",
-        "| clips a batch: 8",
-        *(f"| length of a clip: {seconds} s" for seconds in (5, 10, 20)),
+        *(f"| clips a batch: {clips}" for clips in (1, 2, 4, 8)),
+        *(f"| length of a clip: {seconds} s" for seconds in (5, 10, 20, 40)),
         *(f"| mask ratio: {ratio}" for ratio in (0.5, 0.75)),
         "| layers of the encoder: 12",
     ]
-    assert "with length of a clip, `fast` time 2.00, memory 1.00" in lines[-1]
+    assert "with length of a clip, `fast` time 2.00 (fixed 0 %), memory 1.00 (fixed 0 %)" in lines[-1]
+
+
+def test_a_fixed_cost_is_no_power() -> None:
+    x = [1.0, 2.0, 5.0, 10.0, 60.0]
+    for a, b, p in ((7.0, 0.5, 1.0), (0.0, 2.0, 1.7), (100.0, 0.01, 2.0)):
+        assert report.law(x, [a + b * value**p for value in x]) == pytest.approx((a, b, p), abs=1e-6)
+    assert report.law(x, [4.0] * 5)[:2] == pytest.approx((4.0, 0.0), abs=1e-6)
+
+
+def test_ties_are_told() -> None:
+    assert report.ranged([1.2, 1.1, 1.3]) == "1.20 x (1.10 - 1.30)"
+    assert report.ranged([1.2, 0.9, 1.3]) == "1.20 x (0.90 - 1.30), tie"
+    slow = a_column([1.0, 1.0, 1.0])
+    columns = {"fast": slow, "sometimes": a_column([2.0, 2.0, 0.9]), "never": a_column([1.1, 2.0, 2.0])}
+    assert report.ahead_of_fast({"a": {"columns": columns}}) == ["`sometimes` on a, 0.50 x (0.50 - 1.11), tie"]
+
+
+def test_mfu_is_against_the_best_round_of_the_product() -> None:
+    case = {"peak": {"fp32": {"seconds": [0.4, 0.1, 0.2], "work": 10**10}}}
+    assert report.mfu(case, a_column([1.0, 2.0, 4.0])) == pytest.approx(20 / 100)
+
+
+def test_the_fast_step_learns_what_the_plain_one_learns() -> None:
+    """By the committed run; the precision's part is read from the table."""
+    result = json.loads((report.RESULTS / "convergence_cpu.json").read_text())
+    distances = [abs(far) for far in report.distances(result, "fast")]
+    assert len(distances) >= 200 and sum(distances[:20]) / 20 <= CONVERGED_FIRST
+    last = {name: sum(row["loss"] for row in column["rows"][-20:]) for name, column in result["columns"].items()}
+    for name, loss in last.items():
+        assert abs(loss / last["reference"] - 1.0) <= CONVERGED_LAST, name
 
 
 def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
