@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 BASE ?= main
-# Nearly every test keeps one core busy: side by side they take half the time. (Those of test-ci see to that themselves.)
-SIDE_BY_SIDE ?= -n auto --maxprocesses 4
+# Nearly every test keeps one core busy: side by side they take half the time. A file's tests share what they set up.
+SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -18,7 +18,7 @@ test: $(VENV)/test.done
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-ci: $(VENV)/test.done
-	$(BIN)/python -m pytest -m ci $(ARGS)
+	$(BIN)/python -m pytest -m ci $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: $(VENV)/test.done
 	$(BIN)/python -m pytest -m "" --timeout 3600 --results tests/results/test-all.txt $(ARGS)

@@ -285,10 +285,13 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
                 raise ValueError(f"{config} has more layers than the {len(weights)} tensors there")
             with torch.device("meta"):
                 expected = kinds[name](config).state_dict()
-            for key in expected.keys() & weights.keys():
-                if expected[key].shape != weights[key].shape:
-                    got = f"expected {tuple(expected[key].shape)}, got {tuple(weights[key].shape)}"
-                    raise ValueError(f"{key}: {got}")
+            differing = [
+                f"{key}: expected {tuple(shape)}, got {tuple(weights[key].shape)}"
+                for key, shape in ((key, expected[key].shape) for key in expected if key in weights)
+                if weights[key].shape != shape
+            ]
+            if differing:
+                raise ValueError("; ".join(differing))
         except Exception as error:  # safetensors' own exception class is not public
             raise ValueError(f"{path} is damaged or does not fit its config.json: {error}") from None
         model = kinds[name](config, impl=impl, attention=attention)

@@ -188,7 +188,8 @@ def _pretrain(argv: Sequence[str]) -> int:
     try:
         summary = pretrain.pretrain(options)
     except pretrain.Stopped as stop:
-        print(f"{PROGRAM} pretrain: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all of torchrun's processes stop, one says so
+            print(f"{PROGRAM} pretrain: {stop}", file=sys.stderr)
         return stop.exit_code
     except (pretrain.NonFiniteLoss, corpus.CorpusError) as error:
         raise CommandError(str(error)) from error
@@ -390,9 +391,6 @@ def _prepare(argv: Sequence[str]) -> int:
         raise CommandError(str(error)) from error
     given = {"form": given.pop("format", "wav"), "workers": os.cpu_count() or 1, **given}
     found = prepare.prepare_shards(source, out, split=split, **given)
-    for reason, finding in found["skipped"].items():
-        some = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
-        tell(f"skipped {finding['count']}: {reason}: {some}")
     size = sum(size for _, size in found["shards"]) / 1e6
     print(
         f"{out}: {found['clips']} of {found['files']} clips, {found['hours']:.2f} hours, {size:,.1f} MB in "

@@ -124,6 +124,12 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------ Lhotse's cuts
 
 
+def _refuse_programs(event: str, _: tuple[Any, ...]) -> None:
+    """An audit hook: Lhotse gives a shell what a manifest says (sources of type command, "pipe:", names of .sph)."""
+    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"):
+        raise PermissionError("a manifest may name files and URLs, and no program to run")
+
+
 def serve_cuts() -> None:
     """A decoding process for cuts, as ``audio.serve`` is one for files.
 
@@ -136,8 +142,10 @@ def serve_cuts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not get between the replies
+    import lhotse.audio.backend  # noqa: F401 (what starts programs to find its libraries does so now)
     from lhotse.serialization import deserialize_item
 
+    sys.addaudithook(_refuse_programs)
     print("ready", file=replies, flush=True)
     shard = _ShardCuts()
     for line in sys.stdin:

@@ -57,7 +57,10 @@ class World:
 
     def largest(self, value: int) -> int:
         """Of all processes' numbers."""
-        return max(self.gather(value))
+        values = torch.tensor(value)
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gave, anything that pickles, in their order."""

@@ -41,6 +41,7 @@ PACKAGES = {  # distribution -> what it is there for
     "torchaudio": "train",
     "soundfile": "train",
     "soxr": "train",
+    "lhotse": "train",
     "av": "train",
     "tensorboard": "train",
     "jsonargparse": "train",

@@ -121,6 +121,8 @@ class PretrainOptions:
         for name, allowed in {**choices, "recompute": RECOMPUTE, "parallel": PARALLEL}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.parallel == "fsdp" and (self.precision == "fp16" or self.compile or self.graphs):
+            raise ValueError("parallel=fsdp takes fp32 and bf16, neither compile nor graphs: use parallel=ddp")
         config = self.model_config()
         if self.recompute == "gelu" and config.activation_dropout > 0.0:
             raise ValueError(

@@ -45,6 +45,7 @@ _SHARD_BYTES = (1 << 24, 1 << 30)  # ... this, of source files
 _SILENT_PEAK = 1e-3  # the idle noise of G.722, which codes silence, peaks at 4e-4
 _CLIPPED_SHARE = 1e-3  # of the samples at full scale
 _MAX_NAMES = 1000  # names listed for one finding of a report; its count is always whole
+_LINE = 1 << 24  # bytes of a manifest's line at most
 _HEADER = 128  # bytes at the beginning of an .npy file
 _EVERY = 2.0  # seconds between two lines of progress
 
@@ -290,7 +291,8 @@ def _shar_fields(names: Iterable[str]) -> dict[str, list[str]]:
 def _json_lines(path: str) -> Iterator[dict[str, Any]]:
     fs, name = file_system(path)
     with open(name, "rb") if fs is None else fs.open(name, "rb") as file:
-        for line in gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file:
+        lines = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+        while line := lines.readline(_LINE):
             yield json.loads(line)
 
 
@@ -386,8 +388,15 @@ def write_shards(plan: Plan, out: str | os.PathLike, workers: int = 2, progress:
         shutil.rmtree(partial / "work", ignore_errors=True)
         for name in ("shards", "results", "work"):
             (partial / name).mkdir(exist_ok=True)
+        if progress:
+            done = len(list((partial / "results").iterdir()))
+            more = f", going on after {done} of {len(plan.shards)} shards" if done else ""
+            print(f"decoding {len(plan.entries):,} clips to 16 kHz mono in {out}{more}", file=sys.stderr, flush=True)
         _decode_all(plan, partial, workers, progress)
         report = _write_manifests(plan, partial)
+        for reason, finding in report["skipped"].items() if progress else ():
+            some = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
+            print(f"skipped {finding['count']}: {reason}: {some}", file=sys.stderr, flush=True)
         if out.exists():  # empty, or damaged, and its report says that it was made of the same
             shutil.rmtree(out)
         write_json(report_path, report)

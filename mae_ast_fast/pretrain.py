@@ -13,6 +13,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         Stopped: SIGTERM or Ctrl-C arrived; the run was saved.
     """
     run = Path(options.out)
-    with world(options.device) as peers:
+    with world(options.device) as peers, _only_run(run) if peers.first else contextlib.nullcontext():
         _check_same_run(run, options)
         shards = training_shards(options)
+        if len(set(peers.gather(shards.identity))) > 1:
+            raise ValueError(f"expected the same data in all processes, got others in some of them: {shards.source}")
         trainer = Trainer(options, run, shards, peers)
         held_out = held_out_set(trainer.model, shards, options)
         if peers.first:
-            run.mkdir(parents=True, exist_ok=True)
             write_json(run / "options.json", dataclasses.asdict(options))
             write_json(run / "data_report.json", shards.report)
             print(_headline(options, trainer, len(held_out.names)), flush=True)
@@ -388,6 +390,23 @@ class _Signals:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _only_run(run: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder while it lasts; a killed holder lets go."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "lock", "w") as file:
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's processes would inherit it
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"a run is going on in {run}: wait for it, stop it, or use another --out") from None
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
 def _check_same_run(run: Path, options: PretrainOptions) -> None:
     """Refuses to go on with a run under options that would make it another one."""
     path = run / "options.json"
@@ -445,8 +464,10 @@ def _headline(options: PretrainOptions, trainer: Trainer, held_out: int) -> str:
     name = options.preset or options.init_from or "patch_tiny"
     report, peers = trainer.shards.report, trainer.peers
     together = f"{peers.size} processes ({options.parallel}), " if peers.size > 1 else ""
+    size = f"{report['hours']:.2f} h in {report['clips']} clips" if report else "clips that no report counts"
+    threads = torch.get_num_threads()
     return (
         f"{options.model} {name}: {millions:.1f} M parameters, {trainer.precision} on {together}{trainer.device} "
-        f"({torch.get_num_threads()} threads); {report.get('hours', 0.0):.2f} h in {report.get('clips', 0)} clips, "
-        f"{held_out} to evaluate on ({report.get('split', '')}); run folder {options.out}"
+        f"({threads} thread{'s' * (threads > 1)}); {size}, {held_out} to evaluate on"
+        f"{' (' + report['split'] + ')' if report else ''}; run folder {options.out}"
     )

@@ -42,6 +42,8 @@ _BUCKETS = 20  # of like lengths: a batch is padded by no more than a bucket's w
 _POLL_SECONDS = 5.0  # between two looks at whether the loader's workers still live
 _RESTARTS = 3  # of the loader's workers, in a row
 _SHARDS_A_LANE = 4  # at least, where lanes take whole shards: fewer would differ much in length
+_EMPTY_EPOCHS = 20  # in a row, after which a lane is taken to have no clips at all
+_LINE = 1 << 20  # bytes of a manifest's line at most
 _RETRIES = 3  # of reading a manifest, or a part of a remote file
 _LONGEST_SECONDS = 3600  # of a piece; ours have two minutes, and memory must not follow what a damaged line says
 
@@ -173,6 +175,10 @@ class Shards:
         sizes = dict(self.report.get("shards", ())) if self._fs is not None else {}  # a web server may list nothing
         sizes = sizes or prepare.list_files(self._fs, self._root)
         self.shards = sorted(name for name in sizes if name.startswith("recording.") and name.endswith(".tar"))
+        wanted = [name for name, _ in self.report.get("shards", ())]
+        wanted += [f"recording.{name.split('.')[1]}.tar" for name in sizes if name.startswith("cuts.")]
+        if self.shards and (absent := sorted(set(wanted) - set(sizes))):
+            raise ValueError(f"{self.source} lacks {len(absent)} of its shards: {', '.join(absent[:20])}")
         if not self.shards:
             raise FileNotFoundError(f"no Lhotse Shar in {self.source}: expected cuts.*.jsonl.gz, recording.*.tar")
         digest = hashlib.sha256(json.dumps([[name, sizes[name]] for name in self.shards]).encode())
@@ -218,7 +224,7 @@ class Shards:
                         raise
                     time.sleep(2**attempt)
             with gzip.open(io.BytesIO(content)) as lines:
-                for line in lines:
+                while line := lines.readline(_LINE):
                     yield Piece.of(shard, json.loads(line))
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             if manifest not in self.faults:
@@ -503,7 +509,8 @@ def loader(
 
     Each of an update's ``micro_batches`` has an order of its own, of its share of the epoch (its lane), and goes from
     epoch to epoch by itself; a process takes an equal, consecutive part of these lanes. So what an update computes
-    knows neither the number of processes nor of workers, and a process lists no more than its lanes.
+    knows neither the number of processes nor of workers, and where there are four shards for each lane, a process lists
+    no other shards than its own.
 
     Args:
         shards: To read.
@@ -570,12 +577,13 @@ def _lane(
     epoch_batches: Callable[..., Iterator[list[Window]]], position: tuple[int, int], shards: Shards
 ) -> Iterator[tuple[list[Window], int, tuple[int, int]]]:
     """The batches of a lane from a position on: windows, their epoch, and the position behind them."""
-    epoch, batch = position
+    (epoch, batch), empty = position, 0
     while True:
         for windows in epoch_batches(epoch=epoch, skip=batch):
             batch += 1
             yield windows, epoch, (epoch, batch)
-        if not batch:
+        empty = 0 if batch else empty + 1  # of few clips a lane may get none in one epoch and some in the next
+        if empty == _EMPTY_EPOCHS:
             raise ValueError(f"{shards.source} gives no clip of min_seconds to train on, for each of the micro_batches")
         epoch, batch = epoch + 1, 0
 
@@ -686,9 +694,14 @@ def open_data(
     Raises:
         ValueError: Nothing usable, or nothing can be held out.
     """
-    if isinstance(source, (str, os.PathLike)) and prepare.kind_of(source) == "prepared":
-        return Shards(source)
-    plan = prepare.plan(source, min_seconds=min_seconds, split=split)
+    try:
+        if isinstance(source, (str, os.PathLike)) and prepare.kind_of(source) == "prepared":
+            return Shards(source)
+        plan = prepare.plan(source, min_seconds=min_seconds, split=split)
+    except (OSError, ImportError) as error:
+        if "://" not in str(source):
+            raise
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}") from error  # fsspec says little
     folder = Path(cache) / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers, progress=progress)

@@ -129,7 +129,8 @@ def test_signatures_are_the_contracts() -> None:
     none_after = [("features", "required"), ("lengths", None)]
     how = [("impl", "auto"), ("attention", "auto"), ("recompute", "none")]
     assert signature(MAEAST.__init__) == [("config", "required"), *how]
-    assert signature(MAEAST.forward) == [*none_after, ("mask", None), ("generator", None), ("sizes", None)]
+    more = [("mask", None), ("generator", None), ("sizes", None), ("statistics", None)]
+    assert signature(MAEAST.forward) == [*none_after, *more]
     assert signature(MAEAST.extract_features) == [*none_after, ("layer", None)]
     assert signature(MAEAST.from_fairseq_state_dict)[:2] == [("state_dict", "required"), ("cfg", "required")]
     assert signature(fbank) == [

@@ -653,3 +653,32 @@ def test_the_command_makes_shards(recordings, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "default_clips", lambda cache, packages: (entries, {}))
     assert cli.main(["prepare", "--out", str(tmp_path / "corpus")]) == 0
     assert "whole packages and voices" in capsys.readouterr().out
+
+
+def test_a_manifest_runs_no_program(tmp_path):
+    """Lhotse would: for sources of type command, behind "pipe:", for names of .sph, inside an augmentation."""
+    for i in range(2):
+        write(tmp_path, f"{i}.wav", noise(1.0, i))
+    wav, mark = tmp_path / "0.wav", f"touch {tmp_path}/ran"
+
+    def cut(number: int, kind: str, source: str, transforms: list | None = None) -> dict:
+        sources = [{"type": kind, "channels": [0], "source": source}]
+        recording = {"id": f"r{number}", "sources": sources, "sampling_rate": 16000, "num_samples": 16000}
+        recording |= {"duration": 1.0, **({"transforms": transforms} if transforms else {})}
+        times = {"start": 0.0, "duration": 1.0, "channel": 0, "supervisions": []}
+        return {"id": f"c{number}", **times, "recording": recording, "type": "MonoCut"}
+
+    room = cut(0, "command", f"{mark}4; cat {wav}")["recording"]
+    lines = [
+        cut(0, "file", str(wav)),
+        cut(1, "file", str(tmp_path / "1.wav")),
+        cut(2, "command", f"{mark}0; cat {wav}"),
+        cut(3, "file", f"pipe:{mark}1"),
+        cut(4, "url", f"pipe:{mark}2"),
+        cut(5, "file", f"/x.sph; {mark}3 #.sph"),
+        cut(6, "file", str(wav), [{"name": "ReverbWithImpulseResponse", "kwargs": {"rir": room}}]),
+    ]
+    (tmp_path / "cuts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = prepare_shards(tmp_path / "cuts.jsonl", tmp_path / "out", workers=1, progress=False)
+    assert not list(tmp_path.glob("ran*"))
+    assert report["clips"] == 2 and sum(found["count"] for found in report["skipped"].values()) == 5

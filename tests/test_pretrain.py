@@ -276,6 +276,19 @@ def test_other_options_in_the_same_folder(options: PretrainOptions) -> None:
     pretrain(dataclasses.replace(options, keep=1, log_every=5))
 
 
+def test_two_runs_in_one_folder(options: PretrainOptions, tmp_path: Path) -> None:
+    long = dataclasses.replace(options, steps=500, evaluate_every=500, save_every=500)
+    process = subprocess.Popen(command(long, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_step(process, Path(options.out), 2)
+        with pytest.raises(ValueError, match="a run is going on in"):
+            pretrain(long)
+    finally:
+        process.kill()
+        process.wait()
+    pretrain(options)
+
+
 def test_a_start_that_failed_binds_nothing(options: PretrainOptions, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pretrain(dataclasses.replace(options, data=str(tmp_path / "mistyped")))

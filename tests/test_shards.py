@@ -499,6 +499,25 @@ def test_lanes_share_an_epoch_out(folder, monkeypatch, least):
     assert names[0, 0] != names[1, 0]
 
 
+def test_a_lane_may_be_empty_for_an_epoch(tmp_path):
+    data = write_manifests(tmp_path / "few", [[RATE] * 3, [RATE]])
+    for seed in range(8):
+        options = {**OPTIONS, "seed": seed, "micro_batches": 4}
+        items = itertools.islice(loader(data, **options), 80)
+        epochs = [batch.epoch for batch, _ in items]
+        assert len(epochs) == 80 and max(epochs) > 5
+
+
+def test_shards_that_are_not_there_are_missed(own_folder):
+    gone = Shards(own_folder).shards[1]
+    (own_folder / gone).unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 of its shards: {gone}"):
+        Shards(own_folder)
+    own_folder.with_name(f"{own_folder.name}.report.json").unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 of its shards: {gone}"):  # its manifest is there
+        Shards(own_folder)
+
+
 class Sabotaged(Shards):
     """Misbehaves in a worker when it is to read the recording ``name``: as often as ``marks`` allows."""
 
