@@ -63,7 +63,9 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         Stopped: SIGTERM or Ctrl-C arrived; the run was saved.
     """
     run = Path(options.out)
-    with world(options.device) as peers, _only_run(run) if peers.first else contextlib.nullcontext():
+    with world(options.device) as peers, contextlib.ExitStack() as stack:
+        if known := peers.first and run.is_dir():
+            stack.enter_context(_only_run(run))
         _check_same_run(run, options)
         shards = training_shards(options)
         if len(set(peers.gather(shards.identity))) > 1:
@@ -71,6 +73,8 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         trainer = Trainer(options, run, shards, peers)
         held_out = held_out_set(trainer.model, shards, options)
         if peers.first:
+            if not known:  # made only now: a start that fails leaves nothing
+                stack.enter_context(_only_run(run))
             write_json(run / "options.json", dataclasses.asdict(options))
             write_json(run / "data_report.json", shards.report)
             print(_headline(options, trainer, len(held_out.names)), flush=True)

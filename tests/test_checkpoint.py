@@ -488,7 +488,7 @@ LARGER = {"ffn_dim": 20_000}  # some 25 MB: a kill comes while they are written
 
 
 @pytest.mark.parametrize(
-    "case", ["new", pytest.param("again", marks=pytest.mark.ci), pytest.param("timed", marks=pytest.mark.ci)]
+    "case", ["new", pytest.param("again", marks=pytest.mark.long), pytest.param("timed", marks=pytest.mark.long)]
 )
 def test_a_kill_at_any_instant_leaves_the_old_or_the_new_one(tmp_path: Path, case: str) -> None:
     """Before every open, mkdir, rename and remove of a save in turn, of a new step or of one again; and at any time."""

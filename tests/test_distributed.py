@@ -345,7 +345,7 @@ def test_four_processes_are_one(tmp_path: Path) -> None:
     assert_like_each_other(results, cases)
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_two_processes_compile(tmp_path: Path) -> None:
     results = start(2, tmp_path, ["compiled"])
     assert_same(results[1]["compiled"], run(mae_ast(encoder_layers=1), ALONE, steps=1))

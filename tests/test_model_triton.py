@@ -192,7 +192,7 @@ def test_what_the_kernels_do_not_take() -> None:
         model(features.double(), frames, mask)
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_fifty_steps_stay_together() -> None:
     """Training on one batch with masks drawn anew: the losses of both implementations, step by step."""
     losses = []

@@ -156,7 +156,7 @@ def test_a_step_is_that_of_its_slowest_rank() -> None:
     assert scaling.middle(rounds, "together") == 3.0  # of 2 (2, 2, 3) and 4
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_processes_are_measured_for_real(tmp_path: Path) -> None:
     target = tmp_path / "told.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -398,7 +398,7 @@ def test_rounded_up_sizes_change_nothing(objective: str, frames: list[int]) -> N
     assert len(wide.pred_classification) > rows
 
 
-@pytest.mark.parametrize("objective", ["joint", pytest.param("joint_two_pass", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("objective", ["joint", pytest.param("joint_two_pass", marks=pytest.mark.long)])
 def test_one_graph_for_all_batches_of_a_bucket(objective: str) -> None:
     model = build(layers=1, objective=objective)
     torch._dynamo.reset()

@@ -150,7 +150,7 @@ def compiled(model: MAEAST) -> tuple[object, torch._dynamo.testing.CompileCounte
     return torch.compile(model, fullgraph=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.long)])
 def test_one_graph_for_all_batches_of_a_bucket(path: str) -> None:
     model = build(path, encoder_layers=1)
     graph, counter = compiled(model)

@@ -218,7 +218,8 @@ def test_recomputing_changes_no_bit(recompute: str, impl: str, norm_first: bool)
         assert torch.equal(gradient, found[1][1][name]), name
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+# In the interpreter it takes 20 s.
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.long)])
 def test_recomputing_gelus_keeps_one_hidden_tensor_less_a_layer(impl: str) -> None:
     how = {"impl": impl, "encoder_layers": 3, "decoder_layers": 2}
     kept = {}
