@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,24 +257,32 @@ def _check_length(path: str, found: float, stated: float) -> None:
         raise AudioError(path, "truncated", f"the header states {stated:.1f} s, the file holds {found:.1f} s")
 
 
-def serve() -> None:
-    """A decoding process: [audio path, PCM path] comes in, a result goes out, each a line of JSON."""
+def serve(
+    begin: Callable[[], Callable[[Any, Any, Any], dict[str, Any]]] = lambda: _decode_to, who: str = "the decoder"
+) -> None:
+    """A decoding process: [audio path, PCM path] comes in, a result goes out, each a line of JSON.
+
+    Args:
+        begin: Called once in the process; gives what decodes a path to an open file, as ``_decode_to`` does.
+        who: It is, in the reason of what no ``AudioError`` explains.
+    """
     import faulthandler
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; its end closes our stdin
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not get between the replies
+    decode = begin()
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         path, pcm_path = json.loads(line)
         try:
             with open(pcm_path, "wb") as pcm:
-                result = _decode_to(path, pcm, lambda: faulthandler.dump_traceback_later(_STALL_SECONDS, exit=True))
+                result = decode(path, pcm, lambda: faulthandler.dump_traceback_later(_STALL_SECONDS, exit=True))
         except AudioError as error:
             result = {"reason": error.reason}
         except Exception as error:  # decoders raise all sorts, and one file must not stop the pass
-            result = {"reason": f"{type(error).__name__} in the decoder"}
+            result = {"reason": f"{type(error).__name__} in {who}"}
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(result), file=replies, flush=True)
 
@@ -284,18 +292,34 @@ def to_pcm16(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
 
 
+def write_pcm16(blocks: Iterable[np.ndarray], pcm: Any, alive: Any, digest: Any = None) -> dict[str, Any]:
+    """Writes blocks of float samples as int16 and tells of them: ``samples``, ``peak``, ``full_scale``.
+
+    Args:
+        blocks: (s,) each, full scale 1.
+        pcm: Open file.
+        alive: Called after each block.
+        digest: A hashlib object, updated with what is written.
+    """
+    samples, full_scale, peak = 0, 0, 0.0
+    for block in blocks:
+        size = np.abs(block)
+        samples, peak = samples + block.size, max(peak, float(size.max(initial=0.0)))
+        full_scale += int(np.count_nonzero(size >= _FULL_SCALE))
+        written = to_pcm16(block).tobytes()
+        if digest is not None:
+            digest.update(written)
+        pcm.write(written)
+        alive()
+    return {"samples": samples, "peak": peak, "full_scale": full_scale}
+
+
 def _decode_to(path: str, pcm: Any, alive: Any) -> dict[str, Any]:
     """Writes int16 PCM; ``alive()`` winds up a watchdog that works even where a decoder never returns to Python."""
     alive()
-    samples, full_scale, peak, digest = 0, 0, 0.0, hashlib.md5(usedforsecurity=False)
-    for block in decode_blocks(path):
-        size = np.abs(block)
-        samples, peak = samples + block.size, max(peak, float(size.max()))
-        full_scale += int(np.count_nonzero(size >= _FULL_SCALE))
-        pcm.write(to_pcm16(block).tobytes())
-        alive()
+    result, digest = write_pcm16(decode_blocks(path), pcm, alive), hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
             alive()
-    return {"samples": samples, "md5": digest.hexdigest(), "peak": peak, "full_scale": full_scale}
+    return {**result, "md5": digest.hexdigest()}

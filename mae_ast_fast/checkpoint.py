@@ -92,7 +92,7 @@ def training_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def export(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> MAEAST | SSAST:
+def export(source: str | os.PathLike[str], folder: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
     """Writes model.safetensors and config.json of whatever ``load_model`` reads, and returns the model.
 
     A checkpoint of a run is read without a process group, however many processes wrote it.
@@ -100,10 +100,11 @@ def export(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> MA
     Args:
         source: As of ``load_model``.
         folder: Folder, made where it does not exist.
+        **init: ``impl`` and ``attention`` of the model.
 
     Raises:
         ValueError: As ``load_model``.
     """
-    model = load_model(source)
+    model = load_model(source, **init)
     model.save_pretrained(folder)
     return model

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,41 +131,29 @@ def _refuse_programs(event: str, _: tuple[Any, ...]) -> None:
 
 
 def serve_cuts() -> None:
-    """A decoding process for cuts, as ``audio.serve`` is one for files.
+    """A decoding process for cuts: ``audio.serve``, where JSON stands for a path.
 
-    What stands for a path is JSON: ``{"cut": {...}}``, a line of a CutSet manifest, or ``{"shar": {"cuts": FILE,
-    "recording": FILE}, "index": N}``, the N-th cut of a shard, of which the next is read without going back.
+    ``{"cut": {...}}``, a line of a CutSet manifest, or ``{"shar": {"cuts": FILE, "recording": FILE}, "index": N}``, the
+    N-th cut of a shard, of which the next is read without going back.
     """
-    import faulthandler
-    import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
-    import lhotse.audio.backend  # noqa: F401 (what starts programs to find its libraries does so now)
-    from lhotse.serialization import deserialize_item
+    def begin() -> Callable[[str, Any, Any], dict[str, Any]]:
+        import lhotse.audio.backend  # noqa: F401 (what starts programs to find its libraries does so now)
+        from lhotse.serialization import deserialize_item
 
-    sys.addaudithook(_refuse_programs)
-    print("ready", file=replies, flush=True)
-    shard = _ShardCuts()
-    for line in sys.stdin:
-        what, pcm_path = json.loads(line)
-        what = json.loads(what)
+        sys.addaudithook(_refuse_programs)
+        shard = _ShardCuts()
 
-        def alive() -> None:
-            faulthandler.dump_traceback_later(audio._STALL_SECONDS, exit=True)
-
-        try:
+        def decode(line: str, pcm: Any, alive: Any) -> dict[str, Any]:
             alive()
-            cut = deserialize_item(what["cut"]) if "cut" in what else shard.get(what["shar"], what["index"], pcm_path)
-            with open(pcm_path, "wb") as pcm:
-                result = _decode_cut(cut, pcm, alive)
-        except AudioError as error:
-            result = {"reason": error.reason}
-        except Exception as error:  # any library may be behind a cut, and one cut must not stop the pass
-            result = {"reason": f"{type(error).__name__} in Lhotse"}
-        faulthandler.cancel_dump_traceback_later()
-        print(json.dumps(result), file=replies, flush=True)
+            what, digest = json.loads(line), hashlib.md5(usedforsecurity=False)
+            cut = deserialize_item(what["cut"]) if "cut" in what else shard.get(what["shar"], what["index"], pcm.name)
+            result = audio.write_pcm16(_cut_blocks(cut), pcm, alive, digest)
+            return {**result, "md5": digest.hexdigest()}  # of the samples, in place of the file's
+
+        return decode
+
+    audio.serve(begin, "Lhotse")
 
 
 class _ShardCuts:
@@ -199,8 +187,8 @@ class _ShardCuts:
                 return cut
 
 
-def _decode_cut(cut: Any, pcm: Any, alive: Any) -> dict[str, Any]:
-    """Writes int16 PCM; what ``audio`` finds in a file, with a digest of the samples in place of the file's."""
+def _cut_blocks(cut: Any) -> Iterator[np.ndarray]:
+    """Blocks of float32 (s,), 16 kHz mono, of a Lhotse cut."""
     import soxr
 
     if not cut.has_recording and type(cut).__name__ != "MixedCut":
@@ -209,25 +197,14 @@ def _decode_cut(cut: Any, pcm: Any, alive: Any) -> dict[str, Any]:
     if not 1000 <= rate <= 768000:
         raise AudioError(cut.id, "sample rate outside 1 kHz - 768 kHz")
     resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", quality="HQ")
-    parts = -(-cut.duration // _CUT_SECONDS)
-    samples, full_scale, peak, digest = 0, 0, 0.0, hashlib.md5(usedforsecurity=False)
-    for part in range(max(1, int(parts))):
+    parts = max(1, int(-(-cut.duration // _CUT_SECONDS)))
+    for part in range(parts):
         start = part * _CUT_SECONDS
-        piece = cut if parts <= 1 else cut.truncate(offset=start, duration=min(_CUT_SECONDS, cut.duration - start))
-        loaded = piece.load_audio()
-        mono = np.atleast_2d(loaded).mean(axis=0, dtype=np.float32)
+        piece = cut if parts == 1 else cut.truncate(offset=start, duration=min(_CUT_SECONDS, cut.duration - start))
+        mono = np.atleast_2d(piece.load_audio()).mean(axis=0, dtype=np.float32)
         if not np.isfinite(mono).all():
             raise AudioError(cut.id, "NaN or infinite samples")
-        if resampler is not None:
-            mono = resampler.resample_chunk(mono, last=part == max(1, int(parts)) - 1)
-        size = np.abs(mono)
-        samples, peak = samples + mono.size, max(peak, float(size.max(initial=0.0)))
-        full_scale += int(np.count_nonzero(size >= audio._FULL_SCALE))
-        block = audio.to_pcm16(mono).tobytes()
-        digest.update(block)
-        pcm.write(block)
-        alive()
-    return {"samples": samples, "md5": digest.hexdigest(), "peak": peak, "full_scale": full_scale}
+        yield mono if resampler is None else resampler.resample_chunk(mono, last=part == parts - 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- split

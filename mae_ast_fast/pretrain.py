@@ -100,9 +100,8 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.checkpoints = Checkpoints(run, options.keep)
         found = self.checkpoints.peek()
-        self.micro_batches = options.micro_batches or peers.size
+        self.micro_batches = options.micro_batches or (peers.size if found is None else found.state["micro_batches"])
         if found is not None:
-            self.micro_batches = options.micro_batches or found.state["micro_batches"]
             kind = checkpoint.MODELS[options.model]
             model = kind(found.config, impl=options.impl, attention=options.attention)
         else:
@@ -317,9 +316,8 @@ class Trainer:
 
     def finish(self, held_out: HeldOut) -> dict[str, Any]:
         """Evaluates, draws and writes what a finished run leaves."""
-        checkpoint.export(self.checkpoints.newest(), self.run)
-        model = checkpoint.load_model(self.run, impl=self.options.impl, attention=self.options.attention)
-        model = model.to(self.device)
+        init = {"impl": self.options.impl, "attention": self.options.attention}
+        model = checkpoint.export(self.checkpoints.newest(), self.run, **init).to(self.device)
         report = evaluate(model, held_out)
         by_kind = {}
         for kind in sorted(set(held_out.kinds) - {""}):

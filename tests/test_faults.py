@@ -28,6 +28,7 @@ import torch
 import yaml
 from policy import DECODER_BYTES, PROCESSES, PROCESSES_WEIGHTS, RSS_GROWTH, max_rel
 from safetensors.torch import load_file
+from toy_audio import write_gliding_tones
 
 from mae_ast_fast import checkpoint, cli
 from mae_ast_fast import pretrain as pretrain_module
@@ -108,18 +109,7 @@ def before(trainer):
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 recordings of 0.5 - 4 s in 6 folders: gliding tones under noise, so that there is something to learn."""
-    folder = tmp_path_factory.mktemp("data") / "audio"
-    rng = np.random.default_rng(0)
-    for i in range(30):
-        seconds = rng.uniform(0.5, 4.0)
-        t = np.arange(int(seconds * RATE)) / RATE
-        pitch = 200 * (1 + i % 6) * (1 + 0.3 * np.sin(2 * np.pi * rng.uniform(0.3, 2.0) * t))
-        wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / RATE) + 0.02 * rng.standard_normal(t.size)
-        path = folder / f"voice{i % 6}" / f"take{i}.wav"
-        path.parent.mkdir(exist_ok=True, parents=True)
-        soundfile.write(path, wave, RATE)
-    return folder
+    return write_gliding_tones(tmp_path_factory.mktemp("data") / "audio")
 
 
 @pytest.fixture
