@@ -155,7 +155,8 @@ class Trainer:
             return model
         config = options.model_config()
         if isinstance(config, SSASTConfig) and not {"mean", "std"} <= set(options.model_args):
-            mean, std = log_mel_statistics(self.shards, options)
+            # One process's: a clip that another could not read must not make their models differ.
+            mean, std = self.peers.gather(log_mel_statistics(self.shards, options))[0]
             config = dataclasses.replace(config, **{"mean": mean, "std": std, **options.model_args})
         return checkpoint.MODELS[options.model](config, **init)
 

@@ -167,7 +167,9 @@ def nobody_has_clips(here: World) -> bool:
 
 
 def tell(here: World) -> tuple[Any, ...]:
-    total = here.sum(torch.tensor([1 + here.rank, 5], dtype=torch.float64))
+    values = torch.tensor([1 + here.rank, 5], dtype=torch.float64)
+    total = here.sum(values)
+    assert values.tolist() == [1 + here.rank, 5]  # the caller's own stay
     return here.rank, here.size, here.first, total.tolist(), here.largest(-here.rank), here.gather(f"from {here.rank}")
 
 

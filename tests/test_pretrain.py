@@ -24,6 +24,7 @@ from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, checkpoint, f
 from mae_ast_fast import pretrain as pretrain_module
 from mae_ast_fast.cli import TRAIN_EXTRA
 from mae_ast_fast.config import SSAST_OBJECTIVES
+from mae_ast_fast.distributed import World
 from mae_ast_fast.options import PretrainOptions, learning_rate
 from mae_ast_fast.pretrain import NonFiniteLoss, pretrain
 from mae_ast_fast.resume import Checkpoints
@@ -431,6 +432,17 @@ def test_ssast_sees_its_own_front_end_normalised_by_the_training_data(
     for x, name in [*zip(seen[0], names, strict=True), *zip(held_out[0].features, held_out[0].names, strict=True)]:
         expected = (log_mel(audio / name, 4.0) - given["mean"]) / (2 * given["std"])
         assert torch.equal(x[: len(expected)], expected)
+
+
+def test_ssast_is_normalised_by_the_first_process_statistics(
+    options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(self: World, value: Any) -> list[Any]:
+        return [(-5.0, 3.0), value] if isinstance(value, tuple) else [value]
+
+    monkeypatch.setattr(World, "gather", gather)
+    config = pretrain(of_ssast(options, steps=1))["config"]
+    assert (config["mean"], config["std"]) == (-5.0, 3.0)
 
 
 @pytest.mark.parametrize("objective", ["joint", "joint_two_pass"])
