@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,10 +24,29 @@ from .config import MAEASTConfig, SSASTConfig
 from .fbank import fbank
 from .masking import num_visible
 from .ops import resolve_impl
-from .packing import Sizes
-from .transformer import RECOMPUTE, Execution
+from .packing import Packing, Sizes
+from .transformer import RECOMPUTE, Execution, Stack
 
 Model = TypeVar("Model", bound="PretrainingModel")
+
+
+@dataclass
+class Encoded:
+    """Features of clips of which nothing is masked, their tokens packed.
+
+    Attributes:
+        x: (N, D), the encoder's output, or that of the layer that was asked for.
+        states: (N, D) of each layer, the first one's first.
+        rows: Clip and token of each row.
+        block: (N,) int64 time block of each row: patches of a block have the same frames and other mel bins.
+        band: (N,) int64 frequency block of each row, 0 the lowest mel bins.
+    """
+
+    x: Tensor
+    states: list[Tensor]
+    rows: Packing
+    block: Tensor
+    band: Tensor
 
 
 def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, values: bool = True) -> Tensor:
@@ -70,6 +90,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
     config_class: ClassVar[type[MAEASTConfig] | type[SSASTConfig]]
     model_type: ClassVar[str]  # in config.json; also the name of the front end in fbank.py
     patch_embed: nn.Linear
+    encoder: Stack
 
     def __init__(
         self,
@@ -111,6 +132,29 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
     def normalize(self, features: Tensor) -> Tensor:
         """Log-mel to what ``forward`` takes: unchanged where the model normalises by itself."""
         return features
+
+    @property
+    def mean_feature(self) -> float:
+        """The feature that the model's normalisation takes to 0."""
+        return 0.0
+
+    def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+        """Encodes all tokens, nothing masked: what probing and fine-tuning start from.
+
+        Args:
+            features: (B, T, F), as for ``forward``.
+            lengths: (B,) real frames of each clip; None: all T. A clip's last patch is filled up with zeros.
+            layer: Stop after this layer, counted from 1. None: the whole encoder.
+
+        Raises:
+            ValueError: Inputs of the wrong shape or dtype, a layer that does not exist.
+        """
+        raise NotImplementedError
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the encoder."""
+        return len(self.encoder.layers)
 
     @property
     def max_frames(self) -> int:
@@ -193,6 +237,10 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         lengths = check_lengths(lengths, batch, width, values)
         on_gpu = features.device.type == "cuda"  # a copy to the GPU must not wait; one from it must
         return lengths.to(features.device, torch.long, non_blocking=on_gpu)
+
+    def _check_layer(self, layer: int | None) -> None:
+        if layer is not None and (type(layer) is not int or not 1 <= layer <= self.num_layers):
+            raise ValueError(f"layer must be an integer in 1..{self.num_layers}, got {layer!r}")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **hub: Any) -> str | None:
         """Writes model.safetensors and config.json, each in one step: a reader never sees half a file.

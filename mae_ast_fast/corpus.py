@@ -35,7 +35,13 @@ _SOUNDS = ("scratch", "sonic-pi-samples", "ufoai-sound")
 DEFAULT_PACKAGES = (*_PROMPTS.values(), "asterisk-moh-opsound-g722", *_GAMES, *_SOUNDS)
 # Held out is the first of a kind that can be, with every package that shares a voice: en and es are one woman's.
 _HELD_OUT = {"speech": (_PROMPTS["it"], _PROMPTS["ru"], _PROMPTS["fr"], *reversed(_GAMES)), "sound": _SOUNDS}
-_ARCHIVES = {"ufoai-sound": ("0snd.pk3",)}  # zip files that hold the audio
+_ARCHIVES = {  # zip files that hold the audio; all but the first are of packages that only small_tasks.py fetches
+    "ufoai-sound": ("0snd.pk3",),
+    "0ad-data": ("public.zip",),
+    "openarena-081-players": ("pak2-players.pk3",),
+    "openarena-data": ("pak0.pk3", "mp-pak0.pk3"),
+    "warzone2100-data": ("base.wz",),
+}
 _NOT_RECORDED = {("sonic-pi-samples", "usr/share/sonic-pi/buffers/rand-stream.wav")}  # a table of random numbers
 _MARKER = ".complete"
 _STALL_SECONDS = 120.0  # apt-get without a byte or a word for so long hangs
@@ -48,6 +54,10 @@ class CorpusError(RuntimeError):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}\nTo pretrain on audio of your own: --data DIR (a folder of audio files).")
+
+
+class NotInRelease(CorpusError):
+    """None of the packages that were asked for is in this system's release."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,8 @@ def fetch(
     release lacks is named and left out (``NAME.lacking`` in the cache remembers it).
 
     Raises:
-        CorpusError: No apt-get or dpkg-deb, no network, no space, or none of the packages in this release.
+        CorpusError: No apt-get or dpkg-deb, no network, or no space.
+        NotInRelease: None of the packages is in this release.
     """
     if bad := [name for name in packages if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name)]:
         raise ValueError(f"expected names of Debian packages, got {', '.join(map(repr, bad))}")
@@ -109,7 +120,7 @@ def fetch(
     if missing:
         progress(f"not in this system's release, going on without: {', '.join(missing)}")
     if not there:
-        raise CorpusError(f"none of the corpus's packages is in this system's release ({', '.join(packages)})")
+        raise NotInRelease(f"none of the corpus's packages is in this system's release ({', '.join(packages)})")
     return Corpus(cache, there, missing)
 
 

@@ -130,3 +130,41 @@ def plot_reconstruction(model: MAEAST | SSAST, clips: HeldOut, path: Path) -> No
         axes[row][0].set_ylabel("mel bin")
         axes[row][1].set_xlabel(f"{kind}{clips.names[row]}  (s)", fontsize=8, parse_math=False)
     _save(figure, path)
+
+
+def plot_confusion(counts: np.ndarray, labels: Sequence[str], title: str, path: Path) -> None:
+    """Draws a confusion matrix (C, C): shares of each true class, and the counts where there is room for them."""
+    plt = _pyplot()
+    classes = len(labels)
+    size = min(4.0 + 0.32 * classes, 24.0)
+    figure, axis = plt.subplots(figsize=(size + 1.0, size), constrained_layout=True)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure.colorbar(axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0), label="share of the true class", shrink=0.8)
+    if classes <= 40:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+    step = -(-classes // 100)
+    ticks = range(0, classes, step)
+    names = [labels[i] for i in ticks]
+    axis.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
+    axis.set_yticks(ticks, names, fontsize=8, parse_math=False)
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    _save(figure, path)
+
+
+def plot_learning(history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
+    """Learning curves of a fine-tuning run, a line a round: loss, and ``metric`` on the clips to choose by."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    rounds = list(dict.fromkeys(row["fold"] for row in history))
+    for axis, key, title in ((axes[0], "loss", "training loss"), (axes[1], "valid", f"{metric} on validation clips")):
+        for name in rounds:
+            rows = [row for row in history if row["fold"] == name]
+            label = f"fold {name}" if name else None
+            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], ".-", label=label)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        if len(rounds) > 1:
+            axis.legend(fontsize=7)
+    _save(figure, path)

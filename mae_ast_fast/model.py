@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, reference
-from .base import PretrainingModel
+from .base import Encoded, PretrainingModel
 from .config import MAEASTConfig
 from .packing import Packing, Sizes, real_tokens
 from .transformer import SITES, Execution, Positions, Stack, linear
@@ -274,9 +274,24 @@ class MAEAST(PretrainingModel):
         Raises:
             ValueError: Inputs of the wrong shape or dtype, a layer that does not exist, more than 48,000 tokens.
         """
+        found = self.encode(features, lengths, layer)
+        rows, clips = found.rows, len(features)
+        width = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
+
+        def unpack(x: Tensor) -> Tensor:
+            return x.new_zeros(clips, width, x.shape[1]).index_put((rows.clip, rows.token), x)
+
+        return Features(unpack(found.x), [unpack(state) for state in found.states], rows.counts)
+
+    @property
+    def mean_feature(self) -> float:
+        """The running mean of ``input_norm``."""
+        return float(self.input_norm.running_mean)
+
+    def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+        """As ``extract_features``, the tokens of all clips packed."""
         config = self.config
-        if layer is not None and (type(layer) is not int or not 1 <= layer <= config.encoder_layers):
-            raise ValueError(f"layer must be an integer in 1..{config.encoder_layers}, got {layer!r}")
+        self._check_layer(layer)
         frames = self._check(features, lengths)
         kt = config.patch_size[0]
         valid = real_tokens(frames, features.shape[1])[:, :, None]
@@ -290,12 +305,8 @@ class MAEAST(PretrainingModel):
         with torch.autocast(features.device.type, enabled=False):
             rows = every.clip, every.token, config.patch_size
             patches = ops.gather_patches(features, mean, scale, *rows, dtype=dtype, impl=run.impl)
-            _, states = out = self._encode(patches, every, width, run, layer)
-
-        def unpack(x: Tensor) -> Tensor:
-            return x.new_zeros(len(frames), width, x.shape[1]).index_put((every.clip, every.token), x)
-
-        return Features(unpack(out[0]), [unpack(state) for state in states], tokens)
+            x, states = self._encode(patches, every, width, run, layer)
+        return Encoded(x, states, every, every.token // config.grid_f, every.token % config.grid_f)
 
     def _encode(
         self, patches: Tensor, rows: Packing, width: int, run: Execution, layer: int | None = None

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .base import PretrainingModel
+from .base import Encoded, PretrainingModel
 from .config import SSASTConfig
 from .fairseq import read_state_dict
 from .model import MAEASTOutput
@@ -162,10 +163,49 @@ class SSAST(PretrainingModel):
             passes = [self._encode(features, real, m, s, dtype, run) for m, s in zip(masks, each, strict=True)]
             return self._losses(passes, tuple(masks) if two else masks[0], run)
 
+    def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+        """Features of all patches, nothing masked (paper, section 2.4); those of the class tokens are left out."""
+        self._check_layer(layer)
+        frames = self._check(features, lengths)
+        kt, grid_f = self.config.patch_size[0], self.config.grid_f
+        valid = real_tokens(frames, features.shape[1])[:, :, None]
+        features = F.pad(torch.where(valid, features, 0), (0, 0, 0, -features.shape[1] % kt))
+        features, n_t = features[:, : self.config.grid_t * kt], min(features.shape[1] // kt, self.config.grid_t)
+        blocks = ((frames + kt - 1) // kt).clamp(max=n_t)
+        real = real_tokens(blocks, n_t)[:, None, :].expand(-1, grid_f, -1).flatten(1)
+        tokens = (blocks * grid_f).tolist()
+        sizes = Sizes.of(tokens, [0] * len(tokens))
+        dtype = self._compute_dtype(features.device)
+        run = self._execution(features.device, dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            x, every, *_ = self._embed(features, real, torch.zeros_like(real), sizes, dtype, run)
+            x, states = self.encoder(x, every, run, layer)
+        patches = (every.token >= CLASS_TOKENS).nonzero().squeeze(1)
+        rows = Packing.of(real, sizes.visible, sizes.most_visible)
+        states = [state[patches] for state in states]
+        return Encoded(x[patches], states, rows, rows.token % n_t, rows.token // n_t)
+
     def _encode(
         self, features: Tensor, real: Tensor, mask: Tensor, sizes: Sizes, dtype: torch.dtype, run: Execution
     ) -> _Pass:
-        """One pass: visible patches embedded, the mask token for the others, class tokens in front, all encoded."""
+        """One pass: all rows of ``_embed`` encoded, the output of the masked ones alone."""
+        x, every, visible, masked, target = self._embed(features, real, mask, sizes, dtype, run)
+        selected = torch.cat((real.new_ones(len(real), CLASS_TOKENS), real), 1)
+        rank = selected.cumsum(1) - 1  # of a token among the rows of its clip
+        place = every.cu_seqlens[masked.clip] + rank[masked.clip, masked.token + CLASS_TOKENS]
+        only = masked, torch.where(masked.valid, place, len(every.clip))
+        x = self.encoder(x, every, run, only=only)[0]
+        return _Pass(x, target.detach(), masked, (visible.counts > 0) & (masked.counts > 0))
+
+    def _embed(
+        self, features: Tensor, real: Tensor, mask: Tensor, sizes: Sizes, dtype: torch.dtype, run: Execution
+    ) -> tuple[Tensor, Packing, Packing, Packing, Tensor]:
+        """Visible patches embedded, the mask token for the others, class tokens in front, positions added.
+
+        Returns:
+            What goes into the encoder (N, D) with its packing; the packings of visible and of masked tokens; the masked
+            patches.
+        """
         config = self.config
         kt, kf = config.patch_size
         clips, n_t = len(real), features.shape[1] // kt
@@ -195,12 +235,7 @@ class SSAST(PretrainingModel):
         table, width = self._positions(n_t), selected.shape[1]
         place = torch.where(every.valid, every.clip * width + every.token, clips * width)
         x = x + _Positions.apply(table, place, clips, dtype)
-
-        rank = selected.cumsum(1) - 1  # of a token among the rows of its clip
-        place = every.cu_seqlens[masked.clip] + rank[masked.clip, masked.token + CLASS_TOKENS]
-        only = masked, torch.where(masked.valid, place, len(every.clip))
-        x = self.encoder(x, every, run, only=only)[0]
-        return _Pass(x, target.detach(), masked, (visible.counts > 0) & (masked.counts > 0))
+        return x, every, visible, masked, target
 
     def _positions(self, n_t: int) -> Tensor:
         """(2 + L, D) positions of the class tokens and of the leading ``n_t`` time blocks."""

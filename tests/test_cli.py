@@ -26,16 +26,20 @@ from mae_ast_fast import (
     bench,
     cli,
     corpus,
+    datasets,
     doctor,
     fbank,
+    finetune,
     inference,
     kernel_report,
     prepare,
     pretrain,
+    small_tasks,
     tune,
 )
 from mae_ast_fast import checkpoint as checkpoint_module
 from mae_ast_fast.checkpoint import load_fairseq
+from mae_ast_fast.classifier import AudioClassifier
 from mae_ast_fast.cli import COMMANDS, main
 from mae_ast_fast.evaluate import HeldOut, evaluate
 from mae_ast_fast.inference import extract_file, masked_clips
@@ -148,10 +152,15 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint_module, "load_model", reached)
     monkeypatch.setattr(checkpoint_module, "load_fairseq", reached)
     monkeypatch.setattr(pretrain, "pretrain", reached)
+    monkeypatch.setattr(finetune, "finetune", reached)
+    monkeypatch.setattr(finetune, "probe", reached)
+    monkeypatch.setattr(AudioClassifier, "from_pretrained", reached)
     monkeypatch.setattr(doctor, "examine", reached)
     monkeypatch.setattr(kernel_report, "examine", reached)
     monkeypatch.setattr(prepare, "prepare_npy", reached)
     monkeypatch.setattr(prepare, "prepare_shards", reached)
+    monkeypatch.setattr(small_tasks, "build", reached)
+    monkeypatch.setitem(datasets.READERS, "esc50", reached)
     monkeypatch.setattr(tune, "tune", reached)
     monkeypatch.setattr(bench, "bench", reached)
     for command in COMMANDS:
@@ -167,7 +176,7 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
     [
         (["pretrian"], "unknown command pretrian; did you mean pretrain?"),
         (["feature", "x.wav"], "unknown command feature; did you mean features?"),
-        (["zzz"], "unknown command zzz; commands are pretrain, prepare, features"),
+        (["zzz"], "unknown command zzz; commands are pretrain, prepare, "),
         (["--versoin"], "unknown option --versoin; did you mean --version?"),
         (["--steps", "3"], "unknown option --steps; a command's options stand after it"),
         (["pretrain", "--stesp", "3"], "pretrain: error: unknown option --stesp; did you mean --steps?"),

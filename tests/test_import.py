@@ -13,12 +13,12 @@ import mae_ast_fast
 # Optional extras, and what the contract names. tqdm is not among them: huggingface_hub imports it.
 OPTIONAL = [
     *("triton", "torchaudio", "lhotse", "soundfile", "soxr", "av", "matplotlib", "tensorboard", "jsonargparse"),
-    *("fairseq", "timm", "flash_attn", "scipy", "pytest"),
+    *("fairseq", "timm", "flash_attn", "scipy", "pytest", "transformers", "torchmetrics", "s3prl"),
 ]
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(mae_ast_fast.__path__, "mae_ast_fast.")
-    if ".kernels" not in module.name and not module.name.endswith("__main__")
+    if ".kernels" not in module.name and not module.name.endswith(("__main__", ".hf"))  # hf.py is transformers' classes
 )
 
 BLOCK = f"""

@@ -51,6 +51,7 @@ def test_wheel_and_sdist_hold_the_package(built: Path) -> None:
     modules = {path.name for path in (ROOT / "mae_ast_fast").glob("*.py")}
     assert {f"mae_ast_fast/{name}" for name in modules} <= set(names)
     assert {"mae_ast_fast/kernels/__init__.py", "mae_ast_fast/assets/manifest.tsv.gz"} <= set(names)
+    assert "mae_ast_fast/assets/tasks/esc14.tsv.gz" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2 and "mae_ast_fast" in tops, f"only the package and its metadata, got {tops}"

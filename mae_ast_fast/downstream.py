@@ -1,0 +1,288 @@
+"""What probing and fine-tuning share: the task's audio, its examples, and what a run reports."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import corpus
+from .atomic import write_json, write_whole
+from .base import PretrainingModel
+from .checkpoint import load_model
+from .classifier import AudioClassifier, longest_seconds
+from .inference import encoder_alone, pick_device
+from .model import MAEAST
+from .options import ProbeOptions, native_bf16
+from .scores import confusion, interval, score
+from .tasks import Round, Task, Waveforms, batches, read_task
+
+_BATCH_SECONDS = 160.0  # of audio that is encoded at once where nothing is learned
+_STEP_SECONDS = 0.02  # between two moments of a frame-level task
+
+
+@dataclass
+class Examples:
+    """What is classified: the clips of a task, or moments of them.
+
+    Attributes:
+        clip: (n,) int64, index of the clip of each example, ascending.
+        time: (n,) float64 seconds into the clip; 0 where the clip itself is the example.
+        targets: (n, C) bool.
+    """
+
+    clip: np.ndarray
+    time: np.ndarray
+    targets: np.ndarray
+
+    @classmethod
+    def of(cls, task: Task, audio: Waveforms) -> Examples:
+        """The clips of a task, or moments 20 ms apart of those that give audio."""
+        if not task.frame_level:
+            return cls(np.arange(len(task.clips)), np.zeros(len(task.clips)), task.targets())
+        owner, time_of, label = [], [], []
+        known = {name: k for k, name in enumerate(task.labels)}
+        for i, clip in enumerate(task.clips):
+            ends = np.array([end for end, _ in clip.phones])
+            last = min(float(ends[-1]), float(audio.seconds[i]))
+            times = np.arange(_STEP_SECONDS / 2, last, _STEP_SECONDS)
+            for moment, k in zip(times, np.searchsorted(ends, times, side="right"), strict=True):
+                if (name := clip.phones[k][1]) in known:
+                    owner.append(i)
+                    time_of.append(moment)
+                    label.append(known[name])
+        return cls(np.array(owner), np.array(time_of), np.eye(len(known), dtype=bool)[label])
+
+    def of_clips(self, clips: Sequence[int]) -> np.ndarray:
+        """Indices (n,) of the examples of these clips, clip by clip as they are given."""
+        first = np.searchsorted(self.clip, clips, side="left")
+        last = np.searchsorted(self.clip, clips, side="right")
+        return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+
+
+@dataclass
+class Tested:
+    """What a round found: probabilities (n, C) of its test examples, and how the choice was made."""
+
+    round: Round
+    probabilities: np.ndarray
+    valid: float
+    classifier: AudioClassifier | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """What probing and fine-tuning share: the task, its audio, the encoder, and what is reported."""
+
+    def __init__(self, options: ProbeOptions, mode: str) -> None:
+        self.options, self.mode, self.out = options, mode, Path(options.out)
+        self.began = time.perf_counter()
+        self.task = task = read_task(options.data, options.root, options.multi_label)
+        self.device = pick_device(options.device)
+        best = "bf16" if native_bf16(self.device) else "fp32"
+        self.precision = best if options.precision == "auto" else options.precision
+        model = load_model(options.checkpoint, impl=options.impl, attention=options.attention)
+        self.encoder = (encoder_alone(model) if isinstance(model, MAEAST) else model).to(self.device).eval()
+        self.max_seconds = options.max_seconds or min(10.0, longest_seconds(self.encoder))
+        self.metric = options.metric or ("map" if task.multi_label else "accuracy")
+        # A linear layer that is thrown away: what does not fit the encoder shows before anything is decoded.
+        self.new_classifier(self.encoder)
+        rounds = task.rounds(options.seed)
+        if options.folds is not None:
+            wanted = [name.strip() for name in options.folds.split(",")]
+            if unknown := [name for name in wanted if name not in [part.name for part in rounds]]:
+                raise ValueError(f"folds must be of {[part.name for part in rounds]}, got {unknown}")
+            rounds = [part for part in rounds if part.name in wanted]
+        self._claim()
+        self.audio = Waveforms(task, Path(options.cache) if options.cache else corpus.default_cache(), options.workers)
+        gone = self.audio.missing
+        rounds = [Round(p.name, *([i for i in x if i not in gone] for x in (p.train, p.valid, p.test))) for p in rounds]
+        for part in rounds:
+            for name in ("train", "valid", "test"):
+                if not getattr(part, name):
+                    where = f" of fold {part.name}" if part.name else ""
+                    raise ValueError(f"{options.data}: none of the {name} clips{where} gives any audio")
+        self.rounds = rounds
+        self.examples = Examples.of(task, self.audio)
+        for note in task.notes:
+            self.say(f"note: {note}")
+        self.say(
+            f"{mode} of {options.checkpoint} on {task.name}: {len(task.clips) - len(gone)} clips, "
+            f"{len(task.labels)} classes, {len(rounds)} {'folds' if rounds[0].name else 'split'}, on {self.device} in "
+            f"{self.precision}"
+        )
+
+    def _claim(self) -> None:
+        """A folder is of one run: what was made with other options is not overwritten."""
+        given = {"mode": self.mode, **dataclasses.asdict(self.options)}
+        for free in ("out", "workers", "cache"):
+            given.pop(free)
+        path = self.out / "task_options.json"
+        known = None
+        if path.is_file():
+            try:
+                known = json.loads(path.read_text())
+            except ValueError:
+                known = {}
+        if known is not None and known != given:
+            changed = [name for name in given if (known or {}).get(name) != given[name]]
+            raise ValueError(f"{self.out} holds a run with another {', '.join(changed)}: choose another --out")
+        if known is None and (self.out / "config.json").exists():
+            raise ValueError(f"{self.out} already holds a model: choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, given)
+
+    def folder(self, part: Round) -> Path:
+        """Where a round of fine-tuning leaves what it made."""
+        name = "".join(c if c.isalnum() or c in "-_" else f"%{ord(c):02x}" for c in part.name)
+        return self.out / f"fold_{name}" if part.name else self.out / "split"
+
+    @staticmethod
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def new_classifier(self, encoder: PretrainingModel) -> AudioClassifier:
+        task = self.task
+        options = self.options
+        return AudioClassifier(encoder, task.labels, task.multi_label, self.max_seconds, options.layer, options.pool)
+
+    def read(self, clips: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[int], list[float]]]:
+        """All windows of clips: waveforms (B, S), lengths (B,), the clip of each, and where in it each starts (s)."""
+        windows = [(i, *window) for i in clips for window in self.audio.windows(i, self.max_seconds)]
+        for batch in batches([window for _, _, window in windows], _BATCH_SECONDS):
+            waveforms, lengths = self.audio.read([windows[k][2] for k in batch])
+            owners, starts = [windows[k][0] for k in batch], [windows[k][1] for k in batch]
+            yield waveforms.to(self.device), lengths.to(self.device), owners, starts
+
+    def probabilities(self, classifier: AudioClassifier, clips: Sequence[int]) -> np.ndarray:
+        """(n, C) fp32: of each clip the mean over its windows, weighted by their lengths."""
+        place = {clip: row for row, clip in enumerate(clips)}
+        total = np.zeros((len(clips), len(self.task.labels)), np.float32)
+        weight = np.zeros((len(clips), 1), np.float32)
+        classifier.eval()
+        for waveforms, lengths, owners, _ in self.read(clips):
+            with self.autocast():
+                found = classifier.probabilities(waveforms, lengths).cpu().numpy()
+            rows, size = [place[i] for i in owners], lengths.cpu().numpy().astype(np.float32)[:, None]
+            np.add.at(total, rows, found * size)
+            np.add.at(weight, rows, size)
+        return total / weight
+
+    def score(self, probabilities: np.ndarray, targets: np.ndarray, metric: str | None = None) -> float:
+        return score(metric or self.metric, probabilities, targets, self.task.multi_label)
+
+    def report(
+        self, tested: list[Tested], history: list[dict[str, Any]], baselines: dict[str, list[Tested]]
+    ) -> dict[str, Any]:
+        """Writes what a run leaves; returns the summary."""
+        from .figures import plot_confusion, plot_learning
+
+        task, options = self.task, self.options
+        examples = self.examples
+        parts = [examples.of_clips(one.round.test) for one in tested]
+        truth = [examples.targets[part] for part in parts]
+        clips = [examples.clip[part] for part in parts]
+        found = [one.probabilities for one in tested]
+        summary: dict[str, Any] = {
+            "task": task.name,
+            "mode": self.mode,
+            "checkpoint": options.checkpoint,
+            "metric": self.metric,
+            "value": float(np.mean([self.score(p, y) for p, y in zip(found, truth, strict=True)])),
+            "ci95": self._interval([found], truth, clips),
+            "n_test": sum(map(len, truth)),
+            "per_fold": [self.score(p, y) for p, y in zip(found, truth, strict=True)] if tested[0].round.name else [],
+            "folds": [one.round.name for one in tested if one.round.name],
+            "valid": [one.valid for one in tested],
+        }
+        others = ("accuracy", "macro_f1", "map") if task.multi_label else ("accuracy", "balanced_accuracy", "macro_f1")
+        for name in others:
+            summary[name] = float(np.mean([self.score(p, y, name) for p, y in zip(found, truth, strict=True)]))
+        if not task.multi_label:
+            most = [
+                np.bincount(examples.targets[examples.of_clips(one.round.train)].argmax(1)).argmax() for one in tested
+            ]
+            shares = [(y.argmax(1) == label).mean() for y, label in zip(truth, most, strict=True)]
+            summary["majority_accuracy"] = float(np.mean(shares))
+        for name, other in baselines.items():
+            theirs = [one.probabilities for one in other]
+            value = float(np.mean([self.score(p, y) for p, y in zip(theirs, truth, strict=True)]))
+            summary[f"{name}_baseline"] = {
+                "value": value,
+                "ci95": self._interval([theirs], truth, clips),
+                "difference": summary["value"] - value,
+                "difference_ci95": self._interval([found, theirs], truth, clips),
+            }
+        gone = [{"path": task.clips[i].name, "reason": reason} for i, reason in self.audio.missing.items()]
+        summary |= {
+            "classes": len(task.labels),
+            "multi_label": task.multi_label,
+            "frame_level": task.frame_level,
+            "chosen": [{k: v for k, v in one.chosen.items() if k != "history"} for one in tested],
+            "skipped": {"count": len(gone), "files": gone[:1000]},
+            "notes": task.notes,
+            "seconds": round(time.perf_counter() - self.began, 1),
+        }
+        self._write_predictions(examples, parts, found)
+        if not task.multi_label:
+            counts = sum(
+                confusion(p.argmax(1), y.argmax(1), len(task.labels)) for p, y in zip(found, truth, strict=True)
+            )
+            low, high = summary["ci95"]
+            title = f"{task.name}: {self.metric.replace('_', ' ')} {summary['value']:.3f} ({low:.3f} - {high:.3f})"
+            plot_confusion(counts, task.labels, title, self.out / "confusion.png")
+        if history:
+            plot_learning(history, self.metric.replace("_", " "), self.out / "learning.png")
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+    def _interval(
+        self, columns: list[list[np.ndarray]], truth: list[np.ndarray], clips: list[np.ndarray]
+    ) -> list[float]:
+        """Of the score, or of what the first column has more of it than the second; whole clips are drawn."""
+        truth_all, owner = np.concatenate(truth), np.concatenate(clips)
+        joined = [np.concatenate(column) for column in columns]
+        order = np.argsort(owner, kind="stable")
+        kinds, first = np.unique(owner[order], return_index=True)
+        rows = dict(zip(kinds.tolist(), np.split(order, first[1:]), strict=True))
+        alone = len(rows) == len(owner)
+
+        def value(drawn: np.ndarray) -> float:
+            index = np.array([rows[i][0] for i in drawn]) if alone else np.concatenate([rows[i] for i in drawn])
+            scores = [self.score(p[index], truth_all[index]) for p in joined]
+            return scores[0] - (scores[1] if len(scores) > 1 else 0.0)
+
+        groups = [np.unique(group) for group in clips]
+        return list(interval(value, groups, self.options.seed, joined[0].size))
+
+    def _write_predictions(self, examples: Examples, parts: list[np.ndarray], found: list[np.ndarray]) -> None:
+        task = self.task
+
+        def write(path: Path) -> None:
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file)
+                moment = ["time"] if task.frame_level else []
+                table.writerow(["path", *moment, "label", "pred", *(f"prob_{label}" for label in task.labels)])
+                for part, probabilities in zip(parts, found, strict=True):
+                    for i, p in zip(part, probabilities, strict=True):
+                        true = ";".join(task.labels[k] for k in np.flatnonzero(examples.targets[i]))
+                        pred = task.labels[p.argmax()]
+                        if task.multi_label:
+                            pred = ";".join(task.labels[k] for k in np.flatnonzero(p >= 0.5))
+                        at = [f"{examples.time[i]:.3f}"] if task.frame_level else []
+                        name = task.clips[examples.clip[i]].name
+                        table.writerow([name, *at, true, pred, *(f"{x:.6g}" for x in p)])
+
+        write_whole(self.out / "predictions.csv", write)

@@ -1,0 +1,75 @@
+"""How good predictions are, by torchmetrics, with bootstrap intervals. Letters: n clips or moments, C classes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+RESAMPLES = 1000
+_COSTLY = 2_000_000  # values (n, C) from which on a tenth of the resamples is drawn
+
+
+def score(metric: str, probabilities: np.ndarray, targets: np.ndarray, multi_label: bool) -> float:
+    """One number for (n, C) probabilities and (n, C) bool targets, to six decimals; higher is better.
+
+    accuracy (of several labels: the share of labels that are told right at a threshold of a half), balanced_accuracy
+    (the mean recall of the classes), macro_f1, or map: the mean over the classes of the average precision. Classes
+    that do not occur in ``targets`` are left out of means.
+
+    Raises:
+        ValueError: ``metric`` is none of them.
+    """
+    from torchmetrics.functional import classification as of
+
+    p, n = torch.from_numpy(probabilities), probabilities.shape[1]
+    y = torch.from_numpy(targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes without clips, which the means leave out
+        if metric == "map":
+            each = of.multilabel_average_precision(p, y.long(), n, average="none")
+            return round(float(each[y.any(0)].mean()), 6)
+        if multi_label:
+            p, y = (p >= 0.5).long(), y.long()
+            if metric == "accuracy":
+                return round(float((p == y).float().mean()), 6)
+            make = {"balanced_accuracy": of.multilabel_recall, "macro_f1": of.multilabel_f1_score}
+            return round(float(_known(make, metric)(p, y, n, average="none")[y.any(0)].mean()), 6)
+        p, y = p.argmax(1), y.float().argmax(1)
+        if metric == "accuracy":
+            return round(float(of.multiclass_accuracy(p, y, n, average="micro")), 6)
+        make = {"balanced_accuracy": of.multiclass_recall, "macro_f1": of.multiclass_f1_score}
+        return round(float(_known(make, metric)(p, y, n, average="none")[y.unique()].mean()), 6)
+
+
+def _known(functions: dict[str, Callable[..., torch.Tensor]], metric: str) -> Callable[..., torch.Tensor]:
+    if metric not in functions:
+        raise ValueError(f"metric must be accuracy, map, {' or '.join(functions)}, got {metric!r}")
+    return functions[metric]
+
+
+def interval(
+    value: Callable[[np.ndarray], float], groups: Sequence[np.ndarray], seed: int = 0, costly: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval (percentiles) of the mean over folds of a statistic.
+
+    Args:
+        value: The statistic of some clips, by their indices.
+        groups: Indices of the clips of each fold; clips are drawn within their fold.
+        seed: Of the draws.
+        costly: Size of what ``value`` looks at; much of it gets fewer resamples.
+    """
+    rng = np.random.default_rng(seed)
+    count = RESAMPLES // 10 if costly > _COSTLY else RESAMPLES
+    means = [np.mean([value(rng.choice(group, len(group))) for group in groups]) for _ in range(count)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def confusion(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
+    """(C, C) int64: how many of the row's class were taken for the column's."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(true), classes).numpy()

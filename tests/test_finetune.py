@@ -1,0 +1,471 @@
+"""Probing and fine-tuning: the parts, and whole runs on tones that a linear layer can tell apart."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from policy import LOGISTIC_GRADIENT, assert_rounding
+
+from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
+from mae_ast_fast.classifier import AudioClassifier, pool_tokens
+from mae_ast_fast.finetune import PENALTIES, finetune, fit_logistic, mix, parameter_groups, probe, spec_augment
+from mae_ast_fast.inference import encoder_alone
+from mae_ast_fast.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
+
+soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "lhotse", "torchmetrics"))
+RATE = 16000
+PITCHES = {"low": 300, "middle": 900, "high": 2700}
+SMALL = {"embed_dim": 32, "num_heads": 2}
+
+
+def mae_ast() -> MAEAST:
+    torch.manual_seed(0)
+    sizes = {"ffn_dim": 64, "encoder_layers": 2, "decoder_embed_dim": 32, "decoder_layers": 1, "norm_first": True}
+    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
+    model = MAEAST(MAEASTConfig(**SMALL, **sizes, **rates, encoder_layerdrop=0.0)).eval()
+    model.input_norm.running_mean.fill_(-8.0)
+    model.input_norm.running_var.fill_(16.0)
+    return model
+
+
+def ssast() -> SSAST:
+    torch.manual_seed(0)
+    return SSAST(SSASTConfig(**SMALL, layers=2, input_frames=256, mask_patches=20, mean=-8.0, std=4.0)).eval()
+
+
+def tone(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    t = np.arange(round(seconds * RATE)) / RATE
+    wave = 0.2 * np.sin(2 * np.pi * pitch * rng.uniform(0.9, 1.1) * t) + 0.02 * rng.standard_normal(t.size)
+    return wave.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """120 tones, manifests of splits, of folds, of several labels and of moments, and checkpoints."""
+    folder = tmp_path_factory.mktemp("tones")
+    rng = np.random.default_rng(0)
+    rows, phones = [], []
+    for i in range(120):
+        label = list(PITCHES)[i % 3]
+        soundfile.write(folder / f"{i}.wav", tone(PITCHES[label], rng.uniform(0.3, 1.2), rng), RATE)
+        rows.append((f"{i}.wav", label, ["train", "train", "valid", "test"][i // 3 % 4], str(i // 3 % 3)))
+    for i in range(8):
+        order = rng.permutation(list(PITCHES)).tolist() * 8
+        ends = np.cumsum(rng.uniform(0.1, 0.3, len(order)))
+        edges = [0.0, *ends]
+        parts = [tone(PITCHES[name], b - a, rng) for name, a, b in zip(order, edges[:-1], edges[1:], strict=True)]
+        soundfile.write(folder / f"mix{i}.wav", np.concatenate(parts), RATE)
+        cells = " ".join(f"{end:.4f}:{name}" for name, end in zip(order, ends, strict=True))
+        phones.append((f"mix{i}.wav", ["train", "train", "valid", "test"][i % 4], cells))
+    (folder / "broken.wav").write_text("no audio")
+
+    def table(name: str, header: str, lines: list[tuple[str, ...]]) -> None:
+        (folder / name).write_text("\n".join([header, *("\t".join(line) for line in lines)]) + "\n")
+
+    table("split.tsv", "path\tlabel\tsplit", [row[:3] for row in rows])
+    table("fold.tsv", "path\tlabel\tfold", [(*row[:2], row[3]) for row in rows] + [("broken.wav", "low", "1")])
+    several = [(path, label if label == "low" else f"{label};upper", split) for path, label, split, _ in rows]
+    table("several.tsv", "path\tlabel\tsplit", several)
+    table("moments.tsv", "path\tsplit\tphones", phones)
+    mae_ast().save_pretrained(folder / "mae_ast")
+    ssast().save_pretrained(folder / "ssast")
+    return folder
+
+
+def options(folder: Path, out: Path, data: str = "split.tsv", of: type = ProbeOptions, **more) -> ProbeOptions:
+    given = {"checkpoint": str(folder / "mae_ast"), "precision": "fp32", "cache": str(folder / "cache"), **more}
+    return of(data=str(folder / data), out=str(out), **given)
+
+
+def predictions(out: Path) -> list[dict[str, str]]:
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --------------------------------------------------------------------------------------------------------- the encoder
+
+
+@pytest.mark.parametrize("make", [mae_ast, ssast])
+def test_encode_does_not_depend_on_the_batch(make):
+    model = make()
+    waves = [torch.from_numpy(tone(500, s, np.random.default_rng(1))) for s in (1.0, 0.03, 2.3)]
+    lengths = torch.tensor([len(wave) for wave in waves])
+    with torch.no_grad():
+        together = model.encode(*model.features(torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths))
+        means = pool_tokens(together, 3)
+        for i, wave in enumerate(waves):
+            alone = model.encode(*model.features(wave[None]))
+            assert_rounding(together.x[together.rows.clip == i], alone.x)
+            assert_rounding(means[i], alone.x.mean(0))
+            assert torch.equal(together.block[together.rows.clip == i].sort()[0], alone.block.sort()[0])
+            assert alone.block.bincount().unique().tolist() == [model.config.grid_f]
+            bands = pool_tokens(together, 3, model.config.grid_f).reshape(3, model.config.grid_f, -1)
+            for band in range(model.config.grid_f):
+                assert_rounding(bands[i, band], alone.x[alone.band == band].mean(0))
+
+
+def test_mae_asts_encode_is_extract_features():
+    model = mae_ast()
+    features = torch.randn(2, 70, 128)
+    lengths = torch.tensor([70, 33])
+    with torch.no_grad():
+        for layer in (None, 1):
+            packed, padded = model.encode(features, lengths, layer), model.extract_features(features, lengths, layer)
+            assert torch.equal(packed.x, padded.last_hidden_state[packed.rows.clip, packed.rows.token])
+            assert padded.lengths.tolist() == [40, 24]
+            assert torch.equal(packed.rows.token, packed.block * 8 + packed.band)
+
+
+def test_ssasts_encode_is_a_plain_vit():
+    model, config = ssast(), ssast().config
+    features = torch.randn(2, 64, 128)
+    with torch.no_grad():
+        found = model.encode(features)
+        image = features.transpose(1, 2)  # (B, F, T), patches frequency block by frequency block
+        patches = image.unfold(1, 16, 16).unfold(2, 16, 16).reshape(2, 32, 256)
+        grid = model.positions[2:].reshape(8, -1, 32)[:, :4].reshape(32, 32)
+        first = torch.stack((model.cls_token, model.dist_token)) + model.positions[:2]
+        x = torch.cat((first.expand(2, 2, 32), model.patch_embed(patches) + grid), 1)
+        heads, size = config.num_heads, 32 // config.num_heads
+        for layer in model.encoder.layers:
+            q, k, v = layer.qkv(layer.attn_norm(x)).reshape(2, 34, 3, heads, size).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(2, 3) / size**0.5).softmax(-1)
+            x = x + layer.out_proj((weights @ v).transpose(1, 2).reshape(2, 34, 32))
+            x = x + layer.fc2(torch.nn.functional.gelu(layer.fc1(layer.ffn_norm(x))))
+        x = model.encoder.norm(x)[:, 2:]
+    assert_rounding(found.x.reshape(2, 32, 32), x)
+    assert found.block[:32].tolist() == [0, 1, 2, 3] * 8
+    assert found.band[:32].tolist() == sorted([*range(8)] * 4)
+
+
+def test_a_layer_that_is_not_there():
+    for model in (mae_ast(), ssast()):
+        with pytest.raises(ValueError, match=r"layer must be an integer in 1..2, got 3"):
+            model.encode(torch.randn(1, 32, 128), layer=3)
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_logistic_regression_ends_where_the_gradient_is_zero(multi_label, penalty):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 6, generator=generator)
+    targets = torch.nn.functional.one_hot((x[:, :3] + torch.randn(120, 3, generator=generator)).argmax(1), 3).bool()
+    weight, bias = fit_logistic(x, targets, penalty, multi_label, (torch.zeros(3, 6), torch.zeros(3)))
+    logits = x @ weight.T + bias
+    p = logits.sigmoid() if multi_label else logits.softmax(1)
+    gradient = (p - targets.float()).T @ x + weight / penalty  # of the summed loss
+    assert gradient.abs().max() < LOGISTIC_GRADIENT * len(x)
+    assert (p - targets.float()).sum(0).abs().max() < LOGISTIC_GRADIENT * len(x)
+
+
+def test_spec_augment_hides_one_stretch_of_each_kind():
+    generator = torch.Generator().manual_seed(0)
+    features, frames = torch.randn(200, 60, 128), torch.randint(1, 61, (200,), generator=generator)
+    found = spec_augment(features, frames, 16, 0.25, -5.0, generator)
+    hidden = found != features
+    assert (found[hidden] == -5.0).all()
+    bins, times = hidden.all(1), hidden.all(2)
+    assert 14 <= bins.sum(1).max() <= 16
+    assert bins.sum(1).min() == 0
+    assert (times.sum(1) <= 0.25 * frames).all()
+    assert (times.sum(1) / frames).max() > 0.2
+    assert torch.equal(hidden, bins[:, None, :] | times[:, :, None])
+    for stretch in (*bins, *times):  # one piece, and inside the clip
+        assert stretch.int().diff().abs().sum() <= 2
+    assert not (times & (torch.arange(60) >= frames[:, None])).any()
+    assert torch.equal(spec_augment(features, frames, 0, 0.0, -5.0, generator), features)
+
+
+def test_mix_mixes_waveforms_as_targets():
+    generator = torch.Generator().manual_seed(0)
+    waveforms = (1000 * torch.arange(1, 101))[:, None].expand(-1, 7).short().clamp(max=30000)
+    targets = torch.eye(100)
+    clips, same = mix(waveforms, targets, 0.0, generator)
+    assert torch.equal(clips, waveforms / 32768.0)
+    assert torch.equal(same, targets)
+    clips, mixed = mix(waveforms, targets, 0.5, generator)
+    assert_rounding(clips, mixed @ (waveforms / 32768.0))
+    assert_rounding(mixed.sum(1), torch.ones(100))
+    changed = (mixed.max(1).values < 1).sum()
+    assert 30 < changed < 70
+    assert mixed.max(1).values.min() < 0.7
+
+
+def test_rates_fall_from_layer_to_layer():
+    classifier = AudioClassifier(encoder_alone(mae_ast()), ["a", "b"])
+    given = FinetuneOptions("d", "c", "o", layer_decay=0.5, head_lr_factor=3.0, weight_decay=0.1)
+    groups = parameter_groups(classifier, given)
+    names = {id(parameter): name for name, parameter in classifier.named_parameters()}
+    found = {names[id(p)]: (group["factor"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert set(found) == {name for name, _ in classifier.named_parameters()}
+    assert found["head.weight"] == (3.0, 0.1)
+    assert found["encoder.encoder.norm.weight"] == (1.0, 0.0)
+    assert found["encoder.encoder.layers.1.fc1.weight"] == (1.0, 0.1)
+    assert found["encoder.encoder.layers.0.fc1.bias"] == (0.5, 0.0)
+    assert found["encoder.patch_embed.weight"] == (0.25, 0.1)
+    shorter = parameter_groups(classifier, dataclasses.replace(given, layer=1))
+    left = {names[id(p)]: group["factor"] for group in shorter for p in group["params"]}
+    assert not any("layers.1" in name for name in left)
+    assert left["encoder.encoder.layers.0.fc1.bias"] == 1.0
+
+
+def test_input_normalisation_stays_that_of_pretraining():
+    classifier = AudioClassifier(encoder_alone(mae_ast()), ["a", "b"]).train()
+    assert classifier.training
+    classifier(torch.randn(2, 64, 128)).sum().backward()
+    assert float(classifier.encoder.input_norm.running_mean) == -8.0
+    assert classifier.encoder.patch_embed.weight.grad.abs().sum() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_probe_on_splits(folder, tmp_path, capsys):
+    summary = probe(options(folder, tmp_path / "run"))
+    assert summary == json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["task"], summary["metric"], summary["n_test"], summary["per_fold"]) == ("split", "accuracy", 30, [])
+    rows = predictions(tmp_path / "run")
+    assert [row["path"] for row in rows] == [f"{i}.wav" for i in range(120) if i // 3 % 4 == 3]
+    assert list(rows[0]) == ["path", "label", "pred", "prob_high", "prob_low", "prob_middle"]
+    right = np.mean([row["label"] == row["pred"] for row in rows])
+    assert summary["value"] == summary["accuracy"] == pytest.approx(right)
+    low, high = summary["ci95"]
+    assert 0.6 < low < summary["value"] < high <= 1.0
+    assert summary["log_mel_baseline"]["value"] == 1.0
+    assert summary["majority_accuracy"] == pytest.approx(1 / 3)
+    assert summary["chosen"][0]["C"] in PENALTIES
+    assert (tmp_path / "run/confusion.png").stat().st_size > 5000
+
+
+def test_a_classifier_predicts_what_the_run_said(folder, tmp_path, capsys):
+    probe(options(folder, tmp_path / "run"))
+    row = predictions(tmp_path / "run")[0]
+    out = tmp_path / "told/p.csv"
+    command = ["predict", str(folder / row["path"]), str(folder / "broken.wav"), "--checkpoint", str(tmp_path / "run")]
+    assert cli.main([*command, "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert f"{row['path']}: {row['pred']} " in said.out
+    assert "1 classified, 1 skipped" in said.out
+    assert "broken.wav" in said.err
+    with open(out, newline="") as file:
+        (told,) = csv.DictReader(file)
+    assert told["pred"] == row["pred"]
+    for name in PITCHES:
+        assert float(told[f"prob_{name}"]) == pytest.approx(float(row[f"prob_{name}"]), abs=1e-4)
+
+
+def test_folds(folder, tmp_path):
+    of = {"checkpoint": str(folder / "ssast"), "pool": "bands"}
+    summary = probe(options(folder, tmp_path / "run", "fold.tsv", **of))
+    assert summary["folds"] == ["0", "1", "2"]
+    assert summary["value"] == pytest.approx(np.mean(summary["per_fold"]))
+    assert summary["n_test"] == 120
+    assert summary["skipped"]["count"] == 1
+    assert summary["skipped"]["files"][0]["path"] == "broken.wav"
+    rows = predictions(tmp_path / "run")
+    assert sorted(row["path"] for row in rows) == sorted(f"{i}.wav" for i in range(120))
+    each = [[row["label"] == row["pred"] for row in rows if int(row["path"][:-4]) // 3 % 3 == k] for k in range(3)]
+    assert summary["per_fold"] == pytest.approx([np.mean(one) for one in each])
+    one = probe(options(folder, tmp_path / "one", "fold.tsv", folds="1", **of))
+    assert one["per_fold"] == summary["per_fold"][1:2]
+    with pytest.raises(ValueError, match=r"folds must be of \['0', '1', '2'\], got \['7'\]"):
+        probe(options(folder, tmp_path / "none", "fold.tsv", folds="7"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_moments(folder, tmp_path):
+    summary = probe(options(folder, tmp_path / "run", "moments.tsv", max_seconds=1.5))
+    assert summary["frame_level"]
+    rows = predictions(tmp_path / "run")
+    assert len(rows) == summary["n_test"]
+    assert {row["path"] for row in rows} == {"mix3.wav", "mix7.wav"}
+    assert np.mean([row["label"] == row["pred"] for row in rows]) == pytest.approx(summary["value"])
+    # 20 ms stretches of three pitches are easy, patches of 160 ms see over the edges of stretches of 100 to 300 ms
+    assert summary["log_mel_baseline"]["value"] > 0.8
+    assert 0.5 < summary["value"] < summary["log_mel_baseline"]["value"]
+    low, high = summary["ci95"]
+    assert low <= summary["value"] <= high
+    assert not (tmp_path / "run/model.safetensors").exists()
+    with pytest.raises(ValueError, match="frame-level task, for mae-ast-fast probe alone"):
+        finetune(options(folder, tmp_path / "other", "moments.tsv", FinetuneOptions))
+
+
+def test_several_labels(folder, tmp_path):
+    for name, run in (("probe", probe), ("tuned", finetune)):
+        more = {"of": FinetuneOptions, "epochs": 12, "lr": 5e-3, "mixup": 0.3} if run is finetune else {}
+        summary = run(options(folder, tmp_path / name, "several.tsv", **more))
+        assert summary["metric"] == "map"
+        assert summary["multi_label"]
+        assert summary["value"] > 0.8
+        rows = predictions(tmp_path / name)
+        assert {row["label"] for row in rows} == {"low", "high;upper", "middle;upper"}
+        assert not (tmp_path / name / "confusion.png").exists()
+    assert AudioClassifier.from_pretrained(tmp_path / "tuned").multi_label
+
+
+def tuned(folder: Path, out: Path, **more) -> FinetuneOptions:
+    easy = {"layer_decay": 1.0, "label_smoothing": 0.0, "freq_mask": 8, "time_mask": 0.1}
+    given = {"epochs": 8, "lr": 5e-3, "batch_size": 4, "data": "fold.tsv", **easy, **more}
+    return options(folder, out, of=FinetuneOptions, **given)
+
+
+def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, capsys):
+    given = tuned(folder, tmp_path / "run")
+    summary = finetune(given)
+    assert summary["value"] > 0.8
+    assert len(summary["per_fold"]) == 3
+    for name in (
+        "learning.png",
+        "confusion.png",
+        "model.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "predictions.csv",
+    ):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    assert list((tmp_path / "run/tensorboard").glob("*/events*"))
+    capsys.readouterr()
+    (tmp_path / "run/fold_1/result.json").unlink()
+    again = finetune(given)
+    said = capsys.readouterr().out
+    assert "fold_0 is done" in said
+    assert "fold_1 is done" not in said
+    for changing in ("seconds",):
+        summary.pop(changing), again.pop(changing)
+    assert again == summary
+    with pytest.raises(ValueError, match="holds a run with another lr: choose another --out"):
+        finetune(dataclasses.replace(given, lr=1e-3))
+
+
+def test_the_best_epoch_is_kept(folder, tmp_path, monkeypatch):
+    from mae_ast_fast.downstream import Run
+
+    real, scores, epochs = Run.score, iter([0.2, 0.9, 0.5]), []
+
+    def fake(self, probabilities, targets, metric=None):
+        value = next(scores, None)
+        if value is None:
+            return real(self, probabilities, targets, metric)
+        epochs.append(probabilities)
+        return value
+
+    monkeypatch.setattr(Run, "score", fake)
+    summary = finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=3))
+    assert (summary["valid"], summary["chosen"]) == ([0.9], [{"epoch": 2}])
+    classifier = AudioClassifier.from_pretrained(tmp_path / "run")
+    valid = [i for i in range(120) if i // 3 % 4 == 2]
+    found = np.stack([classifier.classify_file(folder / f"{i}.wav").numpy() for i in valid])
+    assert np.abs(found - epochs[1]).max() < 0.01 * np.abs(found - epochs[2]).max()
+
+
+def test_balanced_sampling_draws_rare_classes_as_often(folder, tmp_path, monkeypatch):
+    from mae_ast_fast.finetune import _Trainer
+
+    rows = (folder / "split.tsv").read_text().splitlines()
+    kept = [r for i, r in enumerate(rows) if "low\ttrain" not in r or i < 5]
+    (folder / "rare.tsv").write_text("\n".join(kept) + "\n")
+    drawn = []
+    real = _Trainer._batches
+
+    def batches(self):
+        for batch in real(self):
+            drawn.extend(self.run.task.clips[i].labels[0] for i in batch)
+            yield batch
+
+    monkeypatch.setattr(_Trainer, "_batches", batches)
+    finetune(tuned(folder, tmp_path / "run", data="rare.tsv", epochs=8, balanced=True))
+    shares = [drawn.count(name) / len(drawn) for name in PITCHES]
+    assert min(shares) > 0.2
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss became .* try a smaller --lr"):
+        finetune(tuned(folder, tmp_path / "run", data="split.tsv", lr=1e30, layer_decay=1.0, clip_norm=1e30))
+
+
+def test_folders_of_others_are_kept(folder, tmp_path):
+    mae_ast().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="already holds a model"):
+        probe(options(folder, tmp_path / "model"))
+    probe(options(folder, tmp_path / "run"))
+    with pytest.raises(ValueError, match="holds a run with another mode"):
+        finetune(options(folder, tmp_path / "run", of=FinetuneOptions))
+
+
+# ---------------------------------------------------------------------------------------------------- options, commands
+
+
+def test_the_commands(folder, tmp_path, capsys):
+    given = ["--checkpoint", str(folder / "mae_ast"), "--cache", str(folder / "cache"), "--precision", "fp32"]
+    assert cli.main(["probe", "--data", str(folder / "split.tsv"), "--out", str(tmp_path / "p"), *given]) == 0
+    said = capsys.readouterr().out
+    value = json.loads((tmp_path / "p/summary.json").read_text())
+    low, high = value["ci95"]
+    assert f"split: accuracy {value['value']:.4f} (95 % interval {low:.4f} - {high:.4f}) on 30 test clips" in said
+    assert f"mae-ast-fast predict FILE --checkpoint {tmp_path / 'p'}" in said
+    more = ["--epochs", "1", "--preset", "esc50", "--batch_size", "8"]
+    assert cli.main(["finetune", "--data", str(folder / "split.tsv"), "--out", str(tmp_path / "f"), *given, *more]) == 0
+    written = json.loads((tmp_path / "f/task_options.json").read_text())
+    assert (written["epochs"], written["batch_size"], written["head_lr_factor"]) == (1, 8, 10.0)
+    capsys.readouterr()
+    assert cli.main(["finetune", "--data", "x.tsv", "--checkpoint", "c", "--out", "o", "--preset", "esc-50"]) == 2
+    assert "unknown preset esc-50; did you mean esc50?" in capsys.readouterr().err
+    assert (
+        cli.main(["probe", "--data", str(tmp_path / "x.tsv"), "--checkpoint", "c", "--out", str(tmp_path / "o")]) == 1
+    )
+    assert "x.tsv" in capsys.readouterr().err
+    assert cli.main(["predict", "x.wav", "--checkpoint", str(folder / "mae_ast")]) == 1
+    assert "holds no classifier (mae-ast-fast finetune or probe makes one)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FINETUNE_PRESETS)
+def test_presets_are_options(name):
+    FinetuneOptions("d", "c", "o", **FINETUNE_PRESETS[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric": "auc"}, "metric must be one of accuracy.*got 'auc'"),
+        ({"precision": "fp16"}, "precision must be"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"mixup": 1.5}, r"mixup must be in \[0, 1\]"),
+        ({"layer_decay": 0.0}, "0 < layer_decay <= 1"),
+        ({"max_seconds": -1.0}, "max_seconds must be positive"),
+        ({"workers": 0}, "workers must be at least 1"),
+    ],
+)
+def test_options_out_of_range(given, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneOptions("d", "c", "o", **given)
+
+
+def test_classifiers_that_are_none(tmp_path):
+    encoder = encoder_alone(mae_ast())
+    with pytest.raises(ValueError, match="at least two different names"):
+        AudioClassifier(encoder, ["a", "a"])
+    with pytest.raises(ValueError, match=r"max_seconds must be between 0.025 and 2.57"):
+        AudioClassifier(ssast(), ["a", "b"], max_seconds=3.0)
+    with pytest.raises(ValueError, match="pool must be mean or bands, got 'max'"):
+        AudioClassifier(encoder, ["a", "b"], pool="max")
+    classifier = AudioClassifier(encoder, ["a", "b"], layer=1, pool="bands")
+    classifier.save_pretrained(tmp_path / "c")
+    again = AudioClassifier.from_pretrained(tmp_path / "c")
+    assert (again.labels, again.layer, again.max_seconds, again.multi_label) == (["a", "b"], 1, 10.0, False)
+    features = torch.randn(1, 40, 128)
+    assert torch.equal(again(features), classifier.eval()(features))
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    config["encoder"]["embed_dim"] = 64
+    (tmp_path / "c/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"holds no classifier.*weights do not fit"):
+        AudioClassifier.from_pretrained(tmp_path / "c")
