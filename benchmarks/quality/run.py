@@ -1,0 +1,251 @@
+"""The paper's experiments in miniature: does pretraining help, which kind of it, and what do its settings change?
+
+python benchmarks/quality/run.py                 every cell that is not there yet, hours on two cores; stop it at any time
+python benchmarks/quality/run.py --minutes 60    begins no cell after an hour
+python benchmarks/quality/run.py --quick         small models and one seed in a quarter of an hour, elsewhere
+python benchmarks/quality/run.py --list          what is done and what is missing
+
+A model is pretrained on the default corpus, which holds no clip that a task tests on; then it is probed and fine-tuned
+on small tasks of real recordings. A cell is one JSON in results/: a pretraining (arm, budget, seed), or what a
+checkpoint is worth on a task (and mode). report.py makes docs/quality.md of them.
+
+Budgets: ``steps``, as many updates for every arm; ``time``, as many seconds of training, whose updates follow from the
+rate of the arm's first ones. ``random`` is the patch model as it begins, normalised by the statistics of the corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch
+from conftest import pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
+
+from mae_ast_fast import MAEAST, corpus, small_tasks
+from mae_ast_fast.atomic import write_json
+from mae_ast_fast.finetune import finetune, probe
+from mae_ast_fast.options import FinetuneOptions, PretrainOptions, ProbeOptions
+from mae_ast_fast.pretrain import pretrain
+
+RESULTS = HERE / "results"
+SIZES = {"embed_dim": 192, "encoder_layers": 4, "decoder_layers": 2, "norm_first": True}
+NO_DROPOUT = dict.fromkeys(
+    ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0
+)
+STEPS, SECONDS, RATE_STEPS = 1600, 300.0, 60
+SEEDS = (0, 1, 2)
+# What stands in the paper's tables and figures: models (table 1), mask ratio and strategy, decoder depth, objective.
+ARMS: dict[str, dict[str, Any]] = {
+    "patch": {},
+    "random": {},
+    "frame": {"preset": "frame_tiny", "model_args": {"masking": "random"}},
+    "ssast": {"model": "ssast"},
+    "mask 0.5": {"model_args": {"mask_ratio": 0.5}},
+    "mask 0.9": {"model_args": {"mask_ratio": 0.9}},
+    "masking random": {"model_args": {"masking": "random"}},
+    "masking time": {"model_args": {"masking": "time"}},
+    "decoder 1": {"model_args": {"decoder_layers": 1}},
+    "decoder 4": {"model_args": {"decoder_layers": 4}},
+    "generative": {"model_args": {"classification_weight": 0.0}},
+    "discriminative": {"model_args": {"reconstruction_weight": 0.0}},
+}
+MODELS = ("patch", "frame", "ssast")  # those that get the budget of time, too
+MAIN = ("zh_initial22", "finetune")  # declared before the cells were run; see docs/quality.md
+TASKS = {
+    "zh_initial22": {"epochs": 15, "batch_size": 32},
+    "vocal4": {"epochs": 15, "batch_size": 16},
+    "esc14": {"epochs": 15, "batch_size": 32},
+    "hogvoice14": {"epochs": 15, "batch_size": 32},
+}
+FINETUNED = ("zh_initial22", "vocal4")  # the others are probed alone: five folds of fine-tuning take long
+POOL = "bands"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A pretraining, or with ``task`` and ``mode`` what it is worth."""
+
+    arm: str
+    budget: str
+    seed: int
+    task: str = ""
+    mode: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = [self.arm.replace(" ", "_"), self.budget, f"seed{self.seed}", self.mode, self.task]
+        return "-".join(part for part in parts if part)
+
+
+def cells() -> list[Cell]:
+    """All of them, the most wanted first."""
+    found = []
+    for seed in SEEDS:
+        pairs = [(arm, "steps") for arm in (*MODELS, "random")] + [(arm, "time") for arm in MODELS if arm != "patch"]
+        found += [cell for pair in pairs for cell in _of(*pair, seed)]
+    for seed in SEEDS:
+        for arm in ARMS:
+            if arm not in (*MODELS, "random"):
+                found += _of(arm, "steps", seed)
+    return found
+
+
+def _of(arm: str, budget: str, seed: int) -> list[Cell]:
+    modes = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in TASKS]
+    return [Cell(arm, budget, seed), *(Cell(arm, budget, seed, task, mode) for mode, task in modes)]
+
+
+class Grid:
+    """Runs cells that are not there yet."""
+
+    def __init__(self, work: Path, results: Path, bundle: Path | None, scale: float) -> None:
+        self.work, self.results, self.bundle, self.scale = work, results, bundle, scale
+        self.results.mkdir(parents=True, exist_ok=True)
+        self.cache = corpus.default_cache()
+
+    def path(self, cell: Cell) -> Path:
+        return self.results / f"{cell.name}.json"
+
+    def run(self, cell: Cell) -> None:
+        begun = time.perf_counter()
+        told = self.downstream(cell) if cell.task else self.pretrain(cell)
+        write_json(
+            self.path(cell),
+            {
+                **{name: getattr(cell, name) for name in ("arm", "budget", "seed", "task", "mode")},
+                **told,
+                "seconds": round(time.perf_counter() - begun, 1),
+                "commit": pytest_benchmark_generate_commit_info(None),
+                "machine": pytest_benchmark_generate_machine_info(None),
+            },
+        )
+
+    def options(self, cell: Cell, **more: Any) -> PretrainOptions:
+        given = dict(ARMS[cell.arm])
+        sizes = {"layers": SIZES["encoder_layers"]} if given.get("model") == "ssast" else {**SIZES, **NO_DROPOUT}
+        return PretrainOptions(
+            **{
+                "out": str(self.checkpoint(cell)),
+                "preset": "patch_tiny",
+                **given,
+                "model_args": {**sizes, **given.get("model_args", {})},
+                "seed": cell.seed,
+                "batch_seconds": 40.0,
+                "lr": 1.5e-3,
+                "warmup_steps": 100,
+                "log_every": 20,
+                "save_every": 10**6,
+                "evaluate_every": 10**6,
+                "loader_workers": 0,
+                "keep": 1,
+                **more,
+            }
+        )
+
+    def checkpoint(self, cell: Cell) -> Path:
+        return self.work / Cell(cell.arm, cell.budget, cell.seed).name
+
+    def pretrain(self, cell: Cell) -> dict[str, Any]:
+        out = self.checkpoint(cell)
+        if cell.arm == "random":
+            return self.untrained(cell)
+        steps = round(STEPS * self.scale)
+        if cell.budget == "time":
+            steps = self.steps_in(cell, SECONDS * self.scale)
+        if out.exists():
+            shutil.rmtree(out)  # a broken off one: its seconds would not be those of a run
+        summary = pretrain(self.options(cell, steps=steps))
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        kept = ("steps", "train_seconds", "audio_hours_seen", "clips_per_second", "config", "held_out")
+        return {name: summary[name] for name in kept}
+
+    def steps_in(self, cell: Cell, seconds: float) -> int:
+        """Updates that an arm makes in so many seconds, by its first ones."""
+        trial = self.work / "trial"
+        shutil.rmtree(trial, ignore_errors=True)
+        summary = pretrain(self.options(cell, out=str(trial), steps=RATE_STEPS, warmup_steps=10))
+        shutil.rmtree(trial)
+        return round(seconds / summary["train_seconds"] * RATE_STEPS)
+
+    def untrained(self, cell: Cell) -> dict[str, Any]:
+        patch = self.checkpoint(Cell("patch", "steps", cell.seed))
+        trained = MAEAST.from_pretrained(patch)
+        torch.manual_seed(cell.seed)
+        model = MAEAST(trained.config)
+        model.input_norm.load_state_dict(trained.input_norm.state_dict())
+        model.save_pretrained(self.checkpoint(cell))
+        return {"steps": 0, "config": model.config.to_dict()}
+
+    def downstream(self, cell: Cell) -> dict[str, Any]:
+        if not (self.checkpoint(cell) / "model.safetensors").exists():
+            self.pretrain(Cell(cell.arm, cell.budget, cell.seed))  # results are kept, checkpoints may be gone
+        out = self.work / cell.name
+        shutil.rmtree(out, ignore_errors=True)
+        given = {"data": str(self.manifest(cell.task)), "checkpoint": str(self.checkpoint(cell)), "out": str(out)}
+        given |= {"pool": POOL, "seed": cell.seed, "root": self.bundle and str(self.bundle)}
+        if cell.mode == "probe":
+            summary = probe(ProbeOptions(**given))
+        else:
+            epochs = max(1, round(TASKS[cell.task]["epochs"] * min(1.0, self.scale * 2)))
+            summary = finetune(FinetuneOptions(**{**given, **TASKS[cell.task], "epochs": epochs}))
+        with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+            right = {row["path"]: int(row["label"] == row["pred"]) for row in csv.DictReader(file)}
+        shutil.rmtree(out)
+        kept = ("metric", "value", "ci95", "n_test", "per_fold", "macro_f1", "majority_accuracy", "chosen")
+        told = {name: summary[name] for name in kept}
+        if baseline := summary.get("log_mel_baseline"):
+            told["log_mel"] = baseline["value"]
+        return {**told, "right": "".join(str(right[path]) for path in sorted(right))}
+
+    def manifest(self, task: str) -> Path:
+        """The task's manifest with its audio, rebuilt from Debian packages where it is not there."""
+        if self.bundle:
+            return self.bundle / "tasks" / f"{task}.tsv"
+        folder = self.cache / "tasks"
+        if not (folder / f"{task}.tsv").exists():
+            small_tasks.build([task], folder)
+        return folder / f"{task}.tsv"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, help="begin no cell after so many")
+    parser.add_argument("--quick", action="store_true", help="a sixth of the updates, one seed, results in runs/")
+    parser.add_argument("--list", action="store_true", help="what is done and what is missing")
+    parser.add_argument("--bundle", type=Path, help="folder with tasks/ and audio/: ready-made audio of the tasks")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="checkpoints (default: runs/quality)")
+    arguments = parser.parse_args()
+    grid = Grid(arguments.work, RESULTS, arguments.bundle, 1.0)
+    wanted = cells()
+    if arguments.quick:
+        grid = Grid(Path("runs/quality_quick"), Path("runs/quality_quick/results"), arguments.bundle, 1 / 6)
+        wanted = [c for c in wanted if c.seed == 0 and c.arm in (*MODELS, "random") and c.budget == "steps"]
+        wanted = [c for c in wanted if c.task in ("", "zh_initial22", "vocal4")]
+    missing = [cell for cell in wanted if not grid.path(cell).exists()]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there", flush=True)
+    if arguments.list:
+        print("\n".join(f"missing: {cell.name}" for cell in missing))
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    begun = time.monotonic()
+    for number, cell in enumerate(missing, 1):
+        if arguments.minutes is not None and time.monotonic() - begun > 60 * arguments.minutes:
+            break
+        spent = (time.monotonic() - begun) / 60
+        print(f"[{number}/{len(missing)}, {spent:.0f} minutes] {cell.name}", flush=True)
+        grid.run(cell)
+
+
+if __name__ == "__main__":
+    main()
