@@ -9,7 +9,7 @@ SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: pretrain test test-ci test-all kernels bench bench-compare gpu lint clean
+.PHONY: pretrain test test-ci test-all kernels bench bench-compare quality gpu lint clean
 
 pretrain: $(VENV)/train.done
 	$(BIN)/mae-ast-fast pretrain --config recipes/quick.yaml $(ARGS)
@@ -37,6 +37,11 @@ bench: $(VENV)/bench.done
 # Is this tree slower than BASE? The benchmarks that its changes touch, of both, in turns.
 bench-compare: $(VENV)/test.done
 	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
+
+# The paper's experiments in miniature, cell by cell: hours; --quick a quarter of one, --minutes N begins none after that.
+quality: $(VENV)/bench.done
+	$(BIN)/python benchmarks/quality/run.py $(ARGS)
+	$(BIN)/python benchmarks/quality/report.py
 
 # With the Python at hand: GPU machines come with a torch of their own. Installs nothing, needs no network.
 gpu:

@@ -785,7 +785,10 @@ def _probe(argv: Sequence[str]) -> int:
         ProbeOptions,
         "Logistic regression on the mean of a frozen encoder's tokens: what the features hold, in a minute. Beside it "
         "the same on the mean log-mel spectrum. Manifests and --out as for finetune; frame-level ones too.",
-        ("--data esc14.tsv --checkpoint runs/pretrain --out runs/esc14_probe", "--data a.csv --checkpoint runs/base --out runs/a --layer 3 --pool bands"),
+        (
+            "--data esc14.tsv --checkpoint runs/pretrain --out runs/esc14_probe",
+            "--data a.csv --checkpoint runs/base --out runs/a --layer 3 --pool bands",
+        ),
     )
     from . import finetune
 

@@ -29,7 +29,7 @@ from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank
 from .options import FinetuneOptions, ProbeOptions
 from .tasks import Round
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe's logistic regression: larger means less regularised
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larger means less regularised
 
 
 def probe(options: ProbeOptions) -> dict[str, Any]:

@@ -1,23 +1,23 @@
 """The paper's experiments in miniature: does pretraining help, which kind of it, and what do its settings change?
 
-python benchmarks/quality/run.py                 every cell that is not there yet, hours on two cores; stop it at any time
-python benchmarks/quality/run.py --minutes 60    begins no cell after an hour
-python benchmarks/quality/run.py --quick         small models and one seed in a quarter of an hour, elsewhere
-python benchmarks/quality/run.py --list          what is done and what is missing
+python benchmarks/quality/run.py                every cell that is not there yet, for hours; stop it at any time
+python benchmarks/quality/run.py --minutes 60   begins no cell after an hour
+python benchmarks/quality/run.py --quick        a few updates and one seed in a quarter of an hour, elsewhere
+python benchmarks/quality/run.py --list         what is done and what is missing
 
 A model is pretrained on the default corpus, which holds no clip that a task tests on; then it is probed and fine-tuned
 on small tasks of real recordings. A cell is one JSON in results/: a pretraining (arm, budget, seed), or what a
 checkpoint is worth on a task (and mode). report.py makes docs/quality.md of them.
 
 Budgets: ``steps``, as many updates for every arm; ``time``, as many seconds of training, whose updates follow from the
-rate of the arm's first ones. ``random`` is the patch model as it begins, normalised by the statistics of the corpus.
+rate of the arm's first ones. ``random`` and ``random frame`` are the models as they begin, normalised by the
+statistics of the corpus.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import shutil
 import sys
@@ -26,11 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 import torch
-from conftest import pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
 
 from mae_ast_fast import MAEAST, corpus, small_tasks
 from mae_ast_fast.atomic import write_json
@@ -38,7 +34,7 @@ from mae_ast_fast.finetune import finetune, probe
 from mae_ast_fast.options import FinetuneOptions, PretrainOptions, ProbeOptions
 from mae_ast_fast.pretrain import pretrain
 
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"embed_dim": 192, "encoder_layers": 4, "decoder_layers": 2, "norm_first": True}
 NO_DROPOUT = dict.fromkeys(
     ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0
@@ -50,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "patch": {},
     "random": {},
     "frame": {"preset": "frame_tiny", "model_args": {"masking": "random"}},
+    "random frame": {"preset": "frame_tiny", "model_args": {"masking": "random"}},
     "ssast": {"model": "ssast"},
     "mask 0.5": {"model_args": {"mask_ratio": 0.5}},
     "mask 0.9": {"model_args": {"mask_ratio": 0.9}},
@@ -60,6 +57,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "generative": {"model_args": {"classification_weight": 0.0}},
     "discriminative": {"model_args": {"reconstruction_weight": 0.0}},
 }
+UNTRAINED = {"random": "patch", "random frame": "frame"}  # which arm's model it is, as it begins
 MODELS = ("patch", "frame", "ssast")  # those that get the budget of time, too
 MAIN = ("zh_initial22", "finetune")  # declared before the cells were run; see docs/quality.md
 TASKS = {
@@ -92,11 +90,12 @@ def cells() -> list[Cell]:
     """All of them, the most wanted first."""
     found = []
     for seed in SEEDS:
-        pairs = [(arm, "steps") for arm in (*MODELS, "random")] + [(arm, "time") for arm in MODELS if arm != "patch"]
+        pairs = [(arm, "steps") for arm in ("patch", "random", "frame", "random frame", "ssast")]
+        pairs += [(arm, "time") for arm in MODELS if arm != "patch"]  # patch sets the time
         found += [cell for pair in pairs for cell in _of(*pair, seed)]
     for seed in SEEDS:
         for arm in ARMS:
-            if arm not in (*MODELS, "random"):
+            if arm not in (*MODELS, *UNTRAINED):
                 found += _of(arm, "steps", seed)
     return found
 
@@ -126,8 +125,7 @@ class Grid:
                 **{name: getattr(cell, name) for name in ("arm", "budget", "seed", "task", "mode")},
                 **told,
                 "seconds": round(time.perf_counter() - begun, 1),
-                "commit": pytest_benchmark_generate_commit_info(None),
-                "machine": pytest_benchmark_generate_machine_info(None),
+                **_where(),
             },
         )
 
@@ -158,7 +156,7 @@ class Grid:
 
     def pretrain(self, cell: Cell) -> dict[str, Any]:
         out = self.checkpoint(cell)
-        if cell.arm == "random":
+        if cell.arm in UNTRAINED:
             return self.untrained(cell)
         steps = round(STEPS * self.scale)
         if cell.budget == "time":
@@ -179,8 +177,10 @@ class Grid:
         return round(seconds / summary["train_seconds"] * RATE_STEPS)
 
     def untrained(self, cell: Cell) -> dict[str, Any]:
-        patch = self.checkpoint(Cell("patch", "steps", cell.seed))
-        trained = MAEAST.from_pretrained(patch)
+        source = Cell(UNTRAINED[cell.arm], "steps", cell.seed)
+        if not self.checkpoint(source).exists():
+            self.pretrain(source)
+        trained = MAEAST.from_pretrained(self.checkpoint(source))
         torch.manual_seed(cell.seed)
         model = MAEAST(trained.config)
         model.input_norm.load_state_dict(trained.input_norm.state_dict())
@@ -206,6 +206,7 @@ class Grid:
         told = {name: summary[name] for name in kept}
         if baseline := summary.get("log_mel_baseline"):
             told["log_mel"] = baseline["value"]
+        told["audio"] = "bundle" if self.bundle else "rebuilt"
         return {**told, "right": "".join(str(right[path]) for path in sorted(right))}
 
     def manifest(self, task: str) -> Path:
@@ -216,6 +217,17 @@ class Grid:
         if not (folder / f"{task}.tsv").exists():
             small_tasks.build([task], folder)
         return folder / f"{task}.tsv"
+
+
+def _where() -> dict[str, Any]:
+    """Commit and machine, as the benchmarks tell them."""
+    sys.path.append(str(RESULTS.parent.parent))
+    from conftest import pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
+
+    return {
+        "commit": pytest_benchmark_generate_commit_info(None),
+        "machine": pytest_benchmark_generate_machine_info(None),
+    }
 
 
 def main() -> None:
@@ -230,7 +242,7 @@ def main() -> None:
     wanted = cells()
     if arguments.quick:
         grid = Grid(Path("runs/quality_quick"), Path("runs/quality_quick/results"), arguments.bundle, 1 / 6)
-        wanted = [c for c in wanted if c.seed == 0 and c.arm in (*MODELS, "random") and c.budget == "steps"]
+        wanted = [c for c in wanted if c.seed == 0 and c.arm in (*MODELS, *UNTRAINED) and c.budget == "steps"]
         wanted = [c for c in wanted if c.task in ("", "zh_initial22", "vocal4")]
     missing = [cell for cell in wanted if not grid.path(cell).exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there", flush=True)

@@ -1,0 +1,165 @@
+"""docs/quality.md and its figure from the cells in results/.
+
+python benchmarks/quality/report.py            writes
+python benchmarks/quality/report.py --check    fails where docs/quality.md is not what the cells give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from run import ARMS, FINETUNED, MAIN, MODELS, RESULTS, TASKS, UNTRAINED, cells
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE, FIGURE = ROOT / "docs/quality.md", ROOT / "docs/figures/quality.png"
+BEGIN, END = "<!-- report:quality -->", "<!-- /report -->"
+RESAMPLES = 2000
+
+Key = tuple[str, str, str, str]  # arm, budget, mode, task
+
+
+def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All cells that are there."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def grouped(found: list[dict[str, Any]]) -> dict[Key, dict[int, dict[str, Any]]]:
+    """(arm, budget, mode, task) -> seed -> cell."""
+    groups: dict[Key, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for cell in found:
+        groups[cell["arm"], cell["budget"], cell["mode"], cell["task"]][cell["seed"]] = cell
+    return groups
+
+
+def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> tuple[float, float, float, int]:
+    """Mean difference of accuracy with a 95 % bootstrap interval, and the number of seeds.
+
+    Clips are paired and drawn together for all seeds, which are drawn too where there are several.
+    """
+    seeds = sorted(set(ours) & set(theirs))
+    right = np.array([[[int(x) for x in cell[s]["right"]] for s in seeds] for cell in (ours, theirs)])
+    paired = right[0] - right[1]  # (seeds, clips)
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES):
+        clips = rng.integers(paired.shape[1], size=paired.shape[1])
+        means.append(paired[rng.integers(len(seeds), size=len(seeds))][:, clips].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(paired.mean()), float(low), float(high), len(seeds)
+
+
+def value(cells_of: dict[int, dict[str, Any]]) -> str:
+    values = [cell["value"] for cell in cells_of.values()]
+    if not values:
+        return ""
+    spread = f" ({min(values):.3f} - {max(values):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def against(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> str:
+    if not set(ours) & set(theirs):
+        return ""
+    mean, low, high, _ = difference(ours, theirs)
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){', tie' if low <= 0 <= high else ''}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def text(found: list[dict[str, Any]]) -> str:
+    """The generated part of docs/quality.md."""
+    groups = grouped(found)
+    wanted = cells()
+    there = {(c["arm"], c["budget"], c["seed"], c["task"], c["mode"]) for c in found}
+    missing = [c for c in wanted if (c.arm, c.budget, c.seed, c.task, c.mode) not in there]
+    hours = sum(cell["seconds"] for cell in found) / 3600
+    commits = sorted({cell["commit"]["id"][:12] for cell in found})
+    machines = sorted({f"{c['machine']['processor']}, {c['machine']['threads']} threads" for c in found})
+    lines = [
+        f"{len(found)} of {len(wanted)} cells, {hours:.1f} hours on {'; '.join(machines)}, "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}. Accuracy, mean over the seeds (smallest - largest); "
+        "differences in points, clips paired, 95 % bootstrap intervals over clips and seeds.",
+        "",
+        f"Main task, declared before the cells were run: {MAIN[1]} on {MAIN[0]}.",
+        "",
+    ]
+    columns = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in TASKS]
+    log_mel = {}
+    for (_, _, mode, task), of in groups.items():
+        if mode == "probe":
+            log_mel[task] = next(iter(of.values()))["log_mel"]
+    rows = []
+    for budget in ("steps", "time"):
+        for arm in ARMS:
+            pretrained = groups.get((arm, budget, "", ""), {})
+            if not pretrained:
+                continue
+            one = next(iter(pretrained.values()))
+            seconds = f"{np.mean([c.get('train_seconds', 0.0) for c in pretrained.values()]):.0f}"
+            cells_of = [value(groups.get((arm, budget, *column), {})) for column in columns]
+            rows.append([arm, budget, str(one["steps"]), seconds, str(len(pretrained)), *cells_of])
+    chance = ["", "", "", "", *("" if mode == "finetune" else f"{log_mel.get(task, 0):.3f}" for mode, task in columns)]
+    rows.append(["log-mel + logistic regression", *chance])
+    header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in columns)]
+    lines += [table(header, rows), "", "Against what it is to be compared with, in points:", ""]
+    pairs = [(of, "steps", arm, "steps") for arm, of in UNTRAINED.items()] + [("ssast", "steps", "random", "steps")]
+    pairs += [("patch", "steps", "ssast", "steps"), ("frame", "steps", "patch", "steps")]
+    pairs += [("patch", "steps", "ssast", "time"), ("frame", "time", "patch", "steps")]
+    pairs += [(arm, "steps", "patch", "steps") for arm in ARMS if arm not in (*MODELS, *UNTRAINED)]
+    rows = []
+    for arm, budget, other, of in pairs:
+        cells_of = [against(groups.get((arm, budget, *c), {}), groups.get((other, of, *c), {})) for c in columns]
+        if any(cells_of):
+            label = f"{other}, equal time" if (budget, of) != ("steps", "steps") else other
+            rows.append([arm, label, *cells_of])
+    lines += [table(["pretraining", "against", *header[5:]], rows), ""]
+    names = ", ".join(f"`{cell.name}`" for cell in missing) or "none"
+    lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", names, "", "</details>"]
+    return "\n".join(lines)
+
+
+def draw(found: list[dict[str, Any]]) -> None:
+    """Accuracy of each arm on the main task, a point a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = grouped(found)
+    arms = [arm for arm in ARMS if groups.get((arm, "steps", MAIN[1], MAIN[0]))]
+    figure, axis = plt.subplots(figsize=(8, 0.4 * len(arms) + 1.2), constrained_layout=True)
+    for row, arm in enumerate(arms):
+        of = groups[arm, "steps", MAIN[1], MAIN[0]].values()
+        axis.barh(row, np.mean([cell["value"] for cell in of]), color="C1" if arm in UNTRAINED else "C0", alpha=0.6)
+        axis.plot([cell["value"] for cell in of], [row] * len(of), "k.", markersize=5)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"accuracy, {MAIN[1]} on {MAIN[0]}, a point a seed")
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(FIGURE, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    found = read()
+    page = PAGE.read_text()
+    before, rest = page.split(BEGIN)
+    new = f"{before}{BEGIN}\n{text(found)}\n{END}{rest.split(END, 1)[1]}"
+    if arguments.check:
+        if new != page:
+            raise SystemExit(f"{PAGE} is not what benchmarks/quality/report.py makes of the cells: run it")
+        return
+    draw(found)
+    PAGE.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

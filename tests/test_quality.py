@@ -1,0 +1,93 @@
+"""The cells of benchmarks/quality and what is told of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("torchmetrics")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """benchmarks/quality's run and report, whose names are too plain to stay importable."""
+    place = str(ROOT / "benchmarks/quality")
+    hidden = {name: sys.modules.pop(name) for name in ("run", "report") if name in sys.modules}
+    sys.path.insert(0, place)
+    try:
+        import report
+        import run
+
+        yield run, report
+    finally:
+        sys.path.remove(place)
+        for name in ("run", "report"):
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+def cell(arm: str, seed: int, right: str, budget: str = "steps") -> dict:
+    task = {"task": "zh_initial22", "mode": "finetune"}
+    machine = {"machine": {"processor": "CPU", "threads": 2}, "commit": {"id": "0123456789abcdef"}}
+    value = right.count("1") / len(right)
+    return {
+        "arm": arm,
+        "budget": budget,
+        "seed": seed,
+        **task,
+        "value": value,
+        "right": right,
+        "seconds": 60.0,
+        **machine,
+    }
+
+
+def test_cells_are_different_and_the_main_ones_come_first(modules):
+    run, _ = modules
+    found = run.cells()
+    assert len({c.name for c in found}) == len(found) == len(set(found))
+    assert {c.arm for c in found} == set(run.ARMS)
+    assert {c.seed for c in found} == {0, 1, 2}
+    for c in found:  # a model is pretrained before it is used, the one whose statistics another takes before that
+        if c.task:
+            assert found.index(run.Cell(c.arm, c.budget, c.seed)) < found.index(c)
+    for arm, of in run.UNTRAINED.items():
+        assert found.index(run.Cell(of, "steps", 0)) < found.index(run.Cell(arm, "steps", 0))
+    assert [c.arm for c in found].index("decoder 1") > [c.seed for c in found].index(2)
+    assert run.MAIN == ("zh_initial22", "finetune")
+    assert run.MAIN[0] in run.FINETUNED
+
+
+def test_every_arm_is_a_run(modules, tmp_path):
+    run, _ = modules
+    grid = run.Grid(tmp_path, tmp_path / "results", None, 1.0)
+    for arm in run.ARMS:
+        options = grid.options(run.Cell(arm, "steps", 1), steps=5)
+        assert options.seed == 1
+        options.model_config()
+
+
+def test_differences_are_paired(modules):
+    _, report = modules
+    ours = {0: cell("patch", 0, "1110" * 50), 1: cell("patch", 1, "1100" * 50)}
+    theirs = {0: cell("random", 0, "1010" * 50), 1: cell("random", 1, "1100" * 50), 2: cell("random", 2, "0000" * 50)}
+    mean, low, high, seeds = report.difference(ours, theirs)
+    assert (mean, seeds) == (0.125, 2)
+    assert low <= 0.0 and high >= 0.2  # the second seed has no difference, the first one of 0.25
+    assert report.difference(ours, ours)[:3] == (0.0, 0.0, 0.0)
+    assert report.against(ours, theirs).startswith("+12.5 (")
+    assert report.against(ours, {}) == ""
+
+
+def test_the_page_is_what_the_cells_give(modules):
+    _, report = modules
+    page = report.PAGE.read_text()
+    assert (
+        page
+        == page.split(report.BEGIN)[0]
+        + f"{report.BEGIN}\n{report.text(report.read())}\n{report.END}"
+        + page.split(report.END, 1)[1]
+    )
