@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .atomic import write_json
+from .atomic import write_json, write_whole
 from .base import PretrainingModel
 from .classifier import AudioClassifier, pool_tokens
 from .downstream import Run, Tested
@@ -218,13 +218,13 @@ def _finetune_round(run: Run, part: Round) -> Tested:
         result = json.loads((folder / "result.json").read_text())
         if result["test"] == part.test:
             run.say(f"{folder} is done")
-            return Tested(part, np.array(result["probabilities"], np.float32), result["valid"], None, result["chosen"])
+            return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
     trainer = _Trainer(run, part)
     valid, chosen = trainer.train()
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
-    told = {"valid": valid, "chosen": chosen, "test": part.test, "probabilities": probabilities.tolist()}
-    write_json(folder / "result.json", told)
+    write_whole(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
+    write_json(folder / "result.json", {"valid": valid, "chosen": chosen, "test": part.test})
     return Tested(part, probabilities, valid, None, chosen)
 
 
