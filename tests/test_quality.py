@@ -70,6 +70,16 @@ def test_every_arm_is_a_run(modules, tmp_path):
         options.model_config()
 
 
+def test_a_cell_says_what_it_is_of(modules, tmp_path, monkeypatch):
+    run, report = modules
+    monkeypatch.setattr(run.Grid, "downstream", lambda grid, of: {"value": 0.5, "right": "10"})
+    run.Grid(tmp_path, tmp_path / "results", None, 1.0).run(run.Cell("mask 0.5", "steps", 2, "esc14", "probe"))
+    (found,) = report.read(tmp_path / "results")
+    assert (found["arm"], found["seed"], found["task"], found["right"]) == ("mask 0.5", 2, "esc14", "10")
+    assert {"id", "dirty"} <= set(found["commit"])
+    assert {"processor", "threads"} <= set(found["machine"])
+
+
 def test_differences_are_paired(modules):
     _, report = modules
     ours = {0: cell("patch", 0, "1110" * 50), 1: cell("patch", 1, "1100" * 50)}

@@ -225,8 +225,8 @@ def _where() -> dict[str, Any]:
     from conftest import pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
 
     return {
-        "commit": pytest_benchmark_generate_commit_info(None),
-        "machine": pytest_benchmark_generate_machine_info(None),
+        "commit": pytest_benchmark_generate_commit_info(),
+        "machine": pytest_benchmark_generate_machine_info(),
     }
 
 
