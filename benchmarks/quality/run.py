@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,12 +221,13 @@ class Grid:
 
 def _where() -> dict[str, Any]:
     """Commit and machine, as the benchmarks tell them."""
-    sys.path.append(str(RESULTS.parent.parent))
-    from conftest import pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
-
+    place = RESULTS.parent.parent / "conftest.py"  # by its path: pytest has others of its name
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", place)
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
     return {
-        "commit": pytest_benchmark_generate_commit_info(),
-        "machine": pytest_benchmark_generate_machine_info(),
+        "commit": conftest.pytest_benchmark_generate_commit_info(),
+        "machine": conftest.pytest_benchmark_generate_machine_info(),
     }
 
 
