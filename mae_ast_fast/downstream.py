@@ -245,6 +245,7 @@ class Run:
             plot_confusion(counts, task.labels, title, self.out / "confusion.png")
         if history:
             plot_learning(history, self.metric.replace("_", " "), self.out / "learning.png")
+        summary = _rounded(summary)
         write_json(self.out / "summary.json", summary)
         return summary
 
@@ -286,3 +287,12 @@ class Run:
                         table.writerow([name, *at, true, pred, *(f"{x:.6g}" for x in p)])
 
         write_whole(self.out / "predictions.csv", write)
+
+
+def _rounded(found: Any) -> Any:
+    """Floats to six decimals, wherever they stand: more than any of them is worth."""
+    if isinstance(found, dict):
+        return {name: _rounded(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_rounded(value) for value in found]
+    return round(found, 6) if isinstance(found, float) else found
