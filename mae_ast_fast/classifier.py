@@ -84,7 +84,9 @@ class AudioClassifier(nn.Module):
             features: (B, T, F), as ``encoder.features`` makes them.
             lengths: (B,) real frames; None: all T.
         """
-        return self.head(pool_tokens(self.encoder.encode(features, lengths, self.layer), len(features), self.bands))
+        pooled = pool_tokens(self.encoder.encode(features, lengths, self.layer), len(features), self.bands)
+        with torch.autocast(features.device.type, enabled=False):  # bf16 scores would be equal for many clips
+            return self.head(pooled.to(self.head.weight.dtype))
 
     @torch.no_grad()
     def probabilities(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
+import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,8 +88,12 @@ class Run:
 
     def __init__(self, options: ProbeOptions, mode: str) -> None:
         self.options, self.mode, self.out = options, mode, Path(options.out)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out must be a folder, got the file {self.out}")
         self.began = time.perf_counter()
         self.task = task = read_task(options.data, options.root, options.multi_label)
+        if mode == "finetune" and task.frame_level:
+            raise ValueError(f"{options.data} is a frame-level task, for mae-ast-fast probe alone")
         self.device = pick_device(options.device)
         best = "bf16" if native_bf16(self.device) else "fp32"
         self.precision = best if options.precision == "auto" else options.precision
@@ -110,9 +117,18 @@ class Run:
             for name in ("train", "valid", "test"):
                 if not getattr(part, name):
                     where = f" of fold {part.name}" if part.name else ""
-                    raise ValueError(f"{options.data}: none of the {name} clips{where} gives any audio")
+                    i, reason = next(iter(gone.items()))
+                    one = f"{task.clips[i].name}: {reason}"
+                    raise ValueError(f"{options.data}: none of the {name} clips{where} gives any audio; {one}")
         self.rounds = rounds
         self.examples = Examples.of(task, self.audio)
+        for part in rounds:
+            for name in ("valid", "test"):
+                if not self.examples.targets[self.examples.of_clips(getattr(part, name))].any():
+                    where = f" of fold {part.name}" if part.name else ""
+                    raise ValueError(
+                        f"{options.data}: no {name} clip{where} has any label, so nothing can be told by them"
+                    )
         for note in task.notes:
             self.say(f"note: {note}")
         self.say(
@@ -126,6 +142,10 @@ class Run:
         given = {"mode": self.mode, **dataclasses.asdict(self.options)}
         for free in ("out", "workers", "cache"):
             given.pop(free)
+        for name in ("data", "root", "checkpoint"):
+            if given[name] is not None and os.path.exists(given[name]):
+                given[name] = os.path.abspath(given[name])
+        made = (self.out / "summary.json").exists() or any(self.out.glob("*/result.json"))
         path = self.out / "task_options.json"
         known = None
         if path.is_file():
@@ -133,13 +153,24 @@ class Run:
                 known = json.loads(path.read_text())
             except ValueError:
                 known = {}
-        if known is not None and known != given:
-            changed = [name for name in given if (known or {}).get(name) != given[name]]
+        if known is not None and known != given and made:
+            changed = [name for name in given if known.get(name) != given[name]]
+            changed = ["mode"] if "mode" in changed else changed
             raise ValueError(f"{self.out} holds a run with another {', '.join(changed)}: choose another --out")
         if known is None and (self.out / "config.json").exists():
             raise ValueError(f"{self.out} already holds a model: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(path, given)
+
+    def identity(self) -> str:
+        """Digest of all that a round's result follows from, but the options: clips, labels, audio, weights."""
+        task = self.task
+        digest = hashlib.sha256(repr([task.labels, task.clips, sorted(self.audio.missing)]).encode())
+        digest.update(self.audio.identity.encode())
+        for name, tensor in self.encoder.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def folder(self, part: Round) -> Path:
         """Where a round of fine-tuning leaves what it made."""
@@ -195,6 +226,7 @@ class Run:
         truth = [examples.targets[part] for part in parts]
         clips = [examples.clip[part] for part in parts]
         found = [one.probabilities for one in tested]
+        self._write_predictions(examples, parts, found)
         summary: dict[str, Any] = {
             "task": task.name,
             "mode": self.mode,
@@ -235,7 +267,6 @@ class Run:
             "notes": task.notes,
             "seconds": round(time.perf_counter() - self.began, 1),
         }
-        self._write_predictions(examples, parts, found)
         if not task.multi_label:
             counts = sum(
                 confusion(p.argmax(1), y.argmax(1), len(task.labels)) for p, y in zip(found, truth, strict=True)
@@ -266,7 +297,9 @@ class Run:
             return scores[0] - (scores[1] if len(scores) > 1 else 0.0)
 
         groups = [np.unique(group) for group in clips]
-        return list(interval(value, groups, self.options.seed, joined[0].size))
+        costly = len(columns) * joined[0].size if self.metric == "map" else 0
+        low, high = interval(value, groups, self.options.seed, costly)
+        return [low, high] if len(columns) > 1 else [max(low, 0.0), min(high, 1.0)]
 
     def _write_predictions(self, examples: Examples, parts: list[np.ndarray], found: list[np.ndarray]) -> None:
         task = self.task
@@ -290,9 +323,11 @@ class Run:
 
 
 def _rounded(found: Any) -> Any:
-    """Floats to six decimals, wherever they stand: more than any of them is worth."""
+    """Floats to six decimals, wherever they stand: more than any of them is worth; None for NaN, which JSON lacks."""
     if isinstance(found, dict):
         return {name: _rounded(value) for name, value in found.items()}
     if isinstance(found, list):
         return [_rounded(value) for value in found]
-    return round(found, 6) if isinstance(found, float) else found
+    if isinstance(found, float):
+        return round(found, 6) if math.isfinite(found) else None
+    return found

@@ -60,9 +60,8 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         ValueError: As ``probe``, or a frame-level task.
     """
     run = Run(options, "finetune")
-    if run.task.frame_level:
-        raise ValueError(f"{options.data} is a frame-level task, for mae-ast-fast probe alone")
-    tested = [_finetune_round(run, part) for part in run.rounds]
+    identity = run.identity()
+    tested = [_finetune_round(run, part, identity) for part in run.rounds]
     best = max(tested, key=lambda one: one.valid)
     AudioClassifier.from_pretrained(run.folder(best.round)).save_pretrained(run.out)
     history = [row for one in tested for row in one.chosen["history"]]
@@ -211,20 +210,21 @@ def fit_logistic(
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def _finetune_round(run: Run, part: Round) -> Tested:
+def _finetune_round(run: Run, part: Round, identity: str) -> Tested:
     """Trains on a round's training clips; or reads what an earlier start of the run left of it."""
     folder = run.folder(part)
     if (folder / "result.json").is_file():
         result = json.loads((folder / "result.json").read_text())
-        if result["test"] == part.test:
+        if result["identity"] == identity and result["test"] == part.test:
             run.say(f"{folder} is done")
             return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
+        run.say(f"{folder} is of other clips, labels or weights: trained anew")
     trainer = _Trainer(run, part)
     valid, chosen = trainer.train()
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
     write_whole(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
-    write_json(folder / "result.json", {"valid": valid, "chosen": chosen, "test": part.test})
+    write_json(folder / "result.json", {"identity": identity, "valid": valid, "chosen": chosen, "test": part.test})
     return Tested(part, probabilities, valid, None, chosen)
 
 

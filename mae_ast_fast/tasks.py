@@ -9,6 +9,7 @@ folder, else to ``root``), ``label`` (``;`` between several), and ``split`` (tra
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import math
 import os
@@ -146,6 +147,8 @@ def read_task(
         ValueError: It is none, or a row lacks something; with the line.
     """
     manifest = Path(manifest)
+    if manifest.is_dir():
+        raise ValueError(f"expected a manifest, .tsv or .csv, got the folder {manifest}")
     try:
         with open(manifest, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
@@ -153,7 +156,7 @@ def read_task(
             tabs = (
                 "\t" in first if manifest.suffix.lower() not in (".csv", ".tsv") else manifest.suffix.lower() == ".tsv"
             )
-            reader = csv.DictReader(file, delimiter="\t" if tabs else ",")
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
             columns = [name.strip().lower() for name in reader.fieldnames or ()]
             what = "phones" if "phones" in columns and "label" not in columns else "label"
             if not {"path", what} <= set(columns) or not {"split", "fold"} & set(columns):
@@ -163,9 +166,13 @@ def read_task(
                 )
             reader.fieldnames = columns
             folders = [Path(os.path.abspath(manifest.parent)), *([Path(os.path.abspath(root))] if root else [])]
-            clips = [_clip(row, f"{manifest}, line {reader.line_num}", what, folders) for row in reader]
+            clips = [
+                _clip(row, f"{manifest}, line {reader.line_num}", what, folders)
+                for row in reader
+                if any(cell for cell in row.values())
+            ]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{manifest} is no table in UTF-8: {error}") from error
+        raise ValueError(f"{manifest} is no table in UTF-8 (an open quote?): {error}") from error
     if not clips:
         raise ValueError(f"{manifest}: expected clips below the header, got none")
     if not any(os.path.exists(clip.path) for clip in clips):
@@ -173,17 +180,18 @@ def read_task(
         raise FileNotFoundError(
             f"none of the {len(clips)} files of {manifest} is there; {clips[0].name} is not in {looked} (--root DIR)"
         )
+    clips, notes = _settle_folds(clips, str(manifest))
     frame_level = what == "phones"
     if frame_level:
         times = Counter(phone for clip in clips for _, phone in clip.phones)
         labels = {phone for phone, count in times.items() if count >= _LEAST_PHONES}
-        notes = [f"{len(times) - len(labels)} phones with under {_LEAST_PHONES} occurrences left out"]
+        notes += [f"{len(times) - len(labels)} phones with under {_LEAST_PHONES} occurrences left out"]
     else:
         multi_label = multi_label or any(len(clip.labels) > 1 for clip in clips)
         if not multi_label and (empty := next((clip for clip in clips if not clip.labels), None)):
             raise ValueError(f"{manifest}: {empty.name} has no label; that goes with --multi-label alone")
         labels = {label for clip in clips for label in clip.labels}
-        notes = _notes(clips)
+        notes += _notes(clips)
     if len(labels) < 2 and not multi_label:
         raise ValueError(f"{manifest}: expected at least two classes, got {sorted(labels)}")
     return Task(manifest.stem, clips, sorted(labels, key=_natural), multi_label, frame_level, notes)
@@ -194,6 +202,8 @@ def _clip(row: dict[str, str | None], where: str, what: str, folders: Sequence[P
     name, split, fold = cells["path"], cells.get("split", ""), cells.get("fold", "")
     if not name:
         raise ValueError(f"{where}: no path")
+    if broken := next((value for value in cells.values() if "\n" in value), None):
+        raise ValueError(f"{where}: a cell goes over several lines, from an open quote on: {broken[:60]!r}")
     if not fold and split.lower() not in _SPLITS:
         expected = "a fold or a split, train, valid or test" if "fold" in cells else "a split, train, valid or test"
         raise ValueError(f"{where}: expected {expected}, got {split!r}")
@@ -211,7 +221,30 @@ def _clip(row: dict[str, str | None], where: str, what: str, folders: Sequence[P
     labels = () if phones else tuple(dict.fromkeys(label.strip() for label in cells[what].split(";") if label.strip()))
     places = [folder / name for folder in folders]  # an absolute name stays as it is
     path = next((place for place in places if place.exists()), places[-1])
-    return Clip(str(path), name, labels, "" if fold else _SPLITS[split.lower()], fold, start, end, phones)
+    return Clip(str(path), name, labels, _SPLITS.get(split.lower(), ""), fold, start, end, phones)
+
+
+def _settle_folds(clips: list[Clip], manifest: str) -> tuple[list[Clip], list[str]]:
+    """The clips with folds or without, and notes.
+
+    Raises:
+        ValueError: Some have a fold and some do not, or what is called folds are splits.
+    """
+    folds = {clip.fold for clip in clips}
+    if folds == {""}:
+        return clips, []
+    if "" in folds:
+        without = [clip.name for clip in clips if not clip.fold]
+        raise ValueError(
+            f"{manifest}: {len(without)} of {len(clips)} clips have no fold, {without[0]} for one: give every clip "
+            "one, or leave the column out where splits are meant"
+        )
+    if {fold.lower() for fold in folds} <= set(_SPLITS):
+        raise ValueError(f"{manifest}: the folds are {sorted(folds)}: name the column split")
+    if len(folds) == 1 and all(clip.split for clip in clips):
+        note = f"all clips are of fold {folds.pop()}: the splits are taken"
+        return [dataclasses.replace(clip, fold="") for clip in clips], [note]
+    return clips, []
 
 
 def _natural(text: str) -> tuple[bool, float, str]:
@@ -236,7 +269,7 @@ def _notes(clips: Sequence[Clip]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- waveforms
 
 
-def _hold_nothing_out(entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, str]:
+def _keep_all(entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, str]:
     return np.arange(len(entries)), np.arange(0), "all clips are labelled ones"
 
 
@@ -244,6 +277,7 @@ class Waveforms:
     """The audio of a task, decoded once into shards in the cache as that of pretraining is.
 
     Attributes:
+        identity: Digest of the shards.
         missing: Clip -> why it gives no audio; such clips are left out.
         seconds: (clips,) float64, of each.
 
@@ -257,12 +291,14 @@ class Waveforms:
     """
 
     def __init__(self, task: Task, cache: str | os.PathLike[str], workers: int = 2) -> None:
-        files = {clip.name: Entry(clip.path, clip.name) for clip in task.clips}
-        plan = prepare.plan(list(files.values()), min_seconds=WINDOW / SAMPLE_RATE, split=_hold_nothing_out)
+        # By their paths, not by what a manifest calls them: another one over the same files finds the same shards.
+        files = {clip.path: Entry(clip.path, clip.path) for clip in task.clips}
+        plan = prepare.plan(list(files.values()), min_seconds=WINDOW / SAMPLE_RATE, split=_keep_all)
         folder = Path(cache) / "shards"
         folder.mkdir(parents=True, exist_ok=True)
         report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers)
         self._shards = Shards(folder / plan.key[:24])
+        self.identity = self._shards.identity
         pieces: dict[str, list[Piece]] = {}
         for piece in self._shards.pieces("train"):
             pieces.setdefault(piece.name, []).append(piece)
@@ -270,12 +306,12 @@ class Waveforms:
         self.missing: dict[int, str] = {}
         self._pieces: list[list[Window]] = []
         for i, clip in enumerate(task.clips):
-            found = sorted(pieces.get(clip.name, ()), key=lambda piece: piece.number)
+            found = sorted(pieces.get(clip.path, ()), key=lambda piece: piece.number)
             end = round(clip.end * SAMPLE_RATE) if clip.end else sum(piece.samples for piece in found)
             parts = _cut(found, round(clip.start * SAMPLE_RATE), end)
             self._pieces.append(parts)
             if sum(part.samples for part in parts) < WINDOW:
-                self.missing[i] = reasons.get(clip.name, "no audio of 25 ms there" if found else "cannot be read")
+                self.missing[i] = reasons.get(clip.path, "no audio of 25 ms there" if found else "cannot be read")
         self.seconds = np.array([sum(part.samples for part in parts) for parts in self._pieces]) / SAMPLE_RATE
 
     def windows(self, clip: int, max_seconds: float) -> list[tuple[float, Window]]:
@@ -316,7 +352,7 @@ def _cut(pieces: Sequence[Piece], start: int, end: int) -> list[Window]:
     found, offset = [], 0
     for piece in pieces:
         first, last = max(start, offset), min(end, offset + piece.samples)
-        if first < last:
+        if last - first >= WINDOW:
             found.append(piece.window(first - offset, last - first))
         offset += piece.samples
     return found

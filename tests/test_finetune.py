@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mae_ast_fast.classifier import AudioClassifier, pool_tokens
 from mae_ast_fast.finetune import PENALTIES, finetune, fit_logistic, mix, parameter_groups, probe, spec_augment
 from mae_ast_fast.inference import encoder_alone
 from mae_ast_fast.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
+from mae_ast_fast.scores import interval, score
 
 soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "lhotse", "torchmetrics"))
 RATE = 16000
@@ -335,7 +337,7 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     assert list((tmp_path / "run/tensorboard").glob("*/events*"))
     capsys.readouterr()
     (tmp_path / "run/fold_1/result.json").unlink()
-    again = finetune(given)
+    again = finetune(dataclasses.replace(given, data=os.path.relpath(given.data)))
     said = capsys.readouterr().out
     assert "fold_0 is done" in said
     assert "fold_1 is done" not in said
@@ -344,6 +346,55 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     assert again == summary
     with pytest.raises(ValueError, match="holds a run with another lr: choose another --out"):
         finetune(dataclasses.replace(given, lr=1e-3))
+
+
+def test_a_round_of_other_labels_is_trained_anew(folder, tmp_path, capsys):
+    table = tmp_path / "t.tsv"
+    rows = (folder / "split.tsv").read_text()
+    table.write_text(rows)
+    given = tuned(folder, tmp_path / "run", epochs=1)
+    given = dataclasses.replace(given, data=str(table), root=str(folder))
+    finetune(given)
+    table.write_text(rows.replace("low", "deep"))
+    finetune(given)
+    assert "split is of other clips, labels or weights: trained anew" in capsys.readouterr().out
+    assert {row["label"] for row in predictions(tmp_path / "run")} == {"deep", "middle", "high"}
+
+
+def test_a_start_that_fails_leaves_the_folder_free(folder, tmp_path):
+    given = tuned(folder, tmp_path / "run", data="split.tsv", lr=1e30, layer_decay=1.0, clip_norm=1e30)
+    with pytest.raises(ValueError, match="the loss became"):
+        finetune(given)
+    finetune(dataclasses.replace(given, lr=1e-3, clip_norm=1.0, epochs=1))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out must be a folder"):
+        probe(options(folder, tmp_path / "file"))
+
+
+@pytest.mark.parametrize("run", [probe, finetune])
+def test_one_label_or_none(folder, tmp_path, run):
+    """A detector: some clips have the label, the others none."""
+    rows = (folder / "split.tsv").read_text().replace("middle", "").replace("high", "")
+    (folder / "low.tsv").write_text(rows)
+    more = {"of": FinetuneOptions, "epochs": 1} if run is finetune else {}
+    summary = run(options(folder, tmp_path / "run", "low.tsv", multi_label=True, **more))
+    assert summary["classes"] == 1
+    low, high = summary["ci95"]
+    assert 0.0 <= low <= summary["value"] <= high <= 1.0
+    (folder / "none.tsv").write_text("\n".join(row.replace("low\tvalid", "\tvalid") for row in rows.splitlines()))
+    with pytest.raises(ValueError, match="no valid clip has any label"):
+        run(options(folder, tmp_path / "none", "none.tsv", multi_label=True, **more))
+
+
+def test_intervals_hold_the_value():
+    rng = np.random.default_rng(0)
+    targets = rng.random((400, 20)) < 0.02
+    p = (0.3 * targets + rng.random((400, 20))).astype(np.float32)
+    value = score("map", p, targets, True)
+    low, high = interval(lambda rows: score("map", p[rows], targets[rows], True), [np.arange(400)], costly=p.size * 40)
+    assert low < value < high
+    low, high = interval(lambda rows: float("nan"), [np.arange(4)])
+    assert np.isnan(low) and np.isnan(high)
 
 
 def test_the_best_epoch_is_kept(folder, tmp_path, monkeypatch):

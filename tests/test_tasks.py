@@ -127,6 +127,43 @@ def test_a_file_in_two_splits_is_noticed(tmp_path):
     assert read_task(manifest(tmp_path, SPLIT)).notes == []
 
 
+def test_rows_without_a_fold_are_no_fold_of_their_own(tmp_path):
+    rows = ["a.wav\tx\t1.0\ttrain", "b.wav\ty\t2.0\ttrain", "c.wav\ty\t\ttest"]
+    with pytest.raises(ValueError, match=r"1 of 3 clips have no fold, c\.wav for one"):
+        read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
+
+
+def test_folds_that_are_splits(tmp_path):
+    with pytest.raises(ValueError, match=r"the folds are \['test', 'train'\]: name the column split"):
+        read_task(manifest(tmp_path, ["a.wav\tx\ttrain", "b.wav\ty\ttest"], "path\tlabel\tfold"))
+
+
+def test_one_fold_beside_splits_is_none(tmp_path):
+    rows = ["a.wav\tx\t1\ttrain", "b.wav\ty\t1\tvalid", "c.wav\ty\t1\ttest"]
+    task = read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
+    assert task.notes == ["all clips are of fold 1: the splits are taken"]
+    assert [part.name for part in task.rounds()] == [""]
+
+
+def test_an_open_quote_loses_no_rows(tmp_path):
+    rows = [
+        f"{i}.wav\tx\ttrain\t{words}" for i, words in enumerate(["one", '"Hello he said', "two", '"Hello again', "x"])
+    ]
+    with pytest.raises(ValueError, match="an open quote"):
+        read_task(manifest(tmp_path, [*rows, "z.wav\ty\ttest\t"], "path\tlabel\tsplit\tsentence"))
+    with pytest.raises(ValueError, match="a cell goes over several lines"):
+        read_task(manifest(tmp_path, [rows[0], '1.wav\tx\ttest\t"a', 'b"'], "path\tlabel\tsplit\tsentence", "n.tsv"))
+
+
+def test_blank_rows_are_none(tmp_path):
+    assert len(read_task(manifest(tmp_path, [*SPLIT, "\t\t", ""][:5])).clips) == 4
+
+
+def test_a_folder_is_no_manifest(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a manifest, \.tsv or \.csv, got the folder"):
+        read_task(tmp_path)
+
+
 def test_phones(tmp_path):
     rows = [f"{i}.wav\t{'train' if i else 'test'}\t0.5:a 0.75:b 1.0:a" + " 1.1:rare" * (i == 0) for i in range(20)]
     task = read_task(manifest(tmp_path, rows, "path\tsplit\tphones"))
@@ -279,6 +316,16 @@ def test_a_long_recording_in_pieces(tmp_path, monkeypatch):
     np.testing.assert_array_equal(joined, samples(tmp_path, "a.wav")[RATE // 2 : RATE * 9 // 4])
     edges = np.cumsum([0, *lengths.tolist()])[:-1] / RATE
     assert [start for start, _ in found] == edges.tolist()
+
+
+def test_another_manifest_of_the_same_files_hears_them(recordings, audio):
+    rows = ["a.wav\tx\ttrain\t\t", f"{recordings}/b.flac\ty\ttrain\t\t", "./short.wav\tx\ttest\t\t"]
+    rows += ["./broken.wav\ty\ttest\t\t", f"{recordings}/none.wav\ty\ttest\t\t"]
+    path = write(recordings / "other.tsv", "\n".join(["path\tlabel\tsplit\tstart\tend", *rows]) + "\n")
+    again = Waveforms(read_task(path), recordings / "cache")
+    assert again.identity == audio.identity  # the same shards
+    assert again.seconds[:2].tolist() == [2.5, 1.0]
+    assert sorted(again.missing) == [2, 3, 4]
 
 
 def test_batches_take_every_window_once_and_few_seconds(audio):
