@@ -393,6 +393,11 @@ def test_intervals_hold_the_value():
     value = score("map", p, targets, True)
     low, high = interval(lambda rows: score("map", p[rows], targets[rows], True), [np.arange(400)], costly=p.size * 40)
     assert low < value < high
+    either = interval(lambda rows: 1.0 if rows.max() < 4 else float("nan"), [np.arange(4), np.arange(4, 8)])
+    assert either == (1.0, 1.0)  # a fold without the class says nothing of it
+    # What is drawn twice biases a statistic, such as the share of different clips: of all of them it is 1.
+    low, high = interval(lambda rows: len(np.unique(rows)) / 4, [np.arange(4)])
+    assert low < 1.0 < high
     low, high = interval(lambda rows: float("nan"), [np.arange(4)])
     assert np.isnan(low) and np.isnan(high)
 
