@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import ops
-from .atomic import write_whole
+from .atomic import write_json, write_whole
 from .attention import check_backend
 from .config import MAEASTConfig, SSASTConfig
 from .fbank import fbank
@@ -71,6 +71,14 @@ def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, val
     if values and (lengths.min() < 0 or lengths.max() > longest):
         raise ValueError(f"lengths must be between 0 and T={longest} frames, got {lengths.tolist()}")
     return lengths
+
+
+def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Writes model.safetensors and config.json, each in one step, into a folder that is made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    write_json(folder / "config.json", config)
 
 
 class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
@@ -250,11 +258,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             **hub: ``push_to_hub``, ``repo_id`` and what else ``huggingface_hub.ModelHubMixin`` takes.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        config = json.dumps({"model_type": self.model_type, **self.config.to_dict()}, indent=2) + "\n"
-        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
-        write_whole(folder / "config.json", lambda path: path.write_text(config))
+        write_model(self, {"model_type": self.model_type, **self.config.to_dict()}, folder)
         if "model_card_kwargs" in hub:  # the mixin is about to upload the folder
             self.generate_model_card(**(hub["model_card_kwargs"] or {})).save(folder / "README.md")
         if hub.pop("push_to_hub", False):

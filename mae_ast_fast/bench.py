@@ -27,7 +27,7 @@ from .base import PretrainingModel
 from .config import MAEASTConfig, SSASTConfig
 from .fbank import SAMPLE_RATE, num_frames
 from .model import MAEAST
-from .options import native_bf16
+from .options import pick_precision
 from .ssast import SSAST
 from .step import PRECISIONS, TrainStep
 
@@ -87,7 +87,7 @@ def bench(
         raise ValueError(f"clips must be at least 1, got {clips}")
     began = time.perf_counter()
     clips = clips or (64 if place.type == "cuda" else 4)
-    precision = "bf16" if native_bf16(place) else "fp32"
+    precision = pick_precision("auto", place)
     if preset is None:
         preset = f"patch_{_largest(place, precision, clips, seconds)}"
         say(f"{preset}: the largest model whose rounds fit into {seconds:g} s here")

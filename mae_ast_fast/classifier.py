@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from . import audio
-from .atomic import write_json, write_whole
-from .base import Encoded, PretrainingModel
+from .atomic import write_whole
+from .base import Encoded, PretrainingModel, write_model
 from .checkpoint import MODELS
 from .fbank import HOP, SAMPLE_RATE, WINDOW
 
@@ -111,12 +111,6 @@ class AudioClassifier(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes model.safetensors and config.json, each in one step."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
         config = {
             "model_type": MODEL_TYPE,
             "labels": self.labels,
@@ -126,7 +120,7 @@ class AudioClassifier(nn.Module):
             "pool": self.pool,
             "encoder": {"model_type": self.encoder.model_type, **self.encoder.config.to_dict()},
         }
-        write_json(folder / "config.json", config)
+        write_model(self, config, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **init: str) -> AudioClassifier:

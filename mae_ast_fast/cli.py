@@ -22,7 +22,7 @@ import textwrap
 import traceback
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -522,6 +522,29 @@ def _load(source: str, device: str, mae_ast_for: str | None = None) -> MAEAST | 
     return model.to(chosen)
 
 
+class _Skipped:
+    """Audio that cannot be read: counted and named on stderr."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, reason: object) -> None:
+        self.count += 1
+        print(f"skipped {reason}", file=sys.stderr, flush=True)
+
+    def listing(self, sources: Iterable[str]) -> Iterator[str]:
+        """The audio files that the sources name, one source after the other."""
+        from .audio import find_audio
+
+        for source in sources:
+            try:
+                entries = find_audio(source)
+            except (FileNotFoundError, ValueError) as error:
+                self.add(error)
+                continue
+            yield from (entry.path for entry in entries)
+
+
 def _features(argv: Sequence[str]) -> int:
     parser = _Parser(
         "features",
@@ -557,27 +580,15 @@ def _features(argv: Sequence[str]) -> int:
     _add_device(parser)
     arguments = parser.read(argv)
 
-    from .audio import AudioError, find_audio
+    from .audio import AudioError
     from .inference import extract_file, output_paths, save_features
 
-    paths: list[str] = []
-    skipped = 0
-
-    def skip(reason: object) -> None:
-        nonlocal skipped
-        skipped += 1
-        print(f"skipped {reason}", file=sys.stderr, flush=True)
-
-    for source in arguments.files:
-        try:
-            paths += [entry.path for entry in find_audio(source)]
-        except (FileNotFoundError, ValueError) as error:
-            skip(error)
-    paths = list(dict.fromkeys(paths))
+    skipped = _Skipped()
+    paths = list(dict.fromkeys(skipped.listing(arguments.files)))
     out = Path(arguments.out)
     named = out.suffix[1:] if out.suffix in (".npz", ".safetensors") and not out.is_dir() else None
-    if named and len(paths) + skipped > 1:
-        raise ValueError(f"--out {out} names one file, got {len(paths) + skipped}: name a folder")
+    if named and len(paths) + skipped.count > 1:
+        raise ValueError(f"--out {out} names one file, got {len(paths) + skipped.count}: name a folder")
     if named and arguments.format not in (None, named):
         raise ValueError(f"--out {out} and --format {arguments.format} contradict each other")
     form = arguments.format or named or "npz"
@@ -588,15 +599,15 @@ def _features(argv: Sequence[str]) -> int:
         try:
             found = extract_file(model, path, arguments.layer, arguments.chunk_seconds, arguments.precision)
         except AudioError as error:
-            skip(error)
+            skipped.add(error)
             continue
         save_features(found, target, form)
         written += 1
         tokens, width = found.features.shape
         print(f"{target}: {tokens} tokens x {width}, to {found.times[-1]:.2f} s", flush=True)
-    if written != 1 or skipped:
-        print(f"{written} written, {skipped} skipped")
-    return 1 if skipped else 0
+    if written != 1 or skipped.count:
+        print(f"{written} written, {skipped.count} skipped")
+    return 1 if skipped.count else 0
 
 
 def _reconstruct(argv: Sequence[str]) -> int:
@@ -840,35 +851,27 @@ def _predict(argv: Sequence[str]) -> int:
     if arguments.top < 1:
         parser.error(f"--top must be at least 1, got {arguments.top}")
 
-    from .audio import AudioError, find_audio
+    from .audio import AudioError
     from .classifier import AudioClassifier, write_predictions
     from .inference import pick_device
 
     classifier = AudioClassifier.from_pretrained(arguments.checkpoint).to(pick_device(arguments.device))
-    skipped, rows = 0, []
-    for source in arguments.files:
+    skipped, rows = _Skipped(), []
+    for path in skipped.listing(arguments.files):
         try:
-            entries = find_audio(source)
-        except (FileNotFoundError, ValueError) as error:
-            skipped += 1
-            print(f"skipped {error}", file=sys.stderr, flush=True)
+            found = classifier.classify_file(path)
+        except AudioError as error:
+            skipped.add(error)
             continue
-        for entry in entries:
-            try:
-                found = classifier.classify_file(entry.path)
-            except AudioError as error:
-                skipped += 1
-                print(f"skipped {error}", file=sys.stderr, flush=True)
-                continue
-            rows.append((entry.path, found.tolist()))
-            best = found.topk(min(arguments.top, len(found)))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            print(f"{entry.path}: " + ", ".join(f"{classifier.labels[i]} {p:.3f}" for i, p in pairs), flush=True)
+        rows.append((path, found.tolist()))
+        best = found.topk(min(arguments.top, len(found)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        print(f"{path}: " + ", ".join(f"{classifier.labels[i]} {p:.3f}" for i, p in pairs), flush=True)
     if arguments.out and rows:
         write_predictions(classifier, rows, Path(arguments.out))
-    if skipped:
-        print(f"{len(rows)} classified, {skipped} skipped")
-    return 1 if skipped else 0
+    if skipped.count:
+        print(f"{len(rows)} classified, {skipped.count} skipped")
+    return 1 if skipped.count else 0
 
 
 # ----------------------------------------------------------------------------------------------------- this machine

@@ -25,7 +25,7 @@ from .checkpoint import load_model
 from .classifier import AudioClassifier, longest_seconds
 from .inference import encoder_alone, pick_device
 from .model import MAEAST
-from .options import ProbeOptions, native_bf16
+from .options import ProbeOptions, pick_precision
 from .scores import confusion, interval, score
 from .tasks import Round, Task, Waveforms, batches, read_task
 
@@ -95,8 +95,7 @@ class Run:
         if mode == "finetune" and task.frame_level:
             raise ValueError(f"{options.data} is a frame-level task, for mae-ast-fast probe alone")
         self.device = pick_device(options.device)
-        best = "bf16" if native_bf16(self.device) else "fp32"
-        self.precision = best if options.precision == "auto" else options.precision
+        self.precision = pick_precision(options.precision, self.device)
         model = load_model(options.checkpoint, impl=options.impl, attention=options.attention)
         self.encoder = (encoder_alone(model) if isinstance(model, MAEAST) else model).to(self.device).eval()
         self.max_seconds = options.max_seconds or min(10.0, longest_seconds(self.encoder))
@@ -227,15 +226,16 @@ class Run:
         clips = [examples.clip[part] for part in parts]
         found = [one.probabilities for one in tested]
         self._write_predictions(examples, parts, found)
+        each = [self.score(p, y) for p, y in zip(found, truth, strict=True)]
         summary: dict[str, Any] = {
             "task": task.name,
             "mode": self.mode,
             "checkpoint": options.checkpoint,
             "metric": self.metric,
-            "value": float(np.mean([self.score(p, y) for p, y in zip(found, truth, strict=True)])),
+            "value": float(np.mean(each)),
             "ci95": self._interval([found], truth, clips),
             "n_test": sum(map(len, truth)),
-            "per_fold": [self.score(p, y) for p, y in zip(found, truth, strict=True)] if tested[0].round.name else [],
+            "per_fold": each if tested[0].round.name else [],
             "folds": [one.round.name for one in tested if one.round.name],
             "valid": [one.valid for one in tested],
         }

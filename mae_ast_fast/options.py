@@ -315,6 +315,11 @@ def native_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision that an option names; auto is bf16 where the device computes it natively, else fp32."""
+    return ("bf16" if native_bf16(device) else "fp32") if name == "auto" else name
+
+
 def learning_rate(step: int, options: PretrainOptions) -> float:
     """Rate of update ``step`` (from 0): linear from 0 at the first over the warm-up, then linear to 0 at ``steps``."""
     if step < options.warmup_steps:

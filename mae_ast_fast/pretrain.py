@@ -28,7 +28,7 @@ from .evaluate import HeldOut, evaluate
 from .fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
 from .figures import plot_loss, plot_reconstruction
 from .model import MAEAST
-from .options import FREE_OPTIONS, PretrainOptions, learning_rate, native_bf16
+from .options import FREE_OPTIONS, PretrainOptions, learning_rate, pick_precision
 from .resume import Checkpoints
 from .run_log import RunLog, read_metrics
 from .shards import Shards, loader
@@ -87,8 +87,7 @@ class Trainer:
 
     def __init__(self, options: PretrainOptions, run: Path, shards: Shards, peers: World) -> None:
         self.options, self.run, self.shards, self.peers, self.device = options, run, shards, peers, peers.device
-        best = "bf16" if native_bf16(self.device) else "fp32"
-        self.precision = best if options.precision == "auto" else options.precision
+        self.precision = pick_precision(options.precision, self.device)
         self.step = 0  # updates done
         self.seconds = self.waited = self.audio_seconds = 0.0
         self.faults: list[str] = []

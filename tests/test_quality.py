@@ -94,10 +94,4 @@ def test_differences_are_paired(modules):
 
 def test_the_page_is_what_the_cells_give(modules):
     _, report = modules
-    page = report.PAGE.read_text()
-    assert (
-        page
-        == page.split(report.BEGIN)[0]
-        + f"{report.BEGIN}\n{report.text(report.read())}\n{report.END}"
-        + page.split(report.END, 1)[1]
-    )
+    assert report.PAGE.read_text() == report.page(report.read())

@@ -124,6 +124,12 @@ def text(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(found: list[dict[str, Any]]) -> str:
+    """docs/quality.md with its generated part made anew."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    return f"{before}{BEGIN}\n{text(found)}\n{END}{rest.split(END, 1)[1]}"
+
+
 def draw(found: list[dict[str, Any]]) -> None:
     """Accuracy of each arm on the main task, a point a seed."""
     import matplotlib
@@ -150,11 +156,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     found = read()
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    new = f"{before}{BEGIN}\n{text(found)}\n{END}{rest.split(END, 1)[1]}"
+    new = page(found)
     if arguments.check:
-        if new != page:
+        if new != PAGE.read_text():
             raise SystemExit(f"{PAGE} is not what benchmarks/quality/report.py makes of the cells: run it")
         return
     draw(found)
