@@ -1,4 +1,4 @@
-"""A classifier of audio: a pretrained encoder, the mean of its tokens, and a linear layer (paper, section 4).
+"""A classifier of audio: a pretrained encoder, the mean of its tokens, a norm and a linear layer (paper, section 4).
 
 Letters as in model.py; C classes.
 """
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "audio_classifier"
 POOLS = ("mean", "bands")
+NORM_EPS = 1e-6
 
 
 class AudioClassifier(nn.Module):
-    """Class scores of clips: a linear layer on the mean of the encoder's tokens.
+    """Class scores of clips: a linear layer on the mean of the encoder's tokens, normalised over clips.
+
+    The norm has no weights. What an encoder that was pretrained for a short time tells of two clips differs in few
+    directions and little: without it the linear layer takes long to see more than those.
 
     Args:
         encoder: MAE-AST or SSAST; what it needs for pretraining alone is not used.
@@ -66,7 +70,8 @@ class AudioClassifier(nn.Module):
         self.encoder, self.labels, self.multi_label = encoder, list(labels), multi_label
         self.max_seconds, self.layer, self.pool = max_seconds, layer, pool
         self.bands = encoder.config.grid_f if pool == "bands" else 1
-        self.head = nn.Linear(self.bands * encoder.config.embed_dim, len(labels))
+        self.norm = nn.BatchNorm1d(self.bands * encoder.config.embed_dim, eps=NORM_EPS, affine=False)
+        self.head = nn.Linear(self.norm.num_features, len(labels))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -86,7 +91,7 @@ class AudioClassifier(nn.Module):
         """
         pooled = pool_tokens(self.encoder.encode(features, lengths, self.layer), len(features), self.bands)
         with torch.autocast(features.device.type, enabled=False):  # bf16 scores would be equal for many clips
-            return self.head(pooled.to(self.head.weight.dtype))
+            return self.head(self.norm(pooled.to(self.head.weight.dtype)))
 
     @torch.no_grad()
     def probabilities(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:

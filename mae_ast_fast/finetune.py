@@ -1,8 +1,8 @@
 """What a pretrained encoder is good for: a linear probe on its frozen features, or fine-tuning all of it (section 4).
 
-Both take the mean of the encoder's tokens and a linear layer, learn on the training clips of a manifest, choose on its
-validation clips and are told by its test clips, once for each fold where there are folds. A run leaves summary.json,
-predictions.csv, a classifier for ``mae-ast-fast predict``, and pictures.
+Both take the mean of the encoder's tokens, normalise it and add a linear layer; they learn on the training clips of a
+manifest, choose on its validation clips and are told by its test clips, once for each fold where there are folds. A run
+leaves summary.json, predictions.csv, a classifier for ``mae-ast-fast predict``, and pictures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .atomic import write_json, write_whole
-from .base import PretrainingModel
 from .classifier import AudioClassifier, pool_tokens
 from .downstream import Run, Tested
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank
@@ -41,9 +40,10 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
         ValueError: Unusable data, options or checkpoint, or ``out`` holds a run of another kind.
     """
     run = Run(options, "probe")
-    x = _features(run.encoder, run)
+    clips = sorted({i for part in run.rounds for x in (part.train, part.valid, part.test) for i in x})
+    x = _features(run, clips)
     tested = [_fit_round(run, x, part, keep=not run.task.frame_level) for part in run.rounds]
-    x = _log_mel(run)
+    x = _log_mel(run, clips)
     log_mel = [_fit_round(run, x, part) for part in run.rounds]
     best = max(tested, key=lambda one: one.valid)
     if best.classifier is not None:
@@ -71,8 +71,9 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- probe
 
 
-def _features(encoder: PretrainingModel, run: Run) -> np.ndarray:
-    """(n, D) fp32 of all examples: the mean of a clip's tokens, or of those that cover a moment."""
+def _features(run: Run, clips: Sequence[int]) -> np.ndarray:
+    """(n, D) fp32 of all examples: the mean of a clip's tokens, or of those that cover a moment; 0 of other clips."""
+    encoder = run.encoder
     kt, layer = encoder.config.patch_size[0], run.options.layer
     bands = encoder.config.grid_f if run.options.pool == "bands" else 1
 
@@ -86,10 +87,10 @@ def _features(encoder: PretrainingModel, run: Run) -> np.ndarray:
         moment = encoded.rows.clip * blocks + encoded.block
         return pool_tokens(encoded, len(waveforms) * blocks, bands, moment).unflatten(0, (-1, blocks)), kt
 
-    return _gather(run, encode, bands * encoder.config.embed_dim)
+    return _gather(run, clips, encode, bands * encoder.config.embed_dim)
 
 
-def _log_mel(run: Run) -> np.ndarray:
+def _log_mel(run: Run, clips: Sequence[int]) -> np.ndarray:
     """(n, 128) fp32: the mean log-mel spectrum of each clip, or the spectrum at a moment."""
     num_mel_bins = run.encoder.config.num_mel_bins
 
@@ -100,15 +101,16 @@ def _log_mel(run: Run) -> np.ndarray:
         real = torch.arange(features.shape[1], device=features.device) < frames[:, None]
         return torch.where(real[:, :, None], features, 0).sum(1) / frames[:, None], 0
 
-    return _gather(run, spectrum, num_mel_bins)
+    return _gather(run, clips, spectrum, num_mel_bins)
 
 
-def _gather(run: Run, compute: Callable[[Tensor, Tensor], tuple[Tensor, int]], width: int) -> np.ndarray:
-    """Rows (n, width) of all examples, window after window; a clip of several is their mean, by length."""
+def _gather(
+    run: Run, clips: Sequence[int], compute: Callable[[Tensor, Tensor], tuple[Tensor, int]], width: int
+) -> np.ndarray:
+    """Rows (n, width) of the examples of ``clips``, window after window; a clip of several is their mean, by length."""
     examples, task = run.examples, run.task
     found = np.zeros((len(examples.clip), width), np.float32)
     weight = np.zeros((len(found), 1), np.float32)
-    clips = sorted({i for part in run.rounds for x in (part.train, part.valid, part.test) for i in x})
     done, began, shown = 0, time.perf_counter(), time.perf_counter()
     for waveforms, lengths, owners, starts in run.read(clips):
         x, frames_a_row = compute(waveforms, lengths)
@@ -144,8 +146,7 @@ def _fit_round(run: Run, x: np.ndarray, part: Round, keep: bool = False) -> Test
     train, valid, test = (examples.of_clips(clips) for clips in (part.train, part.valid, part.test))
     data = torch.from_numpy(x).to(run.device)
     targets = torch.from_numpy(examples.targets).to(run.device)
-    mean, std = data[train].mean(0), data[train].std(0, correction=0)
-    std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
+    mean, std = _statistics(data[train])
     scaled = (data - mean) / std
     weight, bias = scaled.new_zeros(targets.shape[1], x.shape[1]), scaled.new_zeros(targets.shape[1])
     best: tuple[float, float, Tensor, Tensor] | None = None
@@ -163,9 +164,21 @@ def _fit_round(run: Run, x: np.ndarray, part: Round, keep: bool = False) -> Test
     classifier = None
     if keep:
         classifier = run.new_classifier(run.encoder)
-        classifier.head.weight.data = weight / std
-        classifier.head.bias.data = bias - (weight / std) @ mean
+        _set_norm(classifier, mean, std)
+        classifier.head.weight.data, classifier.head.bias.data = weight, bias
     return Tested(part, told(test, weight, bias), value, classifier, {"C": penalty})
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) of rows (n, D); 1 where a column is constant."""
+    mean, std = x.mean(0), x.std(0, correction=0)
+    return mean, torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
+
+
+def _set_norm(classifier: AudioClassifier, mean: Tensor, std: Tensor) -> None:
+    """The classifier subtracts ``mean`` and divides by ``std``, until training moves them."""
+    classifier.norm.running_mean.copy_(mean)
+    classifier.norm.running_var.copy_(std.square() - classifier.norm.eps)
 
 
 def fit_logistic(
@@ -238,7 +251,13 @@ class _Trainer:
         self.rng = random.Random(options.seed)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.classifier = run.new_classifier(copy.deepcopy(run.encoder)).to(run.device)
-        self.steps = options.epochs * -(-len(part.train) // options.batch_size)
+        _set_norm(self.classifier, *_statistics(torch.from_numpy(_features(run, part.train)[part.train])))
+        # A clip that is left alone by an epoch's batches waits for the next one: one has no variance.
+        if len(part.train) < 2:
+            where = f"fold {part.name}" if part.name else "the split"
+            raise ValueError(f"expected at least two training clips with audio, {where} has {len(part.train)}")
+        self.batches = len(part.train) // options.batch_size + (len(part.train) % options.batch_size > 1)
+        self.steps = options.epochs * self.batches
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.classifier, options), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0
         )
@@ -267,7 +286,7 @@ class _Trainer:
                     total += self._update(clips, step)
                     step += 1
                     bar.update()
-                loss = float(total) / -(-len(part.train) // options.batch_size)
+                loss = float(total) / self.batches
                 if not math.isfinite(loss):
                     raise ValueError(
                         f"the loss became {loss} in epoch {epoch} ({where}lr {options.lr:g}): try a smaller --lr"
@@ -298,7 +317,7 @@ class _Trainer:
             order = torch.randperm(len(train), generator=self.generator).tolist()
         else:
             order = torch.multinomial(self.weights, len(train), True, generator=self.generator).tolist()
-        for start in range(0, len(order), size):
+        for start in range(0, self.batches * size, size):
             yield [train[i] for i in order[start : start + size]]
 
     def _update(self, clips: list[int], step: int) -> Tensor:

@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from transformers.utils import logging
 
 from .checkpoint import load_mae_ast
-from .classifier import MODEL_TYPE, AudioClassifier
+from .classifier import MODEL_TYPE, NORM_EPS, AudioClassifier
 from .config import MAEASTConfig
 from .fbank import NUM_MEL_BINS, SAMPLE_RATE, WINDOW, fbank
 from .inference import encoder_alone
@@ -184,13 +184,14 @@ def _wants_dict(asked: bool | None, config: MAEASTHFConfig) -> bool:
 
 
 class MAEASTForAudioClassification(MAEASTPreTrainedModel):
-    """The encoder, means over a clip's tokens by ``config.pool``, and a linear layer (arXiv 2203.16691, section 4)."""
+    """The encoder, means over a clip's tokens by ``config.pool``, a norm and a linear layer (paper, section 4)."""
 
     def __init__(self, config: MAEASTHFConfig) -> None:
         super().__init__(config)
         self.mae_ast = MAEASTHFModel(config)
         self.bands = config.encoder.grid_f if config.pool == "bands" else 1
-        self.classifier = nn.Linear(self.bands * config.embed_dim, config.num_labels)
+        self.norm = nn.BatchNorm1d(self.bands * config.embed_dim, eps=NORM_EPS, affine=False)
+        self.classifier = nn.Linear(self.norm.num_features, config.num_labels)
         self.post_init()
 
     def forward(
@@ -218,7 +219,7 @@ class MAEASTForAudioClassification(MAEASTPreTrainedModel):
         counts = encoded.token_mask.sum(1).clamp(min=1)[:, None, None] / self.bands
         blocks = encoded.last_hidden_state.float().unflatten(1, (-1, self.bands))
         pooled = (blocks.sum(1) / counts).flatten(1)  # rows that are no token are 0
-        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        logits = self.classifier(self.norm(pooled.to(self.classifier.weight.dtype)))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,
@@ -319,6 +320,7 @@ def export(model: MAEAST | AudioClassifier, folder: str | os.PathLike[str]) -> P
         fields |= {"id2label": numbers, "label2id": {name: n for n, name in numbers.items()}, "problem_type": kind}
         fields |= {"layer": model.layer, "pool": model.pool}
         exported = MAEASTForAudioClassification(MAEASTHFConfig(**fields))
+        exported.norm.load_state_dict(model.norm.state_dict())
         exported.classifier.load_state_dict(model.head.state_dict())
     else:
         exported = MAEASTHFModel(MAEASTHFConfig(**fields))

@@ -301,6 +301,38 @@ def test_moments(folder, tmp_path):
         finetune(options(folder, tmp_path / "other", "moments.tsv", FinetuneOptions))
 
 
+def test_the_norm_begins_with_the_training_clips(folder, tmp_path, monkeypatch):
+    """Scores make sense from the first update on; validation and test clips have no part in the statistics."""
+    from mae_ast_fast import finetune as module
+
+    begun = []
+    monkeypatch.setattr(module._Trainer, "train", lambda trainer: begun.append(trainer) or (0.0, {"history": []}))
+    finetune(tuned(folder, tmp_path / "run", data="split.tsv", pool="bands"))
+    (trainer,) = begun
+    classifier, run, part = trainer.classifier.eval(), trainer.run, trainer.part
+    with torch.no_grad():
+        parts = [classifier.encoder.encode(*classifier.encoder.features(w, n)) for w, n, *_ in run.read(part.train)]
+        x = torch.cat([pool_tokens(e, int(e.rows.clip.max()) + 1, classifier.bands) for e in parts])
+    assert len(x) == 60
+    assert_rounding(classifier.norm.running_mean, x.mean(0))
+    found = classifier.norm(x)
+    assert_rounding(found.std(0, correction=0), torch.ones(x.shape[1]))
+    assert_rounding(found, (x - x.mean(0)) / x.std(0, correction=0))
+    assert not list(classifier.norm.parameters())
+
+
+def test_a_clip_alone_in_a_batch_waits(folder, tmp_path, capsys):
+    rows = (folder / "split.tsv").read_text().splitlines()
+    kept = [row for row in rows if not row.endswith("train")] + [row for row in rows if row.endswith("train")][:7]
+    (folder / "seven.tsv").write_text("\n".join(kept) + "\n")
+    seven = tuned(folder, tmp_path / "run", data="seven.tsv", batch_size=3, epochs=2)
+    finetune(seven)
+    assert "2/2" in capsys.readouterr().out
+    (folder / "one.tsv").write_text("\n".join(kept[:-6]) + "\n")
+    with pytest.raises(ValueError, match="expected at least two training clips with audio, the split has 1"):
+        finetune(tuned(folder, tmp_path / "one", data="one.tsv"))
+
+
 def test_several_labels(folder, tmp_path):
     for name, run in (("probe", probe), ("tuned", finetune)):
         more = {"of": FinetuneOptions, "epochs": 12, "lr": 5e-3, "mixup": 0.3} if run is finetune else {}
@@ -494,6 +526,7 @@ def test_presets_are_options(name):
         ({"metric": "auc"}, "metric must be one of accuracy.*got 'auc'"),
         ({"precision": "fp16"}, "precision must be"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"mixup": 1.5}, r"mixup must be in \[0, 1\]"),
         ({"layer_decay": 0.0}, "0 < layer_decay <= 1"),
