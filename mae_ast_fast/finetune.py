@@ -277,6 +277,10 @@ class _Trainer:
         history: list[dict[str, Any]] = []
         best, best_state = (-math.inf, 0), {}
         began, step = time.perf_counter(), 0
+        metrics = run.out / "metrics.jsonl"
+        known = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        kept = [row for row in known if row.endswith("}\n") and json.loads(row)["fold"] != part.name]
+        metrics.write_text("".join(kept))  # without what a stopped start told of this fold
         bar = tqdm(total=self.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         with SummaryWriter(run.out / "tensorboard" / (run.folder(part).name)) as events, bar:
             for epoch in range(1, options.epochs + 1):
@@ -298,7 +302,7 @@ class _Trainer:
                 history.append({"fold": part.name, "epoch": epoch, "loss": loss, "valid": valid})
                 events.add_scalar("loss", loss, epoch)
                 events.add_scalar(f"valid/{run.metric}", valid, epoch)
-                with open(run.out / "metrics.jsonl", "a") as file:
+                with open(metrics, "a") as file:
                     file.write(json.dumps(history[-1]) + "\n")
                 spent = time.perf_counter() - began
                 minutes, seconds = divmod(round(spent / epoch * (options.epochs - epoch)), 60)

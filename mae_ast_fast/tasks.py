@@ -219,8 +219,9 @@ def _clip(row: dict[str, str | None], where: str, what: str, folders: Sequence[P
     if what == "phones" and (not phones or not all(phone for _, phone in phones) or edges != sorted(edges)):
         raise ValueError(f"{where}: expected phones as END:PHONE, ends in seconds ascending, got {cells[what][:60]!r}")
     labels = () if phones else tuple(dict.fromkeys(label.strip() for label in cells[what].split(";") if label.strip()))
-    places = [folder / name for folder in folders]  # an absolute name stays as it is
-    path = next((place for place in places if place.exists()), places[-1])
+    spellings = dict.fromkeys((name, os.path.expanduser(name), name.replace("\\", "/")))  # of a home, of Windows
+    places = [folder / spelling for spelling in spellings for folder in folders]  # an absolute name stays as it is
+    path = next((place for place in places if place.exists()), folders[-1] / name)
     return Clip(str(path), name, labels, _SPLITS.get(split.lower(), ""), fold, start, end, phones)
 
 

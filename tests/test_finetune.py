@@ -369,6 +369,8 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     assert list((tmp_path / "run/tensorboard").glob("*/events*"))
     capsys.readouterr()
     (tmp_path / "run/fold_1/result.json").unlink()
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"fold": "1", "ep')  # killed there
     again = finetune(dataclasses.replace(given, data=os.path.relpath(given.data)))
     said = capsys.readouterr().out
     assert "fold_0 is done" in said
@@ -376,6 +378,8 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     for changing in ("seconds",):
         summary.pop(changing), again.pop(changing)
     assert again == summary
+    told = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sorted((row["fold"], row["epoch"]) for row in told) == [(f, e) for f in "012" for e in range(1, 9)]
     with pytest.raises(ValueError, match="holds a run with another lr: choose another --out"):
         finetune(dataclasses.replace(given, lr=1e-3))
 

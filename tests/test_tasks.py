@@ -89,6 +89,16 @@ def test_paths_beside_the_manifest_and_below_the_root(tmp_path):
         read_task(write(tmp_path / "empty/t.tsv", "\n".join(["path\tlabel\tsplit", *SPLIT])), tmp_path / "nowhere")
 
 
+def test_paths_of_a_home_and_of_windows(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("home/a.wav", "sub/b.wav", "sub/~c.wav"):
+        write(tmp_path / name, "")
+    rows = ["~/a.wav\tdog\ttrain", "sub\\b.wav\tcat\tvalid", "sub/~c.wav\tdog\ttest", "gone\\d.wav\tcat\ttest"]
+    task = read_task(write(tmp_path / "t.tsv", "\n".join(["path\tlabel\tsplit", *rows]) + "\n"))
+    names = ["home/a.wav", "sub/b.wav", "sub/~c.wav", "gone\\d.wav"]
+    assert [clip.path for clip in task.clips] == [str(tmp_path / name) for name in names]
+
+
 def test_folds_are_rounds(tmp_path):
     rows = [f"{fold}{label}.wav\t{label}\t{fold}\ttrain" for fold in ("1", "2", "10") for label in "ab"]
     task = read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run import ARMS, FINETUNED, MAIN, MODELS, RESULTS, TASKS, UNTRAINED, cells
+from run import ARMS, FINETUNED, MAIN, MODELS, RESULTS, TASKS, UNTRAINED, Cell, cells
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, FIGURE = ROOT / "docs/quality.md", ROOT / "docs/figures/quality.png"
@@ -119,9 +119,22 @@ def text(found: list[dict[str, Any]]) -> str:
             label = f"{other}, equal time" if (budget, of) != ("steps", "steps") else other
             rows.append([arm, label, *cells_of])
     lines += [table(["pretraining", "against", *header[5:]], rows), ""]
-    names = ", ".join(f"`{cell.name}`" for cell in missing) or "none"
-    lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", names, "", "</details>"]
+    lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", _named(missing, wanted)]
+    lines += ["", "</details>"]
     return "\n".join(lines)
+
+
+def _named(missing: list[Cell], wanted: list[Cell]) -> str:
+    """Cells by their names; those of a pretraining of which all are missing by its name alone."""
+    names = []
+    for cell in wanted:
+        of = [c for c in wanted if (c.arm, c.budget, c.seed) == (cell.arm, cell.budget, cell.seed)]
+        lacks = [c for c in of if c in missing]
+        if cell.task == "" and lacks == of:
+            names.append(f"all {len(of)} of `{cell.name}`")
+        elif cell in lacks and lacks != of:
+            names.append(f"`{cell.name}`")
+    return ", ".join(names) or "none"
 
 
 def page(found: list[dict[str, Any]]) -> str:
