@@ -48,7 +48,7 @@ from policy import CODEC_RMS, CODEC_SECONDS, RESAMPLE_ABS, assert_fbank
 from torch import Tensor
 
 from mae_ast_fast.audio import SAMPLE_RATE, Entry, decode, find_audio, to_pcm16
-from mae_ast_fast.cli import TRAIN_EXTRA
+from mae_ast_fast.commands.common import TRAIN_EXTRA
 from mae_ast_fast.fbank import fbank, num_frames
 from mae_ast_fast.options import PretrainOptions
 from mae_ast_fast.prepare import prepare_shards

@@ -24,7 +24,6 @@ from mae_ast_fast import (
     __version__,
     audio,
     bench,
-    cli,
     corpus,
     datasets,
     doctor,
@@ -41,12 +40,14 @@ from mae_ast_fast import checkpoint as checkpoint_module
 from mae_ast_fast.checkpoint import load_fairseq
 from mae_ast_fast.classifier import AudioClassifier
 from mae_ast_fast.cli import COMMANDS, main
+from mae_ast_fast.commands import train
+from mae_ast_fast.commands.common import TRAIN_EXTRA
 from mae_ast_fast.evaluate import HeldOut, evaluate
 from mae_ast_fast.inference import extract_file, masked_clips
 from mae_ast_fast.options import PretrainOptions
 from mae_ast_fast.packing import sinusoid
 
-for library in cli.TRAIN_EXTRA:
+for library in TRAIN_EXTRA:
     pytest.importorskip(library)
 soundfile = pytest.importorskip("soundfile")
 AUDIO = Path(__file__).parent / "audio"
@@ -207,7 +208,7 @@ def test_a_wrong_command_or_option_names_the_right_one(argv, told, capsys):
 
 
 def options_of(*argv: str) -> PretrainOptions:
-    return cli._pretrain_options(argv)
+    return train.pretrain_options(argv)
 
 
 def test_defaults_are_those_of_the_dataclass():
@@ -380,15 +381,15 @@ def test_a_finished_run_is_summed_up(capsys, monkeypatch):
 
 
 def test_what_is_next_after_an_ssast():
-    text = cli.pretrain_summary({**TRAIN_DONE, "model": "ssast"}, Path("runs/x"))
+    text = train.pretrain_summary({**TRAIN_DONE, "model": "ssast"}, Path("runs/x"))
     assert text.endswith("Next: mae-ast-fast reconstruct FILE --checkpoint runs/x --out file.png")
-    text = cli.pretrain_summary(TRAIN_DONE, Path("runs/x"))
+    text = train.pretrain_summary(TRAIN_DONE, Path("runs/x"))
     assert text.endswith("Next: mae-ast-fast features FILE --checkpoint runs/x --out features/")
 
 
 def test_a_run_that_learned_nothing_is_said_to_have_failed():
     held_out = {**TRAIN_DONE["held_out"], "passed": False, "failures": ["accuracy 0.1 is not above", "second"]}
-    text = cli.pretrain_summary({**TRAIN_DONE, "held_out": held_out}, Path("runs/x"))
+    text = train.pretrain_summary({**TRAIN_DONE, "held_out": held_out}, Path("runs/x"))
     assert "NOT passed:\n    accuracy 0.1 is not above\n    second\n" in text
     assert "  passed: " not in text
 
@@ -450,9 +451,9 @@ def test_without_the_train_extra(capsys, monkeypatch, checkpoint, tmp_path):
         patch.setitem(sys.modules, "jsonargparse", None)
         assert fails(capsys, 1, "pretrain").endswith(f"jsonargparse {told}")
     with monkeypatch.context() as patch:
-        found = cli.importlib.util.find_spec
+        found = train.importlib.util.find_spec
         patch.setattr(
-            cli.importlib.util, "find_spec", lambda name: None if name in ("soxr", "tensorboard") else found(name)
+            train.importlib.util, "find_spec", lambda name: None if name in ("soxr", "tensorboard") else found(name)
         )
         patch.setattr(pretrain, "pretrain", lambda options: pytest.fail("started without its libraries"))
         assert fails(capsys, 1, "pretrain").endswith(f"soxr, tensorboard {told}")

@@ -32,12 +32,13 @@ from toy_audio import write_gliding_tones
 
 from mae_ast_fast import checkpoint, cli
 from mae_ast_fast import pretrain as pretrain_module
+from mae_ast_fast.commands.common import TRAIN_EXTRA
 from mae_ast_fast.options import PretrainOptions
 from mae_ast_fast.pretrain import Stopped, Trainer, pretrain
 from mae_ast_fast.run_log import read_metrics
 from mae_ast_fast.shards import Shards
 
-for library in cli.TRAIN_EXTRA:
+for library in TRAIN_EXTRA:
     pytest.importorskip(library)
 soundfile = pytest.importorskip("soundfile")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -22,7 +22,7 @@ from toy_audio import write_gliding_tones
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, checkpoint, fbank, resume
 from mae_ast_fast import pretrain as pretrain_module
-from mae_ast_fast.cli import TRAIN_EXTRA
+from mae_ast_fast.commands.common import TRAIN_EXTRA
 from mae_ast_fast.config import SSAST_OBJECTIVES
 from mae_ast_fast.distributed import World
 from mae_ast_fast.options import PretrainOptions, learning_rate

@@ -10,8 +10,8 @@ A model is pretrained on the default corpus, which holds no clip that a task tes
 on small tasks of real recordings. A cell is one JSON in results/: a pretraining (arm, budget, seed), or what a
 checkpoint is worth on a task (and mode). report.py makes docs/quality.md of them.
 
-Budgets: ``steps``, as many updates for every arm; ``time``, as many seconds of training as ``patch`` took, whose
-updates follow from the rate of the arm's first ones. ``random`` and ``random frame`` are the models as they begin,
+Budgets: ``steps``, as many updates for every arm; ``time``, as many as the arm makes in the time that ``patch`` takes
+for its own: both arms' rates are measured in turns just before. ``random`` and ``random frame`` are the models as they begin,
 normalised by the statistics of the corpus.
 """
 
@@ -20,10 +20,10 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
-import json
 import os
 import re
 import shutil
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ SIZES = {"embed_dim": 192, "encoder_layers": 4, "decoder_layers": 2, "norm_first
 NO_DROPOUT = dict.fromkeys(
     ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0
 )
-STEPS, RATE_STEPS = 3000, 100
+STEPS, RATE_STEPS, RATE_ROUNDS = 3000, 60, 3
 SEEDS = (0, 1, 2)
 # What stands in the paper's tables and figures: models (table 1), mask ratio and strategy, decoder depth, objective.
 ARMS: dict[str, dict[str, Any]] = {
@@ -167,10 +167,7 @@ class Grid:
             return self.untrained(cell)
         steps = round(STEPS * self.scale)
         if cell.budget == "time":
-            patch = Cell("patch", "steps", cell.seed)
-            if not self.path(patch).exists():
-                self.run(patch)
-            steps = self.steps_in(cell, json.loads(self.path(patch).read_text())["train_seconds"])
+            steps = round(steps * self.rate(cell))
         if out.exists():
             shutil.rmtree(out)  # a broken off one: its seconds would not be those of a run
         summary = pretrain(self.options(cell, steps=steps))
@@ -178,13 +175,20 @@ class Grid:
         kept = ("steps", "train_seconds", "audio_hours_seen", "clips_per_second", "config", "held_out")
         return {name: summary[name] for name in kept}
 
-    def steps_in(self, cell: Cell, seconds: float) -> int:
-        """Updates that an arm makes in so many seconds, by its first ones."""
-        trial = self.work / f"trial-{cell.name}"
-        shutil.rmtree(trial, ignore_errors=True)
-        summary = pretrain(self.options(cell, out=str(trial), steps=RATE_STEPS, warmup_steps=10))
-        shutil.rmtree(trial)
-        return round(seconds / summary["train_seconds"] * RATE_STEPS)
+    def rate(self, cell: Cell) -> float:
+        """Updates that an arm makes while ``patch`` makes one: the median over rounds in turns."""
+        ratios = []
+        for _ in range(RATE_ROUNDS):
+            seconds = []
+            for arm in ("patch", cell.arm):
+                trial = self.work / f"trial-{cell.name}"
+                shutil.rmtree(trial, ignore_errors=True)
+                of = Cell(arm, "steps", cell.seed)
+                summary = pretrain(self.options(of, out=str(trial), steps=RATE_STEPS, warmup_steps=10))
+                seconds.append(summary["train_seconds"])
+                shutil.rmtree(trial)
+            ratios.append(seconds[0] / seconds[1])
+        return statistics.median(ratios)
 
     def untrained(self, cell: Cell) -> dict[str, Any]:
         source = Cell(UNTRAINED[cell.arm], "steps", cell.seed)
