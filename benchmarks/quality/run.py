@@ -11,8 +11,8 @@ on small tasks of real recordings. A cell is one JSON in results/: a pretraining
 checkpoint is worth on a task (and mode). report.py makes docs/quality.md of them.
 
 Budgets: ``steps``, as many updates for every arm; ``time``, as many as the arm makes in the time that ``patch`` takes
-for its own: both arms' rates are measured in turns just before. ``random`` and ``random frame`` are the models as they begin,
-normalised by the statistics of the corpus.
+for its own: both arms' rates are measured in turns just before. ``random`` and ``random frame`` are the models as they
+begin, normalised by the statistics of the corpus.
 """
 
 from __future__ import annotations
