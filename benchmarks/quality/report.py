@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run import ARMS, FINETUNED, MAIN, MODELS, RESULTS, TASKS, UNTRAINED, Cell, cells
+from run import ABLATION_OF, ARMS, FINETUNED, MAIN, RESULTS, TASKS, UNTRAINED, Cell, cells
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, FIGURE = ROOT / "docs/quality.md", ROOT / "docs/figures/quality.png"
@@ -109,9 +109,9 @@ def text(found: list[dict[str, Any]]) -> str:
     header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in columns)]
     lines += [table(header, rows), "", "Against what it is to be compared with, in points:", ""]
     pairs = [(of, "steps", arm, "steps") for arm, of in UNTRAINED.items()] + [("ssast", "steps", "random", "steps")]
-    pairs += [("patch", "steps", "ssast", "steps"), ("frame", "steps", "patch", "steps")]
-    pairs += [("patch", "steps", "ssast", "time"), ("frame", "time", "patch", "steps")]
-    pairs += [(arm, "steps", "patch", "steps") for arm in ARMS if arm not in (*MODELS, *UNTRAINED)]
+    pairs += [(arm, "steps", "ssast", "steps") for arm in ("patch", "frame")] + [("frame", "steps", "patch", "steps")]
+    pairs += [(arm, "steps", "ssast", "time") for arm in ("patch", "frame")] + [("frame", "time", "patch", "steps")]
+    pairs += [(arm, "steps", of, "steps") for arm, of in ABLATION_OF.items()]
     rows = []
     for arm, budget, other, of in pairs:
         cells_of = [against(groups.get((arm, budget, *c), {}), groups.get((other, of, *c), {})) for c in columns]
