@@ -180,7 +180,8 @@ METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "map")
 
 # Rates, batches, epochs (or updates, as epochs) and masks of the scripts with which SSAST was fine-tuned (arXiv
 # 2110.09784, section 3), whose tasks and settings the paper takes over. What is ours: the schedule (theirs goes down in
-# steps, or not at all), 16 frames from patch to patch (theirs overlap by 6), and for KS2 a softmax over the classes.
+# steps, or not at all), 16 frames from patch to patch (theirs overlap by 6), the norm before the linear layer (over
+# clips, theirs over a clip's values), and for KS2 a softmax over the classes.
 FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
     "esc50": {"lr": 1e-4, "head_lr_factor": 10.0, "epochs": 50, "batch_size": 48, "freq_mask": 24, "time_mask": 0.19},
     "ks2": {"lr": 2.5e-4, "epochs": 30, "batch_size": 128, "freq_mask": 48, "time_mask": 0.375, "mixup": 0.6},

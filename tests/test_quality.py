@@ -94,4 +94,7 @@ def test_differences_are_paired(modules):
 
 def test_the_page_is_what_the_cells_give(modules):
     _, report = modules
-    assert report.PAGE.read_text() == report.page(report.read())
+    new = report.pages(report.read())
+    assert [path.name for path in new] == ["quality.md", "README.md"]
+    for path, content in new.items():
+        assert path.read_text() == content

@@ -1,7 +1,7 @@
-"""docs/quality.md and its figure from the cells in results/.
+"""docs/quality.md, its figure and README's table of settings from the cells in results/.
 
 python benchmarks/quality/report.py            writes
-python benchmarks/quality/report.py --check    fails where docs/quality.md is not what the cells give
+python benchmarks/quality/report.py --check    fails where a page is not what the cells give
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run import ABLATION_OF, ARMS, FINETUNED, MAIN, RESULTS, TASKS, UNTRAINED, Cell, cells
+from run import ABLATED, ABLATION_OF, ARMS, FINETUNED, MAIN, RESULTS, TASKS, UNTRAINED, Cell, cells
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGE, FIGURE = ROOT / "docs/quality.md", ROOT / "docs/figures/quality.png"
+PAGE, README, FIGURE = ROOT / "docs/quality.md", ROOT / "README.md", ROOT / "docs/figures/quality.png"
 BEGIN, END = "<!-- report:quality -->", "<!-- /report -->"
 RESAMPLES = 2000
 
@@ -108,6 +109,14 @@ def text(found: list[dict[str, Any]]) -> str:
     rows.append(["log-mel + logistic regression", *chance])
     header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in columns)]
     lines += [table(header, rows), "", "Against what it is to be compared with, in points:", ""]
+    lines += [differences(groups, columns), ""]
+    lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", _named(missing, wanted)]
+    lines += ["", "</details>"]
+    return "\n".join(lines)
+
+
+def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[tuple[str, str]]) -> str:
+    """Each arm against what it is to be compared with."""
     pairs = [(of, "steps", arm, "steps") for arm, of in UNTRAINED.items()] + [("ssast", "steps", "random", "steps")]
     pairs += [(arm, "steps", "ssast", "steps") for arm in ("patch", "frame")] + [("frame", "steps", "patch", "steps")]
     pairs += [(arm, "steps", "ssast", "time") for arm in ("patch", "frame")] + [("frame", "time", "patch", "steps")]
@@ -118,10 +127,16 @@ def text(found: list[dict[str, Any]]) -> str:
         if any(cells_of):
             label = f"{other}, equal time" if (budget, of) != ("steps", "steps") else other
             rows.append([arm, label, *cells_of])
-    lines += [table(["pretraining", "against", *header[5:]], rows), ""]
-    lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", _named(missing, wanted)]
-    lines += ["", "</details>"]
-    return "\n".join(lines)
+    return table(["pretraining", "against", *(f"{mode}, {task}" for mode, task in columns)], rows)
+
+
+def settings(found: list[dict[str, Any]]) -> str:
+    """README's table: what a setting changes."""
+    seeds = len({cell["seed"] for cell in found})
+    return (
+        f"Differences of accuracy in points, clips paired, 95 % intervals; {seeds} seed{'s' * (seeds > 1)}; "
+        f"{len(found)} cells of [the whole table](docs/quality.md).\n\n{differences(grouped(found), ABLATED)}"
+    )
 
 
 def _named(missing: list[Cell], wanted: list[Cell]) -> str:
@@ -137,10 +152,13 @@ def _named(missing: list[Cell], wanted: list[Cell]) -> str:
     return ", ".join(names) or "none"
 
 
-def page(found: list[dict[str, Any]]) -> str:
-    """docs/quality.md with its generated part made anew."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n{text(found)}\n{END}{rest.split(END, 1)[1]}"
+def pages(found: list[dict[str, Any]]) -> dict[Path, str]:
+    """docs/quality.md and README.md with their generated parts made anew."""
+    new = {}
+    for path, made in ((PAGE, text(found)), (README, settings(found))):
+        before, rest = path.read_text().split(BEGIN)
+        new[path] = f"{before}{BEGIN}\n{made}\n{END}{rest.split(END, 1)[1]}"
+    return new
 
 
 def draw(found: list[dict[str, Any]]) -> None:
@@ -169,13 +187,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     found = read()
-    new = page(found)
+    new = pages(found)
     if arguments.check:
-        if new != PAGE.read_text():
-            raise SystemExit(f"{PAGE} is not what benchmarks/quality/report.py makes of the cells: run it")
+        if stale := [str(path) for path, content in new.items() if content != path.read_text()]:
+            raise SystemExit(f"{', '.join(stale)}: not what benchmarks/quality/report.py makes of the cells: run it")
         return
     draw(found)
-    PAGE.write_text(new)
+    for path, content in new.items():
+        path.write_text(content)
 
 
 if __name__ == "__main__":
