@@ -414,7 +414,7 @@ def test_the_command_makes_a_manifest(tmp_path, capsys):
     names = out.with_suffix(".missing.txt")
     assert second == f"not there: 1, 5-9032-A-0.wav for one; all their names are in {names}"
     assert names.read_text() == "5-9032-A-0.wav\n"
-    command = f"mae-ast-fast finetune --data {out} --root '{root}' --checkpoint runs/pretrain --out runs/esc50"
+    command = f"mae-ast-fast finetune --data {out} --root '{root}' --checkpoint runs/frame --out runs/esc50"
     assert last == f"Next: {command}"
     assert [Path(clip.path) for clip in read_task(out, root).clips] == [
         root / "audio/1-100032-A-0.wav",

@@ -224,7 +224,7 @@ def test_the_command(fake, tmp_path, capsys):
     assert main(["tasks", "zh_initial22", "--out", str(out)]) == 0
     first, last = capsys.readouterr().out.splitlines()
     assert first == f"{out}/zh_initial22.tsv: 2 clips, 0.0 minutes"
-    where = f"--data {out}/zh_initial22.tsv --checkpoint runs/pretrain --out runs/zh_initial22"
+    where = f"--data {out}/zh_initial22.tsv --checkpoint runs/frame --out runs/zh_initial22"
     assert last == f"Next: mae-ast-fast finetune {where}"
     assert main(["tasks", "ru_phone", "vocal4", "--out", str(out)]) == 1  # one of them has no clip
     lines = capsys.readouterr().out.splitlines()
@@ -234,7 +234,7 @@ def test_the_command(fake, tmp_path, capsys):
     fake.add("scratch", {"usr/share/x.wav": encoded(wave(1.0), RATE, format="WAV")})
     (tmp_path / "cache/scratch.lacking").unlink(missing_ok=True)
     assert main(["tasks", "ru_phone", "--out", str(out)]) == 0
-    where = f"--data {out}/ru_phone.tsv --checkpoint runs/pretrain --out runs/ru_phone"
+    where = f"--data {out}/ru_phone.tsv --checkpoint runs/frame --out runs/ru_phone"
     assert capsys.readouterr().out.splitlines()[-1] == f"Next: mae-ast-fast probe {where}"
 
 

@@ -98,7 +98,7 @@ def _build_tasks(names: Sequence[str], out: Path) -> int:
 
 def _next_command(verb: str, manifest: Path, root: str = "") -> str:
     where = f" --root {shlex.quote(root)}" if root else ""
-    run = f"--checkpoint runs/pretrain --out {shlex.quote(f'runs/{manifest.stem}')}"
+    run = f"--checkpoint runs/frame --out {shlex.quote(f'runs/{manifest.stem}')}"
     return f"Next: {PROGRAM} {verb} --data {shlex.quote(str(manifest))}{where} {run}"
 
 
@@ -143,7 +143,7 @@ def run_finetune(argv: Sequence[str]) -> int:
         "manifest has folds. --out gets summary.json, predictions.csv, confusion.png, learning.png, and the classifier "
         "that predict uses. The same command goes on with the folds that are not done.",
         (
-            "--data esc14.tsv --checkpoint runs/pretrain --out runs/esc14",
+            "--data esc14.tsv --checkpoint runs/frame --out runs/esc14",
             "--data ks2.tsv --root speech_commands/ --checkpoint runs/base --out runs/ks2 --preset ks2",
         ),
     )
@@ -163,7 +163,7 @@ def run_probe(argv: Sequence[str]) -> int:
         "Logistic regression on the mean of a frozen encoder's tokens: what the features hold, in a minute. Beside it "
         "the same on the mean log-mel spectrum. Manifests and --out as for finetune; frame-level ones too.",
         (
-            "--data esc14.tsv --checkpoint runs/pretrain --out runs/esc14_probe",
+            "--data esc14.tsv --checkpoint runs/frame --out runs/esc14_probe",
             "--data a.csv --checkpoint runs/base --out runs/a --layer 3 --pool bands",
         ),
     )
