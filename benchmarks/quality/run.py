@@ -269,7 +269,8 @@ def main() -> None:
     if arguments.quick:
         grid = Grid(Path("runs/quality_quick"), Path("runs/quality_quick/results"), arguments.bundle, 1 / 6)
         wanted = [c for c in wanted if c.seed == 0 and c.arm in (*MODELS, *UNTRAINED) and c.budget == "steps"]
-        wanted = [c for c in wanted if c.task in ("", "zh_initial22", "vocal4")]
+        quick = (("", ""), ("finetune", "zh_initial22"), ("probe", "zh_initial22"), ("probe", "vocal4"))
+        wanted = [c for c in wanted if (c.mode, c.task) in quick]
     wanted = [cell for cell in wanted if re.search(arguments.match, cell.name)]
     missing = [cell for cell in wanted if not grid.path(cell).exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there", flush=True)
