@@ -113,7 +113,7 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/quality/results")
     return {"id": git("rev-parse", "HEAD"), "time": git("log", "-1", "--format=%cI"), "dirty": bool(changes)}
 
 

@@ -151,7 +151,7 @@ class AudioClassifier(nn.Module):
             with torch.device("meta"):  # sizes that lie must not take memory
                 shapes = cls(kind(kind.config_class.from_dict(sizes)), **config).state_dict()
             if differing := [n for n in shapes if n not in weights or weights[n].shape != shapes[n].shape]:
-                raise ValueError(f"weights do not fit: {', '.join(differing[:5])}")
+                raise ValueError(f"weights do not fit (of another version?): {', '.join(differing[:5])}")
             model = cls(kind(kind.config_class.from_dict(sizes), **init), **config)
             model.load_state_dict(weights)
         except Exception as error:  # safetensors' own exception class is not public

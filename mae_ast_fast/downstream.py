@@ -162,9 +162,10 @@ class Run:
         write_json(path, given)
 
     def identity(self) -> str:
-        """Digest of all that a round's result follows from, but the options: clips, labels, audio, weights."""
+        """Digest of all that a round's result follows from, but the options: parts, clips, labels, audio, weights."""
         task = self.task
-        digest = hashlib.sha256(repr([task.labels, task.clips, sorted(self.audio.missing)]).encode())
+        parts = list(self.new_classifier(self.encoder).state_dict())
+        digest = hashlib.sha256(repr([parts, task.labels, task.clips, sorted(self.audio.missing)]).encode())
         digest.update(self.audio.identity.encode())
         for name, tensor in self.encoder.state_dict().items():
             digest.update(name.encode())

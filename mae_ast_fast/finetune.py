@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .atomic import write_json, write_whole
-from .classifier import AudioClassifier, pool_tokens
+from .classifier import NORM_EPS, AudioClassifier, pool_tokens
 from .downstream import Run, Tested
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank
 from .options import FinetuneOptions, ProbeOptions
@@ -34,7 +34,8 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larg
 def probe(options: ProbeOptions) -> dict[str, Any]:
     """Logistic regression on the frozen encoder's features; returns what summary.json holds.
 
-    Beside it stands the same on the mean log-mel spectrum of each clip, which no network has seen.
+    Beside it stands the same on the mean log-mel spectrum of each clip, which no network has seen. Of a clip
+    that is longer than ``max_seconds`` the features of its windows are averaged; ``predict`` averages probabilities.
 
     Raises:
         ValueError: Unusable data, options or checkpoint, or ``out`` holds a run of another kind.
@@ -60,6 +61,10 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         ValueError: As ``probe``, or a frame-level task.
     """
     run = Run(options, "finetune")
+    for part in run.rounds:
+        if len(part.train) < 2:
+            where = f"fold {part.name}" if part.name else "the split"
+            raise ValueError(f"expected at least two training clips with audio, {where} has {len(part.train)}")
     identity = run.identity()
     tested = [_finetune_round(run, part, identity) for part in run.rounds]
     best = max(tested, key=lambda one: one.valid)
@@ -146,8 +151,8 @@ def _fit_round(run: Run, x: np.ndarray, part: Round, keep: bool = False) -> Test
     train, valid, test = (examples.of_clips(clips) for clips in (part.train, part.valid, part.test))
     data = torch.from_numpy(x).to(run.device)
     targets = torch.from_numpy(examples.targets).to(run.device)
-    mean, std = _statistics(data[train])
-    scaled = (data - mean) / std
+    mean, var = data[train].mean(0), data[train].var(0, correction=0)
+    scaled = (data - mean) / (var + NORM_EPS).sqrt()  # as the classifier's norm does
     weight, bias = scaled.new_zeros(targets.shape[1], x.shape[1]), scaled.new_zeros(targets.shape[1])
     best: tuple[float, float, Tensor, Tensor] | None = None
 
@@ -164,21 +169,15 @@ def _fit_round(run: Run, x: np.ndarray, part: Round, keep: bool = False) -> Test
     classifier = None
     if keep:
         classifier = run.new_classifier(run.encoder)
-        _set_norm(classifier, mean, std)
+        _set_norm(classifier, data[train])
         classifier.head.weight.data, classifier.head.bias.data = weight, bias
     return Tested(part, told(test, weight, bias), value, classifier, {"C": penalty})
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of rows (n, D); 1 where a column is constant."""
-    mean, std = x.mean(0), x.std(0, correction=0)
-    return mean, torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
-
-
-def _set_norm(classifier: AudioClassifier, mean: Tensor, std: Tensor) -> None:
-    """The classifier subtracts ``mean`` and divides by ``std``, until training moves them."""
-    classifier.norm.running_mean.copy_(mean)
-    classifier.norm.running_var.copy_(std.square() - classifier.norm.eps)
+def _set_norm(classifier: AudioClassifier, x: Tensor) -> None:
+    """Statistics of rows (n, D), until training moves them."""
+    classifier.norm.running_mean.copy_(x.mean(0))
+    classifier.norm.running_var.copy_(x.var(0, correction=0))
 
 
 def fit_logistic(
@@ -251,11 +250,8 @@ class _Trainer:
         self.rng = random.Random(options.seed)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.classifier = run.new_classifier(copy.deepcopy(run.encoder)).to(run.device)
-        _set_norm(self.classifier, *_statistics(torch.from_numpy(_features(run, part.train)[part.train])))
+        _set_norm(self.classifier, torch.from_numpy(_features(run, part.train)[part.train]))
         # A clip that is left alone by an epoch's batches waits for the next one: one has no variance.
-        if len(part.train) < 2:
-            where = f"fold {part.name}" if part.name else "the split"
-            raise ValueError(f"expected at least two training clips with audio, {where} has {len(part.train)}")
         self.batches = len(part.train) // options.batch_size + (len(part.train) % options.batch_size > 1)
         self.steps = options.epochs * self.batches
         self.optimizer = torch.optim.AdamW(
@@ -278,9 +274,10 @@ class _Trainer:
         best, best_state = (-math.inf, 0), {}
         began, step = time.perf_counter(), 0
         metrics = run.out / "metrics.jsonl"
-        known = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        kept = [row for row in known if row.endswith("}\n") and json.loads(row)["fold"] != part.name]
-        metrics.write_text("".join(kept))  # without what a stopped start told of this fold
+        known = metrics.read_text().splitlines() if metrics.exists() else []
+        mark = f'{{"fold": {json.dumps(part.name)}, '  # of what a stopped start told of this fold, if to its end
+        kept = "".join(f"{row}\n" for row in known if row.endswith("}") and not row.startswith(mark))
+        write_whole(metrics, lambda path: path.write_text(kept))
         bar = tqdm(total=self.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         with SummaryWriter(run.out / "tensorboard" / (run.folder(part).name)) as events, bar:
             for epoch in range(1, options.epochs + 1):

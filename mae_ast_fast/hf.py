@@ -184,7 +184,10 @@ def _wants_dict(asked: bool | None, config: MAEASTHFConfig) -> bool:
 
 
 class MAEASTForAudioClassification(MAEASTPreTrainedModel):
-    """The encoder, means over a clip's tokens by ``config.pool``, a norm and a linear layer (paper, section 4)."""
+    """The encoder, means over a clip's tokens by ``config.pool``, a norm and a linear layer (paper, section 4).
+
+    The norm is over clips: in training a batch must have two at least (``dataloader_drop_last`` of the Trainer).
+    """
 
     def __init__(self, config: MAEASTHFConfig) -> None:
         super().__init__(config)

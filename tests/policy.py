@@ -23,6 +23,7 @@ GRAD_NORM = {"fp32": 1e-4, "bf16": 2e-2}  # the same for the gradient's norm, wi
 CONVERGED_FIRST = 1e-5  # 20 updates, fast against reference, fp32: mean relative distance of the losses
 CONVERGED_LAST = 2e-2  # after 200, the mean loss of the last 20: runs have parted by then, by rounding alone
 LOGISTIC_GRADIENT = 1e-4  # of a logistic regression at its optimum: gradient of the mean loss, absolute
+PROBABILITY = 1e-4  # absolute: a clip alone and in a batch, through a norm that divides by small deviations
 HALF_FEATURES = 1e-2  # half-precision weights of a tiny model against fp32, max|a - b| / max|b|
 ATTENTION_EPS = 4  # probabilities and output are rounded once each: max|a - b| / max|b| in units of the dtype's eps
 PERFECT_MSE = 1e-12  # of a prediction that is the target, up to rounding

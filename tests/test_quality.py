@@ -31,7 +31,7 @@ def modules():
 
 def cell(arm: str, seed: int, right: str, budget: str = "steps") -> dict:
     task = {"task": "zh_initial22", "mode": "finetune"}
-    machine = {"machine": {"processor": "CPU", "threads": 2}, "commit": {"id": "0123456789abcdef"}}
+    machine = {"machine": {"processor": "CPU", "threads": 2}, "commit": {"id": "0123456789abcdef", "dirty": False}}
     value = right.count("1") / len(right)
     return {
         "arm": arm,

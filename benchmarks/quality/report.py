@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, README, FIGURE = ROOT / "docs/quality.md", ROOT / "README.md", ROOT / "docs/figures/quality.png"
 BEGIN, END = "<!-- report:quality -->", "<!-- /report -->"
 RESAMPLES = 2000
+_DIFFERENCES = (
+    "Differences of accuracy in points with 95 % bootstrap intervals, clips paired. With one seed the interval is over "
+    "test clips alone: it is about these two models, and another seed of the same settings may fall outside. A tie is "
+    "what cannot be told apart; of so many intervals some miss by chance."
+)
 
 Key = tuple[str, str, str, str]  # arm, budget, mode, task
 
@@ -80,12 +85,14 @@ def text(found: list[dict[str, Any]]) -> str:
     there = {(c["arm"], c["budget"], c["seed"], c["task"], c["mode"]) for c in found}
     missing = [c for c in wanted if (c.arm, c.budget, c.seed, c.task, c.mode) not in there]
     hours = sum(cell["seconds"] for cell in found) / 3600
-    commits = sorted({cell["commit"]["id"][:12] for cell in found})
-    machines = sorted({f"{c['machine']['processor']}, {c['machine']['threads']} threads" for c in found})
+    commits = sorted({cell["commit"]["id"][:12] + "+" * cell["commit"]["dirty"] for cell in found})
+    threads = sorted({cell["machine"]["threads"] for cell in found})
+    machines = sorted({c["machine"]["processor"] for c in found})
+    processor = f"{'; '.join(machines)}, {' or '.join(map(str, threads))} thread{'s' * (threads[-1:] > [1])} a run"
     lines = [
-        f"{len(found)} of {len(wanted)} cells, {hours:.1f} hours on {'; '.join(machines)}, "
-        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}. Accuracy, mean over the seeds (smallest - largest); "
-        "differences in points, clips paired, 95 % bootstrap intervals over clips and seeds.",
+        f"{len(found)} of {len(wanted)} cells, {hours:.1f} hours on {processor}, "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)} (+: with uncommitted files, the results themselves). "
+        "Accuracy, mean over the seeds (smallest - largest).",
         "",
         f"Main task, declared before the cells were run: {MAIN[1]} on {MAIN[0]}.",
         "",
@@ -105,10 +112,10 @@ def text(found: list[dict[str, Any]]) -> str:
             seconds = f"{np.mean([c.get('train_seconds', 0.0) for c in pretrained.values()]):.0f}"
             cells_of = [value(groups.get((arm, budget, *column), {})) for column in columns]
             rows.append([arm, budget, str(one["steps"]), seconds, str(len(pretrained)), *cells_of])
-    chance = ["", "", "", "", *("" if mode == "finetune" else f"{log_mel.get(task, 0):.3f}" for mode, task in columns)]
-    rows.append(["log-mel + logistic regression", *chance])
+    spectra = ["" if mode == "finetune" else f"{log_mel.get(task, 0):.3f}" for mode, task in columns]
+    rows.append(["log-mel + logistic regression", "", "", "", "", *spectra])
     header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in columns)]
-    lines += [table(header, rows), "", "Against what it is to be compared with, in points:", ""]
+    lines += [table(header, rows), "", f"Against what it is to be compared with. {_DIFFERENCES}", ""]
     lines += [differences(groups, columns), ""]
     lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", _named(missing, wanted)]
     lines += ["", "</details>"]
@@ -119,24 +126,26 @@ def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[
     """Each arm against what it is to be compared with."""
     pairs = [(of, "steps", arm, "steps") for arm, of in UNTRAINED.items()] + [("ssast", "steps", "random", "steps")]
     pairs += [(arm, "steps", "ssast", "steps") for arm in ("patch", "frame")] + [("frame", "steps", "patch", "steps")]
-    pairs += [(arm, "steps", "ssast", "time") for arm in ("patch", "frame")] + [("frame", "time", "patch", "steps")]
+    pairs += [
+        ("patch", "steps", "ssast", "time"),
+        ("frame", "time", "ssast", "time"),
+        ("frame", "time", "patch", "steps"),
+    ]
     pairs += [(arm, "steps", of, "steps") for arm, of in ABLATION_OF.items()]
     rows = []
     for arm, budget, other, of in pairs:
         cells_of = [against(groups.get((arm, budget, *c), {}), groups.get((other, of, *c), {})) for c in columns]
         if any(cells_of):
             label = f"{other}, equal time" if (budget, of) != ("steps", "steps") else other
-            rows.append([arm, label, *cells_of])
-    return table(["pretraining", "against", *(f"{mode}, {task}" for mode, task in columns)], rows)
+            common = [set(groups.get((arm, budget, *c), {})) & set(groups.get((other, of, *c), {})) for c in columns]
+            counts = sorted({len(seeds) for seeds in common if seeds})
+            rows.append([arm, label, " - ".join(map(str, counts)), *cells_of])
+    return table(["pretraining", "against", "seeds", *(f"{mode}, {task}" for mode, task in columns)], rows)
 
 
 def settings(found: list[dict[str, Any]]) -> str:
     """README's table: what a setting changes."""
-    seeds = len({cell["seed"] for cell in found})
-    return (
-        f"Differences of accuracy in points, clips paired, 95 % intervals; {seeds} seed{'s' * (seeds > 1)}; "
-        f"{len(found)} cells of [the whole table](docs/quality.md).\n\n{differences(grouped(found), ABLATED)}"
-    )
+    return f"{_DIFFERENCES}\n\n{differences(grouped(found), ABLATED)}"
 
 
 def _named(missing: list[Cell], wanted: list[Cell]) -> str:

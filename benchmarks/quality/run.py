@@ -2,7 +2,9 @@
 
 python benchmarks/quality/run.py                every cell that is not there yet, for hours; stop it at any time
 python benchmarks/quality/run.py --minutes 60   begins no cell after an hour
-python benchmarks/quality/run.py --match patch  cells of that name alone: two such runs may share a machine
+python benchmarks/quality/run.py --match ^frame-  cells of that name alone; two such runs may share a machine where
+                                               neither needs what the other makes: untrained models are made of their
+                                               trained ones' statistics
 python benchmarks/quality/run.py --quick        a few updates and one seed in a quarter of an hour, elsewhere
 python benchmarks/quality/run.py --list         what is done and what is missing
 
@@ -202,7 +204,7 @@ class Grid:
 
     def untrained(self, cell: Cell) -> dict[str, Any]:
         source = Cell(UNTRAINED[cell.arm], "steps", cell.seed)
-        if not self.checkpoint(source).exists():
+        if not (self.checkpoint(source) / "model.safetensors").exists():
             self.pretrain(source)
         trained = MAEAST.from_pretrained(self.checkpoint(source))
         torch.manual_seed(cell.seed)
