@@ -78,10 +78,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
-def text(found: list[dict[str, Any]]) -> str:
-    """The generated part of docs/quality.md."""
+def text(found: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
+    """The generated part of docs/quality.md: tables, and which of the cells that are wanted are missing."""
     groups = grouped(found)
-    wanted = cells()
     there = {(c["arm"], c["budget"], c["seed"], c["task"], c["mode"]) for c in found}
     missing = [c for c in wanted if (c.arm, c.budget, c.seed, c.task, c.mode) not in there]
     hours = sum(cell["seconds"] for cell in found) / 3600
@@ -112,7 +111,7 @@ def text(found: list[dict[str, Any]]) -> str:
             seconds = f"{np.mean([c.get('train_seconds', 0.0) for c in pretrained.values()]):.0f}"
             cells_of = [value(groups.get((arm, budget, *column), {})) for column in columns]
             rows.append([arm, budget, str(one["steps"]), seconds, str(len(pretrained)), *cells_of])
-    spectra = ["" if mode == "finetune" else f"{log_mel.get(task, 0):.3f}" for mode, task in columns]
+    spectra = [f"{log_mel[task]:.3f}" if mode == "probe" and task in log_mel else "" for mode, task in columns]
     rows.append(["log-mel + logistic regression", "", "", "", "", *spectra])
     header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in columns)]
     lines += [table(header, rows), "", f"Against what it is to be compared with. {_DIFFERENCES}", ""]
@@ -148,7 +147,7 @@ def settings(found: list[dict[str, Any]]) -> str:
     return f"{_DIFFERENCES}\n\n{differences(grouped(found), ABLATED)}"
 
 
-def _named(missing: list[Cell], wanted: list[Cell]) -> str:
+def _named(missing: Sequence[Cell], wanted: Sequence[Cell]) -> str:
     """Cells by their names; those of a pretraining of which all are missing by its name alone."""
     names = []
     for cell in wanted:
@@ -164,7 +163,7 @@ def _named(missing: list[Cell], wanted: list[Cell]) -> str:
 def pages(found: list[dict[str, Any]]) -> dict[Path, str]:
     """docs/quality.md and README.md with their generated parts made anew."""
     new = {}
-    for path, made in ((PAGE, text(found)), (README, settings(found))):
+    for path, made in ((PAGE, text(found, cells())), (README, settings(found))):
         before, rest = path.read_text().split(BEGIN)
         new[path] = f"{before}{BEGIN}\n{made}\n{END}{rest.split(END, 1)[1]}"
     return new

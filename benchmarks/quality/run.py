@@ -5,7 +5,7 @@ python benchmarks/quality/run.py --minutes 60   begins no cell after an hour
 python benchmarks/quality/run.py --match ^frame-  cells of that name alone; two such runs may share a machine where
                                                neither needs what the other makes: untrained models are made of their
                                                trained ones' statistics
-python benchmarks/quality/run.py --quick        a few updates and one seed in a quarter of an hour, elsewhere
+python benchmarks/quality/run.py --quick        a few updates and one seed in a quarter of an hour: runs/quality_quick
 python benchmarks/quality/run.py --list         what is done and what is missing
 
 A model is pretrained on the default corpus, which holds no clip that a task tests on; then it is probed and fine-tuned
@@ -62,6 +62,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "frame": FRAME,
     "random frame": FRAME,
     "ssast": {"model": "ssast"},
+    "frame, 500 updates": {**FRAME, "steps": 500},
     "frame, 6000 updates": {**FRAME, "steps": 6000},  # recipes/frame.yaml
     "mask 0.5": of_frame(mask_ratio=0.5),
     "mask 0.9": of_frame(mask_ratio=0.9),
@@ -119,7 +120,7 @@ def cells() -> list[Cell]:
 
 def _of(arm: str, budget: str, seed: int) -> list[Cell]:
     modes = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in TASKS]
-    if arm in ABLATION_OF and "steps" not in ARMS[arm]:
+    if arm in ABLATION_OF and ARMS[arm].get("steps", STEPS) <= STEPS:
         modes = ABLATED
     return [Cell(arm, budget, seed), *(Cell(arm, budget, seed, task, mode) for mode, task in modes)]
 
@@ -289,6 +290,12 @@ def main() -> None:
         spent = (time.monotonic() - begun) / 60
         print(f"[{number}/{len(missing)}, {spent:.0f} minutes] {cell.name}", flush=True)
         grid.run(cell)
+    if arguments.quick:
+        import report  # which imports this file
+
+        page = grid.work / "report.md"
+        page.write_text(report.text(report.read(grid.results), wanted) + "\n")
+        print(f"{page}: tables")
 
 
 if __name__ == "__main__":
