@@ -324,7 +324,8 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             if not isinstance(fields, dict):
                 raise ValueError(f"expected an object, got {type(fields).__name__}")
             if (name := fields.pop("model_type", None)) not in list(kinds):  # in a list, because it may be anything
-                raise ValueError(f"expected model_type {' or '.join(map(repr, kinds))}, got {name!r}")
+                hint = " (predict, and export --format transformers, take it)" if name == "audio_classifier" else ""
+                raise ValueError(f"expected model_type {' or '.join(map(repr, kinds))}, got {name!r}{hint}")
             config = kinds[name].config_class.from_dict(fields)
         except ValueError as error:  # that of the JSON reader among them
             names = " or ".join(kind.__name__ for kind in kinds.values())

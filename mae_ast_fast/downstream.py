@@ -128,13 +128,30 @@ class Run:
                     raise ValueError(
                         f"{options.data}: no {name} clip{where} has any label, so nothing can be told by them"
                     )
-        for note in task.notes:
+        self.notes = [*task.notes, *self._notes()]
+        for note in self.notes:
             self.say(f"note: {note}")
         self.say(
             f"{mode} of {options.checkpoint} on {task.name}: {len(task.clips) - len(gone)} clips, "
             f"{len(task.labels)} classes, {len(rounds)} {'folds' if rounds[0].name else 'split'}, on {self.device} in "
             f"{self.precision}"
         )
+
+    def _notes(self) -> list[str]:
+        """What a table leaves open: who chooses, and classes that nothing is learned of."""
+        notes = []
+        if not self.rounds[0].name and not any(clip.split == "valid" for clip in self.task.clips):
+            notes.append(f"no clip is of split valid: {len(self.rounds[0].valid)} of the training clips choose")
+        if any(clip.fold and clip.split for clip in self.task.clips):
+            notes.append("the column fold is taken, the column split is not")
+        targets, labels = self.examples.targets, np.array(self.task.labels)
+        for part in self.rounds:
+            train, test = (targets[self.examples.of_clips(clips)].any(0) for clips in (part.train, part.test))
+            if unknown := labels[test & ~train].tolist():
+                where = f"fold {part.name}" if part.name else "the split"
+                more = " ..." if len(unknown) > 5 else ""
+                notes.append(f"tested without a training clip in {where}: {', '.join(unknown[:5])}{more}")
+        return notes
 
     def _claim(self) -> None:
         """A folder is of one run: what was made with other options is not overwritten."""
@@ -265,7 +282,7 @@ class Run:
             "frame_level": task.frame_level,
             "chosen": [{k: v for k, v in one.chosen.items() if k != "history"} for one in tested],
             "skipped": {"count": len(gone), "files": gone[:1000]},
-            "notes": task.notes,
+            "notes": self.notes,
             "seconds": round(time.perf_counter() - self.began, 1),
         }
         if not task.multi_label:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,21 @@ def plot_confusion(counts: np.ndarray, labels: Sequence[str], title: str, path: 
             axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
     step = -(-classes // 100)
     ticks = range(0, classes, step)
-    names = [labels[i] for i in ticks]
+    names = [_drawable(labels[i]) for i in ticks]
     axis.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
     axis.set_yticks(ticks, names, fontsize=8, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true", title=title)
     _save(figure, path)
+
+
+def _drawable(label: str) -> str:
+    """A label, with what matplotlib's font lacks as the last word of its Unicode name: ZH of BOPOMOFO LETTER ZH."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    known = font.get_charmap()
+    words = [c if ord(c) in known else f" {unicodedata.name(c, f'U+{ord(c):04X}').split()[-1]} " for c in label]
+    return " ".join("".join(words).split())
 
 
 def plot_learning(history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:

@@ -347,6 +347,28 @@ def test_a_clip_alone_in_a_batch_waits(folder, tmp_path, capsys):
         finetune(tuned(folder, tmp_path / "one", data="one.tsv"))
 
 
+def test_labels_that_the_font_lacks():
+    from mae_ast_fast.figures import _drawable
+
+    labels = ("a b", "ü", "\u3105", "x\u3113", "\U0010fffe")
+    assert [_drawable(label) for label in labels] == ["a b", "ü", "B", "x ZH", "U+10FFFE"]
+
+
+def test_a_run_notes_what_a_table_leaves_open(folder, tmp_path):
+    rows = (folder / "split.tsv").read_text().splitlines()
+    rows_open = [row for row in rows if "high\ttrain" not in row]
+    text = "\n".join(rows_open).replace("high\tvalid", "high\ttest").replace("valid", "train")
+    (folder / "open.tsv").write_text(text + "\n")
+    notes = probe(options(folder, tmp_path / "run", "open.tsv"))["notes"]
+    assert any(note.startswith("no clip is of split valid: ") for note in notes)
+    assert "tested without a training clip in the split: high" in notes
+    both = "\n".join([rows[0] + "\tfold", *(f"{row}\t{i % 3}" for i, row in enumerate(rows[1:]))])
+    (folder / "both.tsv").write_text(both + "\n")
+    notes = probe(options(folder, tmp_path / "both", "both.tsv"))["notes"]
+    assert "the column fold is taken, the column split is not" in notes
+    assert probe(options(folder, tmp_path / "plain"))["notes"] == []
+
+
 def test_several_labels(folder, tmp_path):
     for name, run in (("probe", probe), ("tuned", finetune)):
         more = {"of": FinetuneOptions, "epochs": 12, "lr": 5e-3, "mixup": 0.3} if run is finetune else {}

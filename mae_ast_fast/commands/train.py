@@ -167,6 +167,7 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
     lines += [
         f"In {run}: model.safetensors and config.json, summary.json, metrics.jsonl, loss.png, reconstruction.png, "
         "tensorboard/",
+        f"What its features are worth: {PROGRAM} probe --data TABLE --checkpoint {run} --out DIR",
         f"Next: {PROGRAM} {use}",
     ]
     return "\n".join(lines)
