@@ -148,9 +148,8 @@ class Run:
         for part in self.rounds:
             train, test = (targets[self.examples.of_clips(clips)].any(0) for clips in (part.train, part.test))
             if unknown := labels[test & ~train].tolist():
-                where = f"fold {part.name}" if part.name else "the split"
                 more = " ..." if len(unknown) > 5 else ""
-                notes.append(f"tested without a training clip in {where}: {', '.join(unknown[:5])}{more}")
+                notes.append(f"tested without a training clip in {part.where}: {', '.join(unknown[:5])}{more}")
         return notes
 
     def _claim(self) -> None:

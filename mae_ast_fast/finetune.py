@@ -63,8 +63,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     run = Run(options, "finetune")
     for part in run.rounds:
         if len(part.train) < 2:
-            where = f"fold {part.name}" if part.name else "the split"
-            raise ValueError(f"expected at least two training clips with audio, {where} has {len(part.train)}")
+            raise ValueError(f"expected at least two training clips with audio, {part.where} has {len(part.train)}")
     identity = run.identity()
     tested = [_finetune_round(run, part, identity) for part in run.rounds]
     best = max(tested, key=lambda one: one.valid)

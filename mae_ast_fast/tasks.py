@@ -59,6 +59,11 @@ class Round:
     valid: list[int]
     test: list[int]
 
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"fold {self.name}" if self.name else "the split"
+
 
 @dataclass
 class Task:

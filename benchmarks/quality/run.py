@@ -174,6 +174,13 @@ class Grid:
     def checkpoint(self, cell: Cell) -> Path:
         return self.work / Cell(cell.arm, cell.budget, cell.seed).name
 
+    def model(self, cell: Cell) -> Path:
+        """The checkpoint of a cell's pretraining, made again where it is gone: results alone are kept."""
+        folder = self.checkpoint(cell)
+        if not (folder / "model.safetensors").exists():
+            self.pretrain(Cell(cell.arm, cell.budget, cell.seed))
+        return folder
+
     def pretrain(self, cell: Cell) -> dict[str, Any]:
         out = self.checkpoint(cell)
         if cell.arm in UNTRAINED:
@@ -204,10 +211,7 @@ class Grid:
         return statistics.median(ratios)
 
     def untrained(self, cell: Cell) -> dict[str, Any]:
-        source = Cell(UNTRAINED[cell.arm], "steps", cell.seed)
-        if not (self.checkpoint(source) / "model.safetensors").exists():
-            self.pretrain(source)
-        trained = MAEAST.from_pretrained(self.checkpoint(source))
+        trained = MAEAST.from_pretrained(self.model(Cell(UNTRAINED[cell.arm], "steps", cell.seed)))
         torch.manual_seed(cell.seed)
         model = MAEAST(trained.config)
         model.input_norm.load_state_dict(trained.input_norm.state_dict())
@@ -215,11 +219,10 @@ class Grid:
         return {"steps": 0, "config": model.config.to_dict()}
 
     def downstream(self, cell: Cell) -> dict[str, Any]:
-        if not (self.checkpoint(cell) / "model.safetensors").exists():
-            self.pretrain(Cell(cell.arm, cell.budget, cell.seed))  # results are kept, checkpoints may be gone
+        checkpoint = self.model(cell)
         out = self.work / cell.name
         shutil.rmtree(out, ignore_errors=True)
-        given = {"data": str(self.manifest(cell.task)), "checkpoint": str(self.checkpoint(cell)), "out": str(out)}
+        given = {"data": str(self.manifest(cell.task)), "checkpoint": str(checkpoint), "out": str(out)}
         given |= {"pool": POOL, "seed": cell.seed, "root": self.bundle and str(self.bundle)}
         if cell.mode == "probe":
             summary = probe(ProbeOptions(**given))

@@ -58,18 +58,18 @@ def spelled(argv: Sequence[str], known: Iterable[str], command: str) -> list[str
     Done before parsing, because argparse first complains of required options that a misspelt one was meant to be.
     """
     declared = {option.replace("_", "-"): option for option in known}
-    spelled = []
+    found = []
     for place, argument in enumerate(argv):
         if argument == "--":
-            return spelled + list(argv[place:])
+            return found + list(argv[place:])
         option, equals, value = argument.partition("=")
         if re.match(r"--?[A-Za-z]", option):
             if option.replace("_", "-") not in declared:
                 options = [*declared.values(), "--traceback"]
                 unknown("option", option, options, f"{PROGRAM} {command} --help lists them")
             option = declared[option.replace("_", "-")]
-        spelled.append(option + equals + value)
-    return spelled
+        found.append(option + equals + value)
+    return found
 
 
 class Parser(argparse.ArgumentParser):
