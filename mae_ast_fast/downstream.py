@@ -160,7 +160,7 @@ class Run:
         for name in ("data", "root", "checkpoint"):
             if given[name] is not None and os.path.exists(given[name]):
                 given[name] = os.path.abspath(given[name])
-        made = (self.out / "summary.json").exists() or any(self.out.glob("*/result.json"))
+        made = any(any(self.out.glob(name)) for name in ("summary.json", "*/result.json", "*/state.safetensors"))
         path = self.out / "task_options.json"
         known = None
         if path.is_file():

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .atomic import write_json, write_whole
@@ -29,6 +31,9 @@ from .options import FinetuneOptions, ProbeOptions
 from .tasks import Round
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larger means less regularised
+_SAVE_SECONDS = 300.0  # between two writings of where fine-tuning stands: what a stop may cost
+_STATE = "state.safetensors"  # in the folder of a round
+_NORM_CLIPS = 4096  # training clips at most that the norm's statistics begin with
 
 
 def probe(options: ProbeOptions) -> dict[str, Any]:
@@ -55,7 +60,8 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """Trains the encoder and a linear layer, once for each fold; returns what summary.json holds.
 
-    A run that was stopped goes on with the folds that are not done.
+    A run that was stopped goes on: folds that are done are kept, and the one that was begun goes on where it stood five
+    minutes before the stop or later.
 
     Raises:
         ValueError: As ``probe``, or a frame-level task.
@@ -228,28 +234,28 @@ def _finetune_round(run: Run, part: Round, identity: str) -> Tested:
         result = json.loads((folder / "result.json").read_text())
         if result["identity"] == identity and result["test"] == part.test:
             run.say(f"{folder} is done")
+            (folder / _STATE).unlink(missing_ok=True)
             return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
         run.say(f"{folder} is of other clips, labels or weights: trained anew")
-    trainer = _Trainer(run, part)
+    trainer = _Trainer(run, part, identity)
     valid, chosen = trainer.train()
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
     write_whole(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
     write_json(folder / "result.json", {"identity": identity, "valid": valid, "chosen": chosen, "test": part.test})
+    trainer.path.unlink(missing_ok=True)
     return Tested(part, probabilities, valid, None, chosen)
 
 
 class _Trainer:
-    """One round of fine-tuning."""
+    """One round of fine-tuning. Draws depend on the seed, the epoch and the update alone, so that it can go on."""
 
-    def __init__(self, run: Run, part: Round) -> None:
-        self.run, self.part, self.options = run, part, run.options
+    def __init__(self, run: Run, part: Round, identity: str) -> None:
+        self.run, self.part, self.identity, self.options = run, part, identity, run.options
         options = self.options
         torch.manual_seed(options.seed)
-        self.rng = random.Random(options.seed)
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.rng, self.generator = random.Random(), torch.Generator()
         self.classifier = run.new_classifier(copy.deepcopy(run.encoder)).to(run.device)
-        _set_norm(self.classifier, torch.from_numpy(_features(run, part.train)[part.train]))
         # A clip that is left alone by an epoch's batches waits for the next one: one has no variance.
         self.batches = len(part.train) // options.batch_size + (len(part.train) % options.batch_size > 1)
         self.steps = options.epochs * self.batches
@@ -261,6 +267,16 @@ class _Trainer:
         found = run.examples.targets[part.train]
         counts = np.maximum(found.sum(0), 1)
         self.weights = torch.from_numpy((found / counts).sum(1)) if options.balanced else None
+        # What changes: updates made, the loss of this epoch's, what each epoch told, the best one and its weights.
+        self.step, self.total = 0, torch.zeros((), device=run.device)
+        self.history: list[dict[str, Any]] = []
+        self.best, self.best_weights = (-math.inf, 0), {}
+        self.path = run.folder(part) / _STATE
+        if not self._load():
+            clips = part.train
+            if len(clips) > _NORM_CLIPS:
+                clips = random.Random(options.seed).sample(clips, _NORM_CLIPS)
+            _set_norm(self.classifier, torch.from_numpy(_features(run, clips)[clips]))
 
     def train(self) -> tuple[float, dict[str, Any]]:
         """All epochs; the classifier is left as it was after the best one. Its score on the validation clips."""
@@ -269,66 +285,125 @@ class _Trainer:
 
         run, options, part = self.run, self.options, self.part
         where = f"fold {part.name}, " if part.name else ""
-        history: list[dict[str, Any]] = []
-        best, best_state = (-math.inf, 0), {}
-        began, step = time.perf_counter(), 0
+        before, began, saved = self.step, time.perf_counter(), time.perf_counter()
         metrics = run.out / "metrics.jsonl"
         known = metrics.read_text().splitlines() if metrics.exists() else []
         mark = f'{{"fold": {json.dumps(part.name)}, '  # of what a stopped start told of this fold, if to its end
-        kept = "".join(f"{row}\n" for row in known if row.endswith("}") and not row.startswith(mark))
-        write_whole(metrics, lambda path: path.write_text(kept))
-        bar = tqdm(total=self.steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        with SummaryWriter(run.out / "tensorboard" / (run.folder(part).name)) as events, bar:
-            for epoch in range(1, options.epochs + 1):
-                total = torch.zeros((), device=run.device)
+        kept = [row for row in known if row.endswith("}") and not row.startswith(mark)]
+        kept += [json.dumps(row) for row in self.history]
+        write_whole(metrics, lambda path: path.write_text("".join(f"{row}\n" for row in kept)))
+        bar = tqdm(total=self.steps, initial=before, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        events = SummaryWriter(run.out / "tensorboard" / run.folder(part).name, purge_step=len(self.history) + 1)
+        with events, bar:
+            while self.step < self.steps:
+                epoch = self.step // self.batches + 1
                 self.classifier.train()
-                for clips in self._batches():
-                    total += self._update(clips, step)
-                    step += 1
+                for clips in self._batches(epoch):
+                    if time.perf_counter() - saved > _SAVE_SECONDS:
+                        self._save()
+                        saved = time.perf_counter()
+                    self.total += self._update(clips)
+                    self.step += 1
                     bar.update()
-                loss = float(total) / self.batches
+                loss = float(self.total) / self.batches
                 if not math.isfinite(loss):
                     raise ValueError(
                         f"the loss became {loss} in epoch {epoch} ({where}lr {options.lr:g}): try a smaller --lr"
                     )
                 valid = run.score(run.probabilities(self.classifier, part.valid), run.examples.targets[part.valid])
-                if valid > best[0]:
-                    best = (valid, epoch)
-                    best_state = {k: v.detach().cpu().clone() for k, v in self.classifier.state_dict().items()}
-                history.append({"fold": part.name, "epoch": epoch, "loss": loss, "valid": valid})
+                if valid > self.best[0]:
+                    self.best = (valid, epoch)
+                    self.best_weights = {k: v.detach().cpu().clone() for k, v in self.classifier.state_dict().items()}
+                self.history.append({"fold": part.name, "epoch": epoch, "loss": loss, "valid": valid})
+                self.total.zero_()
                 events.add_scalar("loss", loss, epoch)
                 events.add_scalar(f"valid/{run.metric}", valid, epoch)
                 with open(metrics, "a") as file:
-                    file.write(json.dumps(history[-1]) + "\n")
-                spent = time.perf_counter() - began
-                minutes, seconds = divmod(round(spent / epoch * (options.epochs - epoch)), 60)
+                    file.write(json.dumps(self.history[-1]) + "\n")
+                spent = (time.perf_counter() - began) / (self.step - before)  # an update
+                minutes, seconds = divmod(round(spent * (self.steps - self.step)), 60)
+                rate = len(part.train) / self.batches / spent
                 bar.write(
                     f"{where}epoch {epoch}/{options.epochs}: loss {loss:.4f}, validation {run.metric} {valid:.4f} "
-                    f"(best {best[0]:.4f}), {epoch * len(part.train) / spent:.1f} clips/s, ETA {minutes}:{seconds:02d}",
+                    f"(best {self.best[0]:.4f}), {rate:.1f} clips/s, ETA {minutes}:{seconds:02d}",
                     file=sys.stdout,
                 )
                 sys.stdout.flush()
-        self.classifier.load_state_dict(best_state)
-        return best[0], {"epoch": best[1], "history": history}
+        self.classifier.load_state_dict(self.best_weights)
+        return self.best[0], {"epoch": self.best[1], "history": self.history}
 
-    def _batches(self) -> Iterator[list[int]]:
+    def _save(self) -> None:
+        """Writes where training stands."""
+        tensors = {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+        told = {"step": self.step, "history": self.history, "best": self.best[1], "total": float(self.total)}
+        told = {name: json.dumps(value) for name, value in told.items()}
+        self.path.parent.mkdir(exist_ok=True)
+        content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(self.path, lambda path: save_file(content, path, {"identity": self.identity, **told}))
+
+    def _load(self) -> bool:
+        """Goes on where an earlier start of the run was stopped; whether there is such a place."""
+        if not self.path.is_file():
+            return False
+        try:
+            content = load_file(self.path)
+            with safe_open(self.path, "pt") as file:
+                told = file.metadata()
+        except Exception as error:  # safetensors' own exception class is not public
+            self.run.say(f"{self.path} is damaged ({error}): {self.part.where} begins anew")
+            return False
+        if told.pop("identity") != self.identity:
+            self.run.say(f"{self.path} is of other clips, labels or weights: {self.part.where} begins anew")
+            return False
+        parts: dict[str, dict[str, Tensor]] = {"classifier": {}, "best": {}, "optimizer": {}}
+        for name, tensor in content.items():
+            kind, _, name = name.partition(".")
+            parts[kind][name] = tensor
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            i, name = name.split(".")
+            state.setdefault(int(i), {})[name] = tensor
+        self.classifier.load_state_dict(parts["classifier"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        told = {name: json.loads(value) for name, value in told.items()}
+        self.step, self.history, self.best_weights = told["step"], told["history"], parts["best"]
+        self.total += told["total"]
+        if told["best"]:
+            self.best = (self.history[told["best"] - 1]["valid"], told["best"])
+        self.run.say(f"{self.part.where} goes on after update {self.step} of {self.steps}")
+        return True
+
+    def _batches(self, epoch: int) -> Iterator[list[int]]:
+        """Of an epoch those that are not done."""
         train, size = self.part.train, self.options.batch_size
+        self._draw_from(f"epoch {epoch}")
         if self.weights is None:
             order = torch.randperm(len(train), generator=self.generator).tolist()
         else:
             order = torch.multinomial(self.weights, len(train), True, generator=self.generator).tolist()
-        for start in range(0, self.batches * size, size):
+        for start in range(self.step % self.batches * size, self.batches * size, size):
             yield [train[i] for i in order[start : start + size]]
 
-    def _update(self, clips: list[int], step: int) -> Tensor:
+    def _draw_from(self, place: str) -> None:
+        """All random numbers that follow depend on the seed and on this alone."""
+        self.rng.seed(f"{self.options.seed} {place}")
+        self.generator.manual_seed(self.rng.getrandbits(62))
+        torch.manual_seed(self.rng.getrandbits(62))
+
+    def _update(self, clips: list[int]) -> Tensor:
         run, options = self.run, self.options
+        self._draw_from(f"update {self.step}")
         windows = [run.audio.crop(i, run.max_seconds, self.rng) for i in clips]
         waveforms, lengths = run.audio.read(windows)
         waveforms, targets = mix(waveforms, self.targets[clips], options.mixup, self.generator)
         features, frames = self.classifier.encoder.features(waveforms.to(run.device), lengths.to(run.device))
         features = spec_augment(features, frames, options.freq_mask, options.time_mask, self.fill, self.generator)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * _rate(step, self.steps, options)
+            group["lr"] = group["factor"] * _rate(self.step, self.steps, options)
         with run.autocast():
             logits = self.classifier(features, frames)
         targets = targets.to(run.device)

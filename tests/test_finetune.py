@@ -26,10 +26,10 @@ PITCHES = {"low": 300, "middle": 900, "high": 2700}
 SMALL = {"embed_dim": 32, "num_heads": 2}
 
 
-def mae_ast() -> MAEAST:
+def mae_ast(dropout: float = 0.0) -> MAEAST:
     torch.manual_seed(0)
     sizes = {"ffn_dim": 64, "encoder_layers": 2, "decoder_embed_dim": 32, "decoder_layers": 1, "norm_first": True}
-    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
+    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), dropout)
     model = MAEAST(MAEASTConfig(**SMALL, **sizes, **rates, encoder_layerdrop=0.0)).eval()
     model.input_norm.running_mean.fill_(-8.0)
     model.input_norm.running_var.fill_(16.0)
@@ -420,6 +420,70 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
         finetune(dataclasses.replace(given, lr=1e-3))
 
 
+@pytest.mark.parametrize("stop", [2, 7, 10, 22])
+def test_a_stopped_round_goes_on_where_it_stood(folder, tmp_path, monkeypatch, capsys, stop):
+    """In the first epoch, at an epoch's first update, in a later one, in the next fold: as if nothing had happened."""
+    from mae_ast_fast import finetune as module
+
+    mae_ast(dropout=0.2).save_pretrained(tmp_path / "model")
+    more = {"checkpoint": str(tmp_path / "model"), "epochs": 2, "batch_size": 6, "mixup": 0.5, "balanced": True}
+    undisturbed = finetune(tuned(folder, tmp_path / "undisturbed", folds="0,2", **more))
+    monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
+    real, made = module._Trainer._update, []
+
+    def update(trainer, clips):
+        if len(made) == stop:
+            made.append("stopped")
+            raise KeyboardInterrupt
+        made.append(clips)
+        return real(trainer, clips)
+
+    monkeypatch.setattr(module._Trainer, "_update", update)
+    given = tuned(folder, tmp_path / "run", folds="0,2", **more)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(given)
+    with pytest.raises(ValueError, match="holds a run with another lr"):
+        finetune(dataclasses.replace(given, lr=1e-3))
+    again = finetune(given)
+    assert len(made) == 1 + 2 * 2 * 7, "no update was made twice"
+    assert f"goes on after update {stop % 14} of 14" in capsys.readouterr().out
+    assert undisturbed | {"seconds": 0} == again | {"seconds": 0}
+    for name in ("metrics.jsonl", "predictions.csv", "model.safetensors", "fold_0/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+    assert not list((tmp_path / "run").rglob("state*"))
+
+
+@pytest.mark.parametrize(("harm", "told"), [("cut", "is damaged"), ("other", "is of other clips, labels or weights")])
+def test_a_state_that_does_not_serve(folder, tmp_path, monkeypatch, capsys, harm, told):
+    from mae_ast_fast import finetune as module
+
+    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_SAVE_SECONDS", -1.0)
+        patch.setattr(module._Trainer, "_update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(given)
+    path = tmp_path / "run/split/state.safetensors"
+    content = path.read_bytes()
+    at = content.index(b'"identity":"') + len(b'"identity":"')
+    other = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    path.write_bytes(content[:-100] if harm == "cut" else other)
+    assert finetune(given)["value"] > 0.3
+    said = capsys.readouterr().out
+    assert told in said
+    assert "the split begins anew" in said
+
+
+def test_the_norm_of_many_clips_begins_with_a_sample(folder, tmp_path, monkeypatch):
+    from mae_ast_fast import finetune as module
+
+    seen, real = [], module._features
+    monkeypatch.setattr(module, "_features", lambda run, clips: seen.append(clips) or real(run, clips))
+    monkeypatch.setattr(module, "_NORM_CLIPS", 20)
+    finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
+    assert len(set(seen[0])) == len(seen[0]) == 20
+
+
 def test_a_round_of_other_labels_is_trained_anew(folder, tmp_path, capsys):
     table = tmp_path / "t.tsv"
     rows = (folder / "split.tsv").read_text()
@@ -504,8 +568,8 @@ def test_balanced_sampling_draws_rare_classes_as_often(folder, tmp_path, monkeyp
     drawn = []
     real = _Trainer._batches
 
-    def batches(self):
-        for batch in real(self):
+    def batches(self, epoch):
+        for batch in real(self, epoch):
             drawn.extend(self.run.task.clips[i].labels[0] for i in batch)
             yield batch
 

@@ -141,7 +141,7 @@ def run_finetune(argv: Sequence[str]) -> int:
         FinetuneOptions,
         "Trains a pretrained encoder and a linear layer on labelled audio, and tests it: once for each fold where the "
         "manifest has folds. --out gets summary.json, predictions.csv, confusion.png, learning.png, and the classifier "
-        "that predict uses. The same command goes on with the folds that are not done.",
+        "that predict uses. A run that was stopped goes on with the same command.",
         (
             "--data esc14.tsv --checkpoint runs/frame --out runs/esc14",
             "--data ks2.tsv --root speech_commands/ --checkpoint runs/base --out runs/ks2 --preset ks2",
