@@ -170,22 +170,29 @@ def pages(found: list[dict[str, Any]]) -> dict[Path, str]:
 
 
 def draw(found: list[dict[str, Any]]) -> None:
-    """Accuracy of each arm on the main task, a point a seed."""
+    """Accuracy of each arm on the main task, a point a seed, the best at the top."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = grouped(found)
-    arms = [arm for arm in ARMS if groups.get((arm, "steps", MAIN[1], MAIN[0]))]
-    figure, axis = plt.subplots(figsize=(8, 0.4 * len(arms) + 1.2), constrained_layout=True)
-    for row, arm in enumerate(arms):
-        of = groups[arm, "steps", MAIN[1], MAIN[0]].values()
-        axis.barh(row, np.mean([cell["value"] for cell in of]), color="C1" if arm in UNTRAINED else "C0", alpha=0.6)
-        axis.plot([cell["value"] for cell in of], [row] * len(of), "k.", markersize=5)
+    arms = {}
+    for (arm, budget, *of), seeds in grouped(found).items():
+        if of == [MAIN[1], MAIN[0]]:
+            kind = "untrained" if arm in UNTRAINED else "pretrained"
+            name = arm if budget == "steps" else f"{arm}, {budget} of patch"
+            arms[name] = (kind, [cell["value"] for cell in seeds.values()])
+    arms = dict(sorted(arms.items(), key=lambda pair: np.mean(pair[1][1])))
+    figure, axis = plt.subplots(figsize=(8, 0.32 * len(arms) + 1.2), constrained_layout=True)
+    for kind, color in (("pretrained", "C0"), ("untrained", "C1")):
+        rows = [row for row, (of, _) in enumerate(arms.values()) if of == kind]
+        means = [np.mean(values) for of, values in arms.values() if of == kind]
+        axis.barh(rows, means, color=color, alpha=0.6, label=kind)
+    for row, (_, values) in enumerate(arms.values()):
+        axis.plot(values, [row] * len(values), "k.", markersize=5)
     axis.set_yticks(range(len(arms)), arms)
-    axis.invert_yaxis()
-    axis.set(xlabel=f"accuracy, {MAIN[1]} on {MAIN[0]}, a point a seed")
+    axis.set(xlabel=f"accuracy, {MAIN[1]} on {MAIN[0]}: mean, and a point a seed", xlim=(0, 1))
+    axis.legend(loc="lower right")
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(FIGURE, dpi=110)
 
