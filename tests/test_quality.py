@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,29 @@ def test_cells_are_different_and_the_main_ones_come_first(modules):
     assert [c.arm for c in found].index("decoder 1") > [c.seed for c in found].index(2)
     assert run.MAIN == ("zh_initial22", "finetune")
     assert run.MAIN[0] in run.FINETUNED
+
+
+def test_a_task_of_few_labels(modules, tmp_path):
+    """So many clips of each class to train on and to choose by; the test is the whole task's, for every arm alike."""
+    run, _ = modules
+    rows = [(f"{i}.wav", "ab"[i % 2], ["train", "valid", "test"][i // 2 % 3]) for i in range(120)]
+    (tmp_path / "tasks").mkdir()
+    table = "\n".join("\t".join(row) for row in [("path", "label", "split"), *rows])
+    (tmp_path / "tasks/zh_initial22.tsv").write_text(table)
+    grid = run.Grid(tmp_path / "work", tmp_path / "results", tmp_path, 1.0)
+    path = grid.manifest(run.Cell("frame", "steps", 1, "zh_initial22_5", "finetune"))
+    found = [tuple(line.split("\t")) for line in path.read_text().splitlines()[1:]]
+    assert set(found) <= set(rows)
+    assert Counter(row[1:] for row in found) == {
+        **{(label, split): 5 for label in "ab" for split in ("train", "valid")},
+        **{(label, "test"): 20 for label in "ab"},
+    }
+    texts = {
+        (arm, seed): grid.manifest(run.Cell(arm, "steps", seed, "zh_initial22_5", "probe")).read_text()
+        for arm in ("frame", "random frame")
+        for seed in (1, 2)
+    }
+    assert texts["frame", 1] == texts["random frame", 1] == path.read_text() != texts["frame", 2]
 
 
 def test_every_arm_is_a_run(modules, tmp_path):
