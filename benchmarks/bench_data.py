@@ -50,11 +50,12 @@ from torch import Tensor
 from mae_ast_fast.audio import SAMPLE_RATE, Entry, decode, find_audio, to_pcm16
 from mae_ast_fast.commands.common import TRAIN_EXTRA
 from mae_ast_fast.fbank import fbank, num_frames
+from mae_ast_fast.loader import loader
 from mae_ast_fast.options import PretrainOptions
 from mae_ast_fast.prepare import prepare_shards
 from mae_ast_fast.pretrain import pretrain
 from mae_ast_fast.run_log import read_metrics
-from mae_ast_fast.shards import Batch, Shards, Window, loader
+from mae_ast_fast.shards import Batch, Shards, Window
 
 SOURCE = os.environ.get("MAE_AST_FAST_BENCH_DATA") or Path(__file__).resolve().parent.parent / "tests" / "audio"
 FILES = 200

@@ -27,11 +27,12 @@ from .distributed import World, world
 from .evaluate import HeldOut, evaluate
 from .fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
 from .figures import plot_loss, plot_reconstruction
+from .loader import loader
 from .model import MAEAST
 from .options import FREE_OPTIONS, PretrainOptions, learning_rate, pick_precision
 from .resume import Checkpoints
 from .run_log import RunLog, read_metrics
-from .shards import Shards, loader
+from .shards import Shards
 from .ssast import SSAST
 from .step import Part, TrainStep
 from .training_data import held_out_set, log_mel_statistics, training_shards

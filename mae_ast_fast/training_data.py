@@ -5,22 +5,62 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from . import corpus
+from . import corpus, prepare
+from .audio import Entry
 from .evaluate import HeldOut
 from .fbank import SAMPLE_RATE, fbank
 from .model import MAEAST
 from .options import PretrainOptions
 from .packing import real_tokens
-from .shards import Shards, open_data
+from .shards import Shards
 from .ssast import SSAST
 
 HELD_OUT_CLIPS = 64
 CANDIDATES = 4096  # held-out clips among which these are chosen: the first ones of the shards, which are shuffled
 STATISTICS_WINDOWS = 200  # SSAST is normalised by their mean and deviation
+
+
+def open_data(
+    source: str | os.PathLike | Sequence[Entry],
+    cache: str | os.PathLike,
+    *,
+    min_seconds: float,
+    workers: int,
+    split: Callable[[Sequence[Entry]], tuple[np.ndarray, np.ndarray, str]] | None = None,
+    progress: bool = True,
+) -> Shards:
+    """Shards to pretrain on: those that ``source`` names, or those that are made of it, once, in ``cache``/shards.
+
+    Args:
+        source: A folder or URL of shards that ``prepare`` made, or whatever ``prepare.prepare_shards`` takes.
+        cache: Folder.
+        min_seconds, workers, split, progress: See ``prepare.prepare_shards``.
+
+    Raises:
+        ValueError: Nothing usable, or nothing can be held out.
+    """
+    try:
+        if isinstance(source, (str, os.PathLike)) and prepare.kind_of(source) == "prepared":
+            return Shards(source)
+        plan = prepare.plan(source, min_seconds=min_seconds, split=split)
+    except (OSError, ImportError) as error:
+        if "://" not in str(source):
+            raise
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}") from error  # fsspec says little
+    folder = Path(cache) / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers, progress=progress)
+    if not report["held_out"]:
+        raise ValueError(
+            "holding clips out takes at least two different files, got one: add some, or cut it into several"
+        )
+    return Shards(folder / plan.key[:24])
 
 
 def training_shards(options: PretrainOptions) -> Shards:
@@ -31,12 +71,12 @@ def training_shards(options: PretrainOptions) -> Shards:
         corpus.CorpusError: The default corpus cannot be had.
     """
     cache = Path(options.cache) if options.cache else corpus.default_cache()
-    prepare = functools.partial(open_data, cache=cache, min_seconds=options.min_seconds, workers=options.workers)
+    opened = functools.partial(open_data, cache=cache, min_seconds=options.min_seconds, workers=options.workers)
     if options.data is not None:
-        return prepare(options.data)
+        return opened(options.data)
     fetched = corpus.fetch(cache)
     entries, left_out = corpus.default_clips(fetched.cache, fetched.packages)
-    shards = prepare(entries, split=corpus.held_out)
+    shards = opened(entries, split=corpus.held_out)
     shards.report |= {"corpus": left_out, "packages": fetched.packages, "missing_packages": fetched.missing}
     return shards
 

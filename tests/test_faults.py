@@ -320,8 +320,8 @@ def test_shares_of_two_processes_go_on_in_one(options: PretrainOptions, whole: W
 # Of the readers one stops for good, and later another is killed.
 BAD_READERS = """
 import functools, multiprocessing
-from mae_ast_fast import shards
-shards._POLL_SECONDS = 0.2
+from mae_ast_fast import loader
+loader._POLL_SECONDS = 0.2
 pretrain.loader = functools.partial(pretrain.loader, stall_seconds=1.0)
 seen = set()
 def before(trainer):

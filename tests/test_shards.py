@@ -21,9 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy import PADDING_SHARE
 
+import mae_ast_fast.loader as loading
 from mae_ast_fast import prepare, shards
 from mae_ast_fast.audio import find_audio
-from mae_ast_fast.shards import Piece, Shards, loader, open_data
+from mae_ast_fast.loader import loader
+from mae_ast_fast.shards import Piece, Shards
+from mae_ast_fast.training_data import open_data
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("lhotse")
@@ -541,7 +544,7 @@ class Sabotaged(Shards):
 
 @pytest.mark.parametrize("how,times", [("die", 2), ("kill", 1), ("hang", 1)])
 def test_workers_that_die_or_hang_are_replaced(folder, tmp_path, monkeypatch, capfd, how, times):
-    monkeypatch.setattr(shards, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(loading, "_POLL_SECONDS", 0.2)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how long it waits for hung workers
     data = Shards(folder)
     count = len(epoch_of(data)) + 2
@@ -554,7 +557,7 @@ def test_workers_that_die_or_hang_are_replaced(folder, tmp_path, monkeypatch, ca
 
 
 def test_a_batch_that_kills_every_worker_is_an_error(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(loading, "_POLL_SECONDS", 0.2)
     base = taken(loader(Shards(folder), **OPTIONS), 3)
     sabotaged = Sabotaged(folder, tmp_path, base[2][0][0], "die", 99)
     items = loader(sabotaged, **OPTIONS, workers=1, stall_seconds=5.0)
