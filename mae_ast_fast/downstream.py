@@ -178,10 +178,13 @@ class Run:
         write_json(path, given)
 
     def identity(self) -> str:
-        """Digest of all that a round's result follows from, but the options: parts, clips, labels, audio, weights."""
+        """Digest of all that a round's result follows from: options, parts, clips, labels, audio, weights."""
         task = self.task
-        parts = list(self.new_classifier(self.encoder).state_dict())
-        digest = hashlib.sha256(repr([parts, task.labels, task.clips, sorted(self.audio.missing)]).encode())
+        options = dataclasses.asdict(self.options)
+        for free in ("data", "root", "checkpoint", "out", "workers", "cache"):  # what they name is in here
+            options.pop(free)
+        parts = [self.encoder.config.to_dict(), *self.new_classifier(self.encoder).state_dict()]
+        digest = hashlib.sha256(repr([options, parts, task.labels, task.clips, sorted(self.audio.missing)]).encode())
         digest.update(self.audio.identity.encode())
         for name, tensor in self.encoder.state_dict().items():
             digest.update(name.encode())

@@ -13,17 +13,20 @@ import math
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .atomic import write_json, write_whole
+from .augment import mix, spec_augment
 from .classifier import NORM_EPS, AudioClassifier, pool_tokens
 from .downstream import Run, Tested
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank
@@ -61,7 +64,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """Trains the encoder and a linear layer, once for each fold; returns what summary.json holds.
 
     A run that was stopped goes on: folds that are done are kept, and the one that was begun goes on where it stood five
-    minutes before the stop or later.
+    minutes and a pass over the validation clips before the stop, or later.
 
     Raises:
         ValueError: As ``probe``, or a frame-level task.
@@ -234,21 +237,27 @@ def _finetune_round(run: Run, part: Round, identity: str) -> Tested:
         result = json.loads((folder / "result.json").read_text())
         if result["identity"] == identity and result["test"] == part.test:
             run.say(f"{folder} is done")
-            (folder / _STATE).unlink(missing_ok=True)
+            _forget(folder)
             return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
-        run.say(f"{folder} is of other clips, labels or weights: trained anew")
+        run.say(f"{folder} is of other options, clips, labels or weights: trained anew")
     trainer = _Trainer(run, part, identity)
     valid, chosen = trainer.train()
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
     write_whole(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
     write_json(folder / "result.json", {"identity": identity, "valid": valid, "chosen": chosen, "test": part.test})
-    trainer.path.unlink(missing_ok=True)
+    _forget(folder)
     return Tested(part, probabilities, valid, None, chosen)
 
 
+def _forget(folder: Path) -> None:
+    """Removes what a round would have gone on from, half written ones too."""
+    for path in folder.glob("*state*.safetensors"):
+        path.unlink()
+
+
 class _Trainer:
-    """One round of fine-tuning. Draws depend on the seed, the epoch and the update alone, so that it can go on."""
+    """One round of fine-tuning. Draws depend on the seed, fold, epoch and update alone, so that it can go on."""
 
     def __init__(self, run: Run, part: Round, identity: str) -> None:
         self.run, self.part, self.identity, self.options = run, part, identity, run.options
@@ -270,7 +279,7 @@ class _Trainer:
         # What changes: updates made, the loss of this epoch's, what each epoch told, the best one and its weights.
         self.step, self.total = 0, torch.zeros((), device=run.device)
         self.history: list[dict[str, Any]] = []
-        self.best, self.best_weights = (-math.inf, 0), {}
+        self.best_weights: dict[str, Tensor] = {}
         self.path = run.folder(part) / _STATE
         if not self._load():
             clips = part.train
@@ -283,20 +292,20 @@ class _Trainer:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        run, options, part = self.run, self.options, self.part
-        where = f"fold {part.name}, " if part.name else ""
-        before, began, saved = self.step, time.perf_counter(), time.perf_counter()
+        run, part, epochs = self.run, self.part, self.options.epochs
         metrics = run.out / "metrics.jsonl"
         known = metrics.read_text().splitlines() if metrics.exists() else []
         mark = f'{{"fold": {json.dumps(part.name)}, '  # of what a stopped start told of this fold, if to its end
         kept = [row for row in known if row.endswith("}") and not row.startswith(mark)]
         kept += [json.dumps(row) for row in self.history]
         write_whole(metrics, lambda path: path.write_text("".join(f"{row}\n" for row in kept)))
-        bar = tqdm(total=self.steps, initial=before, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        events = SummaryWriter(run.out / "tensorboard" / run.folder(part).name, purge_step=len(self.history) + 1)
+        first, epochs_before, learned, evaluated = self.step, len(self.history), 0.0, 0.0  # the last two are seconds
+        saved = begun = time.perf_counter()
+        bar = tqdm(total=self.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        events = SummaryWriter(run.out / "tensorboard" / run.folder(part).name, purge_step=epochs_before + 1)
         with events, bar:
             while self.step < self.steps:
-                epoch = self.step // self.batches + 1
+                epoch = len(self.history) + 1
                 self.classifier.train()
                 for clips in self._batches(epoch):
                     if time.perf_counter() - saved > _SAVE_SECONDS:
@@ -305,61 +314,93 @@ class _Trainer:
                     self.total += self._update(clips)
                     self.step += 1
                     bar.update()
-                loss = float(self.total) / self.batches
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"the loss became {loss} in epoch {epoch} ({where}lr {options.lr:g}): try a smaller --lr"
-                    )
+                loss = self._mean_loss(self.batches)
+                learned += time.perf_counter() - begun
+                begun = time.perf_counter()
                 valid = run.score(run.probabilities(self.classifier, part.valid), run.examples.targets[part.valid])
-                if valid > self.best[0]:
-                    self.best = (valid, epoch)
+                if valid > max((row["valid"] for row in self.history), default=-math.inf):
                     self.best_weights = {k: v.detach().cpu().clone() for k, v in self.classifier.state_dict().items()}
                 self.history.append({"fold": part.name, "epoch": epoch, "loss": loss, "valid": valid})
                 self.total.zero_()
+                evaluated += time.perf_counter() - begun
+                begun = time.perf_counter()
                 events.add_scalar("loss", loss, epoch)
                 events.add_scalar(f"valid/{run.metric}", valid, epoch)
                 with open(metrics, "a") as file:
                     file.write(json.dumps(self.history[-1]) + "\n")
-                spent = (time.perf_counter() - began) / (self.step - before)  # an update
-                minutes, seconds = divmod(round(spent * (self.steps - self.step)), 60)
-                rate = len(part.train) / self.batches / spent
+                update, evaluation = learned / (self.step - first), evaluated / (epoch - epochs_before)
+                left = update * (self.steps - self.step) + evaluation * (epochs - epoch)
+                minutes, seconds = divmod(round(left), 60)
+                rate = len(part.train) / self.batches / update
                 bar.write(
-                    f"{where}epoch {epoch}/{options.epochs}: loss {loss:.4f}, validation {run.metric} {valid:.4f} "
-                    f"(best {self.best[0]:.4f}), {rate:.1f} clips/s, ETA {minutes}:{seconds:02d}",
+                    f"{self._where}epoch {epoch}/{epochs}: loss {loss:.4f}, validation {run.metric} {valid:.4f} "
+                    f"(best {self._best()['valid']:.4f}), {rate:.1f} clips/s, ETA {minutes}:{seconds:02d}",
                     file=sys.stdout,
                 )
                 sys.stdout.flush()
+                if time.perf_counter() - saved > _SAVE_SECONDS:  # what comes next may be a long test
+                    self._save()
+                    saved = time.perf_counter()
         self.classifier.load_state_dict(self.best_weights)
-        return self.best[0], {"epoch": self.best[1], "history": self.history}
+        best = self._best()
+        return best["valid"], {"epoch": best["epoch"], "history": self.history}
+
+    @property
+    def _where(self) -> str:
+        return f"fold {self.part.name}, " if self.part.name else ""
+
+    def _best(self) -> dict[str, Any]:
+        return max(self.history, key=lambda row: row["valid"])  # the first of equal ones
+
+    def _mean_loss(self, updates: int) -> float:
+        """Of the updates of this epoch.
+
+        Raises:
+            ValueError: It is not finite; nothing is left to go on from.
+        """
+        loss = float(self.total) / max(1, updates)
+        if not math.isfinite(loss):
+            _forget(self.path.parent)
+            raise ValueError(
+                f"the loss became {loss} in epoch {len(self.history) + 1} ({self._where}lr {self.options.lr:g}): "
+                "try a smaller --lr"
+            )
+        return loss
 
     def _save(self) -> None:
-        """Writes where training stands."""
+        """Writes where training stands; where that fails, the run goes on without."""
+        self._mean_loss(self.step % self.batches)
         tensors = {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-        told = {"step": self.step, "history": self.history, "best": self.best[1], "total": float(self.total)}
-        told = {name: json.dumps(value) for name, value in told.items()}
-        self.path.parent.mkdir(exist_ok=True)
-        content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_whole(self.path, lambda path: save_file(content, path, {"identity": self.identity, **told}))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        told = {"identity": self.identity, "step": self.step, "history": self.history, "total": float(self.total)}
+        told["checksum"] = _checksum(tensors)
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            write_whole(self.path, lambda path: save_file(tensors, path, {"told": json.dumps(told)}))
+        except Exception as error:  # safetensors' own exception class is not public
+            self.run.say(f"{self.path} cannot be written ({error}): a stop would cost more than minutes")
 
     def _load(self) -> bool:
         """Goes on where an earlier start of the run was stopped; whether there is such a place."""
         if not self.path.is_file():
             return False
         try:
-            content = load_file(self.path)
             with safe_open(self.path, "pt") as file:
-                told = file.metadata()
+                told = json.loads(file.metadata()["told"])
+                tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            if told["checksum"] != _checksum(tensors):
+                raise ValueError("its checksum differs")
         except Exception as error:  # safetensors' own exception class is not public
             self.run.say(f"{self.path} is damaged ({error}): {self.part.where} begins anew")
             return False
-        if told.pop("identity") != self.identity:
-            self.run.say(f"{self.path} is of other clips, labels or weights: {self.part.where} begins anew")
+        if told["identity"] != self.identity:
+            self.run.say(f"{self.path} is of other options, clips, labels or weights: {self.part.where} begins anew")
             return False
         parts: dict[str, dict[str, Tensor]] = {"classifier": {}, "best": {}, "optimizer": {}}
-        for name, tensor in content.items():
+        for name, tensor in tensors.items():
             kind, _, name = name.partition(".")
             parts[kind][name] = tensor
         state: dict[int, dict[str, Tensor]] = {}
@@ -369,11 +410,8 @@ class _Trainer:
         self.classifier.load_state_dict(parts["classifier"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        told = {name: json.loads(value) for name, value in told.items()}
         self.step, self.history, self.best_weights = told["step"], told["history"], parts["best"]
         self.total += told["total"]
-        if told["best"]:
-            self.best = (self.history[told["best"] - 1]["valid"], told["best"])
         self.run.say(f"{self.part.where} goes on after update {self.step} of {self.steps}")
         return True
 
@@ -389,8 +427,8 @@ class _Trainer:
             yield [train[i] for i in order[start : start + size]]
 
     def _draw_from(self, place: str) -> None:
-        """All random numbers that follow depend on the seed and on this alone."""
-        self.rng.seed(f"{self.options.seed} {place}")
+        """All random numbers that follow depend on the seed, the fold and this alone."""
+        self.rng.seed(f"{self.options.seed} {self.part.name} {place}")
         self.generator.manual_seed(self.rng.getrandbits(62))
         torch.manual_seed(self.rng.getrandbits(62))
 
@@ -416,6 +454,13 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+    return found
 
 
 def parameter_groups(classifier: AudioClassifier, options: FinetuneOptions) -> list[dict[str, Any]]:
@@ -451,51 +496,3 @@ def _rate(step: int, steps: int, options: FinetuneOptions) -> float:
     if step < warm:
         return options.lr * (step + 1) / (warm + 1)
     return options.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
-
-
-def mix(waveforms: Tensor, targets: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mixup as in AST: into a share of the clips another one of the batch is mixed, waveforms and targets alike.
-
-    Args:
-        waveforms: (B, S) int16.
-        targets: (B, C) fp32.
-        share: In [0, 1].
-        generator: Of the draws.
-
-    Returns:
-        fp32 waveforms, full scale 1, and targets.
-    """
-    clips = waveforms.float() / 32768.0
-    if share == 0.0:
-        return clips, targets
-    mixed = torch.rand(len(clips), generator=generator) < share
-    # Beta(10, 10) as the share of one of two sums of ten exponential variables
-    sums = -torch.rand(2, 10, len(clips), generator=generator).clamp(min=1e-7).log().sum(1)
-    own = torch.where(mixed, sums[0] / sums.sum(0), 1.0)[:, None]
-    other = torch.randperm(len(clips), generator=generator)
-    return own * clips + (1 - own) * clips[other], own * targets + (1 - own) * targets[other]
-
-
-def spec_augment(
-    features: Tensor, frames: Tensor, freq_mask: int, time_mask: float, fill: float, generator: torch.Generator
-) -> Tensor:
-    """Hides a stretch of mel bins and one of frames in each clip (SpecAugment, arXiv 1904.08779).
-
-    Args:
-        features: (B, T, F).
-        frames: (B,) real frames of each clip.
-        freq_mask: Bins at most.
-        time_mask: Share of a clip's frames at most.
-        fill: What stands in their place.
-        generator: Of the draws, on the CPU.
-    """
-    clips, width, bins = features.shape
-    draws = torch.rand(4, clips, 1, generator=generator).to(features.device)
-    frames = frames[:, None]
-    high = (draws[0] * (min(freq_mask, bins) + 1)).floor()
-    low = (draws[1] * (bins - high + 1)).floor()
-    long = (draws[2] * ((time_mask * frames).floor() + 1)).floor().clamp(max=frames - 1)
-    start = (draws[3] * (frames - long + 1)).floor()
-    f, t = torch.arange(bins, device=features.device), torch.arange(width, device=features.device)
-    hidden = ((f >= low) & (f < low + high))[:, None, :] | ((t >= start) & (t < start + long))[:, :, None]
-    return features.masked_fill(hidden, fill)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from policy import LOGISTIC_GRADIENT, PROBABILITY, assert_rounding
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
+from mae_ast_fast.augment import mix, spec_augment
 from mae_ast_fast.classifier import NORM_EPS, AudioClassifier, pool_tokens
-from mae_ast_fast.finetune import PENALTIES, finetune, fit_logistic, mix, parameter_groups, probe, spec_augment
+from mae_ast_fast.finetune import PENALTIES, finetune, fit_logistic, parameter_groups, probe
 from mae_ast_fast.inference import encoder_alone
 from mae_ast_fast.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.scores import interval, score
@@ -405,12 +407,14 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     assert list((tmp_path / "run/tensorboard").glob("*/events*"))
     capsys.readouterr()
     (tmp_path / "run/fold_1/result.json").unlink()
+    (tmp_path / "run/fold_0/state.safetensors").write_text("killed before it was removed")
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
         file.write('{"fold": "1", "ep')  # killed there
     again = finetune(dataclasses.replace(given, data=os.path.relpath(given.data)))
     said = capsys.readouterr().out
     assert "fold_0 is done" in said
     assert "fold_1 is done" not in said
+    assert not list((tmp_path / "run").rglob("*state*"))
     for changing in ("seconds",):
         summary.pop(changing), again.pop(changing)
     assert again == summary
@@ -453,25 +457,95 @@ def test_a_stopped_round_goes_on_where_it_stood(folder, tmp_path, monkeypatch, c
     assert not list((tmp_path / "run").rglob("state*"))
 
 
-@pytest.mark.parametrize(("harm", "told"), [("cut", "is damaged"), ("other", "is of other clips, labels or weights")])
-def test_a_state_that_does_not_serve(folder, tmp_path, monkeypatch, capsys, harm, told):
+def test_every_epoch_and_update_draws_anew(folder, tmp_path, monkeypatch):
     from mae_ast_fast import finetune as module
 
-    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1)
+    seeds, real = [], module._Trainer._draw_from
+
+    def draw_from(trainer, place):
+        real(trainer, place)
+        seeds.append((trainer.generator.initial_seed(), torch.initial_seed(), trainer.rng.random()))
+
+    monkeypatch.setattr(module._Trainer, "_draw_from", draw_from)
+    finetune(tuned(folder, tmp_path / "run", folds="0,2", epochs=2, batch_size=20))
+    draws = 2 * 2 * (1 + 2)  # folds, epochs, an order and two updates
+    assert [len(set(column)) for column in zip(*seeds, strict=True)] == [draws] * 3
+    assert len(seeds) == draws
+
+
+@pytest.fixture
+def stopped(folder, tmp_path, monkeypatch) -> FinetuneOptions:
+    """Of a run that was stopped before its third update, of five."""
+    from mae_ast_fast import finetune as module
+
+    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1, batch_size=12)
+    real = module._Trainer._update
+
+    def update(trainer, clips):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return real(trainer, clips)
+
     with monkeypatch.context() as patch:
         patch.setattr(module, "_SAVE_SECONDS", -1.0)
-        patch.setattr(module._Trainer, "_update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module._Trainer, "_update", update)
         with pytest.raises(KeyboardInterrupt):
             finetune(given)
-    path = tmp_path / "run/split/state.safetensors"
-    content = path.read_bytes()
-    at = content.index(b'"identity":"') + len(b'"identity":"')
-    other = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-    path.write_bytes(content[:-100] if harm == "cut" else other)
-    assert finetune(given)["value"] > 0.3
+    return given
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("cut", "is damaged"),
+        ("bit", "is damaged (its checksum differs)"),
+        ("other", "is of other options, clips, labels or weights"),
+        ("none", "the split goes on after update 2 of 5"),
+    ],
+)
+def test_a_state_that_does_not_serve(stopped, capsys, harm, told):
+    path = Path(stopped.out) / "split/state.safetensors"
+    content = bytearray(path.read_bytes())
+    place = {"bit": len(content) - 1, "other": re.search(rb"identity[^0-9a-f]+", content).end()}
+    if harm in place:
+        content[place[harm]] ^= 1
+    path.write_bytes(content[:-100] if harm == "cut" else content)
+    (path.parent / ".state.partial.safetensors").write_text("killed while it was written")
+    assert finetune(stopped)["value"] > 0.3
     said = capsys.readouterr().out
     assert told in said
-    assert "the split begins anew" in said
+    assert ("the split begins anew" in said) == (harm != "none")
+    assert not list(Path(stopped.out).rglob("*state*"))
+
+
+def test_a_state_that_cannot_be_written_does_not_end_a_run(folder, tmp_path, monkeypatch, capsys):
+    from mae_ast_fast import finetune as module
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(module, "save_file", full)
+    assert finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))["value"] > 0.3
+    assert "state.safetensors cannot be written (No space left on device)" in capsys.readouterr().out
+
+
+def test_a_long_validation_is_not_made_twice(folder, tmp_path, monkeypatch, capsys):
+    """A run that is stopped in its test goes on there."""
+    from mae_ast_fast import finetune as module
+    from mae_ast_fast.downstream import Run
+
+    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_SAVE_SECONDS", -1.0)
+        patch.setattr(AudioClassifier, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(given)
+    evaluated, real = [], Run.probabilities
+    monkeypatch.setattr(Run, "probabilities", lambda run, *rest: evaluated.append(0) or real(run, *rest))
+    assert len(finetune(given)["chosen"]) == 1
+    assert len(evaluated) == 1
+    assert "goes on after update 30 of 30" in capsys.readouterr().out
 
 
 def test_the_norm_of_many_clips_begins_with_a_sample(folder, tmp_path, monkeypatch):
@@ -493,14 +567,23 @@ def test_a_round_of_other_labels_is_trained_anew(folder, tmp_path, capsys):
     finetune(given)
     table.write_text(rows.replace("low", "deep"))
     finetune(given)
-    assert "split is of other clips, labels or weights: trained anew" in capsys.readouterr().out
+    assert "split is of other options, clips, labels or weights: trained anew" in capsys.readouterr().out
     assert {row["label"] for row in predictions(tmp_path / "run")} == {"deep", "middle", "high"}
 
 
-def test_a_start_that_fails_leaves_the_folder_free(folder, tmp_path):
+@pytest.mark.parametrize("save_seconds", [300.0, -1.0])
+def test_a_start_that_fails_leaves_the_folder_free(folder, tmp_path, monkeypatch, save_seconds):
+    from mae_ast_fast import finetune as module
+
+    monkeypatch.setattr(module, "_SAVE_SECONDS", save_seconds)
+    made, real = [], module._Trainer._update
+    monkeypatch.setattr(module._Trainer, "_update", lambda *of: made.append(1) or real(*of))
     given = tuned(folder, tmp_path / "run", data="split.tsv", lr=1e30, layer_decay=1.0, clip_norm=1e30)
     with pytest.raises(ValueError, match="the loss became"):
         finetune(given)
+    assert (len(made) < 15) == (save_seconds < 0), (
+        "a state is not written of what is lost, and an epoch not gone through"
+    )
     finetune(dataclasses.replace(given, lr=1e-3, clip_norm=1.0, epochs=1))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--out must be a folder"):
@@ -538,10 +621,12 @@ def test_intervals_hold_the_value():
     assert np.isnan(low) and np.isnan(high)
 
 
-def test_the_best_epoch_is_kept(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [0.5, 0.9])
+def test_the_best_epoch_is_kept(folder, tmp_path, monkeypatch, last):
+    """Of equal ones the first."""
     from mae_ast_fast.downstream import Run
 
-    real, scores, epochs = Run.score, iter([0.2, 0.9, 0.5]), []
+    real, scores, epochs = Run.score, iter([0.2, 0.9, last]), []
 
     def fake(self, probabilities, targets, metric=None):
         value = next(scores, None)

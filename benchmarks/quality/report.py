@@ -63,7 +63,7 @@ def value(cells_of: dict[int, dict[str, Any]]) -> str:
     values = [cell["value"] for cell in cells_of.values()]
     if not values:
         return ""
-    spread = f" ({min(values):.3f} - {max(values):.3f})" if len(values) > 1 else ""
+    spread = f" ({min(values):.3f} - {max(values):.3f})" if len(set(values)) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
 
 
@@ -97,10 +97,10 @@ def text(found: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
         "",
     ]
     columns = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in TASKS]
-    log_mel = {}
+    log_mel: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)  # of few labels each seed draws its own
     for (_, _, mode, task), of in groups.items():
         if mode == "probe":
-            log_mel[task] = next(iter(of.values()))["log_mel"]
+            log_mel[task] |= {seed: {"value": cell["log_mel"]} for seed, cell in of.items()}
     rows = []
     for budget in ("steps", "time"):
         for arm in ARMS:
@@ -111,7 +111,7 @@ def text(found: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
             seconds = f"{np.mean([c.get('train_seconds', 0.0) for c in pretrained.values()]):.0f}"
             cells_of = [value(groups.get((arm, budget, *column), {})) for column in columns]
             rows.append([arm, budget, str(one["steps"]), seconds, str(len(pretrained)), *cells_of])
-    spectra = [f"{log_mel[task]:.3f}" if mode == "probe" and task in log_mel else "" for mode, task in columns]
+    spectra = [value(log_mel[task]) if mode == "probe" else "" for mode, task in columns]
     rows.append(["log-mel + logistic regression", "", "", "", "", *spectra])
     header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in columns)]
     lines += [table(header, rows), "", f"Against what it is to be compared with. {_DIFFERENCES}", ""]
@@ -131,6 +131,7 @@ def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[
         ("frame", "time", "patch", "steps"),
     ]
     pairs += [(arm, "steps", of, "steps") for arm, of in ABLATION_OF.items()]
+    pairs += [("frame, 6000 updates", "steps", "random frame", "steps")]
     rows = []
     for arm, budget, other, of in pairs:
         cells_of = [against(groups.get((arm, budget, *c), {}), groups.get((other, of, *c), {})) for c in columns]
