@@ -104,7 +104,9 @@ def _read_manifest(path: Path) -> list[Entry]:
     if not root_line or "\0" in root_line:
         raise ValueError(f"{path}, line 1: expected the root folder of the files, got {root_line[:80]!r}")
     if not (path.parent / root_line).is_dir():
-        raise FileNotFoundError(f"{path}, line 1: no such folder: {root_line[:80]!r}")
+        raise FileNotFoundError(
+            f"{path}, line 1: expected the root folder of the files, as in fairseq manifests, got {root_line[:80]!r}"
+        )
     entries = []
     for number, line in enumerate(lines, 2):
         relative, _, samples = line.rstrip("\r").partition("\t")
