@@ -114,7 +114,8 @@ def _task_options(command: str, argv: Sequence[str], of: type, description: str,
         kind = next(part for part in (*typing.get_args(hint), hint) if part is not type(None))
         required = field.default is dataclasses.MISSING
         default = "" if required or field.default is None else f" (default: {field.default})"
-        flag = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": metavar(kind)}
+        shown = {"data": "TABLE", **dict.fromkeys(("checkpoint", "out", "root", "cache"), "DIR")}.get(field.name)
+        flag = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": shown or metavar(kind)}
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             required=required,
