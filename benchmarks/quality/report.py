@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run import ABLATED, ABLATION_OF, ARMS, FINETUNED, MAIN, RESULTS, TASKS, UNTRAINED, Cell, cells
+from run import ABLATED, ABLATION_OF, ARMS, FEW, FINETUNED, MAIN, RESULTS, TASKS, UNTRAINED, Cell, cells
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, README, FIGURE = ROOT / "docs/quality.md", ROOT / "README.md", ROOT / "docs/figures/quality.png"
 BEGIN, END = "<!-- report:quality -->", "<!-- /report -->"
 RESAMPLES = 2000
+COLUMNS = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in TASKS]
 _DIFFERENCES = (
     "Differences of accuracy in points with 95 % bootstrap intervals, clips paired. With one seed the interval is over "
     "test clips alone: it is about these two models, and another seed of the same settings may fall outside. A tie is "
@@ -96,7 +97,6 @@ def text(found: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
         f"Main task, declared before the cells were run: {MAIN[1]} on {MAIN[0]}.",
         "",
     ]
-    columns = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in TASKS]
     log_mel: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)  # of few labels each seed draws its own
     for (_, _, mode, task), of in groups.items():
         if mode == "probe":
@@ -107,15 +107,16 @@ def text(found: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
             pretrained = groups.get((arm, budget, "", ""), {})
             if not pretrained:
                 continue
-            one = next(iter(pretrained.values()))
+            steps = [cell["steps"] for cell in pretrained.values()]
+            updates = " - ".join(str(n) for n in sorted({min(steps), max(steps)}))
             seconds = f"{np.mean([c.get('train_seconds', 0.0) for c in pretrained.values()]):.0f}"
-            cells_of = [value(groups.get((arm, budget, *column), {})) for column in columns]
-            rows.append([arm, budget, str(one["steps"]), seconds, str(len(pretrained)), *cells_of])
-    spectra = [value(log_mel[task]) if mode == "probe" else "" for mode, task in columns]
+            cells_of = [value(groups.get((arm, budget, *column), {})) for column in COLUMNS]
+            rows.append([arm, budget, updates, seconds, str(len(pretrained)), *cells_of])
+    spectra = [value(log_mel[task]) if mode == "probe" else "" for mode, task in COLUMNS]
     rows.append(["log-mel + logistic regression", "", "", "", "", *spectra])
-    header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in columns)]
+    header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in COLUMNS)]
     lines += [table(header, rows), "", f"Against what it is to be compared with. {_DIFFERENCES}", ""]
-    lines += [differences(groups, columns), ""]
+    lines += [differences(groups, COLUMNS), ""]
     lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", _named(missing, wanted)]
     lines += ["", "</details>"]
     return "\n".join(lines)
@@ -145,7 +146,8 @@ def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[
 
 def settings(found: list[dict[str, Any]]) -> str:
     """README's table: what a setting changes."""
-    return f"{_DIFFERENCES}\n\n{differences(grouped(found), ABLATED)}"
+    columns = [c for c in COLUMNS if c in ABLATED or (c[0] == "finetune" and c[1] not in FEW)]
+    return f"{_DIFFERENCES}\n\n{differences(grouped(found), columns)}"
 
 
 def _named(missing: Sequence[Cell], wanted: Sequence[Cell]) -> str:
