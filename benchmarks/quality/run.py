@@ -47,7 +47,8 @@ NO_DROPOUT = dict.fromkeys(
 )
 STEPS, RATE_STEPS, RATE_ROUNDS = 3000, 60, 3
 SEEDS = (0, 1, 2)
-MORE_SEEDS = (3, 4)  # of the frame model against itself untrained: three left the main task open (docs/quality.md)
+MORE_SEEDS = (3, 4)  # of the frame models against themselves untrained: three left the main task open (docs/quality.md)
+MORE_SEEDS_OF = ("frame", "random frame", "frame, 6000 updates")
 FRAME = {"preset": "frame_tiny"}  # masks at random
 
 
@@ -117,7 +118,7 @@ def cells() -> list[Cell]:
         pairs += [(arm, "time") for arm in MODELS if arm != "patch"]  # patch sets the time
         found += [cell for pair in pairs for cell in _of(*pair, seed)]
     for seed in MORE_SEEDS:
-        found += [cell for arm in ("frame", "random frame") for cell in _of(arm, "steps", seed)]
+        found += [cell for arm in MORE_SEEDS_OF for cell in _of(arm, "steps", seed)]
     for seed in SEEDS:
         for arm in ABLATION_OF:
             found += _of(arm, "steps", seed)
