@@ -62,11 +62,11 @@ def of_frame(**model_args: Any) -> dict[str, Any]:
 ARMS: dict[str, dict[str, Any]] = {
     "patch": {},
     "random": {},
-    "frame": FRAME,  # recipes/frame.yaml
+    "frame": FRAME,
     "random frame": FRAME,
     "ssast": {"model": "ssast"},
     "frame, 500 updates": {**FRAME, "steps": 500},
-    "frame, 6000 updates": {**FRAME, "steps": 6000},
+    "frame, 6000 updates": {**FRAME, "steps": 6000},  # recipes/frame.yaml
     "mask 0.5": of_frame(mask_ratio=0.5),
     "mask 0.9": of_frame(mask_ratio=0.9),
     "masking span": of_frame(masking="span"),
