@@ -30,6 +30,7 @@ from .scores import confusion, interval, score
 from .tasks import Round, Task, Waveforms, batches, read_task
 
 _BATCH_SECONDS = 160.0  # of audio that is encoded at once where nothing is learned
+STATE = "state.safetensors"  # in a round's folder: what a stopped fine-tuning goes on from
 _STEP_SECONDS = 0.02  # between two moments of a frame-level task
 
 
@@ -160,7 +161,7 @@ class Run:
         for name in ("data", "root", "checkpoint"):
             if given[name] is not None and os.path.exists(given[name]):
                 given[name] = os.path.abspath(given[name])
-        made = any(any(self.out.glob(name)) for name in ("summary.json", "*/result.json", "*/state.safetensors"))
+        made = any(any(self.out.glob(name)) for name in ("summary.json", "*/result.json", f"*/{STATE}"))
         path = self.out / "task_options.json"
         known = None
         if path.is_file():

@@ -25,17 +25,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .atomic import write_json, write_whole
+from .atomic import partial_of, write_json, write_whole
 from .augment import mix, spec_augment
 from .classifier import NORM_EPS, AudioClassifier, pool_tokens
-from .downstream import Run, Tested
+from .downstream import STATE, Run, Tested
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank
 from .options import FinetuneOptions, ProbeOptions
 from .tasks import Round
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larger means less regularised
 _SAVE_SECONDS = 300.0  # between two writings of where fine-tuning stands: what a stop may cost
-_STATE = "state.safetensors"  # in the folder of a round
 _NORM_CLIPS = 4096  # training clips at most that the norm's statistics begin with
 
 
@@ -251,9 +250,9 @@ def _finetune_round(run: Run, part: Round, identity: str) -> Tested:
 
 
 def _forget(folder: Path) -> None:
-    """Removes what a round would have gone on from, half written ones too."""
-    for path in folder.glob("*state*.safetensors"):
-        path.unlink()
+    """Removes what a round would have gone on from, a half written one too."""
+    for path in (folder / STATE, partial_of(folder / STATE)):
+        path.unlink(missing_ok=True)
 
 
 class _Trainer:
@@ -280,7 +279,7 @@ class _Trainer:
         self.step, self.total = 0, torch.zeros((), device=run.device)
         self.history: list[dict[str, Any]] = []
         self.best_weights: dict[str, Tensor] = {}
-        self.path = run.folder(part) / _STATE
+        self.path, self.saved = run.folder(part) / STATE, time.perf_counter()
         if not self._load():
             clips = part.train
             if len(clips) > _NORM_CLIPS:
@@ -300,7 +299,7 @@ class _Trainer:
         kept += [json.dumps(row) for row in self.history]
         write_whole(metrics, lambda path: path.write_text("".join(f"{row}\n" for row in kept)))
         first, epochs_before, learned, evaluated = self.step, len(self.history), 0.0, 0.0  # the last two are seconds
-        saved = begun = time.perf_counter()
+        begun = time.perf_counter()
         bar = tqdm(total=self.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         events = SummaryWriter(run.out / "tensorboard" / run.folder(part).name, purge_step=epochs_before + 1)
         with events, bar:
@@ -308,9 +307,7 @@ class _Trainer:
                 epoch = len(self.history) + 1
                 self.classifier.train()
                 for clips in self._batches(epoch):
-                    if time.perf_counter() - saved > _SAVE_SECONDS:
-                        self._save()
-                        saved = time.perf_counter()
+                    self._save_if_due()
                     self.total += self._update(clips)
                     self.step += 1
                     bar.update()
@@ -338,9 +335,7 @@ class _Trainer:
                     file=sys.stdout,
                 )
                 sys.stdout.flush()
-                if time.perf_counter() - saved > _SAVE_SECONDS:  # what comes next may be a long test
-                    self._save()
-                    saved = time.perf_counter()
+                self._save_if_due()  # what comes next may be a long test
         self.classifier.load_state_dict(self.best_weights)
         best = self._best()
         return best["valid"], {"epoch": best["epoch"], "history": self.history}
@@ -367,8 +362,10 @@ class _Trainer:
             )
         return loss
 
-    def _save(self) -> None:
-        """Writes where training stands; where that fails, the run goes on without."""
+    def _save_if_due(self) -> None:
+        """Writes where training stands, now and then; where that fails, the run goes on without."""
+        if time.perf_counter() - self.saved <= _SAVE_SECONDS:
+            return
         self._mean_loss(self.step % self.batches)
         tensors = {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
@@ -382,6 +379,7 @@ class _Trainer:
             write_whole(self.path, lambda path: save_file(tensors, path, {"told": json.dumps(told)}))
         except Exception as error:  # safetensors' own exception class is not public
             self.run.say(f"{self.path} cannot be written ({error}): a stop would cost more than minutes")
+        self.saved = time.perf_counter()
 
     def _load(self) -> bool:
         """Goes on where an earlier start of the run was stopped; whether there is such a place."""
