@@ -389,7 +389,7 @@ def write_shards(plan: Plan, out: str | os.PathLike, workers: int = 2, progress:
         for name in ("shards", "results", "work"):
             (partial / name).mkdir(exist_ok=True)
         if progress:
-            done = len(list((partial / "results").iterdir()))
+            done = sum(_result_path(partial, n).is_file() for n in range(len(plan.shards)))
             more = f", going on after {done} of {len(plan.shards)} shards" if done else ""
             print(f"decoding {len(plan.entries):,} clips to 16 kHz mono in {out}{more}", file=sys.stderr, flush=True)
         _decode_all(plan, partial, workers, progress)

@@ -214,7 +214,8 @@ def wait_until(
 
 def notes(folder: Path, rank: int) -> list[dict[str, Any]]:
     path = folder / f"notes-{rank}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().split("\n") if path.is_file() else [""]
+    return [json.loads(line) for line in lines[:-1]]  # behind the last newline a line may be half written
 
 
 def gone(pid: int) -> bool:
@@ -398,7 +399,7 @@ def test_sigterm_while_shards_are_made(
     process = start(command(options, tmp_path, 1, SLOW_PREPARE), log)
 
     def done() -> list[Path]:
-        return sorted((tmp_path / "cache/shards").glob("*.partial/results/*.json"))
+        return sorted((tmp_path / "cache/shards").glob("*.partial/results/[!.]*.json"))
 
     wait_until(lambda: len(done()) >= 4, process, log)
     threads = Path(f"/proc/{process.pid}/task").glob("*/children")
