@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -109,26 +110,29 @@ class Run:
             if unknown := [name for name in wanted if name not in [part.name for part in rounds]]:
                 raise ValueError(f"folds must be of {[part.name for part in rounds]}, got {unknown}")
             rounds = [part for part in rounds if part.name in wanted]
-        self._claim()
+        given, known = self._claim()
         self.audio = Waveforms(task, Path(options.cache) if options.cache else corpus.default_cache(), options.workers)
         gone = self.audio.missing
         rounds = [Round(p.name, *([i for i in x if i not in gone] for x in (p.train, p.valid, p.test))) for p in rounds]
         for part in rounds:
             for name in ("train", "valid", "test"):
                 if not getattr(part, name):
-                    where = f" of fold {part.name}" if part.name else ""
                     i, reason = next(iter(gone.items()))
                     one = f"{task.clips[i].name}: {reason}"
-                    raise ValueError(f"{options.data}: none of the {name} clips{where} gives any audio; {one}")
+                    raise ValueError(f"{options.data}: none of the {name} clips of {part.where} gives any audio; {one}")
         self.rounds = rounds
         self.examples = Examples.of(task, self.audio)
         for part in rounds:
             for name in ("valid", "test"):
                 if not self.examples.targets[self.examples.of_clips(getattr(part, name))].any():
-                    where = f" of fold {part.name}" if part.name else ""
                     raise ValueError(
-                        f"{options.data}: no {name} clip{where} has any label, so nothing can be told by them"
+                        f"{options.data}: no {name} clip of {part.where} has any label, so nothing can be told by them"
                     )
+        given["content"] = self._content()
+        if known and known.get("content") != given["content"]:
+            raise ValueError(f"{self.out} holds a run of other clips, labels, audio or weights: choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "task_options.json", given)
         self.notes = [*task.notes, *self._notes()]
         for note in self.notes:
             self.say(f"note: {note}")
@@ -153,39 +157,37 @@ class Run:
                 notes.append(f"tested without a training clip in {part.where}: {', '.join(unknown[:5])}{more}")
         return notes
 
-    def _claim(self) -> None:
-        """A folder is of one run: what was made with other options is not overwritten."""
+    def _claim(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A folder is of one run, whose results are not overwritten: options now, and those that results there are of.
+
+        Raises:
+            ValueError: They differ, or a model is there.
+        """
         given = {"mode": self.mode, **dataclasses.asdict(self.options)}
         for free in ("out", "workers", "cache"):
             given.pop(free)
         for name in ("data", "root", "checkpoint"):
             if given[name] is not None and os.path.exists(given[name]):
                 given[name] = os.path.abspath(given[name])
-        made = any(any(self.out.glob(name)) for name in ("summary.json", "*/result.json", f"*/{STATE}"))
-        path = self.out / "task_options.json"
-        known = None
+        path, known = self.out / "task_options.json", {}
         if path.is_file():
-            try:
+            with contextlib.suppress(ValueError):
                 known = json.loads(path.read_text())
-            except ValueError:
-                known = {}
-        if known is not None and known != given and made:
-            changed = [name for name in given if known.get(name) != given[name]]
+        elif (self.out / "config.json").exists():
+            raise ValueError(f"{self.out} already holds a model: choose another --out")
+        if not any(any(self.out.glob(name)) for name in ("summary.json", "*/result.json", f"*/{STATE}")):
+            return given, {}
+        changed = [name for name in given if name not in known or known[name] != given[name]]
+        if changed:
             changed = ["mode"] if "mode" in changed else changed
             raise ValueError(f"{self.out} holds a run with another {', '.join(changed)}: choose another --out")
-        if known is None and (self.out / "config.json").exists():
-            raise ValueError(f"{self.out} already holds a model: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, given)
+        return given, known
 
-    def identity(self) -> str:
-        """Digest of all that a round's result follows from: options, parts, clips, labels, audio, weights."""
+    def _content(self) -> str:
+        """Digest of what the options name: parts and clips, labels, audio, weights."""
         task = self.task
-        options = dataclasses.asdict(self.options)
-        for free in ("data", "root", "checkpoint", "out", "workers", "cache"):  # what they name is in here
-            options.pop(free)
         parts = [self.encoder.config.to_dict(), *self.new_classifier(self.encoder).state_dict()]
-        digest = hashlib.sha256(repr([options, parts, task.labels, task.clips, sorted(self.audio.missing)]).encode())
+        digest = hashlib.sha256(repr([parts, task.labels, task.clips, sorted(self.audio.missing)]).encode())
         digest.update(self.audio.identity.encode())
         for name, tensor in self.encoder.state_dict().items():
             digest.update(name.encode())

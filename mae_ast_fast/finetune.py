@@ -72,8 +72,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
     for part in run.rounds:
         if len(part.train) < 2:
             raise ValueError(f"expected at least two training clips with audio, {part.where} has {len(part.train)}")
-    identity = run.identity()
-    tested = [_finetune_round(run, part, identity) for part in run.rounds]
+    tested = [_finetune_round(run, part) for part in run.rounds]
     best = max(tested, key=lambda one: one.valid)
     AudioClassifier.from_pretrained(run.folder(best.round)).save_pretrained(run.out)
     history = [row for one in tested for row in one.chosen["history"]]
@@ -229,22 +228,20 @@ def fit_logistic(
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def _finetune_round(run: Run, part: Round, identity: str) -> Tested:
+def _finetune_round(run: Run, part: Round) -> Tested:
     """Trains on a round's training clips; or reads what an earlier start of the run left of it."""
     folder = run.folder(part)
     if (folder / "result.json").is_file():
         result = json.loads((folder / "result.json").read_text())
-        if result["identity"] == identity and result["test"] == part.test:
-            run.say(f"{folder} is done")
-            _forget(folder)
-            return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
-        run.say(f"{folder} is of other options, clips, labels or weights: trained anew")
-    trainer = _Trainer(run, part, identity)
+        run.say(f"{folder} is done")
+        _forget(folder)
+        return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
+    trainer = _Trainer(run, part)
     valid, chosen = trainer.train()
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
     write_whole(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
-    write_json(folder / "result.json", {"identity": identity, "valid": valid, "chosen": chosen, "test": part.test})
+    write_json(folder / "result.json", {"valid": valid, "chosen": chosen})
     _forget(folder)
     return Tested(part, probabilities, valid, None, chosen)
 
@@ -258,8 +255,8 @@ def _forget(folder: Path) -> None:
 class _Trainer:
     """One round of fine-tuning. Draws depend on the seed, fold, epoch and update alone, so that it can go on."""
 
-    def __init__(self, run: Run, part: Round, identity: str) -> None:
-        self.run, self.part, self.identity, self.options = run, part, identity, run.options
+    def __init__(self, run: Run, part: Round) -> None:
+        self.run, self.part, self.options = run, part, run.options
         options = self.options
         torch.manual_seed(options.seed)
         self.rng, self.generator = random.Random(), torch.Generator()
@@ -372,7 +369,7 @@ class _Trainer:
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        told = {"identity": self.identity, "step": self.step, "history": self.history, "total": float(self.total)}
+        told = {"step": self.step, "history": self.history, "total": float(self.total)}
         told["checksum"] = _checksum(tensors)
         try:
             self.path.parent.mkdir(exist_ok=True)
@@ -393,9 +390,6 @@ class _Trainer:
                 raise ValueError("its checksum differs")
         except Exception as error:  # safetensors' own exception class is not public
             self.run.say(f"{self.path} is damaged ({error}): {self.part.where} begins anew")
-            return False
-        if told["identity"] != self.identity:
-            self.run.say(f"{self.path} is of other options, clips, labels or weights: {self.part.where} begins anew")
             return False
         parts: dict[str, dict[str, Tensor]] = {"classifier": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
