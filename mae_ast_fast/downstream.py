@@ -92,7 +92,7 @@ class Run:
         self.options, self.mode, self.out = options, mode, Path(options.out)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out must be a folder, got the file {self.out}")
-        self.began = time.perf_counter()
+        self.began, self.earlier_seconds = time.perf_counter(), 0.0  # the latter of rounds that stopped starts made
         self.task = task = read_task(options.data, options.root, options.multi_label)
         if mode == "finetune" and task.frame_level:
             raise ValueError(f"{options.data} is a frame-level task, for mae-ast-fast probe alone")
@@ -288,7 +288,7 @@ class Run:
             "chosen": [{k: v for k, v in one.chosen.items() if k != "history"} for one in tested],
             "skipped": {"count": len(gone), "files": gone[:1000]},
             "notes": self.notes,
-            "seconds": round(time.perf_counter() - self.began, 1),
+            "seconds": round(self.earlier_seconds + time.perf_counter() - self.began, 1),
         }
         if not task.multi_label:
             counts = sum(

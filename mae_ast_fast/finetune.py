@@ -234,6 +234,7 @@ def _finetune_round(run: Run, part: Round) -> Tested:
     if (folder / "result.json").is_file():
         result = json.loads((folder / "result.json").read_text())
         run.say(f"{folder} is done")
+        run.earlier_seconds += result["seconds"]
         _forget(folder)
         return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
     trainer = _Trainer(run, part)
@@ -241,7 +242,7 @@ def _finetune_round(run: Run, part: Round) -> Tested:
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
     write_whole(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
-    write_json(folder / "result.json", {"valid": valid, "chosen": chosen})
+    write_json(folder / "result.json", {"valid": valid, "chosen": chosen, "seconds": trainer.seconds})
     _forget(folder)
     return Tested(part, probabilities, valid, None, chosen)
 
@@ -276,7 +277,9 @@ class _Trainer:
         self.step, self.total = 0, torch.zeros((), device=run.device)
         self.history: list[dict[str, Any]] = []
         self.best_weights: dict[str, Tensor] = {}
-        self.path, self.saved = run.folder(part) / STATE, time.perf_counter()
+        self.began = self.saved = time.perf_counter()
+        self.earlier_seconds = 0.0  # of starts that were stopped
+        self.path = run.folder(part) / STATE
         if not self._load():
             clips = part.train
             if len(clips) > _NORM_CLIPS:
@@ -338,6 +341,11 @@ class _Trainer:
         return best["valid"], {"epoch": best["epoch"], "history": self.history}
 
     @property
+    def seconds(self) -> float:
+        """What this round has taken, stopped starts included."""
+        return self.earlier_seconds + time.perf_counter() - self.began
+
+    @property
     def _where(self) -> str:
         return f"fold {self.part.name}, " if self.part.name else ""
 
@@ -369,7 +377,7 @@ class _Trainer:
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        told = {"step": self.step, "history": self.history, "total": float(self.total)}
+        told = {"step": self.step, "history": self.history, "total": float(self.total), "seconds": self.seconds}
         told["checksum"] = _checksum(tensors)
         try:
             self.path.parent.mkdir(exist_ok=True)
@@ -404,6 +412,8 @@ class _Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step, self.history, self.best_weights = told["step"], told["history"], parts["best"]
         self.total += told["total"]
+        self.earlier_seconds = told["seconds"]
+        self.run.earlier_seconds += told["seconds"]
         self.run.say(f"{self.part.where} goes on after update {self.step} of {self.steps}")
         return True
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from policy import LOGISTIC_GRADIENT, PROBABILITY, assert_rounding
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
 from mae_ast_fast.augment import mix, spec_augment
@@ -407,6 +409,8 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     assert list((tmp_path / "run/tensorboard").glob("*/events*"))
     capsys.readouterr()
     (tmp_path / "run/fold_1/result.json").unlink()
+    done = json.loads((tmp_path / "run/fold_0/result.json").read_text())
+    (tmp_path / "run/fold_0/result.json").write_text(json.dumps({**done, "seconds": done["seconds"] + 1000.0}))
     (tmp_path / "run/fold_0/state.safetensors").write_text("killed before it was removed")
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
         file.write('{"fold": "1", "ep')  # killed there
@@ -415,8 +419,7 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     assert "fold_0 is done" in said
     assert "fold_1 is done" not in said
     assert not list((tmp_path / "run").rglob("*state*"))
-    for changing in ("seconds",):
-        summary.pop(changing), again.pop(changing)
+    assert again.pop("seconds") > 1000.0 > summary.pop("seconds") > done["seconds"] > 0.0
     assert again == summary
     told = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sorted((row["fold"], row["epoch"]) for row in told) == [(f, e) for f in "012" for e in range(1, 9)]
@@ -448,7 +451,13 @@ def test_a_stopped_round_goes_on_where_it_stood(folder, tmp_path, monkeypatch, c
         finetune(given)
     with pytest.raises(ValueError, match="holds a run with another lr"):
         finetune(dataclasses.replace(given, lr=1e-3))
+    (path,) = (tmp_path / "run").glob("*/state.safetensors")
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["told"])
+        tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+    save_file(tensors, path, {"told": json.dumps({**told, "seconds": told["seconds"] + 1000.0})})
     again = finetune(given)
+    assert again["seconds"] > 1000.0
     assert len(made) == 1 + 2 * 2 * 7, "no update was made twice"
     assert f"goes on after update {stop % 14} of 14" in capsys.readouterr().out
     assert undisturbed | {"seconds": 0} == again | {"seconds": 0}
