@@ -50,6 +50,8 @@ def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
     """
     path = Path(source)
     if path.is_file():
+        if path.suffix == ".safetensors":
+            raise ValueError(f"expected the folder of {path.name} and its config.json, got the file {source}")
         return SSAST.from_official(path, **init) if path.suffix == ".pth" else load_fairseq(path, **init)
     if path.is_dir():
         if not (path / "config.json").is_file() and (steps := training_checkpoints(path)):

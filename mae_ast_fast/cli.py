@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from .commands import downstream, machine, model, train
 from .commands.common import PROGRAM, TRAIN_EXTRA, CommandError, UsageError, missing_packages, unknown
+from .running import Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":  # all of torchrun's processes stop, one says so
+            print(f"{name}: {stop}", file=sys.stderr)
+        return stop.exit_code
     except UsageError as error:
         return _complain(name, error, 2, show_traceback)
     except (CommandError, ValueError, OSError) as error:

@@ -27,11 +27,13 @@ from .classifier import AudioClassifier, longest_seconds
 from .inference import encoder_alone, pick_device
 from .model import MAEAST
 from .options import ProbeOptions, pick_precision
-from .scores import confusion, interval, score
+from .running import only_run
+from .scores import average_precisions, confusion, interval, score
 from .tasks import Round, Task, Waveforms, batches, read_task
 
 _BATCH_SECONDS = 160.0  # of audio that is encoded at once where nothing is learned
 STATE = "state.safetensors"  # in a round's folder: what a stopped fine-tuning goes on from
+_FEW_CLIPS = 30  # of which resamples tell little
 _STEP_SECONDS = 0.02  # between two moments of a frame-level task
 
 
@@ -92,6 +94,9 @@ class Run:
         self.options, self.mode, self.out = options, mode, Path(options.out)
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out must be a folder, got the file {self.out}")
+        cache = Path(options.cache) if options.cache else corpus.default_cache()
+        if cache.exists() and not cache.is_dir():
+            raise ValueError(f"cache must be a folder, got the file {cache}")
         self.began, self.earlier_seconds = time.perf_counter(), 0.0  # the latter of rounds that stopped starts made
         self.task = task = read_task(options.data, options.root, options.multi_label)
         if mode == "finetune" and task.frame_level:
@@ -107,11 +112,13 @@ class Run:
         rounds = task.rounds(options.seed)
         if options.folds is not None:
             wanted = [name.strip() for name in options.folds.split(",")]
+            if not rounds[0].name:
+                raise ValueError(f"folds are of tables with a column fold, got {options.folds!r} for {options.data}")
             if unknown := [name for name in wanted if name not in [part.name for part in rounds]]:
                 raise ValueError(f"folds must be of {[part.name for part in rounds]}, got {unknown}")
             rounds = [part for part in rounds if part.name in wanted]
         given, known = self._claim()
-        self.audio = Waveforms(task, Path(options.cache) if options.cache else corpus.default_cache(), options.workers)
+        self.audio = Waveforms(task, cache, options.workers)
         gone = self.audio.missing
         rounds = [Round(p.name, *([i for i in x if i not in gone] for x in (p.train, p.valid, p.test))) for p in rounds]
         for part in rounds:
@@ -131,7 +138,8 @@ class Run:
         given["content"] = self._content()
         if known and known.get("content") != given["content"]:
             raise ValueError(f"{self.out} holds a run of other clips, labels, audio or weights: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
+        self._folder = contextlib.ExitStack()
+        self._folder.enter_context(only_run(self.out))  # made only now: a start that fails leaves nothing
         write_json(self.out / "task_options.json", given)
         self.notes = [*task.notes, *self._notes()]
         for note in self.notes:
@@ -141,6 +149,12 @@ class Run:
             f"{len(task.labels)} classes, {len(rounds)} {'folds' if rounds[0].name else 'split'}, on {self.device} in "
             f"{self.precision}"
         )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.close()
 
     def _notes(self) -> list[str]:
         """What a table leaves open: who chooses, and classes that nothing is learned of."""
@@ -152,9 +166,13 @@ class Run:
         targets, labels = self.examples.targets, np.array(self.task.labels)
         for part in self.rounds:
             train, test = (targets[self.examples.of_clips(clips)].any(0) for clips in (part.train, part.test))
-            if unknown := labels[test & ~train].tolist():
-                more = " ..." if len(unknown) > 5 else ""
-                notes.append(f"tested without a training clip in {part.where}: {', '.join(unknown[:5])}{more}")
+            valid = targets[self.examples.of_clips(part.valid)].any(0)
+            for kind, unknown in (("tested", test & ~train), ("in validation clips alone,", valid & ~train & ~test)):
+                if names := labels[unknown].tolist():
+                    more = " ..." if len(names) > 5 else ""
+                    notes.append(f"{kind} without a training clip in {part.where}: {', '.join(names[:5])}{more}")
+        if (count := len({i for part in self.rounds for i in part.test})) < _FEW_CLIPS:
+            notes.append(f"{count} test clips: too few for the interval to be true to its name")
         return notes
 
     def _claim(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -240,7 +258,7 @@ class Run:
         self, tested: list[Tested], history: list[dict[str, Any]], baselines: dict[str, list[Tested]]
     ) -> dict[str, Any]:
         """Writes what a run leaves; returns the summary."""
-        from .figures import plot_confusion, plot_learning
+        from .figures import plot_confusion, plot_labels, plot_learning
 
         task, options = self.task, self.options
         examples = self.examples
@@ -290,12 +308,15 @@ class Run:
             "notes": self.notes,
             "seconds": round(self.earlier_seconds + time.perf_counter() - self.began, 1),
         }
-        if not task.multi_label:
+        low, high = summary["ci95"]
+        title = f"{task.name}: {self.metric.replace('_', ' ')} {summary['value']:.3f} ({low:.3f} - {high:.3f})"
+        if task.multi_label:
+            p, y = np.concatenate(found), np.concatenate(truth)
+            plot_labels(average_precisions(p, y), y.mean(0), task.labels, title, self.out / "average_precision.png")
+        else:
             counts = sum(
                 confusion(p.argmax(1), y.argmax(1), len(task.labels)) for p, y in zip(found, truth, strict=True)
             )
-            low, high = summary["ci95"]
-            title = f"{task.name}: {self.metric.replace('_', ' ')} {summary['value']:.3f} ({low:.3f} - {high:.3f})"
             plot_confusion(counts, task.labels, title, self.out / "confusion.png")
         if history:
             plot_learning(history, self.metric.replace("_", " "), self.out / "learning.png")

@@ -154,6 +154,34 @@ def plot_confusion(counts: np.ndarray, labels: Sequence[str], title: str, path: 
     _save(figure, path)
 
 
+def plot_labels(
+    precisions: np.ndarray, counts: np.ndarray, labels: Sequence[str], title: str, path: Path, most: int = 60
+) -> None:
+    """Draws the average precision of each label that occurs as a bar, and the share of clips that chance would give.
+
+    Args:
+        precisions: (C,) average precisions; NaN of labels that do not occur.
+        counts: (C,) shares of clips that have the label.
+        labels: Their names.
+        title: Of the picture.
+        path: PNG to write.
+        most: Labels drawn; of more, the best and the worst.
+    """
+    plt = _pyplot()
+    order = np.argsort(precisions)[: np.isfinite(precisions).sum()]
+    if len(order) > most:
+        order, title = np.concatenate([order[: most // 2], order[-most // 2 :]]), f"{title}\nbest and worst labels"
+    figure, axis = plt.subplots(figsize=(8, 0.22 * len(order) + 1.6), constrained_layout=True)
+    rows = range(len(order))
+    axis.barh(rows, precisions[order], color="C0", alpha=0.7)
+    axis.plot(counts[order], rows, "k|", label="chance: share of clips with the label")
+    axis.set_yticks(rows, [_drawable(labels[i]) for i in order], fontsize=8, parse_math=False)
+    axis.set(xlabel="average precision", xlim=(0, 1), title=title)
+    axis.legend(fontsize=7)
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
 def _drawable(label: str) -> str:
     """A label, with what matplotlib's font lacks as the last word of its Unicode name: ZH of BOPOMOFO LETTER ZH."""
     from matplotlib import font_manager
@@ -175,6 +203,7 @@ def plot_learning(history: Sequence[dict[str, Any]], metric: str, path: Path) ->
             label = f"fold {name}" if name else None
             axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], ".-", label=label)
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(rounds) > 1:
             axis.legend(fontsize=7)

@@ -31,6 +31,7 @@ from .classifier import NORM_EPS, AudioClassifier, pool_tokens
 from .downstream import STATE, Run, Tested
 from .fbank import HOP, SAMPLE_RATE, WINDOW, fbank
 from .options import FinetuneOptions, ProbeOptions
+from .running import Signals, Stopped
 from .tasks import Round
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larger means less regularised
@@ -47,36 +48,37 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
     Raises:
         ValueError: Unusable data, options or checkpoint, or ``out`` holds a run of another kind.
     """
-    run = Run(options, "probe")
-    clips = sorted({i for part in run.rounds for x in (part.train, part.valid, part.test) for i in x})
-    x = _features(run, clips)
-    tested = [_fit_round(run, x, part, keep=not run.task.frame_level) for part in run.rounds]
-    x = _log_mel(run, clips)
-    log_mel = [_fit_round(run, x, part) for part in run.rounds]
-    best = max(tested, key=lambda one: one.valid)
-    if best.classifier is not None:
-        best.classifier.save_pretrained(run.out)
-    return run.report(tested, [], {"log_mel": log_mel})
+    with Run(options, "probe") as run:
+        clips = sorted({i for part in run.rounds for x in (part.train, part.valid, part.test) for i in x})
+        x = _features(run, clips)
+        tested = [_fit_round(run, x, part, keep=not run.task.frame_level) for part in run.rounds]
+        x = _log_mel(run, clips)
+        log_mel = [_fit_round(run, x, part) for part in run.rounds]
+        best = max(tested, key=lambda one: one.valid)
+        if best.classifier is not None:
+            best.classifier.save_pretrained(run.out)
+        return run.report(tested, [], {"log_mel": log_mel})
 
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
     """Trains the encoder and a linear layer, once for each fold; returns what summary.json holds.
 
-    A run that was stopped goes on: folds that are done are kept, and the one that was begun goes on where it stood five
-    minutes and a pass over the validation clips before the stop, or later.
+    A run that was stopped goes on: folds that are done are kept, and the one that was begun goes on where it was
+    stopped; after a kill, where it stood five minutes and a pass over the validation clips before, or later.
 
     Raises:
         ValueError: As ``probe``, or a frame-level task.
+        Stopped: SIGTERM or Ctrl-C arrived; the run was saved.
     """
-    run = Run(options, "finetune")
-    for part in run.rounds:
-        if len(part.train) < 2:
-            raise ValueError(f"expected at least two training clips with audio, {part.where} has {len(part.train)}")
-    tested = [_finetune_round(run, part) for part in run.rounds]
-    best = max(tested, key=lambda one: one.valid)
-    AudioClassifier.from_pretrained(run.folder(best.round)).save_pretrained(run.out)
-    history = [row for one in tested for row in one.chosen["history"]]
-    return run.report(tested, history, {})
+    with Run(options, "finetune") as run:
+        for part in run.rounds:
+            if len(part.train) < 2:
+                raise ValueError(f"expected at least two training clips with audio, {part.where} has {len(part.train)}")
+        tested = [_finetune_round(run, part) for part in run.rounds]
+        best = max(tested, key=lambda one: one.valid)
+        AudioClassifier.from_pretrained(run.folder(best.round)).save_pretrained(run.out)
+        history = [row for one in tested for row in one.chosen["history"]]
+        return run.report(tested, history, {})
 
 
 # --------------------------------------------------------------------------------------------------------------- probe
@@ -302,12 +304,12 @@ class _Trainer:
         begun = time.perf_counter()
         bar = tqdm(total=self.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         events = SummaryWriter(run.out / "tensorboard" / run.folder(part).name, purge_step=epochs_before + 1)
-        with events, bar:
+        with events, bar, Signals() as signals:
             while self.step < self.steps:
                 epoch = len(self.history) + 1
                 self.classifier.train()
                 for clips in self._batches(epoch):
-                    self._save_if_due()
+                    self._pause(signals)
                     self.total += self._update(clips)
                     self.step += 1
                     bar.update()
@@ -335,7 +337,7 @@ class _Trainer:
                     file=sys.stdout,
                 )
                 sys.stdout.flush()
-                self._save_if_due()  # what comes next may be a long test
+                self._pause(signals)  # what comes next may be a long test
         self.classifier.load_state_dict(self.best_weights)
         best = self._best()
         return best["valid"], {"epoch": best["epoch"], "history": self.history}
@@ -367,10 +369,16 @@ class _Trainer:
             )
         return loss
 
-    def _save_if_due(self) -> None:
-        """Writes where training stands, now and then; where that fails, the run goes on without."""
-        if time.perf_counter() - self.saved <= _SAVE_SECONDS:
+    def _pause(self, signals: Signals) -> None:
+        """Writes where training stands now and then, and where a signal ends it."""
+        if signals.received is None and time.perf_counter() - self.saved <= _SAVE_SECONDS:
             return
+        saved = self._save()
+        if signals.received is not None:
+            raise Stopped(signals.received, self.path) if saved else KeyboardInterrupt
+
+    def _save(self) -> bool:
+        """Whether it could be written; where not, the run goes on without."""
         self._mean_loss(self.step % self.batches)
         tensors = {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
@@ -379,12 +387,14 @@ class _Trainer:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         told = {"step": self.step, "history": self.history, "total": float(self.total), "seconds": self.seconds}
         told["checksum"] = _checksum(tensors)
+        self.saved = time.perf_counter()
         try:
             self.path.parent.mkdir(exist_ok=True)
             write_whole(self.path, lambda path: save_file(tensors, path, {"told": json.dumps(told)}))
         except Exception as error:  # safetensors' own exception class is not public
             self.run.say(f"{self.path} cannot be written ({error}): a stop would cost more than minutes")
-        self.saved = time.perf_counter()
+            return False
+        return True
 
     def _load(self) -> bool:
         """Goes on where an earlier start of the run was stopped; whether there is such a place."""

@@ -209,10 +209,12 @@ class ProbeOptions:
         data: Manifest, .tsv or .csv, with the columns path, label, and split or fold.
         checkpoint: The pretrained model: a folder of ours (a run folder too), an official file, or a Hub repository.
         out: Run folder.
-        root: Folder of the audio, where that does not lie beside the manifest.
+        root: Folder of the audio that does not lie beside the manifest, where each path is looked for first.
         multi_label: Clips may have several labels. A ; in a label says so too.
         metric: What is reported, and by which settings and checkpoints are chosen on the validation clips: accuracy,
             balanced_accuracy, macro_f1, or map, that is mean average precision. None: accuracy, of several labels map.
+            With folds the mean over them. Accuracy of several labels is the share of right answers to "has this clip
+            this label?".
         folds: Only these folds, with commas. None: all.
         layer: Layer of the encoder, from 1 on. None: its output.
         pool: What the linear layer sees: mean, of all tokens of a clip, as in the paper; or bands, the means of each
@@ -254,6 +256,8 @@ class ProbeOptions:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
 
 
 @dataclass

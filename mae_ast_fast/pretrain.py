@@ -11,9 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from .model import MAEAST
 from .options import FREE_OPTIONS, PretrainOptions, learning_rate, pick_precision
 from .resume import Checkpoints
 from .run_log import RunLog, read_metrics
+from .running import Signals, Stopped, only_run
 from .shards import Shards
 from .ssast import SSAST
 from .step import Part, TrainStep
@@ -43,14 +42,6 @@ FAULTS_LISTED = 1000  # unreadable clips named in summary.json; their count is w
 
 class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN; says at which step, on which clips, and which checkpoint to go back to."""
-
-
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C: the run was saved and can go on."""
-
-    def __init__(self, number: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; saved {path}, the same command goes on from there")
-        self.exit_code = 128 + number
 
 
 def pretrain(options: PretrainOptions) -> dict[str, Any]:
@@ -66,7 +57,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     run = Path(options.out)
     with world(options.device) as peers, contextlib.ExitStack() as stack:
         if known := peers.first and run.is_dir():
-            stack.enter_context(_only_run(run))
+            stack.enter_context(only_run(run))
         _check_same_run(run, options)
         shards = training_shards(options)
         if len(set(peers.gather(shards.identity))) > 1:
@@ -75,7 +66,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         held_out = held_out_set(trainer.model, shards, options)
         if peers.first:
             if not known:  # made only now: a start that fails leaves nothing
-                stack.enter_context(_only_run(run))
+                stack.enter_context(only_run(run))
             write_json(run / "options.json", dataclasses.asdict(options))
             write_json(run / "data_report.json", shards.report)
             print(_headline(options, trainer, len(held_out.names)), flush=True)
@@ -167,7 +158,7 @@ class Trainer:
             if self.peers.first:
                 self.log = RunLog(self.run, self.step, options.steps)
                 stack.callback(self.log.close)
-            signals = stack.enter_context(_Signals())
+            signals = stack.enter_context(Signals())
             stack.callback(self.checkpoints.finish)
             batches = loader(
                 self.shards,
@@ -369,45 +360,6 @@ class Trainer:
         plot_loss(steps, evaluations, self.run / "loss.png")
         plot_reconstruction(model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
         return summary
-
-
-class _Signals:
-    """Takes note of SIGTERM and SIGINT; the loop ends the update that runs, saves and stops.
-
-    A second Ctrl-C kills. A second SIGTERM does not: Slurm and torchrun both tell every process.
-    """
-
-    def __enter__(self) -> _Signals:
-        self.received: int | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received == number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = number
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _only_run(run: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder while it lasts; a killed holder lets go."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "lock", "w") as file:
-        with contextlib.suppress(ImportError):  # Windows
-            import fcntl
-
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's processes would inherit it
-            except (BlockingIOError, PermissionError):
-                raise ValueError(f"a run is going on in {run}: wait for it, stop it, or use another --out") from None
-            except OSError:
-                pass  # a file system without locks
-        yield
 
 
 def _check_same_run(run: Path, options: PretrainOptions) -> None:

@@ -31,8 +31,7 @@ def score(metric: str, probabilities: np.ndarray, targets: np.ndarray, multi_lab
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes without clips, which the means leave out
         if metric == "map":
-            each = of.multilabel_average_precision(p, y.long(), n, average="none")
-            return round(float(each[y.any(0)].mean()), 6)
+            return round(float(_average_precisions(p, y)[y.any(0)].mean()), 6)
         if multi_label:
             p, y = (p >= 0.5).long(), y.long()
             if metric == "accuracy":
@@ -44,6 +43,21 @@ def score(metric: str, probabilities: np.ndarray, targets: np.ndarray, multi_lab
             return round(float(of.multiclass_accuracy(p, y, n, average="micro")), 6)
         make = {"balanced_accuracy": of.multiclass_recall, "macro_f1": of.multiclass_f1_score}
         return round(float(_known(make, metric)(p, y, n, average="none")[y.unique()].mean()), 6)
+
+
+def _average_precisions(p: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    from torchmetrics.functional.classification import multilabel_average_precision
+
+    return multilabel_average_precision(p, y.long(), p.shape[1], average="none")
+
+
+def average_precisions(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(C,) of (n, C) probabilities and bool targets; NaN of classes that do not occur in ``targets``."""
+    two = [np.pad(x, ((0, 0), (0, 1))) for x in (probabilities, targets)]  # torchmetrics wants two: one never there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes without clips
+        found = _average_precisions(*map(torch.from_numpy, two)).numpy()[:-1]
+    return np.where(targets.any(0), found, np.nan)
 
 
 def _known(functions: dict[str, Callable[..., torch.Tensor]], metric: str) -> Callable[..., torch.Tensor]:

@@ -155,7 +155,9 @@ def _build(
     if todo:
         there: Sequence[str] = ()
         new = sum(_MEGABYTES[package] for package in todo if not (cache / package).is_dir())
-        progress(f"{name}: {sum(map(len, todo.values()))} clips of {len(todo)} packages, {new:,.0f} MB to download")
+        clips, of = sum(map(len, todo.values())), len(todo)
+        which = f"{clips} clip{'s' * (clips > 1)} of {of} package{'s' * (of > 1)}"
+        progress(f"{name}: {which}, {new:,.0f} MB to download")
         try:
             there = fetch(cache, list(todo), progress).packages
         except NotInRelease:

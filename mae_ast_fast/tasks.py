@@ -269,7 +269,8 @@ def _notes(clips: Sequence[Clip]) -> list[str]:
     both = sorted(path for path, places in by_file.items() if len(places) > 1)
     if not both:
         return []
-    return [f"{len(both)} files are in more than one split or fold, so tests are easier than they look: {both[0]} ..."]
+    files = f"{len(both)} files are" if len(both) > 1 else "1 file is"
+    return [f"{files} in more than one split or fold, so tests are easier than they look: {both[0]} ..."]
 
 
 # ---------------------------------------------------------------------------------------------------------- waveforms

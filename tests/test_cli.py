@@ -46,6 +46,7 @@ from mae_ast_fast.evaluate import HeldOut, evaluate
 from mae_ast_fast.inference import extract_file, masked_clips
 from mae_ast_fast.options import PretrainOptions
 from mae_ast_fast.packing import sinusoid
+from mae_ast_fast.running import Stopped
 
 for library in TRAIN_EXTRA:
     pytest.importorskip(library)
@@ -397,7 +398,7 @@ def test_a_run_that_learned_nothing_is_said_to_have_failed():
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (pretrain.Stopped(15, Path("runs/x/checkpoints/step-1")), 143, "stopped by SIGTERM; saved runs/x/checkpoints/"),
+        (Stopped(15, Path("runs/x/checkpoints/step-1")), 143, "stopped by SIGTERM; saved runs/x/checkpoints/"),
         (pretrain.NonFiniteLoss("step 3: loss nan; clips: a.wav"), 1, "error: step 3: loss nan; clips: a.wav"),
         (corpus.CorpusError("no network"), 1, "error: no network To pretrain on audio of your own: --data DIR"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: out of memory: choose a smaller --batch-seconds"),
@@ -693,6 +694,7 @@ import sys
 import mae_ast_fast
 before = set(sys.modules)
 from mae_ast_fast.cli import main
+from mae_ast_fast.running import Stopped
 assert main(["--help"]) == 0
 heavy = "jsonargparse soundfile soxr av matplotlib tensorboard torchaudio triton mae_ast_fast.pretrain"
 print([name for name in heavy.split() if name in set(sys.modules) - before], file=sys.stderr)

@@ -34,8 +34,9 @@ from mae_ast_fast import checkpoint, cli
 from mae_ast_fast import pretrain as pretrain_module
 from mae_ast_fast.commands.common import TRAIN_EXTRA
 from mae_ast_fast.options import PretrainOptions
-from mae_ast_fast.pretrain import Stopped, Trainer, pretrain
+from mae_ast_fast.pretrain import Trainer, pretrain
 from mae_ast_fast.run_log import read_metrics
+from mae_ast_fast.running import Stopped
 from mae_ast_fast.shards import Shards
 
 for library in TRAIN_EXTRA:

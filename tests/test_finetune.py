@@ -7,6 +7,10 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +23,11 @@ from safetensors.torch import save_file
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
 from mae_ast_fast.augment import mix, spec_augment
 from mae_ast_fast.classifier import NORM_EPS, AudioClassifier, pool_tokens
+from mae_ast_fast.commands.downstream import task_summary
 from mae_ast_fast.finetune import PENALTIES, finetune, fit_logistic, parameter_groups, probe
 from mae_ast_fast.inference import encoder_alone
 from mae_ast_fast.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
-from mae_ast_fast.scores import interval, score
+from mae_ast_fast.scores import average_precisions, interval, score
 
 soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "lhotse", "torchmetrics"))
 RATE = 16000
@@ -366,6 +371,12 @@ def test_a_run_notes_what_a_table_leaves_open(folder, tmp_path):
     notes = probe(options(folder, tmp_path / "run", "open.tsv"))["notes"]
     assert any(note.startswith("no clip is of split valid: ") for note in notes)
     assert "tested without a training clip in the split: high" in notes
+    rare = [r.replace("middle", "odd") if r.endswith("valid") else r for r in rows]
+    few = [r for i, r in enumerate(rare) if i == 0 or not r.endswith("test") or i < 40]
+    (folder / "odd.tsv").write_text("\n".join(few) + "\n")
+    notes = probe(options(folder, tmp_path / "odd", "odd.tsv"))["notes"]
+    assert "in validation clips alone, without a training clip in the split: odd" in notes
+    assert "9 test clips: too few for the interval to be true to its name" in notes
     both = "\n".join([rows[0] + "\tfold", *(f"{row}\t{i % 3}" for i, row in enumerate(rows[1:]))])
     (folder / "both.tsv").write_text(both + "\n")
     notes = probe(options(folder, tmp_path / "both", "both.tsv"))["notes"]
@@ -383,6 +394,9 @@ def test_several_labels(folder, tmp_path):
         rows = predictions(tmp_path / name)
         assert {row["label"] for row in rows} == {"low", "high;upper", "middle;upper"}
         assert not (tmp_path / name / "confusion.png").exists()
+        assert (tmp_path / name / "average_precision.png").stat().st_size > 0
+        shown = task_summary(summary, str(tmp_path / name)).splitlines()[-2].partition(": ")[2].split(", ")
+        assert all((tmp_path / name / file).exists() for file in shown) and len(shown) == 3 + (run is finetune)
     assert AudioClassifier.from_pretrained(tmp_path / "tuned").multi_label
 
 
@@ -480,6 +494,77 @@ def test_every_epoch_and_update_draws_anew(folder, tmp_path, monkeypatch):
     draws = 2 * 2 * (1 + 2)  # folds, epochs, an order and two updates
     assert [len(set(column)) for column in zip(*seeds, strict=True)] == [draws] * 3
     assert len(seeds) == draws
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [3, 7, 11])
+def test_a_signal_ends_an_update_and_is_no_loss(folder, tmp_path, monkeypatch, capsys, number, stop):
+    """In the first epoch, in its last update, in the next epoch: as if nothing had happened."""
+    from mae_ast_fast import finetune as module
+
+    line = ["--data", f"{folder}/split.tsv", "--checkpoint", f"{folder}/mae_ast", "--cache", f"{folder}/cache"]
+    line = ["finetune", *line, "--epochs", "2", "--batch-size", "8", "--lr", "5e-3"]
+    assert cli.main([*line, "--out", f"{tmp_path}/undisturbed"]) == 0
+    real, made = module._Trainer._update, []
+
+    def update(trainer, clips):
+        made.append(clips)
+        if len(made) == stop:
+            signal.raise_signal(number)
+        return real(trainer, clips)
+
+    monkeypatch.setattr(module._Trainer, "_update", update)
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    assert cli.main([*line, "--out", f"{tmp_path}/run"]) == 128 + number
+    assert before == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    assert len(made) == stop
+    told = f"mae-ast-fast finetune: stopped by {number.name}; saved {tmp_path}/run/split/state.safetensors"
+    assert told in capsys.readouterr().err
+    assert cli.main([*line, "--out", f"{tmp_path}/run"]) == 0
+    assert len(made) == 2 * 8
+    for name in ("metrics.jsonl", "predictions.csv", "model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def test_a_signal_where_nothing_can_be_saved(folder, tmp_path, monkeypatch, capsys):
+    from mae_ast_fast import finetune as module
+
+    def full(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
+    assert "No space left on device" in capsys.readouterr().out
+
+
+def test_fine_tuning_outside_the_main_thread(folder, tmp_path):
+    """Where Python lets nobody handle signals."""
+    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(finetune, given).result()["value"] > 0.3
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("run", [probe, finetune])
+def test_two_runs_in_one_folder(folder, tmp_path, run, begun):
+    more = {"of": FinetuneOptions, "epochs": 1} if run is finetune else {}
+    given = options(folder, tmp_path / "run", **more)
+    if begun:
+        run(given)
+    holder = "import sys; from mae_ast_fast.running import only_run; from pathlib import Path\n"
+    holder += "with only_run(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"has it\n"
+        with pytest.raises(ValueError, match="a run is going on in"):
+            run(given)
+        process.stdin.close()
+        process.wait()
+    run(given)
 
 
 @pytest.fixture
@@ -629,6 +714,23 @@ def test_one_label_or_none(folder, tmp_path, run):
         run(options(folder, tmp_path / "none", "none.tsv", multi_label=True, **more))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+        ({"folds": "1"}, r"folds are of tables with a column fold, got '1' for .*split\.tsv"),
+        ({"cache": "FILE"}, r"cache must be a folder, got the file .*split\.tsv"),
+        ({"checkpoint": "WEIGHTS"}, r"the folder of model\.safetensors and its config\.json, got the file"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_made(folder, tmp_path, wrong, message):
+    places = {"FILE": str(folder / "split.tsv"), "WEIGHTS": str(folder / "mae_ast/model.safetensors")}
+    wrong = {name: places.get(value, value) for name, value in wrong.items()}
+    with pytest.raises(ValueError, match=message):
+        probe(options(folder, tmp_path / "run", **wrong))
+    assert not (tmp_path / "run").exists()
+
+
 def test_intervals_hold_the_value():
     rng = np.random.default_rng(0)
     targets = rng.random((400, 20)) < 0.02
@@ -643,6 +745,33 @@ def test_intervals_hold_the_value():
     assert low < 1.0 < high
     low, high = interval(lambda rows: float("nan"), [np.arange(4)])
     assert np.isnan(low) and np.isnan(high)
+
+
+def test_average_precision_of_each_label():
+    rng = np.random.default_rng(0)
+    targets = rng.random((50, 3)) < 0.4
+    targets[:, 1] = False
+    p = np.stack([targets[:, 0], rng.random(50), rng.random(50)], 1).astype(np.float32)
+    found = average_precisions(p, targets)
+    assert found[0] == 1.0 and np.isnan(found[1]) and found[2] < 1.0
+    assert np.nanmean(found) == pytest.approx(score("map", p, targets, True), abs=1e-6)
+    assert average_precisions(p[:, :1], targets[:, :1]) == 1.0
+
+
+@pytest.mark.parametrize("count", [3, 70])
+def test_labels_are_drawn(tmp_path, monkeypatch, count):
+    from mae_ast_fast import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    precisions = np.linspace(0.0, 1.0, count)
+    precisions[1] = np.nan
+    labels = [f"label {i}" for i in range(count)]
+    figures.plot_labels(precisions, np.full(count, 0.5), labels, "title", tmp_path / "x.png")
+    axis = drawn[0].axes[0]
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    assert len(names) == min(count - 1, 60) and names[0] == "label 0" and names[-1] == labels[-1]
+    assert [bar.get_width() for bar in axis.patches] == [precisions[labels.index(name)] for name in names]
 
 
 @pytest.mark.parametrize("last", [0.5, 0.9])

@@ -138,7 +138,7 @@ def test_clips_are_cut_and_set_to_their_loudness(fake, tmp_path):
     source = wave(2.0)
     assert np.array_equal(read(out, "a"), 2 * source[RATE // 2 : RATE // 2 + RATE])
     assert np.array_equal(read(out, "b"), source[: RATE // 4])
-    assert said[0] == "zh_initial22: 2 clips of 1 packages, 8 MB to download"
+    assert said[0] == "zh_initial22: 2 clips of 1 package, 8 MB to download"
     assert re.fullmatch(r"zh_initial22: gcin-voice: 2 of 2 clips in [\d.]+ s", said[-1])
     assert (out / "zh_initial22.tsv").read_text().splitlines() == [
         "path\tlabel\tsplit",
@@ -198,7 +198,7 @@ def test_it_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch):
     fake.calls()
     said: list[str] = []
     assert build(["zh_initial22"], out, progress=said.append)["zh_initial22"]["clips"] == 2
-    assert said[0] == "zh_initial22: 1 clips of 1 packages, 0 MB to download" and fake.calls() == []
+    assert said[0] == "zh_initial22: 1 clip of 1 package, 0 MB to download" and fake.calls() == []
     assert (out / "audio/gcin-voice/a.wav").stat().st_mtime_ns == first
     said.clear()
     assert build(["zh_initial22"], out, progress=said.append)["zh_initial22"]["clips"] == 2 and said == []

@@ -133,7 +133,7 @@ def test_parts_of_a_file_are_kept_aside_together(tmp_path):
 
 
 def test_a_file_in_two_splits_is_noticed(tmp_path):
-    assert "1 files are in more than one split" in read_task(manifest(tmp_path, [*SPLIT, "a.wav\tdog\ttest"])).notes[0]
+    assert "1 file is in more than one split" in read_task(manifest(tmp_path, [*SPLIT, "a.wav\tdog\ttest"])).notes[0]
     assert read_task(manifest(tmp_path, SPLIT)).notes == []
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run import ABLATED, ABLATION_OF, ARMS, FEW, FINETUNED, MAIN, RESULTS, TASKS, UNTRAINED, Cell, cells
+from run import ABLATED, ABLATION_OF, ARMS, FINETUNED, MAIN, PROBED, RESULTS, UNTRAINED, VARIANTS, Cell, cells
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, README, FIGURE = ROOT / "docs/quality.md", ROOT / "README.md", ROOT / "docs/figures/quality.png"
 BEGIN, END = "<!-- report:quality -->", "<!-- /report -->"
 RESAMPLES = 2000
-COLUMNS = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in TASKS]
+COLUMNS = [("finetune", task) for task in FINETUNED] + [("probe", task) for task in PROBED]
 _DIFFERENCES = (
     "Differences of accuracy in points with 95 % bootstrap intervals, clips paired. With one seed the interval is over "
     "test clips alone: it is about these two models, and another seed of the same settings may fall outside. A tie is "
@@ -132,7 +132,7 @@ def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[
         ("frame", "time", "patch", "steps"),
     ]
     pairs += [(arm, "steps", of, "steps") for arm, of in ABLATION_OF.items()]
-    pairs += [("frame, 6000 updates", "steps", "random frame", "steps")]
+    pairs += [(f"frame, {updates} updates", "steps", "random frame", "steps") for updates in (500, 6000)]
     rows = []
     for arm, budget, other, of in pairs:
         cells_of = [against(groups.get((arm, budget, *c), {}), groups.get((other, of, *c), {})) for c in columns]
@@ -146,7 +146,7 @@ def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[
 
 def settings(found: list[dict[str, Any]]) -> str:
     """README's table: what a setting changes."""
-    columns = [c for c in COLUMNS if c in ABLATED or (c[0] == "finetune" and c[1] not in FEW)]
+    columns = [c for c in COLUMNS if c in ABLATED or (c[0] == "finetune" and c[1] not in VARIANTS)]
     return f"{_DIFFERENCES}\n\n{differences(grouped(found), columns)}"
 
 

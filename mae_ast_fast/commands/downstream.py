@@ -141,8 +141,9 @@ def run_finetune(argv: Sequence[str]) -> int:
         argv,
         FinetuneOptions,
         "Trains a pretrained encoder and a linear layer on labelled audio, and tests it: once for each fold where the "
-        "manifest has folds. --out gets summary.json, predictions.csv, confusion.png, learning.png, and the classifier "
-        "that predict uses. A run that was stopped goes on with the same command.",
+        "manifest has folds, and the mean is told. --out gets summary.json, predictions.csv, confusion.png (of several "
+        "labels average_precision.png), learning.png, and the classifier that predict uses. A run that was stopped "
+        "goes on with the same command.",
         (
             "--data esc14.tsv --checkpoint runs/frame --out runs/esc14",
             "--data ks2.tsv --root speech_commands/ --checkpoint runs/base --out runs/ks2 --preset ks2",
@@ -186,7 +187,7 @@ def task_summary(summary: dict[str, Any], out: str) -> str:
         pairs = zip(summary["folds"], summary["per_fold"], strict=True)
         lines.append("  by fold: " + ", ".join(f"{name} {value:.3f}" for name, value in pairs))
     if "majority_accuracy" in summary:
-        lines.append(f"  always the commonest class: accuracy {summary['majority_accuracy']:.4f}")
+        lines.append(f"  always the commonest class of the training clips: accuracy {summary['majority_accuracy']:.4f}")
     if other := summary.get("log_mel_baseline"):
         a, b = other["difference_ci95"]
         lines.append(
@@ -196,7 +197,9 @@ def task_summary(summary: dict[str, Any], out: str) -> str:
     if count := summary["skipped"]["count"]:
         first = summary["skipped"]["files"][0]
         lines.append(f"  {count} clips skipped, such as {first['path']}: {first['reason']}; summary.json names them")
-    lines.append(f"In {out}: summary.json, predictions.csv and pictures")
+    picture = "average_precision.png" if summary["multi_label"] else "confusion.png"
+    curves = ", learning.png" if summary["mode"] == "finetune" else ""
+    lines.append(f"In {out}: summary.json, predictions.csv, {picture}{curves}")
     if not summary["frame_level"]:
         lines.append(f"Next: {PROGRAM} predict FILE --checkpoint {out}")
     return "\n".join(lines)
@@ -217,6 +220,8 @@ def run_predict(argv: Sequence[str]) -> int:
     arguments = parser.read(argv)
     if arguments.top < 1:
         parser.error(f"--top must be at least 1, got {arguments.top}")
+    if arguments.out and Path(arguments.out).is_dir():
+        parser.error(f"--out is the table to write, got the folder {arguments.out}")
 
     from ..audio import AudioError
     from ..classifier import AudioClassifier, write_predictions

@@ -43,10 +43,6 @@ def run_pretrain(argv: Sequence[str]) -> int:
 
     try:
         summary = pretrain.pretrain(options)
-    except pretrain.Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":  # all of torchrun's processes stop, one says so
-            print(f"{PROGRAM} pretrain: {stop}", file=sys.stderr)
-        return stop.exit_code
     except (pretrain.NonFiniteLoss, corpus.CorpusError) as error:
         raise CommandError(str(error)) from error
     except torch.OutOfMemoryError as error:
