@@ -117,7 +117,7 @@ class Run:
             if unknown := [name for name in wanted if name not in [part.name for part in rounds]]:
                 raise ValueError(f"folds must be of {[part.name for part in rounds]}, got {unknown}")
             rounds = [part for part in rounds if part.name in wanted]
-        given, known = self._claim()
+        self._claim()  # at once, and again when nobody else can be at it
         self.audio = Waveforms(task, cache, options.workers)
         gone = self.audio.missing
         rounds = [Round(p.name, *([i for i in x if i not in gone] for x in (p.train, p.valid, p.test))) for p in rounds]
@@ -135,22 +135,28 @@ class Run:
                     raise ValueError(
                         f"{options.data}: no {name} clip of {part.where} has any label, so nothing can be told by them"
                     )
-        given["content"] = self._content()
-        if known and known.get("content") != given["content"]:
-            raise ValueError(f"{self.out} holds a run of other clips, labels, audio or weights: choose another --out")
-        self._folder = contextlib.ExitStack()
-        self._folder.enter_context(only_run(self.out))  # made only now: a start that fails leaves nothing
-        write_json(self.out / "task_options.json", given)
-        self.notes = [*task.notes, *self._notes()]
-        for note in self.notes:
-            self.say(f"note: {note}")
-        self.say(
-            f"{mode} of {options.checkpoint} on {task.name}: {len(task.clips) - len(gone)} clips, "
-            f"{len(task.labels)} classes, {len(rounds)} {'folds' if rounds[0].name else 'split'}, on {self.device} in "
-            f"{self.precision}"
-        )
 
     def __enter__(self) -> Run:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(only_run(self.out))  # makes it: a start that fails before leaves nothing
+            given, known = self._claim()
+            given["content"] = self._content()
+            if known and known.get("content") != given["content"]:
+                what = "of other clips, labels, audio or weights" if "content" in known else "of an earlier version"
+                raise ValueError(f"{self.out} holds a run {what}: choose another --out")
+            if not known:  # of a start that was killed before it made anything
+                (self.out / "metrics.jsonl").unlink(missing_ok=True)
+            write_json(self.out / "task_options.json", given)
+            self.notes = [*self.task.notes, *self._notes()]
+            for note in self.notes:
+                self.say(f"note: {note}")
+            clips, parts = len(self.task.clips) - len(self.audio.missing), len(self.rounds)
+            self.say(
+                f"{self.mode} of {self.options.checkpoint} on {self.task.name}: {clips} clips, "
+                f"{len(self.task.labels)} classes, {parts} {'folds' if self.rounds[0].name else 'split'}, on "
+                f"{self.device} in {self.precision}"
+            )
+            self._folder = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -189,10 +195,10 @@ class Run:
                 given[name] = os.path.abspath(given[name])
         path, known = self.out / "task_options.json", {}
         if path.is_file():
-            with contextlib.suppress(ValueError):
-                known = json.loads(path.read_text())
-        elif (self.out / "config.json").exists():
-            raise ValueError(f"{self.out} already holds a model: choose another --out")
+            with contextlib.suppress(ValueError, TypeError):
+                known = dict(json.loads(path.read_text()))
+        elif any((self.out / name).exists() for name in ("config.json", "options.json", "checkpoints")):
+            raise ValueError(f"{self.out} already holds a model or a pretraining run: choose another --out")
         if not any(any(self.out.glob(name)) for name in ("summary.json", "*/result.json", f"*/{STATE}")):
             return given, {}
         changed = [name for name in given if name not in known or known[name] != given[name]]
@@ -266,6 +272,9 @@ class Run:
         truth = [examples.targets[part] for part in parts]
         clips = [examples.clip[part] for part in parts]
         found = [one.probabilities for one in tested]
+        for one in tested:
+            if not np.isfinite(one.probabilities).all():
+                raise ValueError(f"the probabilities of {one.round.where} are not finite, and so have no score")
         self._write_predictions(examples, parts, found)
         each = [self.score(p, y) for p, y in zip(found, truth, strict=True)]
         summary: dict[str, Any] = {
@@ -311,8 +320,11 @@ class Run:
         low, high = summary["ci95"]
         title = f"{task.name}: {self.metric.replace('_', ' ')} {summary['value']:.3f} ({low:.3f} - {high:.3f})"
         if task.multi_label:
-            p, y = np.concatenate(found), np.concatenate(truth)
-            plot_labels(average_precisions(p, y), y.mean(0), task.labels, title, self.out / "average_precision.png")
+            of_labels = [average_precisions(p, y) for p, y in zip(found, truth, strict=True)]
+            precisions = np.ma.masked_invalid(of_labels).mean(0).filled(np.nan)  # folds lack labels
+            plot_labels(
+                precisions, np.concatenate(truth).mean(0), task.labels, title, self.out / "average_precision.png"
+            )
         else:
             counts = sum(
                 confusion(p.argmax(1), y.argmax(1), len(task.labels)) for p, y in zip(found, truth, strict=True)

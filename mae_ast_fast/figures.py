@@ -150,7 +150,8 @@ def plot_confusion(counts: np.ndarray, labels: Sequence[str], title: str, path: 
     names = [_drawable(labels[i]) for i in ticks]
     axis.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
     axis.set_yticks(ticks, names, fontsize=8, parse_math=False)
-    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_title(title, parse_math=False)
     _save(figure, path)
 
 
@@ -176,7 +177,8 @@ def plot_labels(
     axis.barh(rows, precisions[order], color="C0", alpha=0.7)
     axis.plot(counts[order], rows, "k|", label="chance: share of clips with the label")
     axis.set_yticks(rows, [_drawable(labels[i]) for i in order], fontsize=8, parse_math=False)
-    axis.set(xlabel="average precision", xlim=(0, 1), title=title)
+    axis.set(xlabel="average precision", xlim=(0, 1))
+    axis.set_title(title, parse_math=False)
     axis.legend(fontsize=7)
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
@@ -206,5 +208,6 @@ def plot_learning(history: Sequence[dict[str, Any]], metric: str, path: Path) ->
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if len(rounds) > 1:
-            axis.legend(fontsize=7)
+            for text in axis.legend(fontsize=7).get_texts():
+                text.set_parse_math(False)
     _save(figure, path)

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -70,10 +70,11 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         ValueError: As ``probe``, or a frame-level task.
         Stopped: SIGTERM or Ctrl-C arrived; the run was saved.
     """
-    with Run(options, "finetune") as run:
-        for part in run.rounds:
-            if len(part.train) < 2:
-                raise ValueError(f"expected at least two training clips with audio, {part.where} has {len(part.train)}")
+    run = Run(options, "finetune")
+    for part in run.rounds:
+        if len(part.train) < 2:
+            raise ValueError(f"expected at least two training clips with audio, {part.where} has {len(part.train)}")
+    with run:
         tested = [_finetune_round(run, part) for part in run.rounds]
         best = max(tested, key=lambda one: one.valid)
         AudioClassifier.from_pretrained(run.folder(best.round)).save_pretrained(run.out)
@@ -316,7 +317,10 @@ class _Trainer:
                 loss = self._mean_loss(self.batches)
                 learned += time.perf_counter() - begun
                 begun = time.perf_counter()
-                valid = run.score(run.probabilities(self.classifier, part.valid), run.examples.targets[part.valid])
+                found = run.probabilities(self.classifier, part.valid)
+                if not np.isfinite(found).all():
+                    self._lost("validation probabilities that are not finite")
+                valid = run.score(found, run.examples.targets[part.valid])
                 if valid > max((row["valid"] for row in self.history), default=-math.inf):
                     self.best_weights = {k: v.detach().cpu().clone() for k, v in self.classifier.state_dict().items()}
                 self.history.append({"fold": part.name, "epoch": epoch, "loss": loss, "valid": valid})
@@ -337,7 +341,7 @@ class _Trainer:
                     file=sys.stdout,
                 )
                 sys.stdout.flush()
-                self._pause(signals)  # what comes next may be a long test
+                self._pause(signals)
         self.classifier.load_state_dict(self.best_weights)
         best = self._best()
         return best["valid"], {"epoch": best["epoch"], "history": self.history}
@@ -362,20 +366,23 @@ class _Trainer:
         """
         loss = float(self.total) / max(1, updates)
         if not math.isfinite(loss):
-            _forget(self.path.parent)
-            raise ValueError(
-                f"the loss became {loss} in epoch {len(self.history) + 1} ({self._where}lr {self.options.lr:g}): "
-                "try a smaller --lr"
-            )
+            self._lost(f"the loss became {loss}")
         return loss
 
+    def _lost(self, what: str) -> NoReturn:
+        _forget(self.path.parent)
+        raise ValueError(
+            f"{what} in epoch {len(self.history) + 1} ({self._where}lr {self.options.lr:g}): try a smaller --lr"
+        )
+
     def _pause(self, signals: Signals) -> None:
-        """Writes where training stands now and then, and where a signal ends it."""
-        if signals.received is None and time.perf_counter() - self.saved <= _SAVE_SECONDS:
+        """Writes where training stands: now and then, at its end, and where a signal ends it."""
+        done = self.step == self.steps  # and a test is to come that no signal shall waste
+        if signals.received is None and not done and time.perf_counter() - self.saved <= _SAVE_SECONDS:
             return
         saved = self._save()
         if signals.received is not None:
-            raise Stopped(signals.received, self.path) if saved else KeyboardInterrupt
+            raise Stopped(signals.received, self.path if saved else None)
 
     def _save(self) -> bool:
         """Whether it could be written; where not, the run goes on without."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -98,6 +99,7 @@ class PretrainOptions:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        _as_text(self, "data", "out", "cache", "init_from")
         for name in ("steps", "log_every", "save_every", "evaluate_every", "keep", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -176,6 +178,13 @@ class PretrainOptions:
         return config
 
 
+def _as_text(options: Any, *names: str) -> None:
+    """Paths become the strings that a run's JSON keeps."""
+    for name in names:
+        if getattr(options, name) is not None:
+            setattr(options, name, os.fspath(getattr(options, name)))
+
+
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "map")
 
 # Rates, batches, epochs (or updates, as epochs) and masks of the scripts with which SSAST was fine-tuned (arXiv
@@ -248,6 +257,7 @@ class ProbeOptions:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        _as_text(self, "data", "checkpoint", "out", "root", "cache")
         if self.metric is not None and self.metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if self.precision not in ("auto", "fp32", "bf16"):

@@ -364,6 +364,8 @@ class Trainer:
 
 def _check_same_run(run: Path, options: PretrainOptions) -> None:
     """Refuses to go on with a run under options that would make it another one."""
+    if (run / "task_options.json").exists():
+        raise ValueError(f"{run} is the folder of a probe or fine-tuning: choose another --out")
     path = run / "options.json"
     if not path.is_file() or not checkpoint.training_checkpoints(run):
         return

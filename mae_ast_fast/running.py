@@ -11,10 +11,11 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C: the run was saved and can go on."""
+    """SIGTERM or Ctrl-C: the run was saved, if ``path`` is not None, and can go on."""
 
-    def __init__(self, number: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; saved {path}, the same command goes on from there")
+    def __init__(self, number: int, path: Path | None) -> None:
+        saved = "nothing could be saved" if path is None else f"saved {path}, the same command goes on from there"
+        super().__init__(f"stopped by {signal.Signals(number).name}; {saved}")
         self.exit_code = 128 + number
 
 

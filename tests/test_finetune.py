@@ -26,7 +26,9 @@ from mae_ast_fast.classifier import NORM_EPS, AudioClassifier, pool_tokens
 from mae_ast_fast.commands.downstream import task_summary
 from mae_ast_fast.finetune import PENALTIES, finetune, fit_logistic, parameter_groups, probe
 from mae_ast_fast.inference import encoder_alone
-from mae_ast_fast.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
+from mae_ast_fast.options import FINETUNE_PRESETS, FinetuneOptions, PretrainOptions, ProbeOptions
+from mae_ast_fast.pretrain import pretrain
+from mae_ast_fast.running import Stopped
 from mae_ast_fast.scores import average_precisions, interval, score
 
 soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "lhotse", "torchmetrics"))
@@ -472,6 +474,8 @@ def test_a_stopped_round_goes_on_where_it_stood(folder, tmp_path, monkeypatch, c
     save_file(tensors, path, {"told": json.dumps({**told, "seconds": told["seconds"] + 1000.0})})
     again = finetune(given)
     assert again["seconds"] > 1000.0
+    kept = [json.loads(path.read_text())["seconds"] for path in (tmp_path / "run").glob("*/result.json")]
+    assert sorted(seconds > 1000.0 for seconds in kept) == [False, True]
     assert len(made) == 1 + 2 * 2 * 7, "no update was made twice"
     assert f"goes on after update {stop % 14} of 14" in capsys.readouterr().out
     assert undisturbed | {"seconds": 0} == again | {"seconds": 0}
@@ -497,9 +501,9 @@ def test_every_epoch_and_update_draws_anew(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stop", [3, 7, 11])
+@pytest.mark.parametrize("stop", [3, 8, 11, 16])
 def test_a_signal_ends_an_update_and_is_no_loss(folder, tmp_path, monkeypatch, capsys, number, stop):
-    """In the first epoch, in its last update, in the next epoch: as if nothing had happened."""
+    """In the first epoch, in its last update, in the next epoch, in its last: as if nothing had happened."""
     from mae_ast_fast import finetune as module
 
     line = ["--data", f"{folder}/split.tsv", "--checkpoint", f"{folder}/mae_ast", "--cache", f"{folder}/cache"]
@@ -535,8 +539,9 @@ def test_a_signal_where_nothing_can_be_saved(folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="stopped by SIGINT; nothing could be saved") as stopped:
         finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
+    assert stopped.value.exit_code == 130
     assert "No space left on device" in capsys.readouterr().out
 
 
@@ -622,14 +627,11 @@ def test_a_state_that_cannot_be_written_does_not_end_a_run(folder, tmp_path, mon
     assert "state.safetensors cannot be written (No space left on device)" in capsys.readouterr().out
 
 
-def test_a_long_validation_is_not_made_twice(folder, tmp_path, monkeypatch, capsys):
-    """A run that is stopped in its test goes on there."""
-    from mae_ast_fast import finetune as module
+def test_a_run_that_is_stopped_in_its_test_goes_on_there(folder, tmp_path, monkeypatch, capsys):
     from mae_ast_fast.downstream import Run
 
     given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=2)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_SAVE_SECONDS", -1.0)
         patch.setattr(AudioClassifier, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finetune(given)
@@ -651,7 +653,7 @@ def test_the_norm_of_many_clips_begins_with_a_sample(folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("run", [probe, finetune])
-@pytest.mark.parametrize("changed", ["label", "recording", "weights"])
+@pytest.mark.parametrize("changed", ["label", "labels", "splits", "recording", "weights"])
 def test_results_of_other_data_are_not_overwritten(folder, tmp_path, run, changed):
     """Under the same options: what they name has changed since."""
     mae_ast().save_pretrained(tmp_path / "model")
@@ -663,6 +665,15 @@ def test_results_of_other_data_are_not_overwritten(folder, tmp_path, run, change
     if changed == "label":
         table = tmp_path / "set/split.tsv"
         table.write_text(table.read_text().replace("low", "deep"))
+    elif changed in ("labels", "splits"):
+        table = tmp_path / "set/split.tsv"
+        rows = table.read_text().splitlines()
+        first, second = (rows[i].split("\t") for i in ((1, 2) if changed == "labels" else (1, 7)))
+        column = 1 if changed == "labels" else 2
+        assert first[column] != second[column]
+        first[column], second[column] = second[column], first[column]
+        rows[1], rows[2 if changed == "labels" else 7] = "\t".join(first), "\t".join(second)
+        table.write_text("\n".join(rows) + "\n")
     elif changed == "recording":
         first, second = sorted((tmp_path / "set").rglob("*.wav"))[:2]
         shutil.copy(first, second)
@@ -747,6 +758,118 @@ def test_intervals_hold_the_value():
     assert np.isnan(low) and np.isnan(high)
 
 
+def test_probabilities_that_are_not_finite_have_no_score(folder, tmp_path, monkeypatch):
+    """Of the last update's weights, whose loss nobody has seen; the folder stays free."""
+    from mae_ast_fast import finetune as module
+    from mae_ast_fast.downstream import Run
+
+    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1, batch_size=60, lr=1e30, clip_norm=1e30)
+    monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
+    with pytest.raises(ValueError, match=r"validation probabilities that are not finite in epoch 1 .*smaller --lr"):
+        finetune(given)
+    given = dataclasses.replace(given, lr=1e-3, clip_norm=1.0)
+    real = Run.probabilities
+    with monkeypatch.context() as patch:
+        test = [i for i in range(120) if i // 3 % 4 == 3]
+        patch.setattr(
+            Run, "probabilities", lambda run, of, clips: real(run, of, clips) * (1 if clips != test else np.nan)
+        )
+        with pytest.raises(ValueError, match="the probabilities of the split are not finite"):
+            finetune(given)
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_labels_of_folds_are_drawn_as_the_mean_over_folds(folder, tmp_path, monkeypatch):
+    from mae_ast_fast import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "plot_labels", lambda precisions, *rest: drawn.append(precisions))
+    rows = (folder / "fold.tsv").read_text().splitlines()
+    rows = [rows[0], *(row.replace("middle", "middle;odd") if row.endswith("\t1") else row for row in rows[1:])]
+    (folder / "odd_fold.tsv").write_text("\n".join(rows) + "\n")
+    summary = probe(options(folder, tmp_path / "run", "odd_fold.tsv", multi_label=True))
+    known = {name: value for name, value in zip(["high", "low", "middle", "odd"], drawn[0], strict=True)}
+    assert np.isfinite(list(known.values())).all()
+    assert min(summary["per_fold"]) <= np.mean([known[name] for name in ("high", "low", "middle")]) + 0.1
+    found = predictions(tmp_path / "run")
+    fold_of = {row.split("\t")[0]: row.split("\t")[2] for row in rows[1:]}
+    for name, value in known.items():
+        each = []
+        for fold in "012":
+            of = [row for row in found if fold_of[row["path"]] == fold]
+            y = np.array([[name in row["label"].split(";")] for row in of])
+            if y.any():
+                each.append(average_precisions(np.array([[float(row[f"prob_{name}"])] for row in of], np.float32), y))
+        assert value == pytest.approx(np.mean(each), abs=1e-4)
+
+
+def test_a_folder_of_pretraining_is_left_alone(folder, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for run in (probe, finetune):
+        given = options(folder, tmp_path / "run", of=FinetuneOptions if run is finetune else ProbeOptions)
+        with pytest.raises(ValueError, match="already holds a model or a pretraining run: choose another --out"):
+            run(given)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    probe(options(folder, tmp_path / "probe"))
+    with pytest.raises(ValueError, match="is the folder of a probe or fine-tuning: choose another --out"):
+        pretrain(PretrainOptions(data=folder, out=tmp_path / "probe", cache=folder / "cache"))
+
+
+def test_another_run_that_was_there_first(folder, tmp_path, monkeypatch):
+    """It began and ended while this one read its audio: what it made is not taken for ours."""
+    from mae_ast_fast import downstream
+
+    real, first = downstream.Waveforms, []
+
+    def waveforms(*inputs):
+        if not first:
+            first.append(1)
+            finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
+        return real(*inputs)
+
+    monkeypatch.setattr(downstream, "Waveforms", waveforms)
+    with pytest.raises(ValueError, match="holds a run with another epochs: choose another --out"):
+        finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=2))
+
+
+def test_a_killed_start_leaves_no_rows(folder, tmp_path, monkeypatch):
+    from mae_ast_fast import finetune as module
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Trainer, "_save", killed)  # after the first epoch
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tuned(folder, tmp_path / "run", folds="0", epochs=1, lr=1e-2))
+    assert (tmp_path / "run/metrics.jsonl").read_text()
+    finetune(tuned(folder, tmp_path / "run", folds="1", epochs=1))
+    told = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["fold"] for row in told] == ["1"]
+
+
+def test_results_of_an_earlier_version(folder, tmp_path):
+    probe(options(folder, tmp_path / "run"))
+    path = tmp_path / "run/task_options.json"
+    known = json.loads(path.read_text())
+    known.pop("content")
+    path.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match="holds a run of an earlier version: choose another --out"):
+        probe(options(folder, tmp_path / "run"))
+    path.write_text("null")
+    with pytest.raises(ValueError, match="holds a run with another mode"):
+        probe(options(folder, tmp_path / "run"))
+
+
+def test_names_that_look_like_formulas(folder, tmp_path):
+    for name in ("split", "several"):
+        shutil.copy(folder / f"{name}.tsv", folder / f"{name}$_$.tsv")
+        assert probe(options(folder, tmp_path / name, f"{name}$_$.tsv"))["value"] > 0.3
+    rows = (folder / "fold.tsv").read_text().replace("\t1\n", "\t$_$\n")
+    (folder / "odd$_$.tsv").write_text(rows)
+    assert finetune(tuned(folder, tmp_path / "folds", data="odd$_$.tsv", epochs=1))["value"] > 0.3
+
+
 def test_average_precision_of_each_label():
     rng = np.random.default_rng(0)
     targets = rng.random((50, 3)) < 0.4
@@ -766,12 +889,14 @@ def test_labels_are_drawn(tmp_path, monkeypatch, count):
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
     precisions = np.linspace(0.0, 1.0, count)
     precisions[1] = np.nan
+    shares = np.linspace(0.5, 0.1, count)
     labels = [f"label {i}" for i in range(count)]
-    figures.plot_labels(precisions, np.full(count, 0.5), labels, "title", tmp_path / "x.png")
+    figures.plot_labels(precisions, shares, labels, "title", tmp_path / "x.png")
     axis = drawn[0].axes[0]
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert len(names) == min(count - 1, 60) and names[0] == "label 0" and names[-1] == labels[-1]
     assert [bar.get_width() for bar in axis.patches] == [precisions[labels.index(name)] for name in names]
+    assert axis.lines[0].get_xdata().tolist() == [shares[labels.index(name)] for name in names]
 
 
 @pytest.mark.parametrize("last", [0.5, 0.9])
