@@ -91,7 +91,7 @@ def text(found: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
     processor = f"{'; '.join(machines)}, {' or '.join(map(str, threads))} thread{'s' * (threads[-1:] > [1])} a run"
     lines = [
         f"{len(found)} of {len(wanted)} cells, {hours:.1f} hours on {processor}, "
-        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)} (+: with uncommitted files, the results themselves). "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)} (+: with uncommitted files, such as the results). "
         "Accuracy, mean over the seeds (smallest - largest).",
         "",
         f"Main task, declared before the cells were run: {MAIN[1]} on {MAIN[0]}.",
