@@ -179,7 +179,7 @@ def plot_labels(
     axis.set_yticks(rows, [_drawable(labels[i]) for i in order], fontsize=8, parse_math=False)
     axis.set(xlabel="average precision", xlim=(0, 1))
     axis.set_title(title, parse_math=False)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower right")  # where the worst labels leave room
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
