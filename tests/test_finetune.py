@@ -982,6 +982,11 @@ def test_the_commands(folder, tmp_path, capsys):
     assert "holds no classifier (mae-ast-fast finetune or probe makes one)" in capsys.readouterr().err
 
 
+def test_a_folder_is_no_place_for_a_table_of_predictions(folder, tmp_path, capsys):
+    assert cli.main(["predict", "x.wav", "--checkpoint", str(folder / "mae_ast"), "--out", str(tmp_path)]) == 2
+    assert f"--out is the table to write, got the folder {tmp_path}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", FINETUNE_PRESETS)
 def test_presets_are_options(name):
     FinetuneOptions("d", "c", "o", **FINETUNE_PRESETS[name])
