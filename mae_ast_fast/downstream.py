@@ -27,7 +27,7 @@ from .classifier import AudioClassifier, longest_seconds
 from .inference import encoder_alone, pick_device
 from .model import MAEAST
 from .options import ProbeOptions, pick_precision
-from .running import only_run
+from .running import OPTIONS, TASK_OPTIONS, only_run
 from .scores import average_precisions, confusion, interval, score
 from .tasks import Round, Task, Waveforms, batches, read_task
 
@@ -146,7 +146,7 @@ class Run:
                 raise ValueError(f"{self.out} holds a run {what}: choose another --out")
             if not known:  # of a start that was killed before it made anything
                 (self.out / "metrics.jsonl").unlink(missing_ok=True)
-            write_json(self.out / "task_options.json", given)
+            write_json(self.out / TASK_OPTIONS, given)
             self.notes = [*self.task.notes, *self._notes()]
             for note in self.notes:
                 self.say(f"note: {note}")
@@ -193,11 +193,11 @@ class Run:
         for name in ("data", "root", "checkpoint"):
             if given[name] is not None and os.path.exists(given[name]):
                 given[name] = os.path.abspath(given[name])
-        path, known = self.out / "task_options.json", {}
+        path, known = self.out / TASK_OPTIONS, {}
         if path.is_file():
             with contextlib.suppress(ValueError, TypeError):
                 known = dict(json.loads(path.read_text()))
-        elif any((self.out / name).exists() for name in ("config.json", "options.json", "checkpoints")):
+        elif any((self.out / name).exists() for name in ("config.json", OPTIONS, "checkpoints")):
             raise ValueError(f"{self.out} already holds a model or a pretraining run: choose another --out")
         if not any(any(self.out.glob(name)) for name in ("summary.json", "*/result.json", f"*/{STATE}")):
             return given, {}

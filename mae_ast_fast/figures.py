@@ -155,27 +155,24 @@ def plot_confusion(counts: np.ndarray, labels: Sequence[str], title: str, path: 
     _save(figure, path)
 
 
-def plot_labels(
-    precisions: np.ndarray, counts: np.ndarray, labels: Sequence[str], title: str, path: Path, most: int = 60
-) -> None:
+def plot_labels(precisions: np.ndarray, shares: np.ndarray, labels: Sequence[str], title: str, path: Path) -> None:
     """Draws the average precision of each label that occurs as a bar, and the share of clips that chance would give.
 
     Args:
         precisions: (C,) average precisions; NaN of labels that do not occur.
-        counts: (C,) shares of clips that have the label.
-        labels: Their names.
+        shares: (C,) of the clips, those that have the label.
+        labels: Their names; of more than 60 the best and the worst are drawn.
         title: Of the picture.
         path: PNG to write.
-        most: Labels drawn; of more, the best and the worst.
     """
     plt = _pyplot()
     order = np.argsort(precisions)[: np.isfinite(precisions).sum()]
-    if len(order) > most:
-        order, title = np.concatenate([order[: most // 2], order[-most // 2 :]]), f"{title}\nbest and worst labels"
+    if len(order) > 60:
+        order, title = np.concatenate([order[:30], order[-30:]]), f"{title}\nbest and worst labels"
     figure, axis = plt.subplots(figsize=(8, 0.22 * len(order) + 1.6), constrained_layout=True)
     rows = range(len(order))
     axis.barh(rows, precisions[order], color="C0", alpha=0.7)
-    axis.plot(counts[order], rows, "k|", label="chance: share of clips with the label")
+    axis.plot(shares[order], rows, "k|", label="chance: share of clips with the label")
     axis.set_yticks(rows, [_drawable(labels[i]) for i in order], fontsize=8, parse_math=False)
     axis.set(xlabel="average precision", xlim=(0, 1))
     axis.set_title(title, parse_math=False)

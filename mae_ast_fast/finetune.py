@@ -241,6 +241,7 @@ def _finetune_round(run: Run, part: Round) -> Tested:
         _forget(folder)
         return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
     trainer = _Trainer(run, part)
+    run.earlier_seconds += trainer.earlier_seconds
     valid, chosen = trainer.train()
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
@@ -430,7 +431,6 @@ class _Trainer:
         self.step, self.history, self.best_weights = told["step"], told["history"], parts["best"]
         self.total += told["total"]
         self.earlier_seconds = told["seconds"]
-        self.run.earlier_seconds += told["seconds"]
         self.run.say(f"{self.part.where} goes on after update {self.step} of {self.steps}")
         return True
 

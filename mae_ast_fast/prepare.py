@@ -388,11 +388,12 @@ def write_shards(plan: Plan, out: str | os.PathLike, workers: int = 2, progress:
         shutil.rmtree(partial / "work", ignore_errors=True)
         for name in ("shards", "results", "work"):
             (partial / name).mkdir(exist_ok=True)
+        missing = [n for n in range(len(plan.shards)) if not _result_path(partial, n).is_file()]
         if progress:
-            done = sum(_result_path(partial, n).is_file() for n in range(len(plan.shards)))
+            done = len(plan.shards) - len(missing)
             more = f", going on after {done} of {len(plan.shards)} shards" if done else ""
             print(f"decoding {len(plan.entries):,} clips to 16 kHz mono in {out}{more}", file=sys.stderr, flush=True)
-        _decode_all(plan, partial, workers, progress)
+        _decode_all(plan, partial, missing, workers, progress)
         report = _write_manifests(plan, partial)
         for reason, finding in report["skipped"].items() if progress else ():
             some = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
@@ -424,11 +425,10 @@ def _finished(out: Path, report_path: Path, key: str) -> dict[str, Any] | None:
     return report if whole else None
 
 
-def _decode_all(plan: Plan, partial: Path, workers: int, progress: bool) -> None:
-    """A tar file in ``partial/shards`` and then a file in ``partial/results`` for each shard that lacks the latter."""
+def _decode_all(plan: Plan, partial: Path, missing: Sequence[int], workers: int, progress: bool) -> None:
+    """A tar file in ``partial/shards`` and then a file in ``partial/results`` for each shard that is missing."""
     from lhotse.audio import audio_backend
 
-    missing = [n for n in range(len(plan.shards)) if not _result_path(partial, n).is_file()]
     todo = iter(missing)
     bar = None
     if progress and missing:

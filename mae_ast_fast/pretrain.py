@@ -30,7 +30,7 @@ from .model import MAEAST
 from .options import FREE_OPTIONS, PretrainOptions, learning_rate, pick_precision
 from .resume import Checkpoints
 from .run_log import RunLog, read_metrics
-from .running import Signals, Stopped, only_run
+from .running import OPTIONS, TASK_OPTIONS, Signals, Stopped, only_run
 from .shards import Shards
 from .ssast import SSAST
 from .step import Part, TrainStep
@@ -67,7 +67,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         if peers.first:
             if not known:  # made only now: a start that fails leaves nothing
                 stack.enter_context(only_run(run))
-            write_json(run / "options.json", dataclasses.asdict(options))
+            write_json(run / OPTIONS, dataclasses.asdict(options))
             write_json(run / "data_report.json", shards.report)
             print(_headline(options, trainer, len(held_out.names)), flush=True)
         trainer.train(held_out)
@@ -364,9 +364,9 @@ class Trainer:
 
 def _check_same_run(run: Path, options: PretrainOptions) -> None:
     """Refuses to go on with a run under options that would make it another one."""
-    if (run / "task_options.json").exists():
+    if (run / TASK_OPTIONS).exists():
         raise ValueError(f"{run} is the folder of a probe or fine-tuning: choose another --out")
-    path = run / "options.json"
+    path = run / OPTIONS
     if not path.is_file() or not checkpoint.training_checkpoints(run):
         return
     try:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+OPTIONS, TASK_OPTIONS = "options.json", "task_options.json"  # in folders of pretraining; of probes and fine-tuning
+
 
 class Stopped(Exception):
     """SIGTERM or Ctrl-C: the run was saved, if ``path`` is not None, and can go on."""

@@ -24,14 +24,14 @@ def score(metric: str, probabilities: np.ndarray, targets: np.ndarray, multi_lab
     """
     from torchmetrics.functional import classification as of
 
-    if multi_label and probabilities.shape[1] == 1 and metric != "accuracy":  # torchmetrics wants two: one never there
-        probabilities, targets = (np.pad(x, ((0, 0), (0, 1))) for x in (probabilities, targets))
+    if multi_label and metric != "accuracy":
+        probabilities, targets = _at_least_two(probabilities, targets)
     p, n = torch.from_numpy(probabilities), probabilities.shape[1]
     y = torch.from_numpy(targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes without clips, which the means leave out
         if metric == "map":
-            return round(float(_average_precisions(p, y)[y.any(0)].mean()), 6)
+            return round(float(average_precisions(probabilities, targets)[targets.any(0)].mean()), 6)
         if multi_label:
             p, y = (p >= 0.5).long(), y.long()
             if metric == "accuracy":
@@ -45,19 +45,20 @@ def score(metric: str, probabilities: np.ndarray, targets: np.ndarray, multi_lab
         return round(float(_known(make, metric)(p, y, n, average="none")[y.unique()].mean()), 6)
 
 
-def _average_precisions(p: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    from torchmetrics.functional.classification import multilabel_average_precision
-
-    return multilabel_average_precision(p, y.long(), p.shape[1], average="none")
-
-
 def average_precisions(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """(C,) of (n, C) probabilities and bool targets; NaN of classes that do not occur in ``targets``."""
-    two = [np.pad(x, ((0, 0), (0, 1))) for x in (probabilities, targets)]  # torchmetrics wants two: one never there
+    from torchmetrics.functional.classification import multilabel_average_precision
+
+    p, y = (torch.from_numpy(x) for x in _at_least_two(probabilities, targets))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes without clips
-        found = _average_precisions(*map(torch.from_numpy, two)).numpy()[:-1]
-    return np.where(targets.any(0), found, np.nan)
+        found = multilabel_average_precision(p, y.long(), p.shape[1], average="none").numpy()
+    return np.where(targets.any(0), found[: targets.shape[1]], np.nan)
+
+
+def _at_least_two(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Columns, which torchmetrics wants of several labels: beside a single one another that is never there."""
+    return tuple(np.pad(x, ((0, 0), (0, 1))) if x.shape[1] == 1 else x for x in arrays)
 
 
 def _known(functions: dict[str, Callable[..., torch.Tensor]], metric: str) -> Callable[..., torch.Tensor]:

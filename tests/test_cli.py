@@ -694,7 +694,6 @@ import sys
 import mae_ast_fast
 before = set(sys.modules)
 from mae_ast_fast.cli import main
-from mae_ast_fast.running import Stopped
 assert main(["--help"]) == 0
 heavy = "jsonargparse soundfile soxr av matplotlib tensorboard torchaudio triton mae_ast_fast.pretrain"
 print([name for name in heavy.split() if name in set(sys.modules) - before], file=sys.stderr)

@@ -92,8 +92,8 @@ TASKS = {
 # The same clips with the command's own epochs and batches, and so many of each class to train on and to choose by.
 VARIANTS = {"zh_initial22_30_epochs": ("zh_initial22", None), "zh_initial22_5": ("zh_initial22", 5)}
 FINETUNED = ("zh_initial22", "zh_initial22_30_epochs", "zh_initial22_5", "vocal4")  # of others five folds take long
-PROBED = ("zh_initial22", "zh_initial22_5", "vocal4", "esc14", "hogvoice14")
-LONGER = "zh_initial22_30_epochs"  # for MORE_SEEDS_OF alone, of equal steps
+LONGER = "zh_initial22_30_epochs"  # fine-tuned alone, of MORE_SEEDS_OF at equal steps
+PROBED = tuple(task for task in TASKS if task != LONGER)
 ABLATED = (("finetune", "zh_initial22"), ("probe", "zh_initial22"), ("probe", "vocal4"), ("probe", "esc14"))
 POOL = "bands"
 
