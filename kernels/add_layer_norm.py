@@ -265,6 +265,7 @@ def _(dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, dro
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     branch, residual, weight, bias, branch_bias, seed, dropout, site, _ = inputs
     ctx.save_for_backward(branch, residual, weight, branch_bias, seed, *output[1:])
     ctx.dropout, ctx.site, ctx.bias_dtype = dropout, site, bias.dtype
@@ -295,6 +296,8 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dy_again):
+        if dy is None:
+            dy, dy_again = dy_again, None
         return _gradients(ctx, dy, dy_again)
 
 

@@ -107,9 +107,14 @@ def backward(
     dy: Tensor, x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, site: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (N, F) and, in fp32, of bias (F,)."""
+    x = unit_stride(x)
+    return backward_into(torch.empty_like(x, memory_format=torch.contiguous_format), dy, x, bias, seed, dropout, site)
+
+
+def backward_into(dx, dy, x, bias, seed, dropout, site):
+    """Same, into ``dx``, which may be ``dy``."""
     rows, width = x.shape
     dy, x, (bias,) = unit_stride(dy), unit_stride(x), dense(bias)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     threshold, scale = threshold_and_scale(dropout)
     chosen = dict(options("bias_gelu_backward", x, width))
     programs = min(triton.cdiv(rows, chosen["ROWS"]), chosen.pop("PROGRAMS"))
@@ -152,6 +157,7 @@ def _(dy, x, bias, seed, dropout, site):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, bias, seed, dropout, site = inputs
     ctx.save_for_backward(x, bias, seed)
     ctx.dropout, ctx.site = dropout, site

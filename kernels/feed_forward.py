@@ -221,10 +221,13 @@ def backward(
     if recompute:
         a = bias_gelu.forward(h, b1, None, 0.0, 0)
     dw2 = dy.T @ a
+    if recompute:
+        del a
     if _on("feed_forward_backward", dy, h.shape[1]):
         dh, db1 = dgelu_epilogue(dy, w2, h, b1)
     else:
-        dh, db1 = bias_gelu.backward(dy @ w2, h, b1, None, 0.0, 0)
+        da = dy @ w2
+        dh, db1 = bias_gelu.backward_into(da, da, h, b1, None, 0.0, 0)
     return dh @ w1, dh.T @ x, db1, dw2
 
 
@@ -245,6 +248,7 @@ def _(dy, x, w1, b1, w2, h, a, recompute):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, w1, b1, w2, ctx.recompute = inputs
     _, h, a = output
     ctx.mark_non_differentiable(h, a)

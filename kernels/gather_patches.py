@@ -191,6 +191,7 @@ def _(dout, features, scale, clip, token, kt, kf):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     features, _, scale, clip, token, ctx.kt, ctx.kf, _ = inputs
     ctx.save_for_backward(features, scale, clip, token)
 

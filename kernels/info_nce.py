@@ -277,6 +277,7 @@ def _(dloss, prediction, target, cu_seqlens, loss, top, log_total, max_seqlen, o
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     prediction, target, cu_seqlens, ctx.max_seqlen, ctx.over = inputs
     loss, *others = output
     ctx.mark_non_differentiable(*others)

@@ -155,6 +155,7 @@ def _(dloss, prediction, target, norm_pix_loss, eps):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     prediction, target, ctx.norm_pix_loss, ctx.eps = inputs
     ctx.save_for_backward(prediction, target)
 

@@ -261,6 +261,7 @@ def _(dy, visible, mask_token, table, token, inverse, weight, seed, mean, rstd, 
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     visible, mask_token, table, token, inverse, weight, bias, seed, dropout, site, _ = inputs
     ctx.save_for_backward(visible, mask_token, table, token, inverse, weight, seed, *output[1:])
     ctx.dropout, ctx.site, ctx.bias_dtype = dropout, site, None if bias is None else bias.dtype

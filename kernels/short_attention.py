@@ -239,6 +239,7 @@ def _(do, qkv, cu_seqlens, seed, max_seqlen, dropout, site):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     qkv, cu_seqlens, seed, ctx.max_seqlen, ctx.dropout, ctx.site = inputs
     ctx.save_for_backward(qkv, cu_seqlens, seed)
 

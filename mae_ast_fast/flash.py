@@ -288,6 +288,7 @@ def _(grad, q, k, v, out, lse, cu_q, cu_kv, max_q, max_kv, dropout, rng_state, u
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     q, k, v, cu_q, cu_kv, *ctx.rest = inputs
     out, lse, rng_state, unused = output
     ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_kv, rng_state, unused)

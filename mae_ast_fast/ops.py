@@ -20,6 +20,7 @@ from torch import Tensor
 from . import masking, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile of torch 2.11 cannot trace find_spec
 SHORT = 128  # rows of a clip, and values of a head, that short_attention takes
 
 
@@ -52,7 +53,7 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if device.type == "meta":  # shapes only
         return
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         raise ValueError("impl='triton' needs the package triton, which is not installed; use impl='torch'")
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         raise ValueError(
