@@ -73,6 +73,12 @@ def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, val
     return lengths
 
 
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of a module's weight; fp32 where it has no floating one, as a quantised Linear."""
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+
+
 def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
     """Writes model.safetensors and config.json, each in one step, into a folder that is made where it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +199,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         """Dtype of the stream and of the matrix products: autocast's where it is on, else that of the weights."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
-        return self.patch_embed.weight.dtype
+        return weight_dtype(self.patch_embed)
 
     def exact_sizes(
         self,

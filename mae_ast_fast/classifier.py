@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import audio
 from .atomic import write_whole
-from .base import Encoded, PretrainingModel, write_model
+from .base import Encoded, PretrainingModel, weight_dtype, write_model
 from .checkpoint import MODELS
 from .fbank import HOP, SAMPLE_RATE, WINDOW
 
@@ -91,7 +91,7 @@ class AudioClassifier(nn.Module):
         """
         pooled = pool_tokens(self.encoder.encode(features, lengths, self.layer), len(features), self.bands)
         with torch.autocast(features.device.type, enabled=False):  # bf16 scores would be equal for many clips
-            return self.head(self.norm(pooled.to(self.head.weight.dtype)))
+            return self.head(self.norm(pooled.to(weight_dtype(self.head))))
 
     @torch.no_grad()
     def probabilities(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -105,7 +105,7 @@ class AudioClassifier(nn.Module):
         Raises:
             audio.AudioError: The file gives no usable audio, or less than 25 ms.
         """
-        device, total, samples = self.head.weight.device, torch.zeros(len(self.labels)), 0
+        device, total, samples = next(self.parameters()).device, torch.zeros(len(self.labels)), 0
         for window in _windows(audio.decode_blocks(path), round(self.max_seconds * SAMPLE_RATE)):
             if window.size >= WINDOW:
                 total += window.size * self.probabilities(torch.from_numpy(window)[None].to(device))[0].cpu()

@@ -31,6 +31,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.utils import logging
 
+from .base import weight_dtype
 from .checkpoint import load_mae_ast
 from .classifier import MODEL_TYPE, NORM_EPS, AudioClassifier
 from .config import MAEASTConfig
@@ -222,7 +223,7 @@ class MAEASTForAudioClassification(MAEASTPreTrainedModel):
         counts = encoded.token_mask.sum(1).clamp(min=1)[:, None, None] / self.bands
         blocks = encoded.last_hidden_state.float().unflatten(1, (-1, self.bands))
         pooled = (blocks.sum(1) / counts).flatten(1)  # rows that are no token are 0
-        logits = self.classifier(self.norm(pooled.to(self.classifier.weight.dtype)))
+        logits = self.classifier(self.norm(pooled.to(weight_dtype(self.classifier))))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,

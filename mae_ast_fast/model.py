@@ -17,7 +17,17 @@ from . import ops, reference
 from .base import Encoded, PretrainingModel
 from .config import MAEASTConfig
 from .packing import Packing, Sizes, real_tokens
-from .transformer import SITES, Execution, Positions, Stack, linear
+from .transformer import (
+    SITES,
+    Execution,
+    Positions,
+    Stack,
+    add_norm,
+    call,
+    is_fusible_norm,
+    linear,
+    linear_without_bias,
+)
 
 MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both models
 
@@ -312,15 +322,14 @@ class MAEAST(PretrainingModel):
         self, patches: Tensor, rows: Packing, width: int, run: Execution, layer: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Normalised patches (N, P) of clips of at most ``width`` tokens -> output (N, D), and that of every layer."""
-        config, entrance = self.config, self.encoder.norm
+        config = self.config
         positions = self.encoder_positions(width)[rows.token].to(patches.dtype)
         drop = config.input_dropout if self.training else 0.0
         if config.norm_first:
             x = reference.drop(linear(patches, self.patch_embed), drop) + positions
         else:
-            x = F.linear(patches, self.patch_embed.weight.to(patches.dtype))
-            parameters = entrance.weight, entrance.bias, self.patch_embed.bias
-            x = ops.add_layer_norm(x, positions, *parameters, drop, run.seed, 0, impl=run.impl)
+            x, bias = linear_without_bias(patches, self.patch_embed)
+            x = add_norm(x, bias, positions, self.encoder.norm, drop, run, site=0, fork=False)
         return self.encoder(reference.drop(x, config.dropout if self.training else 0.0), rows, run, layer)
 
     def _decode(self, visible: Tensor, mask: Tensor, every: Packing, masked: Packing, run: Execution) -> Tensor:
@@ -328,11 +337,25 @@ class MAEAST(PretrainingModel):
         hidden = mask[every.clip, every.token]
         hidden = hidden | ~every.valid  # a row of no clip gets the mask token, and takes no gradient
         inverse = torch.where(hidden, -1, (~hidden).cumsum(0) - 1)
-        table, entrance = self.decoder_positions(mask.shape[1]), self.decoder.norm
-        norm = (None, None) if self.config.norm_first else (entrance.weight, entrance.bias)
         drop = self.config.dropout if self.training else 0.0
-        place = self.mask_token, table, every.token, inverse
-        x = ops.scatter_tokens(visible, *place, *norm, drop, run.seed, 1, run.impl)
+        norm = None if self.config.norm_first else self.decoder.norm
+        fused = norm is not None and is_fusible_norm(norm)
+        called = norm is not None and not fused
+        x = ops.scatter_tokens(
+            visible,
+            self.mask_token,
+            self.decoder_positions(mask.shape[1]),
+            every.token,
+            inverse,
+            weight=norm.weight if fused else None,
+            bias=norm.bias if fused else None,
+            dropout=0.0 if called else drop,
+            seed=run.seed,
+            site=1,
+            impl=run.impl,
+        )
+        if called:
+            x = reference.drop(call(x, norm), drop)
         place = every.cu_seqlens[masked.clip] + masked.token  # a clip's row numbers are its token indices
         only = masked, torch.where(masked.valid, place, len(every.clip))
         return self.decoder(x, every, run, only=only)[0]

@@ -20,7 +20,8 @@ from torch import Tensor
 from . import masking, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile of torch 2.11 cannot trace find_spec
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile of torch 2.11 cannot trace find_spec
+LAYER_NORM_EPS = 1e-5  # of every LayerNorm that an operation holds
 SHORT = 128  # rows of a clip, and values of a head, that short_attention takes
 
 
@@ -166,7 +167,7 @@ def add_layer_norm(
     from .kernels import add_layer_norm as kernel
 
     seed = _kernel_seed(dropout, seed, residual.device)
-    return kernel.add_layer_norm(branch, residual, weight, bias, branch_bias, seed, dropout, site, 1e-5, fork)
+    return kernel.add_layer_norm(branch, residual, weight, bias, branch_bias, seed, dropout, site, LAYER_NORM_EPS, fork)
 
 
 def bias_gelu(
@@ -299,7 +300,8 @@ def scatter_tokens(
     from .kernels import scatter_tokens as kernel
 
     tensors = visible, mask_token, table, token, inverse, weight, bias
-    return kernel.forward_op(*tensors, _kernel_seed(dropout, seed, visible.device), dropout, site, 1e-5)[0]
+    seed = _kernel_seed(dropout, seed, visible.device)
+    return kernel.forward_op(*tensors, seed, dropout, site, LAYER_NORM_EPS)[0]
 
 
 def short_attention(

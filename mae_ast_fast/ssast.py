@@ -26,7 +26,7 @@ from .config import SSASTConfig
 from .fairseq import read_state_dict
 from .model import MAEASTOutput
 from .packing import Packing, Sizes, real_tokens
-from .transformer import SITES, Execution, Stack, linear
+from .transformer import SITES, Execution, Stack, call, is_plain, linear
 
 CLASS_TOKENS = 2  # of DeiT: class and distillation; nothing is trained on their output
 _SECOND_SEED = 0x5BF03635F0B7A54D  # what the seed of the second pass's mask differs by
@@ -389,7 +389,10 @@ def _head(width: int, patch_dim: int) -> nn.Sequential:
 
 
 def _predict(x: Tensor, head: nn.Sequential) -> Tensor:
-    return linear(head[1](linear(x, head[0])), head[2])
+    if not is_plain(head):
+        return call(x, head)
+    first, activation, last = head
+    return linear(activation(linear(x, first)), last)
 
 
 _UNUSED = re.compile(r"v\.head(_dist)?\.(weight|bias)")  # timm's classifiers, of which SSAST makes no use

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from . import ops, reference
@@ -40,14 +41,102 @@ class Execution:
     recompute: str = "none"
 
 
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A Linear in the dtype of ``x``: the weights stay in their own (fp32 master weights, bf16 stream)."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether fused operations may read the weights of these modules instead of calling them.
+
+    A plain module computes exactly what its class does, with its own weight and bias. Its type is ``nn.Linear``,
+    ``nn.LayerNorm`` or ``nn.Sequential``, not a subclass. It has no hooks, neither its own nor global ones, and its
+    ``forward``, weight and bias were not replaced by another kind. An adapter, a parametrization, pruning or
+    quantisation makes a module not plain.
+    """
+    return not _has_any_global_hook() and all(map(_is_plain, modules))
 
 
-def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+_PLAIN_TYPES = (nn.Linear, nn.LayerNorm, nn.Sequential)
+_WEIGHT_TYPES = (nn.Parameter, Tensor)  # not a subclass, such as a quantised weight; not None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if type(module) not in _PLAIN_TYPES or hooks or "forward" in module.__dict__:
+        return False
+    if type(module) is nn.Sequential:
+        return True
+    return type(module.weight) in _WEIGHT_TYPES and type(module.bias) in _WEIGHT_TYPES
+
+
+def is_fusible_norm(layer: nn.Module) -> bool:
+    """Whether the operations that hold a LayerNorm compute this one: it is plain and has their eps."""
+    return is_plain(layer) and layer.eps == ops.LAYER_NORM_EPS
+
+
+def call(x: Tensor, module: nn.Module) -> Tensor:
+    """Calls a module that is not plain on rows (N, D): fp32 weights compute in half precision where ``x`` is in it."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
+        return module(x).to(x.dtype)
+
+
+def linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """A Linear in the dtype of ``x``: its weights stay in their own (fp32 master weights, bf16 stream)."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)) if is_plain(layer) else call(x, layer)
+
+
+def linear_without_bias(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A Linear in the dtype of ``x``, and its bias (D,) for the next operation to add; None where it is added."""
+    if is_plain(layer):
+        return F.linear(x, layer.weight.to(x.dtype)), layer.bias
+    return call(x, layer), None
+
+
+def norm(x: Tensor, layer: nn.Module) -> Tensor:
     """LayerNorm with fp32 statistics in the dtype of ``x``."""
-    return reference.layer_norm(x, layer.weight, layer.bias, layer.eps)
+    return reference.layer_norm(x, layer.weight, layer.bias, layer.eps) if is_plain(layer) else call(x, layer)
+
+
+def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum in the dtype of ``x``; None adds nothing."""
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def add_norm(
+    branch: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer: nn.Module,
+    dropout: float,
+    run: Execution,
+    *,
+    site: int,
+    fork: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm(residual + dropout(branch + bias)) (N, D); with ``fork`` twice, as in ``ops.add_layer_norm``.
+
+    Args:
+        branch: (N, D).
+        bias: (D,) that the branch still lacks; None: nothing.
+        residual: (N, D), in the dtype of ``branch``.
+        layer: The LayerNorm. Where ``is_fusible_norm`` is False it is called, without a kernel.
+        dropout: Rate in [0, 1).
+        run: Implementation and seed.
+        site: Which dropout this is.
+        fork: Return the result as the next input and as the next residual.
+    """
+    if not is_fusible_norm(layer):
+        y = call(residual + reference.drop(add_bias(branch, bias), dropout), layer)
+        return (y, y) if fork else y
+    return ops.add_layer_norm(
+        branch,
+        residual,
+        layer.weight,
+        layer.bias,
+        bias,
+        dropout=dropout,
+        seed=run.seed,
+        site=site,
+        fork=fork,
+        impl=run.impl,
+    )
 
 
 class Positions(nn.Module):
@@ -128,61 +217,65 @@ class Layer(nn.Module):
         """
         if only is not None:
             residual = _Select.apply(residual, only[1])
+        rate = self.config.dropout if self.training else 0.0
         if self.config.norm_first:
             y = norm(x, self.attn_norm)
-            asking = None if only is None else norm(residual, self.attn_norm)
-            x = residual + self.drop(self.attend(y, asking, rows, run, only) + self.out_proj.bias.to(x.dtype))
-            x = x + self.drop(self.feed_forward(norm(x, self.ffn_norm), run) + self.fc2.bias.to(x.dtype))
+            asking = None if only is None else _Select.apply(y, only[1])
+            branch, bias = self.attend(y, asking, rows, run, only)
+            x = residual + reference.drop(add_bias(branch, bias), rate)
+            branch, bias = self.feed_forward(norm(x, self.ffn_norm), run)
+            x = x + reference.drop(add_bias(branch, bias), rate)
             return x, x
         asking = None if only is None else residual
-        x, residual = self.add_norm(
-            self.attend(x, asking, rows, run, only), residual, self.out_proj, self.attn_norm, 1, run
-        )
-        return self.add_norm(self.feed_forward(x, run), residual, self.fc2, self.ffn_norm, 2, run)
+        branch, bias = self.attend(x, asking, rows, run, only)
+        x, residual = add_norm(branch, bias, residual, self.attn_norm, rate, run, site=self.site + 1, fork=True)
+        branch, bias = self.feed_forward(x, run)
+        return add_norm(branch, bias, residual, self.ffn_norm, rate, run, site=self.site + 2, fork=True)
 
     def attend(
         self, x: Tensor, asking: Tensor | None, rows: Packing, run: Execution, only: tuple[Packing, Tensor] | None
-    ) -> Tensor:
-        """Self-attention and its output projection, without the latter's bias."""
-        heads = self.config.num_heads
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention and its output projection, as ``linear_without_bias`` gives it."""
         drop = self.config.attention_dropout if self.training else 0.0
         if only is None:
-            qkv = linear(x, self.qkv).unflatten(1, (3, heads, -1))
+            qkv = linear(x, self.qkv).unflatten(1, (3, self.config.num_heads, -1))
             lengths = rows.cu_seqlens, rows.max_seqlen
             out = attention(qkv, *lengths, drop, run.attention, run.seed, self.site, rows.exact)
         else:
-            width = x.shape[1]
-            weight, bias = self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype)
-            q = F.linear(asking, weight[:width], bias[:width]).unflatten(1, (heads, -1))
-            kv = F.linear(x, weight[width:], bias[width:]).unflatten(1, (2, heads, -1))
+            q, kv = self.project_queries(x, asking, only[1])
             ask = only[0]
             lengths = ask.cu_seqlens, ask.max_seqlen, rows.cu_seqlens, rows.max_seqlen
             out = cross_attention(q, kv, *lengths, drop, run.attention, rows.exact)
-        return F.linear(out.flatten(1), self.out_proj.weight.to(x.dtype))
+        return linear_without_bias(out.flatten(1), self.out_proj)
 
-    def feed_forward(self, x: Tensor, run: Execution) -> Tensor:
-        """Linear, GELU, Linear, without the last one's bias."""
-        drop = self.config.activation_dropout if self.training else 0.0
-        if drop == 0.0:
+    def project_queries(self, x: Tensor, asking: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (M, H, Dh) of the rows ``asking`` (M, D), which are ``x[index]``; keys and values (N, 2, H, Dh)."""
+        width, heads = x.shape[1], self.config.num_heads
+        if is_plain(self.qkv):
+            weight, bias = self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype)
+            q, kv = F.linear(asking, weight[:width], bias[:width]), F.linear(x, weight[width:], bias[width:])
+        else:
+            q, kv = linear(x, self.qkv).split([width, 2 * width], dim=1)
+            q = _Select.apply(q, index)
+        return q.unflatten(1, (heads, -1)), kv.unflatten(1, (2, heads, -1))
+
+    def feed_forward(self, x: Tensor, run: Execution) -> tuple[Tensor, Tensor | None]:
+        """Linear, GELU, dropout, Linear; as ``linear_without_bias`` gives the last one."""
+        rate = self.config.activation_dropout if self.training else 0.0
+        if rate == 0.0 and is_plain(self.fc1, self.fc2):
+            w1, b1, w2 = self.fc1.weight, self.fc1.bias, self.fc2.weight
             recompute = run.recompute == "gelu"
-            return ops.feed_forward(
-                x, self.fc1.weight, self.fc1.bias, self.fc2.weight, recompute=recompute, impl=run.impl
-            )
-        hidden = F.linear(x, self.fc1.weight.to(x.dtype))
-        hidden = ops.bias_gelu(hidden, self.fc1.bias, drop, run.seed, self.site + 3, run.impl)
-        return F.linear(hidden, self.fc2.weight.to(x.dtype))
+            return ops.feed_forward(x, w1, b1, w2, recompute=recompute, impl=run.impl), self.fc2.bias
+        h, bias = linear_without_bias(x, self.fc1)
+        bias = h.new_zeros(h.shape[1]) if bias is None else bias
 
-    def add_norm(
-        self, branch: Tensor, residual: Tensor, last: nn.Linear, layer: nn.LayerNorm, place: int, run: Execution
-    ) -> tuple[Tensor, Tensor]:
-        """LayerNorm(residual + dropout(branch + bias of its last Linear)), twice."""
-        drop = self.config.dropout if self.training else 0.0
-        parameters = layer.weight, layer.bias, last.bias
-        return ops.add_layer_norm(branch, residual, *parameters, drop, run.seed, self.site + place, True, run.impl)
+        def activate(h: Tensor) -> tuple[Tensor, Tensor | None]:
+            a = ops.bias_gelu(h, bias, dropout=rate, seed=run.seed, site=self.site + 3, impl=run.impl)
+            return linear_without_bias(a, self.fc2)
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout of the residual branches."""
-        return reference.drop(x, self.config.dropout if self.training else 0.0)
+        if run.recompute == "gelu" and torch.is_grad_enabled():
+            return checkpoint(activate, h, use_reentrant=False)
+        return activate(h)
 
 
 class Stack(nn.Module):
