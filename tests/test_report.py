@@ -24,7 +24,7 @@ def test_tables_are_generated(page: str) -> None:
 
 def test_a_typed_number_is_noticed() -> None:
     readme = (ROOT / "README.md").read_text()
-    begin = readme.index("<!-- report:pretrain -->")
+    begin = readme.index("<!-- report:data_rate_cpu -->")
     digit = next(i for i in range(begin, len(readme)) if readme[i].isdigit())
     typed = readme[:digit] + str((int(readme[digit]) + 1) % 10) + readme[digit + 1 :]
     assert report.render(typed) == readme != typed

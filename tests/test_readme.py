@@ -1,0 +1,24 @@
+"""The README's first screen: its code runs, and it stays short and plain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from readme_code import README, first_screen
+
+
+def test_first_screen_code_runs_and_gives_what_its_comments_say() -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(first_screen(), str(README), "exec"), names)
+    assert names["hidden"].last_hidden_state.shape == (4, 504, 768)
+    assert names["hidden"].lengths.tolist() == [504, 152, 312, 104]
+    assert all(metric.isfinite() for metric in names["metrics"])
+
+
+def test_first_screen_has_the_two_commands_and_no_picture() -> None:
+    first = README.read_text().splitlines()[:45]
+    text = "\n".join(first)
+    assert "make pretrain" in text and "make test" in text and "```python" in text
+    assert not [line for line in first if line.startswith("![")]
