@@ -11,10 +11,6 @@ import runpy
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # tests/, for `fake_cuda`, instead of this folder
-
-from fake_cuda import build
-
 
 def work_around_limits() -> None:
     """Changes PyTorch where it reads values that the fake GPU never computed, or calls a library that is not replaced.
@@ -41,6 +37,9 @@ def work_around_limits() -> None:
 
 
 def main() -> None:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # tests/ instead of this folder, whose names are short
+    from fake_cuda import build
+
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["-m"]:
         sys.exit(__doc__)
