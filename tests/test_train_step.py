@@ -623,10 +623,12 @@ IMPLS = ["torch", "triton"]
 def test_an_update_never_waits_for_the_gpu(impl: str, precision: str) -> None:
     update = TrainStep(build(impl=impl, dropout=0.1), precision=precision)
     x = features(FRAMES)
+    on_host = x.cpu()
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
         try:
-            update(x, FRAMES, lr=1e-3, seed=count)
+            update(x, FRAMES, lr=1e-3, seed=count, clip_ids=torch.arange(3))
+            update(on_host, FRAMES, seed=torch.tensor(count), clip_ids=[4, 0, 2])
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
