@@ -51,17 +51,16 @@ with Measure() as replay:
     graph.replay()
 illegal = {}
 def breaks(name, call):
-    torch.cuda.synchronize()
-    with Measure() as measured, torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
-        x + 1
+    new = torch.cuda.CUDAGraph()
+    with Measure() as measured, torch.cuda.graph(new, stream=stream, capture_error_mode="thread_local"):
+        x.add_(1)
         call()
     illegal[name] = measured.illegal
 def elsewhere():
     with torch.cuda.stream(other):
-        x + 1
+        x.add_(1)
 library, host, pinned = ctypes.CDLL(os.environ["FAKE_CUDA"]), torch.empty(8), torch.empty(8).pin_memory()
 to, of, on = (ctypes.c_void_p(value) for value in (x.data_ptr(), host.data_ptr(), stream.cuda_stream))
-elsewhere()  # its stream has memory before a capture
 breaks("nothing", lambda: x[0, :8].copy_(pinned, non_blocking=True))
 breaks("device", torch.cuda.synchronize)
 breaks("stream", stream.synchronize)
@@ -76,9 +75,10 @@ except torch.OutOfMemoryError:
     found["out of memory"] = True
 with Measure() as configuration:
     found["statuses"] = [library.cuLaunchKernel(None, 1, y, 1, 32, 1, 1, 0, None, None, None) for y in (65535, 65536)]
-optimizer = torch.optim.AdamW([torch.nn.Parameter(x)], lr=torch.tensor(1e-3, device="cuda"), fused=True, capturable=True)
-report(**found, launches=launches, nothing=nothing, item=item, synchronize=synchronize, pageable=pageable, memory=memory,
-       capture=capture, replay=replay, illegal=illegal, configuration=configuration, arguments=sys.argv[1:])
+torch.optim.AdamW([torch.nn.Parameter(x)], lr=torch.tensor(1e-3, device="cuda"), fused=True, capturable=True)
+report(**found, launches=launches, nothing=nothing, item=item, synchronize=synchronize, pageable=pageable,
+       memory=memory, capture=capture, replay=replay, illegal=illegal, configuration=configuration,
+       arguments=sys.argv[1:])
 """
 
 

@@ -1,6 +1,6 @@
 """For scripts on the fake GPU: counts what a block of code asks of the device.
 
-Usage: ``with Measure() as update: step(features)``, then ``report(update=update)``, which prints the last line of output.
+Usage: ``with Measure() as update: step(features)``, then ``report(update=update)``, which prints one line of JSON.
 """
 
 from __future__ import annotations
