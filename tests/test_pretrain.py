@@ -573,6 +573,16 @@ def test_a_preset_takes_statistics_and_positions_from_the_checkpoint_that_it_sta
     assert given.model_config(source) == dataclasses.replace(source, mask_patches=200, mean=3.0)
 
 
+def test_model_args_of_other_patches_take_the_masking_of_the_patches() -> None:
+    for preset, patch_size, masking in (("patch_tiny", [2, 128], "random"), ("frame_tiny", [16, 16], "chunk")):
+        options = PretrainOptions(preset=preset, model_args={"patch_size": patch_size})
+        assert options.model_config().masking == masking
+        given = dataclasses.replace(options, model_args={"patch_size": patch_size, "masking": "span"})
+        assert given.model_config().masking == "span"
+    with pytest.raises(ValueError, match=r"masking='chunk' needs several frequency blocks.*\(2, 128\)"):
+        PretrainOptions(model_args={"patch_size": [2, 128], "masking": "chunk"})
+
+
 def test_options_of_the_update_arrive(options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what the model computes again in the backward."""
     seen: dict[str, Any] = {}
