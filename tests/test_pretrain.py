@@ -325,6 +325,14 @@ def test_init_from_continues_any_checkpoint(options: PretrainOptions, tmp_path: 
     assert torch.equal(
         MAEAST.from_pretrained(again.out).mask_token.round(decimals=5), source.mask_token.round(decimals=5)
     )
+    noisy = dataclasses.replace(trained.config, activation_dropout=0.1)
+    MAEAST(noisy).save_pretrained(tmp_path / "noisy")
+    gelu = dataclasses.replace(
+        again, init_from=str(tmp_path / "noisy"), recompute="gelu", model_args={}, out=str(tmp_path / "gelu")
+    )
+    with pytest.raises(ValueError, match=r"recompute='gelu' needs activation_dropout=0, got 0.1"):
+        pretrain(gelu)
+    pretrain(dataclasses.replace(gelu, model_args={"activation_dropout": 0.0}, steps=1))
     misfit = dataclasses.replace(options, preset="patch_tiny", model_args=dict(SMALL), out=str(tmp_path / "misfit"))
     with pytest.raises(ValueError, match=r"does not fit.*embed_dim 64 in the checkpoint, 32 asked for"):
         pretrain(misfit)
