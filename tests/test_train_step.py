@@ -607,16 +607,15 @@ def test_lengths_on_a_gpu_of_one_shape_make_one_graph(monkeypatch: pytest.Monkey
 def test_update_with_lengths_on_a_gpu_weighs_parts_by_masked_tokens(
     monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
+    """A part without clips adds nothing; without one the result is the same."""
     unknown_lengths(monkeypatch)
     found = []
     for where in (list, torch.tensor):
         update = TrainStep(MODELS[model](), 1e-3)
         x = features([55, 17, 33])
-        parts = [
-            module.Part(x, where([55, 0, 33]), seed=1),
-            module.Part(x[:0]),
-            module.Part(x[:1], where([17]), seed=2),
-        ]
+        parts = [module.Part(x, where([55, 0, 33]), seed=1), module.Part(x[:1], where([17]), seed=2)]
+        if where is torch.tensor:
+            parts.insert(1, module.Part(x[:0]))
         found.append(update.update(parts))
     for name, number, value in zip(found[0]._fields, *found, strict=True):
         assert_rounding(value, number, name, grad=True)
