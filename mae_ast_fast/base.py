@@ -139,16 +139,43 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         super().__init__()
         if not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
+        self.config = config
+        self.impl, self.attention, self.recompute = impl, attention, recompute
+
+    @property
+    def impl(self) -> str:
+        """Implementation of the operations; setting it checks as the constructor does, likewise the two below."""
+        return self._impl
+
+    @impl.setter
+    def impl(self, impl: str) -> None:
         # Only who asks for kernels by name is told at once that there is no GPU for them; nobody else touches CUDA.
         resolve_impl(impl, "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
-        check_backend(attention)  # what the backend can do shows on the device and dtype of a call
+        self._impl = impl
+
+    @property
+    def attention(self) -> str:
+        """Attention backend. What it can do shows on the device and dtype of a call."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, attention: str) -> None:
+        check_backend(attention)
+        self._attention = attention
+
+    @property
+    def recompute(self) -> str:
+        """What the backward computes again."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: str) -> None:
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
-        if recompute == "gelu" and config.activation_dropout > 0.0:
-            raise ValueError(
-                f"recompute='gelu' needs activation_dropout=0, got {config.activation_dropout}: use recompute='layer'"
-            )
-        self.config, self.impl, self.attention, self.recompute = config, impl, attention, recompute
+        if recompute == "gelu" and self.config.activation_dropout > 0.0:
+            rate = self.config.activation_dropout
+            raise ValueError(f"recompute='gelu' needs activation_dropout=0, got {rate}: use recompute='layer'")
+        self._recompute = recompute
 
     def features(self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """What ``forward`` takes, from waveforms: log-mel of the model's own front end, through ``normalize``.
@@ -319,6 +346,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         *,
         impl: str = "auto",
         attention: str = "auto",
+        recompute: str = "none",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
@@ -333,6 +361,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             pretrained_model_name_or_path: Folder or repository name.
             impl: As in the constructor.
             attention: As in the constructor.
+            recompute: As in the constructor.
             revision: This and the following as ``huggingface_hub.hf_hub_download`` takes them; unused for a folder.
             cache_dir: Where downloads are kept.
             force_download: Download again.
@@ -340,7 +369,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             token: Of the Hub.
 
         Raises:
-            ValueError: A file is missing or damaged, or weights and configuration do not fit.
+            ValueError: A file is missing or damaged, or weights and configuration do not fit; or as the constructor.
         """
         hub = {
             "revision": revision,
@@ -394,7 +423,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
                 raise ValueError("; ".join(differing))
         except Exception as error:  # safetensors' own exception class is not public
             raise ValueError(f"{path} is damaged or does not fit its config.json: {error}") from None
-        model = kinds[name](config, impl=impl, attention=attention)
+        model = kinds[name](config, impl=impl, attention=attention, recompute=recompute)
         try:
             model.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:

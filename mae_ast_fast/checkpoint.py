@@ -28,7 +28,7 @@ def load_fairseq(path: str | os.PathLike[str], **init: Any) -> MAEAST:
 
     Args:
         path: The ``.pt`` file.
-        **init: ``impl`` and ``attention`` of the model.
+        **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
     Raises:
         ValueError: No such checkpoint, unsupported options, or weights missing or unexpected, all listed.
@@ -44,6 +44,10 @@ def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
     """Reads a model from wherever it is: a folder, a run folder, an official file, or a Hub repository.
 
     Official files are those of MAE-AST, ``.pt``, and of SSAST, ``.pth``.
+
+    Args:
+        source: Folder, file or name.
+        **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
     Raises:
         ValueError: Nothing of the kind is there, with what was found instead.
@@ -102,7 +106,7 @@ def export(source: str | os.PathLike[str], folder: str | os.PathLike[str], **ini
     Args:
         source: As of ``load_model``.
         folder: Folder, made where it does not exist.
-        **init: ``impl`` and ``attention`` of the model.
+        **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
     Raises:
         ValueError: As ``load_model``.

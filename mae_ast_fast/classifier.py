@@ -133,7 +133,7 @@ class AudioClassifier(nn.Module):
 
         Args:
             folder: Also the folder of a fine-tuning run.
-            **init: ``impl`` and ``attention`` of the encoder.
+            **init: ``impl``, ``attention`` and ``recompute`` of the encoder.
 
         Raises:
             ValueError: There is no classifier, or it is damaged.

@@ -14,8 +14,12 @@ _SIZES = {  # name -> (embed_dim, ffn_dim, num_heads)
     "small": (384, 1536, 6),
     "tiny": (192, 768, 3),
 }
-# Frame tokens span all frequencies, so there is no grid for chunks: frame models mask at random (paper, section 3.2).
-_PATCHES = {"patch": ((16, 16), "chunk"), "frame": ((2, 128), "random")}
+_PATCHES = {"patch": (16, 16), "frame": (2, 128)}
+
+
+def _default_masking(grid_f: int) -> str:
+    """Chunks need a grid of several frequency blocks; the paper's frame models mask at random (section 3.2)."""
+    return "chunk" if grid_f > 1 else "random"
 
 
 def _is_whole(value: object) -> bool:
@@ -69,7 +73,8 @@ class MAEASTConfig:
         encoder_layerdrop: Probability that an encoder layer is skipped in training.
         decoder_layerdrop: The same for decoder layers.
         mask_ratio: Share of a clip's tokens that is hidden, in (0, 1).
-        masking: Strategy, one of ``mae_ast_fast.masking.sample_mask``.
+        masking: Strategy, one of ``mae_ast_fast.masking.sample_mask``. None: "chunk" where the patches make several
+            frequency blocks, "random" where they make one; the attribute is that name.
         reconstruction_weight: Weight of the mean squared error. 0 switches it off.
         classification_weight: Weight of the InfoNCE loss. 0 switches it off.
         norm_pix_loss: Reconstruct every patch normalised by its own mean and variance (He et al. 2022, section 4).
@@ -95,7 +100,7 @@ class MAEASTConfig:
     encoder_layerdrop: float = 0.05
     decoder_layerdrop: float = 0.0
     mask_ratio: float = 0.75
-    masking: str = "chunk"
+    masking: str | None = None
     reconstruction_weight: float = 10.0
     classification_weight: float = 1.0
     norm_pix_loss: bool = False
@@ -139,6 +144,8 @@ class MAEASTConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
         if not _is_number(self.mask_ratio) or not 0.0 < self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must be in (0, 1), got {self.mask_ratio!r}")
+        if self.masking is None:
+            object.__setattr__(self, "masking", _default_masking(self.grid_f))
         if self.masking not in MASKING_STRATEGIES:
             raise ValueError(f"masking must be one of {', '.join(MASKING_STRATEGIES)}, got {self.masking!r}")
         if self.grid_f == 1 and self.masking in ("chunk", "chunk_official", "frequency"):
@@ -189,11 +196,9 @@ class MAEASTConfig:
         if name not in cls.preset_names():
             raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
         kind, size = name.split("_", 1)
-        patch_size, masking = _PATCHES[kind]
         width, ffn_dim, num_heads = _SIZES[size.removesuffix("_6layer")]
         fields = {
-            "patch_size": patch_size,
-            "masking": masking,
+            "patch_size": _PATCHES[kind],
             "embed_dim": width,
             "decoder_embed_dim": width,
             "ffn_dim": ffn_dim,
@@ -309,8 +314,8 @@ class SSASTConfig:
 
     @property
     def masking(self) -> str:
-        """Strategy of ``masking.sample_mask``; frame tokens span all frequencies, so there is no grid for chunks."""
-        return "chunk" if self.grid_f > 1 else "random"
+        """Strategy of ``masking.sample_mask``, by the frequency blocks."""
+        return _default_masking(self.grid_f)
 
     @property
     def mask_ratio(self) -> float:
@@ -349,7 +354,7 @@ class SSASTConfig:
             raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
         kind, size = name.split("_")
         width, _, num_heads = _SIZES[size]
-        return cls.from_dict({"patch_size": _PATCHES[kind][0], "embed_dim": width, "num_heads": num_heads, **overrides})
+        return cls.from_dict({"patch_size": _PATCHES[kind], "embed_dim": width, "num_heads": num_heads, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML; ``from_dict`` reads them back."""

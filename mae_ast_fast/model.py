@@ -422,7 +422,7 @@ class MAEAST(PretrainingModel):
         Args:
             state_dict: Official parameter names to tensors.
             cfg: Official options: nested (``cfg["model"]`` and so on), flat, or with ``cfg/model/`` prefixes.
-            **init: ``impl`` and ``attention``.
+            **init: ``impl``, ``attention`` and ``recompute``.
 
         Raises:
             ValueError: Missing or unexpected weights, all listed; an option that MAE-AST does not have.

@@ -157,7 +157,9 @@ class PretrainOptions:
             raise ValueError(f"preset must be one of {names} for --model {self.model}, got {name!r}")
         if isinstance(base, SSASTConfig):
             return self._ssast_config(base, source)
-        return MAEASTConfig.from_dict({**base.to_dict(), **self.model_args})
+        if base is source:
+            return MAEASTConfig.from_dict({**base.to_dict(), **self.model_args})
+        return MAEASTConfig.preset(name, **self.model_args)  # masking follows another patch_size
 
     def _ssast_config(self, base: SSASTConfig, source: SSASTConfig | None) -> SSASTConfig:
         """Sizes of ``base``, the rest of the checkpoint where there is one; the same share of every grid is hidden."""

@@ -94,8 +94,7 @@ class Trainer:
         found = self.checkpoints.peek()
         self.micro_batches = options.micro_batches or (peers.size if found is None else found.state["micro_batches"])
         if found is not None:
-            kind = checkpoint.MODELS[options.model]
-            model = kind(found.config, impl=options.impl, attention=options.attention)
+            model = checkpoint.MODELS[options.model](found.config, **self._init)
         else:
             model = self._new_model()
         if self.micro_batches % peers.size:
@@ -105,7 +104,6 @@ class Trainer:
         self.places = [(0, 0)] * self.micro_batches  # epoch and batch of each, behind the last update; own ones alone
         self.own = slice(*(self.micro_batches // peers.size * (peers.rank + end) for end in (0, 1)))
         _check_shortest(model.config, options)
-        model.recompute = options.recompute
         self.model = model.to(self.device).train()
         self.updates = TrainStep(
             self.model,
@@ -119,6 +117,11 @@ class Trainer:
         )
         if found is not None:
             self._restore(found.state)
+
+    @property
+    def _init(self) -> dict[str, str]:
+        """What the constructor of a model takes besides its configuration."""
+        return {name: getattr(self.options, name) for name in ("impl", "attention", "recompute")}
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Goes on where the newest checkpoint is."""
@@ -137,12 +140,11 @@ class Trainer:
     def _new_model(self) -> MAEAST | SSAST:
         """The model with which a run starts."""
         options = self.options
-        init = {"impl": options.impl, "attention": options.attention}
         if options.init_from is not None:
-            source = checkpoint.load_model(options.init_from, **init)
+            source = checkpoint.load_model(options.init_from)  # its weights alone count
             config = options.model_config(source.config)
             _check_fits(source.config, config, options)
-            model = type(source)(config, **init)
+            model = type(source)(config, **self._init)
             model.load_state_dict(source.state_dict())
             return model
         config = options.model_config()
@@ -150,7 +152,7 @@ class Trainer:
             # One process's: a clip that another could not read must not make their models differ.
             mean, std = self.peers.gather(log_mel_statistics(self.shards, options))[0]
             config = dataclasses.replace(config, **{"mean": mean, "std": std, **options.model_args})
-        return checkpoint.MODELS[options.model](config, **init)
+        return checkpoint.MODELS[options.model](config, **self._init)
 
     def train(self, held_out: HeldOut) -> None:
         """Runs the remaining updates."""

@@ -204,7 +204,7 @@ def load_weights(folder: Path, **init: Any) -> MAEAST | SSAST:
 
     Args:
         folder: ``step-N``.
-        **init: ``impl`` and ``attention`` of the model.
+        **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
     Raises:
         ValueError: It is damaged.

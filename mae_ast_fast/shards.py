@@ -269,7 +269,7 @@ class Shards:
                 f"expected min_seconds <= max_seconds <= batch_seconds, got {min_seconds}, {max_seconds} and "
                 f"{batch_seconds}"
             )
-        edges = sorted({-(-longest * k // _BUCKETS) for k in range(1, _BUCKETS + 1)})
+        edges = bucket_edges(longest)
         # Twice as much as all buckets hold when each lacks one window to a batch: some bucket is always full.
         full = sum(budget // max(low, shortest) + 1 for low in [0, *edges[:-1]])
         sampler = DynamicBucketingSampler(
@@ -362,6 +362,11 @@ class Shards:
             if not todo:
                 break
         return found
+
+
+def bucket_edges(longest: int) -> list[int]:
+    """The longest window of each bucket of like lengths, ascending, in samples; ``longest`` is that of all."""
+    return sorted({-(-longest * k // _BUCKETS) for k in range(1, _BUCKETS + 1)})
 
 
 class _Unreadable(Exception):

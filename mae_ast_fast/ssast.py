@@ -367,7 +367,7 @@ class SSAST(PretrainingModel):
         Args:
             path: The ``.pth`` file: a state dict, with or without DataParallel's prefix ``module.``.
             num_heads: None: width // 64, as in the paper's models.
-            **init: ``impl`` and ``attention`` of the model.
+            **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
         Returns:
             The model, in evaluation mode.

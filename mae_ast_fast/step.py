@@ -33,7 +33,9 @@ from .packing import Sizes, round_up
 from .transfer import send
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-GRAPHS_KEPT = 16  # of the shapes used last
+# The loader's batches have some 20 to 70 shapes (tests/test_train_step.py counts them). All graphs share the memory of
+# one update. Each adds its nodes and a copy of its inputs, some 50 kB for a second of audio.
+GRAPHS_KEPT = 128
 
 Mask = Tensor | tuple[Tensor, ...] | None
 
@@ -287,8 +289,9 @@ class TrainStep:
             block, grid_f = self.model.config.patch_size[0], self.model.config.grid_f
             self._tokens_on_device = self._tokens_on_device + (frames // block * grid_f).sum()
         if self.bucketed:
-            features, frames, clip_ids = _pad(features, frames, clip_ids, self.model)
-            sizes = sizes.bucket()
+            shape = Shape.of(self.model, *features.shape[:2], sizes)
+            features, frames, clip_ids = _pad(features, frames, clip_ids, shape)
+            sizes = shape.sizes
         self.rows += sizes.visible + sizes.masked
         draw = {"seed": seed, "clip_ids": clip_ids, "epoch": epoch}
         return _Batch(send(features, self.device), send(frames, self.device), draw, sizes, counts)
@@ -453,17 +456,51 @@ def _is_empty(features: Any) -> bool:
     return isinstance(features, Tensor) and features.dim() == 3 and not len(features)
 
 
+class Shape(NamedTuple):
+    """What a batch is padded to: like batches share it, and with it one graph.
+
+    Attributes:
+        clips: B.
+        frames: T.
+        sizes: Of the rows. The most rows of a clip are those of a clip of T frames.
+    """
+
+    clips: int
+    frames: int
+    sizes: Sizes
+
+    @classmethod
+    def of(cls, model: PretrainingModel, clips: int, longest: int, sizes: Sizes) -> Shape:
+        """Of a batch of so many clips, the longest of so many frames; ``sizes`` hold it."""
+        block = model.config.patch_size[0]
+        frames = max(longest, min(round_up(-(-longest // block)) * block, model.max_frames))
+        full = model.largest_sizes(1, frames)
+        return cls(round_up(clips, least=1), frames, Sizes(*sizes.bucket()[:2], *full[2:]))
+
+
 def _pad(
-    features: Tensor, frames: Tensor, clip_ids: Tensor | None, model: PretrainingModel
+    features: Tensor, frames: Tensor, clip_ids: Tensor | None, shape: Shape
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A batch with empty clips and frames behind it, so that like batches have one shape."""
+    """A batch followed by empty clips, its clips by empty frames."""
     batch, longest = features.shape[:2]
-    block = model.config.patch_size[0]
-    clips, width = round_up(batch, least=1), round_up(-(-longest // block)) * block
-    width = max(longest, min(width, model.max_frames))
-    features = F.pad(features, (0, 0, 0, width - longest, 0, clips - batch))
-    clip_ids = None if clip_ids is None else F.pad(clip_ids, (0, clips - batch))
-    return features, F.pad(frames, (0, clips - batch)), clip_ids
+    more = shape.clips - batch
+    features = F.pad(features, (0, 0, 0, shape.frames - longest, 0, more))
+    return features, F.pad(frames, (0, more)), None if clip_ids is None else F.pad(clip_ids, (0, more))
+
+
+class GraphCache(OrderedDict[Any, Any]):
+    """The graphs of the ``GRAPHS_KEPT`` keys used last; None of a key that was used once."""
+
+    def take(self, key: Any, record: Callable[[], Any]) -> Any:
+        """The graph of ``key``: None at its first use, what ``record`` returns from the second on."""
+        found = self.get(key)
+        if found is None and key in self:
+            found = record()
+        self[key] = found
+        self.move_to_end(key)
+        if len(self) > GRAPHS_KEPT:
+            self.popitem(last=False)
+        return found
 
 
 class _Graphs:
@@ -477,7 +514,7 @@ class _Graphs:
     def __init__(self, update: Callable[..., Tensor], model: nn.Module, device: torch.device) -> None:
         self.update, self.model, self.device = update, model, device
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        self.known: OrderedDict[Any, tuple[list[Tensor], Callable[[], Any], Tensor] | None] = OrderedDict()
+        self.known = GraphCache()
 
     def __call__(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes) -> Tensor:
         masks = mask if isinstance(mask, tuple) else (mask,)
@@ -485,26 +522,24 @@ class _Graphs:
         # A graph reads from where the buffers were; longer positions are another table.
         buffers = tuple(buffer.data_ptr() for buffer in self.model.buffers())
         key = tuple((x.shape, x.dtype) for x in inputs), sizes, buffers
+
+        def make() -> tuple[list[Tensor], Callable[[], Any], Tensor]:
+            own = [x.clone() for x in inputs]
+            given = tuple(own[2:]) if isinstance(mask, tuple) else own[2]
+            return own, *record(lambda: self.update(own[0], own[1], given, sizes), self.pool, self.stream)
+
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):  # and on its device
-            if key not in self.known:
-                self.known[key] = None
+            graph = self.known.take(key, make)
+            if graph is None:
                 told = self.update(features, lengths, mask, sizes)
             else:
-                if self.known[key] is None:
-                    own = [x.clone() for x in inputs]
-                    given = tuple(own[2:]) if isinstance(mask, tuple) else own[2]
-                    replay, result = record(lambda: self.update(own[0], own[1], given, sizes), self.pool, self.stream)
-                    self.known[key] = own, replay, result
-                own, replay, result = self.known[key]
+                own, replay, result = graph
                 for place, x in zip(own, inputs, strict=True):
                     place.copy_(x, non_blocking=True)
                 replay()
                 told = result.clone()
-        self.known.move_to_end(key)
-        if len(self.known) > GRAPHS_KEPT:
-            self.known.popitem(last=False)
         caller.wait_stream(self.stream)
         return told
 

@@ -169,13 +169,15 @@ def test_model_and_export(tmp_path: Path, config: Any) -> None:
     path = save(tmp_path / "run", update, 1)
     expected = dict(update.model.state_dict())
     for source in (tmp_path / "run", path):
-        model = load_model(source, impl="torch")
-        assert model.config == config and model.impl == "torch" and not model.training
+        model = load_model(source, impl="torch", attention="math", recompute="layer")
+        assert model.config == config and not model.training
+        assert (model.impl, model.attention, model.recompute) == ("torch", "math", "layer")
         assert_equal(dict(model.state_dict()), expected)
     export(path, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
     assert_equal(load_file(tmp_path / "out" / "model.safetensors"), expected)
-    assert_equal(dict(load_model(tmp_path / "out").state_dict()), expected)
+    assert_equal(dict(load_model(tmp_path / "out", recompute="gelu").state_dict()), expected)
+    assert load_model(tmp_path / "out", recompute="gelu").recompute == "gelu"
     export(path, path)  # beside the shards: both stay readable
     assert_equal(dict(load_model(path).state_dict()), expected)
     assert Checkpoints(tmp_path / "run", 1).peek().path == path

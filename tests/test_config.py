@@ -38,7 +38,8 @@ CONTRACT = {  # the public interface, in its order
 
 def test_fields_and_defaults_are_the_contracts() -> None:
     parameters = inspect.signature(MAEASTConfig).parameters
-    assert [(name, p.default) for name, p in parameters.items()] == list(CONTRACT.items())
+    defaults = {**CONTRACT, "masking": None}  # it follows patch_size
+    assert [(name, p.default) for name, p in parameters.items()] == list(defaults.items())
     assert dataclasses.asdict(MAEASTConfig()) == CONTRACT
     assert all(type(getattr(MAEASTConfig(), name)) is type(value) for name, value in CONTRACT.items())
 
@@ -140,7 +141,7 @@ WRONG = [
     ({"encoder_projection": "no"}, ["encoder_projection", "no"]),
     ({"patch_size": (16, 24)}, ["num_mel_bins", 24, 128]),
     ({"masking": "blocks"}, ["masking", "random", "chunk", "chunk_official", "span", "time", "frequency", "blocks"]),
-    ({"masking": None}, ["masking", "chunk", None]),
+    ({"masking": 3}, ["masking", "chunk", 3]),
     *[
         ({"patch_size": (2, 128), "masking": masking}, [masking, "(2, 128)", 128, "random"])
         for masking in ("chunk", "chunk_official", "frequency")
@@ -161,6 +162,22 @@ def test_errors_name_what_was_expected_and_what_came(fields: dict, words: list) 
         MAEASTConfig(**fields)
     for word in words:
         assert str(word) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "masking"), [((2, 128), "random"), ([4, 128], "random"), ((16, 64), "chunk"), ((2, 16), "chunk")]
+)
+def test_masking_by_default_follows_the_patches(patch_size: tuple[int, int], masking: str) -> None:
+    expected = MAEASTConfig(patch_size=patch_size, masking=masking)
+    for config in (
+        MAEASTConfig(patch_size=patch_size),
+        MAEASTConfig(patch_size=patch_size, masking=None),
+        MAEASTConfig.preset("patch_base", patch_size=patch_size),
+        MAEASTConfig.preset("frame_base", patch_size=patch_size),
+        MAEASTConfig.from_dict({"patch_size": list(patch_size)}),
+    ):
+        assert config == expected and config.to_dict()["masking"] == masking
+        assert MAEASTConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("masking", ["random", "span", "time"])

@@ -179,6 +179,12 @@ def test_the_configuration_has_our_fields_and_their_names(tmp_path):
         MAEAST.from_pretrained(tmp_path)
 
 
+def test_configuration_without_masking_follows_the_patches():
+    config = MAEASTHFConfig(patch_size=(2, 128))
+    assert config.masking == config.encoder.masking == "random"
+    assert MAEASTHFConfig.from_dict(config.to_dict()).encoder == config.encoder
+
+
 def test_a_model_without_weights_begins_like_any_other():
     config = MAEASTHFConfig(**make_model().config.to_dict())
     model = AutoModel.from_config(config)

@@ -131,6 +131,8 @@ assert state() == before
 
 
 def test_names_of_the_package() -> None:
-    assert sorted(mae_ast_fast.__all__) == ["MAEAST", "MAEASTConfig", "SSAST", "SSASTConfig", "TrainStep", "fbank"]
+    names = ["MAEAST", "MAEASTConfig", "SSAST", "SSASTConfig", "TrainStep", "fbank", "load_fairseq"]
+    assert sorted(mae_ast_fast.__all__) == names
     assert all(hasattr(mae_ast_fast, name) for name in mae_ast_fast.__all__)
+    assert mae_ast_fast.load_fairseq is mae_ast_fast.checkpoint.load_fairseq
     assert [int(part) for part in mae_ast_fast.__version__.split(".")] >= [0, 1, 0]

@@ -325,6 +325,14 @@ def test_init_from_continues_any_checkpoint(options: PretrainOptions, tmp_path: 
     assert torch.equal(
         MAEAST.from_pretrained(again.out).mask_token.round(decimals=5), source.mask_token.round(decimals=5)
     )
+    noisy = dataclasses.replace(trained.config, activation_dropout=0.1)
+    MAEAST(noisy).save_pretrained(tmp_path / "noisy")
+    gelu = dataclasses.replace(
+        again, init_from=str(tmp_path / "noisy"), recompute="gelu", model_args={}, out=str(tmp_path / "gelu")
+    )
+    with pytest.raises(ValueError, match=r"recompute='gelu' needs activation_dropout=0, got 0.1"):
+        pretrain(gelu)
+    pretrain(dataclasses.replace(gelu, model_args={"activation_dropout": 0.0}, steps=1))
     misfit = dataclasses.replace(options, preset="patch_tiny", model_args=dict(SMALL), out=str(tmp_path / "misfit"))
     with pytest.raises(ValueError, match=r"does not fit.*embed_dim 64 in the checkpoint, 32 asked for"):
         pretrain(misfit)
@@ -571,6 +579,16 @@ def test_a_preset_takes_statistics_and_positions_from_the_checkpoint_that_it_sta
     assert options.model_config(source) == dataclasses.replace(source, mask_patches=200)
     given = dataclasses.replace(options, model_args={"mean": 3.0})
     assert given.model_config(source) == dataclasses.replace(source, mask_patches=200, mean=3.0)
+
+
+def test_model_args_of_other_patches_take_the_masking_of_the_patches() -> None:
+    for preset, patch_size, masking in (("patch_tiny", [2, 128], "random"), ("frame_tiny", [16, 16], "chunk")):
+        options = PretrainOptions(preset=preset, model_args={"patch_size": patch_size})
+        assert options.model_config().masking == masking
+        given = dataclasses.replace(options, model_args={"patch_size": patch_size, "masking": "span"})
+        assert given.model_config().masking == "span"
+    with pytest.raises(ValueError, match=r"masking='chunk' needs several frequency blocks.*\(2, 128\)"):
+        PretrainOptions(model_args={"patch_size": [2, 128], "masking": "chunk"})
 
 
 def test_options_of_the_update_arrive(options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
