@@ -19,7 +19,10 @@ from fake_cuda.fixture import fake_cuda, fake_cuda_environment  # noqa: F401 - f
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels then run on CPU tensors
+    if importlib.util.find_spec("triton"):
+        import interpreter
 
+        interpreter.install()
 
 KERNELS = Path(*importlib.util.find_spec("mae_ast_fast.kernels").submodule_search_locations)
 KERNEL_TESTS = {f"test_{path.stem}" for path in KERNELS.glob("*.py") if "def examples(" in path.read_text()}

@@ -24,7 +24,9 @@ CONVERGED_FIRST = 1e-5  # 20 updates, fast against reference, fp32: mean relativ
 CONVERGED_LAST = 2e-2  # after 200, the mean loss of the last 20: runs have parted by then, by rounding alone
 LOGISTIC_GRADIENT = 1e-4  # of a logistic regression at its optimum: gradient of the mean loss, absolute
 PROBABILITY = 1e-4  # absolute: a clip alone and in a batch, through a norm that divides by small deviations
-HALF_FEATURES = 1e-2  # half-precision weights of a tiny model against fp32, max|a - b| / max|b|
+# A tiny model in half precision against fp32, max|a - b| / max|b|. Largest of 400 random models and batches with
+# impl="torch": 0.0033 in fp16, 0.0206 in bf16 (median 0.011). Largest of 24 with the kernels: 0.0026 and 0.0155.
+HALF_FEATURES = {torch.float16: 1e-2, torch.bfloat16: 2.5e-2}
 ATTENTION_EPS = 4  # probabilities and output are rounded once each: max|a - b| / max|b| in units of the dtype's eps
 INT8 = 5e-2  # dynamic quantisation of every Linear of a tiny model: max|a - b| / max|b| (measured: 1.1e-2 to 2.2e-2)
 PERFECT_MSE = 1e-12  # of a prediction that is the target, up to rounding
@@ -104,6 +106,10 @@ KERNEL_CAP = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  #
 # Of few values the rms of rounding errors scatters: of n by a relative 1 / sqrt(2 n). So many of these are allowed, of
 # rms(t - r) and of what rounding to the dtype costs at least (eps / sqrt(12)), which t may miss by luck.
 KERNEL_RMS_SCATTER = 6.0
+# The cap gets as many, each of this * eps. PyTorch's own bf16 gradient of feed_forward's x has an rms error of 0.44 eps
+# where it has many values. Of 4,000 seeds, 29 % of those of 16 values and 44 % of those of 3 exceed the bare cap; with
+# this term 0.2 % and 1.6 % do.
+KERNEL_CAP_SCATTER = 0.5
 KERNEL_SUM_FP32 = 5e-6  # sums over rows: e(k) may add this * sqrt(rows) in fp32 ...
 KERNEL_SUM_EPS = 2.0  # ... and this * eps * max|r| in half precision, element by element
 
@@ -161,5 +167,5 @@ def assert_kernel(
     assert error <= bound, f"{name}: e(k) = {error:.3g}, allowed {bound:.3g} (e(t) = {_element_error(t, r):.3g})"
     assert rms_k <= rms_bound, f"{name}: rms(k - r) = {rms_k:.3g}, allowed {rms_bound:.3g} (t: {rms_t:.3g})"
     if not summed_rows:
-        cap = KERNEL_CAP[dtype] * rms_r
+        cap = (KERNEL_CAP[dtype] + scatter * KERNEL_CAP_SCATTER * torch.finfo(dtype).eps) * rms_r
         assert rms_k <= cap, f"{name}: rms(k - r) = {rms_k:.3g}, never more than {cap:.3g}"

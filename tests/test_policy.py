@@ -30,6 +30,7 @@ def test_bounds_are_no_laxer_than_decided() -> None:
     """The recorded cases and the interface fix the first three; the others are one computation in another order."""
     assert policy.GOLDEN <= 1e-5 and policy.GOLDEN_ZERO <= 1e-6 and policy.FBANK_ABS <= 1e-3
     assert policy.ROUNDING <= 2e-6 and policy.ROUNDING_GRAD <= 2e-5
+    assert policy.HALF_FEATURES[torch.float16] <= 1e-2 and policy.HALF_FEATURES[torch.bfloat16] <= 2.5e-2
 
 
 def test_equal_and_nearly_equal_tensors_pass(check) -> None:
@@ -217,3 +218,25 @@ def test_one_row_does_not_excuse_a_wrong_one() -> None:
         kernel, same, exact, _ = three(dtype, 0.0, 1)
         with pytest.raises(AssertionError):
             policy.assert_kernel(kernel * 1.02, same, exact, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "largest"),
+    [
+        (torch.float32, 3, 1.02e-5),
+        (torch.float16, 3, 0.0022),
+        (torch.float16, 16, 0.00152),
+        (torch.float16, 3072, 0.00104),
+        (torch.bfloat16, 3, 0.0136),
+        (torch.bfloat16, 16, 0.00815),
+        (torch.bfloat16, 3072, 0.0043),
+    ],
+    ids=str,
+)
+def test_kernel_cap_few_values_has_room_for_scatter_alone(dtype: torch.dtype, count: int, largest: float) -> None:
+    """Whatever the reference does: here it is as wrong as the kernel."""
+    exact = values().flatten()[:count]
+    passes, fails = exact * (1 + 0.98 * largest), exact * (1 + 1.01 * largest)
+    policy.assert_kernel(passes, passes, exact, dtype)
+    with pytest.raises(AssertionError, match="never more than"):
+        policy.assert_kernel(fails, fails, exact, dtype)

@@ -219,10 +219,12 @@ def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_figures_are_of_the_committed_results() -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     assert report_figures.stale() == [], "run python benchmarks/report.py"
 
 
 def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report_figures, "FIGURES", tmp_path / "figures")
     (tmp_path / report.STEP_CPU).write_text(json.dumps(step_result()))

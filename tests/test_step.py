@@ -234,13 +234,13 @@ def test_the_graph_reads_nothing_back() -> None:
 def test_a_step_never_waits_for_the_gpu(path: str) -> None:
     model = build(path, dropout=0.1)
     features, lengths, _ = batch(model, [48, 17, 33])
-    sizes = model.sizes_of([48, 17, 33])
+    on_host, sizes = lengths.cpu(), model.sizes_of([48, 17, 33])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first step compiles and allocates
         try:
             model(features, lengths, sizes=sizes).loss.backward()
-            model(features, lengths.cpu()).loss.backward()
+            model(features, on_host).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         finally:
