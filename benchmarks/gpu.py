@@ -148,8 +148,9 @@ def _check_installed() -> None:
 
 def _said(*command: str) -> str | None:
     """What a command prints, in the tree; None where there is no such command or it fails."""
+    ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # not a repository around this tree
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=ceiling, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -370,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in stages if name not in STAGES]:
         parser.error(f"stages are {', '.join(STAGES)}, got {', '.join(unknown)}")
     workers = arguments.jobs or max(1, min(8, (os.cpu_count() or 1) // 2))
+    if arguments.commit:
+        os.environ["MAE_AST_FAST_COMMIT"] = arguments.commit  # for the benchmarks' own result files
     try:
         report = environment(arguments.commit)
     except Unusable as error:

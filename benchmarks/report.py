@@ -25,12 +25,19 @@ def benchmark_result(name: str, dirty: bool) -> dict[str, Any]:
     """A file of pytest-benchmark.
 
     Raises:
-        ValueError: It was measured on code that is in no commit, and ``dirty`` does not allow that.
+        ValueError: It was measured on code that is in no commit or names none, and ``dirty`` does not allow that.
     """
     result = json.loads((RESULTS / name).read_text())
     if result["commit_info"]["dirty"] and not dirty:
         raise ValueError(f"{name} was measured on uncommitted code: commit and measure again (or report.py --dirty)")
+    if result["commit_info"]["id"] is None and not dirty:
+        raise ValueError(f"{name} names no commit: measure with MAE_AST_FAST_COMMIT=ID (or report.py --dirty)")
     return result
+
+
+def commit_of(result: dict[str, Any]) -> str:
+    """The commit of a result, shortened; "unknown" where none was recorded."""
+    return (result["commit_info"]["id"] or "unknown")[:12]
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
@@ -43,7 +50,7 @@ def pretrain_table() -> str:
     summary = json.loads((RESULTS / "pretrain_summary.json").read_text())
     rate = f"{summary['clips_per_second']:.0f} clips/s"
     if "commit_info" in summary:
-        rate += f", commit {summary['commit_info']['id'][:12]}"
+        rate += f", commit {commit_of(summary)}"
     rows = [("all", summary["held_out"]), *summary["held_out_by_kind"].items()]
     rows = [(kind, report) for kind, report in rows if report["clips"] >= 8]  # fewer say nothing
     names = list(summary["held_out"]["baselines"])
@@ -401,7 +408,7 @@ def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
 
 def where_and_when(result: dict[str, Any], against: str = "the first column of a case") -> str:
     """The sentences above a table of columns that took turns."""
-    machine, commit = result["machine_info"], result["commit_info"]["id"][:12]
+    machine, commit = result["machine_info"], commit_of(result)
     cases = [case["extra_info"] for case in result["benchmarks"]]
     loads = [case[f"load_average_{when}"][0] for case in cases for when in ("before", "after")]
     rounds = min(len(sample["seconds"]) for case in cases for sample in _samples(case["columns"]))
@@ -572,7 +579,7 @@ def convergence_table(dirty: bool) -> str:
     """Losses of the fast step beside those of the plain one."""
     result = benchmark_result("convergence_cpu.json", dirty)
     lines = [
-        f"{result['machine_info']['processor']}, commit {result['commit_info']['id'][:12]}. "
+        f"{result['machine_info']['processor']}, commit {commit_of(result)}. "
         f"{result['steps']} updates of patch_tiny with 4 encoder layers, from the same weights, on the same audio in "
         "the same order with the same masks, without dropout, one run after the other. Single updates scatter: "
         "rounding grows from update to update, and each sees another batch.",
@@ -647,8 +654,11 @@ def ages() -> list[str]:
             lines.append(f"{path.name}: names no commit")
             continue
         command = ["git", "rev-list", "--count", f"{commit}..HEAD", "--", "mae_ast_fast", "kernels"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        count = done.stdout.strip() or f"unknown, {done.stderr.strip()}"
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            count = done.stdout.strip() or f"unknown, {done.stderr.strip()}"
+        except OSError as error:
+            count = f"unknown, {error}"
         lines.append(f"{path.name}: {commit[:12]}, commits to mae_ast_fast and kernels since: {count}")
     return lines
 

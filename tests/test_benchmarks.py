@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +40,55 @@ def test_all_run_at_toy_sizes() -> None:
     assert done.returncode == 0, done.stdout
     cases = sum(len(points) for _, points in bench_ops.OPS.values()) + len(bench_masking.POINTS) + 8
     assert re.search(rf"\b{cases} passed", done.stdout) and "skipped" not in done.stdout, done.stdout
+
+
+TINY = "def bench_tiny(benchmark):\n    benchmark.pedantic(lambda: None, rounds=2)\n"
+NO_GIT = {"id": None, "time": None, "dirty": None}
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """A tree without ``.git`` that has one benchmark."""
+    folder = tmp_path / "export" / "benchmarks"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", folder)
+    (folder / "bench_tiny.py").write_text(TINY)
+    return folder.parent
+
+
+def commit_info(export: Path, **variables: str) -> dict[str, Any]:
+    """What pytest-benchmark writes down of the commit."""
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "MAE_AST_FAST_COMMIT"}
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_tiny.py", "--benchmark-json=out.json", "-q"]
+    done = subprocess.run(
+        command, cwd=export, env={**kept, **variables}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((export / "out.json").read_text())
+    assert len(result["benchmarks"]) == 1
+    return result["commit_info"]
+
+
+def test_benchmark_json_without_git_is_written(export: Path) -> None:
+    assert commit_info(export) == NO_GIT
+    assert commit_info(export, MAE_AST_FAST_COMMIT="abc123") == {**NO_GIT, "id": "abc123"}
+    assert commit_info(export, PATH="/nowhere") == NO_GIT  # no git at all
+
+
+def test_benchmark_json_in_untrusted_repository_is_written(export: Path, tmp_path: Path) -> None:
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership in repository' >&2\nexit 128\n")
+    git.chmod(0o755)
+    assert commit_info(export, PATH=f"{git.parent}{os.pathsep}{os.environ['PATH']}") == NO_GIT
+
+
+def test_benchmark_json_inside_other_repository_names_no_commit(export: Path) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "other"]):
+        subprocess.run(["git", *words], cwd=export.parent, check=True, capture_output=True)
+    assert commit_info(export) == NO_GIT
 
 
 class WrongGradient(torch.autograd.Function):

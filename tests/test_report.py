@@ -218,6 +218,16 @@ def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: py
                 report.benchmark_result("x.json", dirty=False)
 
 
+def test_benchmark_result_without_commit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = step_result()
+    result["commit_info"] = {"id": None, "time": None, "dirty": None}
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="names no commit"):
+        report.benchmark_result("x.json", dirty=False)
+    assert "commit unknown" in report.step_table(report.benchmark_result("x.json", dirty=True))
+
+
 def test_figures_are_of_the_committed_results() -> None:
     assert report_figures.stale() == [], "run python benchmarks/report.py"
 
@@ -228,10 +238,10 @@ def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / report.STEP_CPU).write_text(json.dumps(step_result()))
     op = {"op": "o", "point": "base point", "unit": "bytes", "work": {"forward": 10**9}}
     op |= {"peak": {"seconds": [0.1], "work": 10**9}, "columns": {"reference": {"forward": {"seconds": [0.2]}}}}
-    ops = {"commit_info": {"dirty": False}, "benchmarks": [{"extra_info": op}]}
+    ops = {"commit_info": {"id": "c" * 40, "dirty": False}, "benchmarks": [{"extra_info": op}]}
     (tmp_path / "ops_cpu.json").write_text(json.dumps(ops))
     rows = [{"step": step, "loss": 9.0 / step} for step in (1, 2, 3)]
-    runs = {"commit_info": {"dirty": False}, "columns": {name: {"rows": rows} for name in ("reference", "fast")}}
+    runs = {"commit_info": {"id": "c" * 40, "dirty": False}, "columns": {name: {"rows": rows} for name in ("reference", "fast")}}
     (tmp_path / "convergence_cpu.json").write_text(json.dumps(runs))
     drawn = []
     assert report_figures.stale() == list(report_figures.DRAWN)
