@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import bench_data  # noqa: E402
 import bench_masking  # noqa: E402
 import bench_ops  # noqa: E402
 import report  # noqa: E402
-from measure import Turns  # noqa: E402
+from measure import Failed, Turns  # noqa: E402
 
 from mae_ast_fast.shards import Batch, Shards  # noqa: E402
 
@@ -106,8 +107,9 @@ class WrongGradient(torch.autograd.Function):
 @pytest.mark.parametrize("name", bench_ops.OPS)
 def test_a_wrong_op_is_not_timed(name: str) -> None:
     op = bench_ops.make_op(name, bench_ops.Point().toy(), compiled=False)
-    bench_ops.check(op)
-    bench_ops.check_all_clips(op)
+    for column in op.columns:
+        bench_ops.check(op, column)
+        bench_ops.check_all_clips(op, column, bench_ops.exact_values(op))
     last, right = list(op.columns.items())[-1]
     wrong = {"values": lambda **x: right(**x) * 1.02}
     if op.differentiable:
@@ -115,9 +117,32 @@ def test_a_wrong_op_is_not_timed(name: str) -> None:
     for function in wrong.values():
         broken = copy.copy(op)
         broken.columns = {"reference": op.columns["reference"], last + " wrong": function}
-        for check in (bench_ops.check, bench_ops.check_all_clips):
-            with pytest.raises(AssertionError, match=r"output 0|gradient of"):
-                check(broken)
+        with pytest.raises(AssertionError, match=r"output 0|gradient of"):
+            bench_ops.check(broken, last + " wrong")
+        with pytest.raises(AssertionError, match=r"output 0|gradient of"):
+            bench_ops.check_all_clips(broken, last + " wrong", bench_ops.exact_values(broken))
+
+
+@pytest.mark.parametrize("clips", [2, bench_ops.CHECKED_CLIPS + 1])
+def test_bench_ops_with_broken_columns_keeps_the_others(clips: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = bench_ops.make_op
+
+    def broken(*arguments: Any, **options: Any) -> bench_ops.Op:
+        op = make(*arguments, **options)
+
+        def raises(**inputs: Tensor) -> Tensor:
+            raise RuntimeError("no kernel image")
+
+        right = op.columns["reference"]
+        op.columns |= {"raises": raises, "wrong": lambda **x: right(**x) * 1.02}
+        return op
+
+    monkeypatch.setattr(bench_ops, "make_op", broken)
+    failed = Failed()
+    point = dataclasses.replace(bench_ops.Point().toy(), clips=clips)
+    _, timed = bench_ops.checked("bias_gelu", point, False, failed)
+    assert list(timed) == ["reference"] and set(timed["reference"]) == set(bench_ops.TIMED)
+    assert failed["raises"] == "RuntimeError: no kernel image" and "output 0" in failed["wrong"]
 
 
 def test_dropout_that_does_nothing_is_not_timed() -> None:
