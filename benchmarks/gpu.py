@@ -351,8 +351,9 @@ def summary(run: Run) -> str:
         lines += [f"{name}: {problem}" for problem in entry["problems"]]
         lines += [f"{name}: {count} skipped: {reason}" for reason, count in sorted(entry["skipped"].items())]
     for row in run.report.get("goals", []):
-        reached = "reached" if row["reached"] else "not reached"
-        lines.append(f"goal: {row['what']}: {row['goal']}, measured {row['measured']}: {reached}")
+        verdict = {True: ": reached", False: ": not reached", None: ""}[row["reached"]]
+        measured = row["measured"] if row["reached"] is None else f"measured {row['measured']}"
+        lines.append(f"goal: {row['what']}: {row['goal']}, {measured}{verdict}")
     return "\n".join([*lines, f"{run.json}", f"{run.text}"])
 
 
