@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a share of th
 
 import pytest
 import torch
+from fake_cuda.fixture import fake_cuda, fake_cuda_environment  # noqa: F401 - fixtures
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels then run on CPU tensors

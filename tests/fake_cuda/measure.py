@@ -1,0 +1,91 @@
+"""For scripts on the fake GPU: what a block of code asked of the device.
+
+    from fake_cuda.measure import Measure, report
+
+    with Measure() as update:
+        step(features)
+    report(update=update)  # the last line of the output, as JSON
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import time
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+
+
+def counts() -> Counter[tuple[str, str]]:
+    """Number of events since the process started, by kind and name."""
+    library = ctypes.CDLL(os.environ["FAKE_CUDA"])
+    library.fake_cuda_counts.restype = ctypes.c_char_p
+    found: Counter[tuple[str, str]] = Counter()
+    for line in library.fake_cuda_counts().decode().splitlines():
+        kind, number, name = line.split("\t")
+        found[kind, name] += int(number)
+    return found
+
+
+class Measure:
+    """Counts what happens inside ``with``, in all threads of the process.
+
+    Attributes:
+        kernels: Launches by name: kernels, calls of cuBLAS and cuFFT, memsets ("memset") and replays ("graph").
+        captured: The same, recorded in a CUDA graph instead of launched.
+        waits: Calls that make the host wait for the device, by name.
+        warned: Places that PyTorch's ``set_sync_debug_mode`` warned of, as "file:line".
+        copies: Copies by kinds of memory, such as "pinned to device". A copy of pageable memory can make the host wait.
+        illegal: Calls and launches that CUDA does not allow, most of them only during capture, by name.
+        peak_bytes: Most bytes of device memory in use at a time, as PyTorch's allocator counts them.
+        seconds: Time of the host.
+    """
+
+    def __enter__(self) -> Measure:
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("warn")
+        self._catch = warnings.catch_warnings(record=True)
+        self._caught = self._catch.__enter__()
+        warnings.simplefilter("always")
+        self._before = counts()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = time.perf_counter() - self._began
+        found = counts() - self._before
+        self._catch.__exit__(*error)
+        torch.cuda.set_sync_debug_mode("default")
+        self.peak_bytes = torch.cuda.max_memory_allocated()
+        names = {"launch": "kernels", "captured": "captured", "wait": "waits", "copy": "copies", "illegal": "illegal"}
+        for kind, name in names.items():
+            setattr(self, name, {key[1]: number for key, number in found.items() if key[0] == kind})
+        self.warned = []
+        for warning in self._caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                self.warned.append(f"{warning.filename}:{warning.lineno}")
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    @property
+    def launches(self) -> int:
+        """Number of launches."""
+        return sum(self.kernels.values())
+
+    def numbers(self) -> dict[str, Any]:
+        """All attributes, for JSON."""
+        found = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"launches": self.launches, **found}
+
+
+def report(**values: Any) -> None:
+    """Prints values as one line of JSON; each ``Measure`` as its numbers."""
+    found = {name: value.numbers() if isinstance(value, Measure) else value for name, value in values.items()}
+    print(json.dumps(found), flush=True)
