@@ -1,4 +1,4 @@
-"""What ``make gpu`` runs on a machine with a GPU; no network, no installing, no audio library.
+"""What ``make gpu-full`` runs on a machine with a GPU; no network, no installing, no audio library.
 
 python benchmarks/gpu.py                          all stages
 python benchmarks/gpu.py --stage kernels,memcheck  some: where a command may not run for long

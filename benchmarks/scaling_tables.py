@@ -3,7 +3,7 @@
 python benchmarks/scaling_tables.py          ``--check`` only compares
 
 They follow from the files in benchmarks/results and from ``ASSUMED`` alone. As soon as a GPU result is committed (`make
-gpu` writes gpu_ARCH_COMMIT_bench_step.json), its speed takes the place of the assumed one.
+gpu-full` writes gpu_ARCH_COMMIT_bench_step.json), its speed takes the place of the assumed one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Base:
 
 @functools.cache
 def base() -> Base:
-    """From a committed GPU result (`make gpu` writes gpu_ARCH_COMMIT_bench_step.json); else from assumptions."""
+    """From a committed GPU result (`make gpu-full` writes gpu_ARCH_COMMIT_bench_step.json); else from assumptions."""
     import torch
 
     from mae_ast_fast import MAEAST, MAEASTConfig

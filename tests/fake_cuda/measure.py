@@ -1,10 +1,10 @@
 """For scripts on the fake GPU: what a block of code asked of the device.
 
-    from fake_cuda.measure import Measure, report
+from fake_cuda.measure import Measure, report
 
-    with Measure() as update:
-        step(features)
-    report(update=update)  # the last line of the output, as JSON
+with Measure() as update:
+    step(features)
+report(update=update)  # the last line of the output, as JSON
 """
 
 from __future__ import annotations
