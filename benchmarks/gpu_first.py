@@ -615,14 +615,18 @@ def run_tests(results: Results, files: Sequence[Path], until: float) -> None:
             results.add("tests", file.name, "left out: hypothesis is not installed")
         else:
             jobs.append(gpu.pytest_job(file, workers, "-k", SELECTED_TESTS))
-    failed = []
+    failed: list[str] = []
+    output: list[str] = []
 
     def done(outcome: gpu.Outcome) -> None:
-        results.add("tests", outcome.name, dataclasses.asdict(outcome))
+        entry = dataclasses.asdict(outcome)
+        if outcome.status == "failed" and not outcome.failed:  # pytest itself failed, or the process crashed
+            entry["output"] = next(text for text in output if text.startswith(f"==== {outcome.name}:"))[-4000:]
+        results.add("tests", outcome.name, entry)
         if outcome.status in ("failed", "timed out"):
             failed.append(f"{outcome.name} {outcome.status}")
 
-    gpu.run_jobs(jobs, until - time.monotonic(), workers, lambda text: None, done)
+    gpu.run_jobs(jobs, until - time.monotonic(), workers, output.append, done)
     results.end("tests", "failed" if failed else "done", ", ".join(failed))
 
 

@@ -194,11 +194,14 @@ def test_gpu_first_tests_run_side_by_side_and_are_counted(tmp_path: Path, monkey
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    ci\n    long\n    network\n")
     (tmp_path / "test_a.py").write_text("def test_bf16(): pass\ndef test_fp32(): assert False\n")
     (tmp_path / "test_b.py").write_text("def test_bf16(): assert False, 'off'\n")
+    (tmp_path / "test_c.py").write_text("import os\ndef test_bf16():\n    print('bye', flush=True)\n    os.abort()\n")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     results = gpu_first.Results(tmp_path / "out", {})
     results.begin("tests")
-    gpu_first.run_tests(results, [tmp_path / "test_a.py", tmp_path / "test_b.py"], time.monotonic() + 60.0)
+    files = [tmp_path / f"test_{name}.py" for name in "abc"]
+    gpu_first.run_tests(results, files, time.monotonic() + 60.0)
     entry = sections(tmp_path / "out")["tests"]
-    assert (entry["status"], entry["reason"]) == ("failed", "test_b.py failed")
+    assert entry["status"] == "failed" and set(entry["reason"].split(", ")) == {"test_b.py failed", "test_c.py failed"}
+    assert "test_bf16" in entry["found"]["test_c.py"]["output"] and "output" not in entry["found"]["test_b.py"]
     assert (entry["found"]["test_a.py"]["passed"], entry["found"]["test_a.py"]["failed"]) == (1, 0)
     assert "off" in entry["found"]["test_b.py"]["problems"][0] and not results.good()
