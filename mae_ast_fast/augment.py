@@ -36,7 +36,7 @@ def spec_augment(
 
     Args:
         features: (B, T, F).
-        frames: (B,) real frames of each clip.
+        frames: (B,) real frames of each clip, on any device.
         freq_mask: Bins at most.
         time_mask: Share of a clip's frames at most.
         fill: What stands in their place.
@@ -44,7 +44,7 @@ def spec_augment(
     """
     clips, width, bins = features.shape
     draws = torch.rand(4, clips, 1, generator=generator).to(features.device)
-    frames = frames[:, None]
+    frames = frames.to(features.device)[:, None]
     high = (draws[0] * (min(freq_mask, bins) + 1)).floor()
     low = (draws[1] * (bins - high + 1)).floor()
     long = (draws[2] * ((time_mask * frames).floor() + 1)).floor().clamp(max=frames - 1)

@@ -5,6 +5,7 @@ Letters as in model.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from .fbank import fbank
 from .masking import num_visible
 from .ops import resolve_impl
 from .packing import Packing, Sizes
+from .transfer import send
 from .transformer import RECOMPUTE, Execution, Stack
 
 Model = TypeVar("Model", bound="PretrainingModel")
@@ -50,7 +52,7 @@ class Encoded:
 
 
 def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, values: bool = True) -> Tensor:
-    """The frame counts (B,) of ``clips`` clips of at most ``longest`` frames, where they are.
+    """The frame counts (B,) of ``clips`` clips of at most ``longest`` frames; on the CPU, or where the tensor is.
 
     Args:
         lengths: What the caller gave.
@@ -62,7 +64,7 @@ def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, val
         ValueError: No such integers.
     """
     try:
-        lengths = torch.as_tensor(lengths)
+        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"lengths must be integers ({clips},), got {lengths!r}") from error
     is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
@@ -71,6 +73,27 @@ def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, val
     if values and (lengths.min() < 0 or lengths.max() > longest):
         raise ValueError(f"lengths must be between 0 and T={longest} frames, got {lengths.tolist()}")
     return lengths
+
+
+def listed_frames(clips: int, longest: int, lengths: Sequence[int] | Tensor | None) -> list[int]:
+    """The frame counts of ``clips`` clips as integers, for which the host waits where they are on a GPU.
+
+    Args:
+        clips: B.
+        longest: T.
+        lengths: (B,) real frames, checked; None: all T.
+    """
+    if lengths is None:
+        return [longest] * clips
+    return lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+
+
+@functools.lru_cache
+def most_tokens(blocks: int, grid_f: int, mask_ratio: float) -> tuple[int, int]:
+    """The most visible and the most masked tokens of a clip of at most so many time blocks."""
+    tokens = [block * grid_f for block in range(blocks + 1)]
+    visible = [num_visible(count, mask_ratio) for count in tokens]
+    return max(visible), max(count - seen for count, seen in zip(tokens, visible, strict=True))
 
 
 def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
@@ -129,7 +152,8 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             lengths: (B,) samples of each clip; None: all S.
 
         Returns:
-            Features (B, T, 128) and the clips' frames (B,), as of ``fbank``.
+            Features (B, T, 128) on the device of ``waveforms`` and the clips' frames (B,), int64, on the device of
+            ``lengths``, as of ``fbank``: on the CPU where ``lengths`` is None or a list.
 
         Raises:
             ValueError: As ``fbank``.
@@ -180,6 +204,25 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         visible = [num_visible(count, config.mask_ratio) for count in tokens]
         return Sizes.of(visible, [count - v for count, v in zip(tokens, visible, strict=True)])
 
+    def largest_sizes(self, clips: int, longest: int, drawn: bool = True) -> Sizes:
+        """Sizes that hold every batch of so many clips of at most so many frames, whatever their lengths.
+
+        Args:
+            clips: B.
+            longest: T.
+            drawn: The masks hide as many tokens of each clip as ``sample_mask`` does; False: any number.
+        """
+        config = self.config
+        blocks = longest // config.patch_size[0]
+        tokens = blocks * config.grid_f
+        visible, masked = most_tokens(blocks, config.grid_f, config.mask_ratio) if drawn else (tokens, tokens)
+        return Sizes(clips * visible, clips * masked, visible, masked, tokens, exact=False)
+
+    def num_masked(self, frames: Tensor) -> Tensor:
+        """Tokens that ``sample_mask`` hides of each clip (B,), int64, where ``frames`` (B,), int64, are."""
+        tokens = frames // self.config.patch_size[0] * self.config.grid_f
+        return tokens - num_visible(tokens, self.config.mask_ratio)
+
     def _execution(self, device: torch.device, dtype: torch.dtype) -> Execution:
         """Resolves the implementation, and draws the seed of this forward's dropout where kernels need one."""
         config = self.config
@@ -198,7 +241,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
     def exact_sizes(
         self,
         features: Tensor,
-        lengths: Tensor | list[int] | None,
+        lengths: Sequence[int] | Tensor | None,
         given: tuple[Tensor, Tensor] | None = None,
     ) -> Sizes:
         """Exact sizes; the host waits for a GPU only where it cannot know them.
@@ -211,9 +254,9 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         Raises:
             ValueError: No clip has both visible and masked tokens.
         """
-        frames = [features.shape[1]] * features.shape[0] if lengths is None else lengths
+        clips, longest = features.shape[:2]
         if given is None:
-            sizes = self.sizes_of(frames if isinstance(frames, list) else torch.as_tensor(frames).tolist())
+            sizes = self.sizes_of(listed_frames(clips, longest, lengths))
             alive = sizes.masked > 0  # a drawn mask leaves one token visible
         else:
             visible, masked = torch.stack(given).sum(2).tolist()
@@ -221,7 +264,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             alive = any(v and m for v, m in zip(visible, masked, strict=True))
         if not alive:
             kt, kf = self.config.patch_size
-            frames = frames if isinstance(frames, list) else torch.as_tensor(frames).tolist()
+            frames = listed_frames(clips, longest, lengths)
             hidden = "" if given is None else f" and masked tokens {masked}"
             raise ValueError(
                 f"no clip has both visible and masked tokens: clips need at least 2 patches of {kt} frames x {kf} "
@@ -242,9 +285,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             raise ValueError("features has no clips: B is 0")
         if lengths is None:
             return torch.full((batch,), width, dtype=torch.long, device=features.device)
-        lengths = check_lengths(lengths, batch, width, values)
-        on_gpu = features.device.type == "cuda"  # a copy to the GPU must not wait; one from it must
-        return lengths.to(features.device, torch.long, non_blocking=on_gpu)
+        return send(check_lengths(lengths, batch, width, values).long(), features.device)
 
     def _check_layer(self, layer: int | None) -> None:
         if layer is not None and (type(layer) is not int or not 1 <= layer <= self.num_layers):

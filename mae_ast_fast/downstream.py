@@ -236,12 +236,12 @@ class Run:
         return AudioClassifier(encoder, task.labels, task.multi_label, self.max_seconds, options.layer, options.pool)
 
     def read(self, clips: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[int], list[float]]]:
-        """All windows of clips: waveforms (B, S), lengths (B,), the clip of each, and where in it each starts (s)."""
+        """All windows of clips: waveforms (B, S), lengths (B,) on the CPU, the clip of each, its start there (s)."""
         windows = [(i, *window) for i in clips for window in self.audio.windows(i, self.max_seconds)]
         for batch in batches([window for _, _, window in windows], _BATCH_SECONDS):
             waveforms, lengths = self.audio.read([windows[k][2] for k in batch])
             owners, starts = [windows[k][0] for k in batch], [windows[k][1] for k in batch]
-            yield waveforms.to(self.device), lengths.to(self.device), owners, starts
+            yield waveforms.to(self.device), lengths, owners, starts
 
     def probabilities(self, classifier: AudioClassifier, clips: Sequence[int]) -> np.ndarray:
         """(n, C) fp32: of each clip the mean over its windows, weighted by their lengths."""
@@ -252,7 +252,7 @@ class Run:
         for waveforms, lengths, owners, _ in self.read(clips):
             with self.autocast():
                 found = classifier.probabilities(waveforms, lengths).cpu().numpy()
-            rows, size = [place[i] for i in owners], lengths.cpu().numpy().astype(np.float32)[:, None]
+            rows, size = [place[i] for i in owners], lengths.numpy().astype(np.float32)[:, None]
             np.add.at(total, rows, found * size)
             np.add.at(weight, rows, size)
         return total / weight

@@ -110,7 +110,7 @@ def predict(model: MAEAST | SSAST, features: Tensor, frames: Tensor, mask: Tenso
     patches = patchify(features, model.config.patch_size)
     if isinstance(model, MAEAST):
         out = model(features, frames, mask)
-        mean, scale = model.input_norm(features, frames)
+        mean, scale = model.input_norm(features, frames.to(features.device))
         known = (patches - mean) * scale, out.mask, out.pred_reconstruction, out.target
         return Prediction(*known, out.loss_classification, out.accuracy)
     grid_f, (kt, kf) = model.config.grid_f, model.config.patch_size

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mae_ast_fast.transfer import send
+
 SAMPLE_RATE = 16000
 WINDOW = 400  # samples, 25 ms
 HOP = 160  # samples, 10 ms
@@ -45,7 +47,7 @@ def fbank(
     """Log-mel filter banks: 128 bins from 20 Hz to 8 kHz, windows of 25 ms every 10 ms, natural log, not normalised.
 
     Gradients do not flow through it. Lengths on a GPU cost one synchronisation, because the output's shape depends on
-    them; lengths on the CPU cost none.
+    them; other lengths cost none. The first call on a GPU waits for its constants.
 
     Args:
         waveforms: (B, S) mono samples in [-1, 1], floating point, or int16 PCM, which is divided by 32768. Arithmetic
@@ -59,18 +61,21 @@ def fbank(
             clip's mean off its samples (arXiv 2110.09784, official code).
 
     Returns:
-        Features (B, T, 128) in fp32 (fp64 for fp64 samples), T the frames of the longest clip and rows past a clip's
-        last frame 0.0, and the clips' frames (B,), int64. Both on the device of ``waveforms``.
+        Features (B, T, 128) in fp32 (fp64 for fp64 samples) on the device of ``waveforms``, T the frames of the longest
+        clip and rows past a clip's last frame 0.0; and the clips' frames (B,), int64, on the device of ``lengths``. The
+        frames are on the CPU where ``lengths`` is None or a list: the host knows them, and the models do not wait.
 
     Raises:
         ValueError: A shape, dtype, length, rate or name is not one of the above.
         ImportError: Resampling is needed and torchaudio is not installed.
     """
+    place = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
     lengths = _check(waveforms, lengths, sample_rate, frontend)
     with torch.autocast(waveforms.device.type, enabled=False):
         if sample_rate != SAMPLE_RATE and waveforms.numel():
             waveforms, lengths = _resample(waveforms, lengths, int(sample_rate))
-        return _packed_fbank(waveforms.contiguous(), lengths, frontend)
+        features, frames = _packed_fbank(waveforms.contiguous(), lengths, frontend)
+    return features, send(frames, place)
 
 
 def _check(waveforms: torch.Tensor, lengths: object, sample_rate: int, frontend: str) -> torch.Tensor:
@@ -141,7 +146,7 @@ def _to_float(samples: torch.Tensor) -> torch.Tensor:
 
 
 def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``fbank`` at 16 kHz: ``waveforms`` contiguous, ``lengths`` on the CPU."""
+    """``fbank`` at 16 kHz: ``waveforms`` contiguous, ``lengths`` and the frames on the CPU."""
     device = waveforms.device
     dtype = torch.float64 if waveforms.dtype == torch.float64 else torch.float32
     clips, samples = waveforms.shape
@@ -151,16 +156,16 @@ def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str)
     features = torch.zeros(clips, longest, NUM_MEL_BINS, dtype=dtype, device=device)
     flat_features = features.view(-1, NUM_MEL_BINS)
     if not total:
-        return features, frames.to(device)
+        return features, frames
 
     window, mel_blocks = _constants(frontend, dtype, device)
     product_dtype = mel_blocks[0][2].dtype
 
     clip = torch.repeat_interleave(torch.arange(clips, device="cpu"), frames)
     time = torch.arange(total, device="cpu") - (frames.cumsum(0) - frames)[clip]
-    first_sample, row = _send(clip * samples + time * HOP, device), _send(clip * longest + time, device)
+    first_sample, row = send(clip * samples + time * HOP, device), send(clip * longest + time, device)
     if frontend == "ssast":
-        clip_means = _clip_means(waveforms, lengths)[_send(clip, device), None]
+        clip_means = _clip_means(waveforms, lengths)[send(clip, device), None]
 
     # All chunks of a call have the same rows: the last ends in rows of the chunk before it, which are not used.
     chunks = math.ceil(total / _chunk_rows(device))
@@ -188,12 +193,7 @@ def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str)
             torch.mm(power[:, bins], bank, out=mel[:, mels])
         mel.clamp_(min=_FLOOR).log_()
         flat_features.index_copy_(0, row[start:stop], mel[: stop - start].to(dtype))
-    return features, _send(frames, device)
-
-
-def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From the CPU to a device, without waiting for a GPU."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return features, frames
 
 
 def _chunk_rows(device: torch.device) -> int:
@@ -212,7 +212,10 @@ def _clip_means(waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def _constants(
     frontend: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[slice, slice, torch.Tensor]]]:
-    """The window and the mel bank in blocks: (columns of the power, mel bins, weights)."""
+    """The window and the mel bank in blocks: (columns of the power, mel bins, weights).
+
+    The copy to a GPU waits, because calls on other streams read the result too.
+    """
     window = torch.hann_window(WINDOW, periodic=False, dtype=dtype, device="cpu").pow(_FRONTENDS[frontend])
     # A global switch turns fp32 products on a GPU into TF32, with 10 bits of mantissa: fp64 is out of its reach.
     bank = _mel_bank().to(torch.float64 if device.type == "cuda" else dtype)

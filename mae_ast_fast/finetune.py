@@ -112,8 +112,9 @@ def _log_mel(run: Run, clips: Sequence[int]) -> np.ndarray:
         features, frames = fbank(waveforms, lengths)
         if run.task.frame_level:
             return features, 1
-        real = torch.arange(features.shape[1], device=features.device) < frames[:, None]
-        return torch.where(real[:, :, None], features, 0).sum(1) / frames[:, None], 0
+        frames = frames.to(features.device)[:, None]
+        real = torch.arange(features.shape[1], device=features.device) < frames
+        return torch.where(real[:, :, None], features, 0).sum(1) / frames, 0
 
     return _gather(run, clips, spectrum, num_mel_bins)
 
@@ -128,7 +129,7 @@ def _gather(
     done, began, shown = 0, time.perf_counter(), time.perf_counter()
     for waveforms, lengths, owners, starts in run.read(clips):
         x, frames_a_row = compute(waveforms, lengths)
-        x, seconds = x.cpu().numpy(), lengths.cpu().numpy() / SAMPLE_RATE
+        x, seconds = x.cpu().numpy(), lengths.numpy() / SAMPLE_RATE
         for row, clip, start, length in zip(x, owners, starts, seconds, strict=True):
             if not task.frame_level:
                 found[clip] += row * length
@@ -457,7 +458,7 @@ class _Trainer:
         windows = [run.audio.crop(i, run.max_seconds, self.rng) for i in clips]
         waveforms, lengths = run.audio.read(windows)
         waveforms, targets = mix(waveforms, self.targets[clips], options.mixup, self.generator)
-        features, frames = self.classifier.encoder.features(waveforms.to(run.device), lengths.to(run.device))
+        features, frames = self.classifier.encoder.features(waveforms.to(run.device), lengths)
         features = spec_augment(features, frames, options.freq_mask, options.time_mask, self.fill, self.generator)
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * _rate(self.step, self.steps, options)

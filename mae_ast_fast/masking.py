@@ -59,6 +59,7 @@ from collections.abc import Callable
 import torch
 
 from mae_ast_fast.config import MASKING_STRATEGIES
+from mae_ast_fast.transfer import send
 
 CHUNK_SIZES = (3, 4, 5)
 SPAN_LENGTH = 10
@@ -208,7 +209,7 @@ def prepare(
     device = tokens.device
     if clip_ids is None:
         clip_ids = torch.arange(len(tokens), device=device)
-    clip_ids = _integers("clip_ids", clip_ids).to(device)
+    clip_ids = send(_integers("clip_ids", clip_ids), device)
     if clip_ids.shape != tokens.shape:
         raise ValueError(f"clip_ids must have the shape of tokens {tuple(tokens.shape)}, got {tuple(clip_ids.shape)}")
     masked = tokens - num_visible(tokens, mask_ratio)

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, reference
-from .base import Encoded, PretrainingModel
+from .base import Encoded, PretrainingModel, listed_frames
 from .config import MAEASTConfig
 from .packing import Packing, Sizes, real_tokens
+from .transfer import send
 from .transformer import SITES, Execution, Positions, Stack, linear
 
 MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both models
@@ -293,12 +294,13 @@ class MAEAST(PretrainingModel):
         config = self.config
         self._check_layer(layer)
         frames = self._check(features, lengths)
-        kt = config.patch_size[0]
+        (clips, longest, _), kt = features.shape, config.patch_size[0]
         valid = real_tokens(frames, features.shape[1])[:, :, None]
         features = F.pad(torch.where(valid, features, 0), (0, 0, 0, -features.shape[1] % kt))
         tokens = (frames + kt - 1) // kt * config.grid_f
         width = features.shape[1] // kt * config.grid_f
-        every = Packing.of(real_tokens(tokens, width))
+        listed = [-(-count // kt) * config.grid_f for count in listed_frames(clips, longest, lengths)]
+        every = Packing.of(real_tokens(tokens, width), sum(listed), max(listed))
         mean, scale = self.input_norm(features, frames)
         dtype = self._compute_dtype(features.device)
         run = self._execution(features.device, dtype)
@@ -387,7 +389,7 @@ class MAEAST(PretrainingModel):
                 f"mask must be ({len(tokens)}, L) with L >= {longest}, the longest clip's tokens, got "
                 f"{tuple(mask.shape)}"
             )
-        mask = F.pad(mask.to(tokens.device)[:, :width], (0, max(0, width - mask.shape[1])))
+        mask = F.pad(send(mask, tokens.device)[:, :width], (0, max(0, width - mask.shape[1])))
         return mask & real_tokens(tokens, width)
 
     @classmethod

@@ -35,6 +35,7 @@ from .shards import Shards
 from .ssast import SSAST
 from .step import Part, TrainStep
 from .training_data import held_out_set, log_mel_statistics, training_shards
+from .transfer import send
 
 SKIPPED_AT_MOST = 50  # updates in a row of fp16: halved as often, its scale is below any gradient
 FAULTS_LISTED = 1000  # unreadable clips named in summary.json; their count is whole
@@ -199,12 +200,12 @@ class Trainer:
             began = time.perf_counter()
             batch, self.places[lane] = next(batches)
             waited += time.perf_counter() - began
-            features, _ = self.model.features(self._to_device(batch.waveforms), batch.lengths)
+            features, frames = self.model.features(send(batch.waveforms, self.device), batch.lengths)
             # The paper's own strategy draws one mask a batch and ignores clip ids: every batch needs another.
             number = self.step * self.micro_batches + lane
             epoch = number if self.model.config.masking == "chunk_official" else batch.epoch
-            draw = {"seed": options.seed, "clip_ids": self._to_device(batch.ids), "epoch": epoch}
-            parts.append(Part(features, num_frames(batch.lengths), **draw))
+            draw = {"seed": options.seed, "clip_ids": batch.ids, "epoch": epoch}
+            parts.append(Part(features, frames, **draw))
             samples += int(batch.lengths.sum())
             names += batch.names
             faults += [f"{name}: {reason}" for name, reason in batch.faults]
@@ -218,10 +219,6 @@ class Trainer:
         self.pending.append((row, torch.stack(numbers), names, faults))
         if self.log is not None:
             self.log.advance()
-
-    def _to_device(self, x: Tensor) -> Tensor:
-        """Without waiting for it: the loader pins memory."""
-        return x.to(self.device, non_blocking=True)
 
     def _flush(self) -> None:
         """Brings the numbers of the last updates to the host, checks and writes them."""

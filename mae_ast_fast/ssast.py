@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .base import Encoded, PretrainingModel
+from .base import Encoded, PretrainingModel, listed_frames
 from .config import SSASTConfig
 from .fairseq import read_state_dict
 from .model import MAEASTOutput
 from .packing import Packing, Sizes, real_tokens
+from .transfer import send
 from .transformer import SITES, Execution, Stack, linear
 
 CLASS_TOKENS = 2  # of DeiT: class and distillation; nothing is trained on their output
@@ -168,20 +169,22 @@ class SSAST(PretrainingModel):
         self._check_layer(layer)
         frames = self._check(features, lengths)
         kt, grid_f = self.config.patch_size[0], self.config.grid_f
+        listed = listed_frames(*features.shape[:2], lengths)
         valid = real_tokens(frames, features.shape[1])[:, :, None]
         features = F.pad(torch.where(valid, features, 0), (0, 0, 0, -features.shape[1] % kt))
         features, n_t = features[:, : self.config.grid_t * kt], min(features.shape[1] // kt, self.config.grid_t)
         blocks = ((frames + kt - 1) // kt).clamp(max=n_t)
         real = real_tokens(blocks, n_t)[:, None, :].expand(-1, grid_f, -1).flatten(1)
-        tokens = (blocks * grid_f).tolist()
+        tokens = [min(-(-count // kt), n_t) * grid_f for count in listed]
         sizes = Sizes.of(tokens, [0] * len(tokens))
         dtype = self._compute_dtype(features.device)
         run = self._execution(features.device, dtype)
         with torch.autocast(features.device.type, enabled=False):
             x, every, *_ = self._embed(features, real, torch.zeros_like(real), sizes, dtype, run)
             x, states = self.encoder(x, every, run, layer)
-        patches = (every.token >= CLASS_TOKENS).nonzero().squeeze(1)
         rows = Packing.of(real, sizes.visible, sizes.most_visible)
+        # The class tokens of a clip are the first of its rows.
+        patches = torch.arange(len(rows.clip), device=rows.clip.device) + CLASS_TOKENS * (rows.clip + 1)
         states = [state[patches] for state in states]
         return Encoded(x[patches], states, rows, rows.token % n_t, rows.token // n_t)
 
@@ -352,7 +355,7 @@ class SSAST(PretrainingModel):
             if not isinstance(m, Tensor) or m.dtype != torch.bool or m.shape != real.shape:
                 got = f"{m.dtype} {tuple(m.shape)}" if isinstance(m, Tensor) else type(m).__name__
                 raise ValueError(f"mask must be a bool tensor {tuple(real.shape)}, True = masked, got {got}")
-        return tuple(m.to(real.device) for m in (mask if two else (mask,)))
+        return tuple(send(m, real.device) for m in (mask if two else (mask,)))
 
     @classmethod
     def from_official(cls, path: str | os.PathLike[str], num_heads: int | None = None, **init: Any) -> SSAST:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .base import PretrainingModel, check_lengths
 from .distributed import broadcast, check_parallel, data_parallel, shard
 from .packing import Sizes, round_up
+from .transfer import send
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRAPHS_KEPT = 16  # of the shapes used last
@@ -66,14 +67,14 @@ class _Batch:
         lengths: (B,) int64.
         draw: Of the masks.
         sizes: Of the rows.
-        masked: Number of masked tokens; 0: it stands for a micro-batch without clips.
+        counts: Whether it counts in the update; False: it replaces a micro-batch without clips.
     """
 
     features: Tensor
     lengths: Tensor
     draw: dict[str, Any]
     sizes: Sizes
-    masked: int
+    counts: bool
 
 
 class _Told(nn.Module):
@@ -105,6 +106,9 @@ class TrainStep:
         parallel: "ddp" or "fsdp" (distributed.py): over all processes of the default process group, which start from
             the first one's weights. None: this process alone. FSDP changes ``model`` in place, gathers weights in bf16
             where that is the precision, and excludes fp16 and ``compile``.
+
+    Attributes:
+        rows: Rows that were computed so far.
 
     Raises:
         ValueError: An unknown precision, or graphs, compile or processes where there can be none.
@@ -161,7 +165,8 @@ class TrainStep:
         self.learned = False  # whether DDP knows its graph
         self.bucketed = compile or graphs
         self.optimizer.zero_grad(set_to_none=True)  # what a backward before left is of no update
-        self.tokens = self.rows = 0  # real tokens so far, and rows that were computed for them
+        self.rows = self._tokens = 0
+        self._tokens_on_device: Tensor | int = 0  # of batches whose lengths the host does not know
         self.graphs = _Graphs(self._update, model, self.device) if graphs else None
 
     def __call__(
@@ -179,24 +184,28 @@ class TrainStep:
 
         Args:
             features: (B, T, F), as the model takes them.
-            lengths: (B,) real frames of each clip, on the host (numbers or a CPU tensor); None: all T.
+            lengths: (B,) real frames of each clip: integers, a tensor on the CPU, or one on the GPU; None: all T. The
+                host does not wait for lengths on a GPU and does not check their values: those below 0 count as 0, those
+                above T as T. It does not know the number of rows either, and computes as many as clips of T frames
+                have. Lengths on the host are faster wherever clips are shorter than T.
             mask: As the model takes it, hiding as many tokens of each clip as one that the model draws (on a CPU, where
-                counting costs nothing, any number); None: the model draws it.
+                counting costs nothing, and with lengths on a GPU any number); None: the model draws it.
             lr: Learning rate from this update on.
             seed: Of the masks that are drawn here, with ``clip_ids`` and ``epoch`` as in ``masking.sample_mask``.
             clip_ids: (B,) integers.
             epoch: Number of the pass over the data.
 
         Raises:
-            ValueError: What the model raises; lengths on a GPU, or not between 0 and T; clips too short to hide
-                something; a mask, where shapes are padded to buckets.
+            ValueError: What the model raises; lengths on the host that are not between 0 and T; clips too short to hide
+                something (with lengths on a GPU only where T is; else losses and gradients are 0); a mask, where shapes
+                are padded to buckets.
         """
         if mask is not None and (self.bucketed or self.parallel is not None):
             raise ValueError("compile, graphs and processes draw their masks: expected mask=None, got one")
         part = Part(features, lengths, seed, clip_ids, epoch)
         if self.parallel is not None:
             return self.update([part], lr=lr)
-        batch = self._prepare(part)
+        batch = self._prepare(part, drawn=mask is None)
         if lr is not None:
             self.lr.fill_(lr)
         sizes = batch.sizes
@@ -253,47 +262,59 @@ class TrainStep:
             dist.all_reduce(told)
         return Numbers(*told.unbind(), self._apply(scale))
 
-    def _prepare(self, part: Part) -> _Batch:
-        """A micro-batch, checked, on its way to the device."""
+    @property
+    def tokens(self) -> int:
+        """Real tokens so far; at most ``rows``. Reading it waits for the GPU where lengths were on one."""
+        return self._tokens + int(self._tokens_on_device)
+
+    def _prepare(self, part: Part, drawn: bool = True, counts: bool = True) -> _Batch:
+        """A micro-batch, checked, on its way to the device.
+
+        Args:
+            part: As the caller gave it.
+            drawn: Whether its masks are drawn here.
+            counts: As of ``_Batch``.
+        """
         features, lengths, seed, clip_ids, epoch = part
-        if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
-            raise ValueError(f"lengths must be known on the host, got a tensor on {lengths.device}")
-        frames = self._frames(features, lengths)
-        sizes = self.model.exact_sizes(features, frames)
-        masked = sizes.masked
+        if not isinstance(features, Tensor) or features.dim() != 3 or not len(features):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"features must be a tensor (B, T, F) of at least one clip, got {got}")
         clip_ids = None if clip_ids is None else torch.as_tensor(clip_ids)
-        self.tokens += sizes.visible + sizes.masked
+        frames, sizes = self._sizes(features, lengths, drawn)
+        if counts and sizes.exact:
+            self._tokens += sizes.visible + sizes.masked
+        elif counts:
+            block, grid_f = self.model.config.patch_size[0], self.model.config.grid_f
+            self._tokens_on_device = self._tokens_on_device + (frames // block * grid_f).sum()
         if self.bucketed:
             features, frames, clip_ids = _pad(features, frames, clip_ids, self.model)
             sizes = sizes.bucket()
         self.rows += sizes.visible + sizes.masked
         draw = {"seed": seed, "clip_ids": clip_ids, "epoch": epoch}
-        features = features.to(self.device, non_blocking=True)
-        return _Batch(features, self._send(torch.tensor(frames)), draw, sizes, masked)
+        return _Batch(send(features, self.device), send(frames, self.device), draw, sizes, counts)
+
+    def _sizes(self, features: Tensor, lengths: Sequence[int] | Tensor | None, drawn: bool) -> tuple[Tensor, Sizes]:
+        """Frames of each clip (B,), int64, where the caller has them, and the sizes of the rows.
+
+        Nobody on the host looks at the frames after this.
+        """
+        clips, longest = features.shape[:2]
+        known = _is_known(lengths)
+        if lengths is None:
+            frames = torch.full((clips,), longest, device="cpu")
+        else:
+            frames = check_lengths(lengths, clips, longest, values=known).long()
+        exact = self.model.exact_sizes(features, frames if known else None)  # an error where nothing can be hidden
+        if known:
+            return frames, exact
+        return frames.clamp(0, longest), self.model.largest_sizes(clips, longest, drawn)
 
     def _stand_in(self, part: Part) -> _Batch:
         """Silence for a micro-batch without clips: it runs as the others do, so that processes stay together."""
         block, limit = self.model.config.patch_size[0], self.model.max_frames
         frames = next(count for count in range(block, limit + 1, block) if self.model.sizes_of([count]).masked)
-        tokens = self.tokens
-        batch = self._prepare(Part(part.features.new_zeros(1, frames, part.features.shape[2]), seed=0))
-        self.tokens, batch.masked = tokens, 0
-        return batch
-
-    def _send(self, values: Tensor) -> Tensor:
-        """From the host to the device; any other copy would wait."""
-        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
-
-    @staticmethod
-    def _frames(features: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int]:
-        """Frames of each clip, checked: behind this nobody on the host looks at them."""
-        if not isinstance(features, Tensor) or features.dim() != 3 or not len(features):
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"features must be a tensor (B, T, F) of at least one clip, got {got}")
-        clips, longest = features.shape[:2]
-        if lengths is None:
-            return [longest] * clips
-        return check_lengths(lengths, clips, longest).tolist()
+        features = part.features.new_zeros(1, frames, part.features.shape[2])
+        return self._prepare(Part(features, seed=0), counts=False)
 
     def _update(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes | None) -> Tensor:
         """An update of one batch, on the device alone; ``Numbers`` as one tensor (5,)."""
@@ -345,10 +366,11 @@ class TrainStep:
         The host waits for nothing; one exchange tells every process of all micro-batches.
         """
         norm = getattr(self.model, "input_norm", None)
-        counts = self._send(torch.tensor([batch.masked for batch in batches], dtype=torch.float64))
+        masked = [self.model.num_masked(batch.lengths).sum() * batch.counts for batch in batches]
+        counts = torch.stack(masked).double()
         own = [counts]
         if norm is not None and norm.training:
-            measured = [norm.measure(batch.features, batch.lengths * (batch.masked > 0)) for batch in batches]
+            measured = [norm.measure(batch.features, batch.lengths * batch.counts) for batch in batches]
             own += [torch.stack(values).double() for values in zip(*measured, strict=True)]
         every = torch.stack(own)[None]
         if self.parallel is not None:
@@ -422,13 +444,18 @@ def _generator(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def _is_known(lengths: Sequence[int] | Tensor | None) -> bool:
+    """Whether the host knows lengths without waiting for a GPU."""
+    return not isinstance(lengths, Tensor) or lengths.device.type == "cpu"
+
+
 def _is_empty(features: Any) -> bool:
     return isinstance(features, Tensor) and features.dim() == 3 and not len(features)
 
 
 def _pad(
-    features: Tensor, frames: list[int], clip_ids: Tensor | None, model: PretrainingModel
-) -> tuple[Tensor, list[int], Tensor | None]:
+    features: Tensor, frames: Tensor, clip_ids: Tensor | None, model: PretrainingModel
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """A batch with empty clips and frames behind it, so that like batches have one shape."""
     batch, longest = features.shape[:2]
     block = model.config.patch_size[0]
@@ -436,7 +463,7 @@ def _pad(
     width = max(longest, min(width, model.max_frames))
     features = F.pad(features, (0, 0, 0, width - longest, 0, clips - batch))
     clip_ids = None if clip_ids is None else F.pad(clip_ids, (0, clips - batch))
-    return features, [*frames, *[0] * (clips - batch)], clip_ids
+    return features, F.pad(frames, (0, clips - batch)), clip_ids
 
 
 class _Graphs:

@@ -287,8 +287,9 @@ def test_buckets_cost_at_most_an_eighth() -> None:
         config = MAEASTConfig.preset("patch_tiny", encoder_layers=1)
         exact = MAEAST.sizes_of(build(), frames)
         model = MAEAST(config)
-        x, padded, ids = module._pad(torch.zeros(len(frames), max(frames), 1), frames, torch.arange(len(frames)), model)
-        assert padded[: len(frames)] == frames and not any(padded[len(frames) :])
+        x, counts = torch.zeros(len(frames), max(frames), 1), torch.tensor(frames)
+        x, padded, ids = module._pad(x, counts, torch.arange(len(frames)), model)
+        assert torch.equal(padded[: len(frames)], counts) and not padded[len(frames) :].any()
         assert len(x) == len(padded) == len(ids) <= max(len(frames) * 9 / 8, len(frames) + 1)
         assert max(frames) <= x.shape[1] <= max(frames) * 9 / 8 + 16 * config.patch_size[0]
         bucket = exact.bucket()
@@ -452,7 +453,6 @@ def test_ssast_in_buckets_equals_ssast(monkeypatch: pytest.MonkeyPatch, objectiv
         (lambda: TrainStep(build().cpu(), graphs=True), ["CUDA", "cpu"]),
         (lambda: build(recompute="gelus"), ["none, gelu, layer", "'gelus'"]),
         (lambda: build(recompute="gelu", activation_dropout=0.1), ["activation_dropout=0", "0.1", "layer"]),
-        (lambda: TrainStep(build())(features(FRAMES), torch.tensor(FRAMES, device="meta")), ["host", "meta"]),
         (lambda: TrainStep(build())(features(FRAMES), [49, 17, 33]), ["between 0 and T=48", "[49, 17, 33]"]),
         (lambda: TrainStep(build())(features(FRAMES), [48, -1, 33]), ["between 0 and T=48", "-1"]),
         (lambda: TrainStep(build())(features(FRAMES), [48, 17]), ["integers (3,)", "(2,)"]),
@@ -480,6 +480,137 @@ def test_masks_and_buckets_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -
         TrainStep(build(), compile=True)(features(FRAMES), FRAMES, torch.zeros(3, 24, dtype=torch.bool))
 
 
+# --------------------------------------------------------------------------------------------------- lengths on a GPU
+
+
+def unknown_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of lengths are treated as those on a GPU, whose values the host does not know."""
+    monkeypatch.setattr(module, "_is_known", lambda lengths: not isinstance(lengths, Tensor))
+
+
+def build_ssast(objective: str) -> SSAST:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "num_heads": 2, "layers": 1, "patch_size": (8, 8), "num_mel_bins": 32}
+    return SSAST(SSASTConfig(**sizes, input_frames=56, mask_patches=20, objective=objective)).to(DEVICE).train()
+
+
+MODELS = {
+    "chunk": build,
+    "random": lambda: build(masking="random"),
+    "ssast": lambda: build_ssast("joint"),
+    "ssast, two passes": lambda: build_ssast("joint_two_pass"),
+}
+
+
+def assert_same_updates(unknown: TrainStep, known: TrainStep, batches: list[list[int]]) -> None:
+    """Lengths that the host does not know give the losses and the norms of those that it knows."""
+    for seed, frames in enumerate(batches):
+        x = features([55, *frames], seed)[1:]  # of one width
+        lengths = torch.tensor(frames, device=DEVICE)
+        numbers, expected = unknown(x, lengths, seed=seed), known(x, frames, seed=seed)
+        for name, number, value in zip(numbers._fields, numbers, expected, strict=True):
+            assert_rounding(number, value, f"{frames}: {name}", grad=True)
+
+
+BATCHES = [[48, 17, 33], [0, 55, 9, 16], [55, 0, 0], [8, 8, 8], [55, 55, 55]]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_lengths_on_a_gpu_change_no_loss(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    unknown_lengths(monkeypatch)
+    unknown, known = TrainStep(MODELS[model](), 0.0), TrainStep(MODELS[model](), 0.0)  # each loss of the same weights
+    assert_same_updates(unknown, known, BATCHES)
+    assert unknown.tokens == known.tokens == known.rows
+    full = MODELS[model]().sizes_of([55])
+    assert unknown.rows == sum(map(len, BATCHES)) * full.most_tokens > unknown.tokens
+
+
+@pytest.mark.parametrize("model", ["chunk", "ssast"])
+def test_lengths_on_a_gpu_compiled_change_no_loss(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    graphs = aot(monkeypatch)
+    unknown_lengths(monkeypatch)
+    unknown = TrainStep(MODELS[model](), 1e-3, compile=True)
+    assert_same_updates(unknown, TrainStep(MODELS[model](), 1e-3), [BATCHES[0], BATCHES[2], BATCHES[4]])
+    assert len(graphs) == 2, "one forward and one backward: sizes follow from the shape"
+
+
+def test_lengths_on_a_gpu_of_one_shape_make_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    unknown_lengths(monkeypatch)
+    unknown = graphed(build())
+    assert_same_updates(unknown, TrainStep(build(), 1e-3), [BATCHES[0], BATCHES[2], BATCHES[4]])
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_update_with_lengths_on_a_gpu_weighs_parts_by_masked_tokens(
+    monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    unknown_lengths(monkeypatch)
+    found = []
+    for where in (list, torch.tensor):
+        update = TrainStep(MODELS[model](), 1e-3)
+        x = features([55, 17, 33])
+        parts = [
+            module.Part(x, where([55, 0, 33]), seed=1),
+            module.Part(x[:0]),
+            module.Part(x[:1], where([17]), seed=2),
+        ]
+        found.append(update.update(parts))
+    for name, number, value in zip(found[0]._fields, *found, strict=True):
+        assert_rounding(value, number, name, grad=True)
+
+
+def test_lengths_on_a_gpu_out_of_range_are_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown_lengths(monkeypatch)
+    x = features(FRAMES)
+    numbers = TrainStep(build())(x, torch.tensor([2**40, -7, 33], device=DEVICE), seed=0)
+    expected = TrainStep(build())(x, [48, 0, 33], seed=0)
+    for name, number, value in zip(numbers._fields, numbers, expected, strict=True):
+        assert_rounding(number, value, name, grad=True)
+
+
+def test_lengths_on_a_gpu_too_short_to_hide_anything_give_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown_lengths(monkeypatch)
+    numbers = TrainStep(build())(features(FRAMES), torch.tensor([7, 0, 7], device=DEVICE))
+    assert numbers.loss == 0 and numbers.grad_norm == 0
+    with pytest.raises(ValueError, match=r"at least 2 patches of 8 frames.*got frames \[7, 7\]"):
+        TrainStep(build())(features([7, 7]), torch.tensor([7, 3], device=DEVICE))
+
+
+@pytest.mark.parametrize("shape", ["patch", "frame", "ssast"])
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 0.75, 0.93])
+def test_largest_sizes_hold_every_batch(shape: str, ratio: float) -> None:
+    """Also a mask that hides another number than those that are drawn, where it may."""
+    if shape == "ssast":
+        model = build_ssast("joint")
+    else:
+        other = {"patch": {}, "frame": {"patch_size": (2, 32), "masking": "random"}}[shape]
+        model = MAEAST(MAEASTConfig(num_mel_bins=32, mask_ratio=ratio, **{"patch_size": (8, 8), **other}, embed_dim=12))
+    every = [model.sizes_of([frames]) for frames in range(56)]
+    for longest in range(56):
+        one = model.largest_sizes(1, longest)
+        assert not one.exact
+        for place in range(5):
+            assert one[place] == max(sizes[place] for sizes in every[: longest + 1])
+        three = model.largest_sizes(3, longest)
+        assert three == one._replace(visible=3 * one.visible, masked=3 * one.masked)
+        tokens = one.most_tokens
+        assert model.largest_sizes(3, longest, drawn=False)[:5] == (3 * tokens, 3 * tokens, tokens, tokens, tokens)
+
+
+def test_a_mask_of_any_count_fits_lengths_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host counts nothing: rows for whatever it may hide."""
+    unknown_lengths(monkeypatch)
+    for share in (0.1, 0.5, 0.95):
+        mask = torch.rand(3, 24, generator=torch.Generator().manual_seed(0)) < share
+        update = TrainStep(build())
+        expected = build()(features(FRAMES), torch.tensor(FRAMES), mask.to(DEVICE)).loss.detach()
+        batch = update._prepare(module.Part(features(FRAMES), torch.tensor(FRAMES, device=DEVICE)), drawn=False)
+        found = update._update(batch.features, batch.lengths, mask.to(DEVICE), batch.sizes)[0]
+        assert_rounding(found, expected, f"{share}")
+
+
 # ---------------------------------------------------------------------------------------------------------- on a GPU
 
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs and waits for a GPU: needs one")
@@ -492,12 +623,44 @@ IMPLS = ["torch", "triton"]
 def test_an_update_never_waits_for_the_gpu(impl: str, precision: str) -> None:
     update = TrainStep(build(impl=impl, dropout=0.1), precision=precision)
     x = features(FRAMES)
+    on_host = x.cpu()
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
         try:
-            update(x, FRAMES, lr=1e-3, seed=count)
+            update(x, FRAMES, lr=1e-3, seed=count, clip_ids=torch.arange(3))
+            update(on_host, FRAMES, seed=torch.tensor(count), clip_ids=[4, 0, 2])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("where", ["list", "cpu", "cuda"])
+def test_update_with_lengths_anywhere_never_waits(where: str) -> None:
+    update, x = TrainStep(build()), features(FRAMES)
+    lengths = FRAMES if where == "list" else torch.tensor(FRAMES, device=where)
+    mask = update.model.sample_mask(torch.tensor(FRAMES), max(FRAMES), seed=0)
+    parts = [module.Part(x, lengths), module.Part(x[:0]), module.Part(x, lengths)]
+    for count in range(3):
+        torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
+        try:
+            update(x, lengths)
+            update(x, lengths, mask)
+            update.update(parts)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_models_with_lengths_on_the_host_never_wait() -> None:
+    for model in (build(), build_ssast("joint")):
+        x, lengths = features(FRAMES), torch.tensor(FRAMES)
+        for count in range(2):
+            torch.cuda.set_sync_debug_mode("error" if count else "default")
+            try:
+                model(x, lengths).loss.backward()
+                model.encode(x, lengths)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

@@ -343,10 +343,17 @@ Status launch(const void* function, Dim3 grid, Dim3 block, Stream stream) {
   bool valid = grid.x > 0 && grid.x <= 2147483647u && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535;
   if (!valid || threads == 0 || threads > 1024 || block.z > 64) {
     count("illegal", "launch configuration of " + name_of(function));
-    return last_error = INVALID_CONFIGURATION;
+    return INVALID_CONFIGURATION;
   }
   enqueue(name_of(function), stream);
   return SUCCESS;
+}
+
+// The runtime remembers an error for cudaGetLastError, the driver does not.
+Status runtime_launch(const void* function, Dim3 grid, Dim3 block, Stream stream) {
+  Status status = launch(function, grid, block, stream);
+  if (status != SUCCESS) last_error = status;
+  return status;
 }
 
 int attribute(int which) {  // cudaDeviceAttr and CUdevice_attribute: the same numbers, here of an H200
@@ -803,19 +810,19 @@ Status __cudaGetKernel(const void** kernel, const void* function) {
 }
 
 Status cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void**, size_t, Stream stream) {
-  return launch(function, grid, block, stream);
+  return runtime_launch(function, grid, block, stream);
 }
 
 Status __cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void**, size_t, Stream stream) {
-  return launch(function, grid, block, stream);
+  return runtime_launch(function, grid, block, stream);
 }
 
 Status cudaLaunchCooperativeKernel(const void* function, Dim3 grid, Dim3 block, void**, size_t, Stream stream) {
-  return launch(function, grid, block, stream);
+  return runtime_launch(function, grid, block, stream);
 }
 
 Status cudaLaunchKernelExC(const LaunchConfiguration* configuration, const void* function, void**) {
-  return launch(function, configuration->grid, configuration->block, configuration->stream);
+  return runtime_launch(function, configuration->grid, configuration->block, configuration->stream);
 }
 
 Status cudaFuncGetAttributes(FunctionAttributes* attributes, const void*) {

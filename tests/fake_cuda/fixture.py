@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,16 +19,20 @@ SECONDS = 240  # of a script: below pytest's limit of a test
 @pytest.fixture(scope="session")
 def fake_cuda_environment() -> dict[str, str]:
     """Environment of processes on the fake GPU. Skips where there can be none, and fails in CI."""
+    return environment_or_skip()
+
+
+def environment_or_skip() -> dict[str, str]:
+    """See ``fake_cuda_environment``."""
     try:
         return build.environment(build.library())
     except build.CannotRun as reason:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"the fake GPU does not run here: {reason}")
-        pytest.skip(f"the fake GPU does not run here: {reason}")
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up(f"the fake GPU does not run here: {reason}")
 
 
-@pytest.fixture
-def fake_cuda(fake_cuda_environment: dict[str, str], tmp_path: Path) -> Run:
+@pytest.fixture(scope="session")
+def fake_cuda(fake_cuda_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs Python source on the fake GPU and returns what it gave to ``measure.report``.
 
     ``fake_cuda(source, *arguments)``: arguments are the script's ``sys.argv[1:]``. The test fails with the script's
@@ -37,7 +40,7 @@ def fake_cuda(fake_cuda_environment: dict[str, str], tmp_path: Path) -> Run:
     """
 
     def run(source: str, *arguments: str) -> dict[str, Any]:
-        script = tmp_path / "on_fake_cuda.py"
+        script = tmp_path_factory.mktemp("fake_cuda") / "script.py"
         script.write_text(source)
         done = subprocess.run(
             build.command(str(script), *arguments),

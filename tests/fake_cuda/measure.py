@@ -1,10 +1,6 @@
-"""For scripts on the fake GPU: what a block of code asked of the device.
+"""For scripts on the fake GPU: counts what a block of code asks of the device.
 
-from fake_cuda.measure import Measure, report
-
-with Measure() as update:
-    step(features)
-report(update=update)  # the last line of the output, as JSON
+Usage: ``with Measure() as update: step(features)``, then ``report(update=update)``, which prints one line of JSON.
 """
 
 from __future__ import annotations
