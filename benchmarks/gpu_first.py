@@ -21,6 +21,8 @@ A measurement that raises is recorded, and the next one runs. A section that cra
 GPU unusable is recorded, and the next one runs in a new process. A section begins only if its estimate fits into the
 remaining time. Values are checked against the reference first: a wrong result is timed too, with a field ``wrong``.
 
+`mae-ast-fast tune` is not part of it: it takes longer than this call.
+
 Needs torch, triton, numpy, pytest and this tree installed; hypothesis for most of the tests. No network.
 Exit codes: 0; 1 something failed, is wrong or was not measured; 2 this machine cannot run it.
 """
