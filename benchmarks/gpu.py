@@ -150,11 +150,13 @@ def _check_installed() -> None:
         )
 
 
-def _said(*command: str) -> str | None:
+def _said(*command: str, seconds: float = 30.0) -> str | None:
     """What a command prints, in the tree; None where there is no such command or it fails."""
     ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # not a repository around this tree
     try:
-        done = subprocess.run(command, cwd=ROOT, env=ceiling, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=ceiling, capture_output=True, text=True, timeout=seconds, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -349,9 +351,9 @@ def benchmark_cases(file: Path) -> dict[str, list[str]]:
     """
     words = ["--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", str(file), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    lines = (_said(*command, seconds=120.0) or "").splitlines()
     cases: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
+    for line in lines:
         name = line.partition("::")[2]
         if name and line.startswith(f"benchmarks/{file.name}::"):
             cases.setdefault(f"{name.partition(':')[0]}]" if ":" in name else name, []).append(line)
