@@ -17,6 +17,8 @@ bench_masking.py.
 Before an op is timed, outputs and gradients of every column are held to the fp64 reference by tests/policy.py, of 8
 clips at most; of more clips all are then held to the policy's caps (``compiled`` to these alone). With dropout only the
 call without it can be held to anything; the one that is timed must be finite and must differ from that.
+A column that raises or fails a check is left out and recorded under ``failed``: the other columns are timed, and the
+benchmark fails at its end.
 
 The peak of the machine, a copy of a large tensor or a product of square matrices, takes its turn in every round. The
 work that rates are counted from is in op_cases.py: what an implementation moves on top of it counts against it. In a
@@ -32,7 +34,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import compare
-from measure import ON_GPU, ROUNDS, Turns, load_average, no_compiler, peaks
+from measure import ON_GPU, ROUNDS, Failed, Turns, load_average, no_compiler, peaks
 from op_cases import DTYPE, OPS, Clips, Function, Op, Point
 from policy import KERNEL_CAP
 from torch import Tensor
@@ -55,21 +57,23 @@ def make_op(name: str, point: Point, compiled: bool) -> Op:
     return op
 
 
-def check(op: Op) -> None:
+def check(op: Op, name: str) -> None:
     """Raises AssertionError where a column's outputs or gradients are further from the fp64 reference than allowed."""
-    for column in op.columns.values():
-        compare(column, op.columns["reference"], op.inputs, op.differentiable, DTYPE, op.summed, op.dot)
+    compare(op.columns[name], op.columns["reference"], op.inputs, op.differentiable, DTYPE, op.summed, op.dot)
 
 
-def check_all_clips(op: Op) -> None:
-    """The same by the caps on rms alone, against the reference in fp32, on the device."""
+def exact_values(op: Op) -> dict[str, Tensor]:
+    """The reference's output and gradients in fp32, on the device."""
     wide = {name: x.float() if x.is_floating_point() else x for name, x in op.inputs.items()}
-    expected = values(op.columns["reference"], wide, op.differentiable)
-    for name, column in op.columns.items():
-        found = values(column, op.inputs, op.differentiable)
-        for what, exact in expected.items():
-            error = ((found[what].float() - exact).square().mean() / exact.square().mean()).sqrt().item()
-            assert error <= KERNEL_CAP[DTYPE], f"{name}: {what} is {error:.3g} off, allowed {KERNEL_CAP[DTYPE]:.3g}"
+    return values(op.columns["reference"], wide, op.differentiable)
+
+
+def check_all_clips(op: Op, name: str, expected: dict[str, Tensor]) -> None:
+    """The same by the caps on rms alone, against ``exact_values``."""
+    found = values(op.columns[name], op.inputs, op.differentiable)
+    for what, exact in expected.items():
+        error = ((found[what].float() - exact).square().mean() / exact.square().mean()).sqrt().item()
+        assert error <= KERNEL_CAP[DTYPE], f"{name}: {what} is {error:.3g} off, allowed {KERNEL_CAP[DTYPE]:.3g}"
 
 
 def values(column: Function, inputs: dict[str, Tensor], differentiable: tuple[str, ...]) -> dict[str, Tensor]:
@@ -114,12 +118,9 @@ def bench_ops(name: str, point: Point, benchmark: Any) -> None:
     if why:
         print(f"without the column compiled: {why}")
     at = point.toy() if benchmark.disabled else point
+    failed = Failed()
     with load_average(benchmark.extra_info):
-        if at.clips > CHECKED_CLIPS:
-            check(make_op(name, replace(at, clips=CHECKED_CLIPS), compiled=False))
-        op = make_op(name, at, why is None)
-        (check_all_clips if at.clips > CHECKED_CLIPS else check)(op)
-        timed = {key: calls(column, op, at.dropout) for key, column in op.columns.items()}
+        op, timed = checked(name, at, why is None, failed)
         peak, ceilings = peaks(DTYPE, toy=benchmark.disabled)
         chosen = "copy" if op.unit == "bytes" else "product"
         each = {(key, what): call for key, found in timed.items() for what, call in found.items()}
@@ -130,3 +131,33 @@ def bench_ops(name: str, point: Point, benchmark: Any) -> None:
     work = dict(zip(TIMED, op.work, strict=False))
     columns = {key: {what: turns.samples[key, what] for what in found} for key, found in timed.items()}
     benchmark.extra_info |= {"work": work, "columns": columns, "left_out": {"compiled": why} if why else {}}
+    benchmark.extra_info["failed"] = failed
+    assert not failed, str(failed)
+
+
+def checked(name: str, at: Point, compiled: bool, failed: Failed) -> tuple[Op, dict[str, dict[str, Callable]]]:
+    """An op at a point, and what to time of each column that is right; the other columns go to ``failed``."""
+    expected = None
+    if at.clips > CHECKED_CLIPS:
+        few = make_op(name, replace(at, clips=CHECKED_CLIPS), compiled=False)
+        for column in few.columns:
+            with failed.catch(column):
+                check(few, column)
+        del few
+    op = make_op(name, at, compiled)
+    if at.clips > CHECKED_CLIPS:
+        expected = exact_values(op)
+    timed = {}
+    for column, function in op.columns.items():
+        if column in failed:
+            continue
+        with failed.catch(column):
+            if expected is None:
+                check(op, column)
+            else:
+                check_all_clips(op, column, expected)
+            found = calls(function, op, at.dropout)
+            for call in found.values():
+                call()
+            timed[column] = found
+    return op, timed

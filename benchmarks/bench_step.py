@@ -24,6 +24,8 @@ rate of 0 and with the layers' weights scaled up, so that each layer shows in th
 must agree within tests/policy.py: of MAE-AST's columns with the fp32 reference's, of SSAST's with those of
 SSAST(impl="torch", attention="sdpa") in fp32, of ViTMAE's with the loss counted from its predictions. (Compiled columns
 without their backward, which would be compiled twice.) A run before the timing must then have moved every matrix.
+A column that raises or fails a check is left out and recorded under ``failed``: the other columns are timed, and the
+benchmark fails at its end.
 
 Three kinds of cases. ``main``: models and clips in all columns. ``ssast``: MAE-AST against SSAST, without dropout.
 ``sweep``: one factor at a time (clips a batch, their length, mask ratio, layers) from one base point.
@@ -51,7 +53,7 @@ import numpy as np
 import pytest
 import torch
 import vitmae
-from measure import DEVICE, ON_GPU, ROUNDS, Turns, load_average, no_compiler, peaks, synchronize
+from measure import DEVICE, ON_GPU, ROUNDS, Failed, Turns, load_average, no_compiler, peaks, synchronize
 from original import Original
 from policy import BF16_LOSS, GRAD_NORM, ONE_STEP
 from torch import Tensor, nn
@@ -158,14 +160,17 @@ ON_CPU = (
         },
     ),
 )
+# In order of value: gpu.py runs them one process after another until its time is up. Compiling takes minutes.
 ON_GPU_CASES = (
-    Case("patch_base", "patch_base", 256, (*ALL, "fast, gelu", "fast, no dropout")),
-    Case("frame_base", "frame_base", 256, EAGER),
-    Case("few clips", "patch_base", 8, ("original", "reference", "compiled", "fast", "fast, graphs")),
+    Case("patch_base", "patch_base", 256, (*EAGER, "vitmae", "fast, gelu", "fast, no dropout")),
     Case("mixed", "patch_base", 64, (*EAGER, "fast, gelu"), mixed=True, batches=4),
     Case("equal", "patch_base", 72, (*EAGER, "fast, gelu"), batches=4),
+    Case("few clips", "patch_base", 8, (*EAGER, "fast, graphs")),
+    Case("frame_base", "frame_base", 256, EAGER),
     Case("ssast patch_base", "patch_base", 128, AGAINST_SSAST, part="ssast"),
     Case("ssast frame_base", "frame_base", 128, AGAINST_SSAST, part="ssast"),
+    Case("patch_base compiled", "patch_base", 256, ("reference", "compiled", "fast", "vitmae compiled")),
+    Case("few clips compiled", "patch_base", 8, ("reference", "compiled", "fast")),
     *sweeps(
         "patch_base",
         16,  # of 60 s as many as the original's attention weights leave room for
@@ -292,6 +297,11 @@ def without_dropout(kinds: Sequence[Kind]) -> Iterator[None]:
             model.train()
 
 
+def labelled(name: str, precision: str) -> str:
+    """A column's name in results: ``NAME`` in fp32, otherwise ``NAME bf16``."""
+    return name if precision == "fp32" else f"{name} {precision}"
+
+
 class Column:
     """A kind in a precision.
 
@@ -301,7 +311,7 @@ class Column:
     """
 
     def __init__(self, name: str, kind: Kind, precision: str, optimizer: torch.optim.Optimizer | None) -> None:
-        self.name = name if precision == "fp32" else f"{name} {precision}"
+        self.name = labelled(name, precision)
         self.kind, self.precision, self.model = kind, precision, kind.model.train()
         self.compiled = "compiled" in name
         self.clock: Callable[[str], None] = lambda stage: None
@@ -351,25 +361,30 @@ class Column:
         if self.compiled:
             with torch.no_grad(), autocast(self.precision):
                 return self.kind.loss(batch, mask).item(), float("nan")
+        try:
+            loss, norm = self._update_at_rate_0(batch, mask)
+            return loss.item(), norm.item()
+        finally:  # other columns may train the same weights with the same optimizer
+            self.optimizer.zero_grad(set_to_none=True)
+            for state in self.optimizer.state.values():
+                for moment in state.values():
+                    moment.zero_()
+            if self.update is None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = LR
+            else:
+                self.update.lr.fill_(LR)
+                self.update.restore()  # no graph is kept that was recorded without dropout
+
+    def _update_at_rate_0(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.update is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
-            told = self.one_update(batch, mask)
-            for group in self.optimizer.param_groups:
-                group["lr"] = LR
-        elif self.update.graphs is not None:  # a graph draws its masks: the same one, by its seed
-            told = self.one_update(batch, None, lr=0.0, seed=SEED)
-        else:
-            two = getattr(self.model.config, "objective", "") == "joint_two_pass"
-            told = self.one_update(batch, (mask, mask) if two else mask, lr=0.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        for state in self.optimizer.state.values():
-            for moment in state.values():
-                moment.zero_()
-        if self.update is not None:
-            self.update.lr.fill_(LR)
-            self.update.restore()  # no graph is kept that was recorded without dropout
-        return told[0].item(), told[1].item()
+            return self.one_update(batch, mask)
+        if self.update.graphs is not None:  # a graph draws its masks: the same one, by its seed
+            return self.one_update(batch, None, lr=0.0, seed=SEED)
+        two = getattr(self.model.config, "objective", "") == "joint_two_pass"
+        return self.one_update(batch, (mask, mask) if two else mask, lr=0.0)
 
 
 def check_moved(column: Column, before: dict[str, Tensor]) -> None:
@@ -452,7 +467,7 @@ def draw_mask(config: MAEASTConfig, batch: Batch, seed: int | None = None) -> Te
     return sample_mask(config.masking, tokens, config.grid_f, config.mask_ratio, seed=seed, max_tokens=width)
 
 
-def mae_ast_kinds(case: Case, wanted: Sequence[str]) -> tuple[dict[str, Kind], MAEAST]:
+def mae_ast_kinds(case: Case, wanted: Sequence[str], failed: Failed) -> tuple[dict[str, Kind], MAEAST]:
     """MAE-AST's kinds with equal weights, and the reference."""
     config = case.config
     original = Original(config).to(DEVICE)
@@ -490,7 +505,9 @@ def mae_ast_kinds(case: Case, wanted: Sequence[str]) -> tuple[dict[str, Kind], M
         kinds["compiled"] = replace(plain, loss=packed_loss(torch.compile(reference, fullgraph=True)))
     ways = {"fast": {}, "fast, gelu": {"recompute": "gelu"}, "fast, graphs": {}, "fast, no dropout": {}}
     for name, how in ways.items():
-        if name in wanted:
+        if name not in wanted:
+            continue
+        with failed.catch(*labels(case, name)):
             options = replace(config, **NO_DROPOUT) if name == "fast, no dropout" else config
             model = ours(options, impl="triton" if ON_GPU else "torch", **how)
             more = {"statistics": model.input_norm, "train_step": {"graphs": name == "fast, graphs"}}
@@ -506,7 +523,7 @@ def ssast_config(config: MAEASTConfig, frames: int, objective: str) -> SSASTConf
     return SSASTConfig(**sizes, mask_patches=400 * every // 512)
 
 
-def ssast_kinds(case: Case, wanted: Sequence[str]) -> dict[str, Kind]:
+def ssast_kinds(case: Case, wanted: Sequence[str], failed: Failed) -> dict[str, Kind]:
     """SSAST's kinds with equal weights; a check hides the same tokens in both of two passes."""
     _, batches = make_batches(case)
     frames = max(batch.features.shape[1] for batch in batches)
@@ -531,7 +548,9 @@ def ssast_kinds(case: Case, wanted: Sequence[str]) -> dict[str, Kind]:
 
     kinds = {}
     for name, objective in (("ssast", "joint"), ("ssast, two passes", "joint_two_pass")):
-        if name in wanted:
+        if name not in wanted:
+            continue
+        with failed.catch(*labels(case, name)):
             made = model(objective, impl="triton" if ON_GPU else "torch")
 
             def flops(tokens: int, config: SSASTConfig = made.config) -> int:
@@ -575,55 +594,75 @@ def left_out(case: Case, compiled: bool = True) -> dict[str, str]:
     return why | {name: library for name in case.columns if "vitmae" in name and library}
 
 
-def make_columns(case: Case, compiled: bool = True) -> list[Column]:
-    """The columns of a case; kinds are in their order, precision by precision."""
+def labels(case: Case, *names: str) -> list[str]:
+    """Names in results of these columns of a case."""
+    return [labelled(name, precision) for name in names for precision in case.precisions if runs_in(name, precision)]
+
+
+def runs_in(name: str, precision: str) -> bool:
+    """Compiled columns run in the best precision alone: compiling takes minutes."""
+    return "compiled" not in name or precision in BEST
+
+
+def make_columns(case: Case, compiled: bool, failed: Failed) -> list[Column]:
+    """The columns of a case; kinds are in their order, precision by precision. Those that raise go to ``failed``."""
     torch.manual_seed(0)
     torch.compiler.reset()  # a case's graphs must not use up the recompilations of the next one's ...
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # ... and end in eager code unnoticed
     without = left_out(case, compiled)
     wanted = [name for name in case.columns if name not in without]
-    kinds, reference = mae_ast_kinds(case, wanted)
-    if any("ssast" in name for name in wanted):
-        kinds |= ssast_kinds(case, wanted)
-    if any("vitmae" in name for name in wanted):
-        kinds |= vitmae_kinds(case, wanted, reference)
+    kinds, reference = mae_ast_kinds(case, wanted, failed)
+    if ssast := [name for name in wanted if "ssast" in name]:
+        with failed.catch(*labels(case, *ssast)):
+            kinds |= ssast_kinds(case, wanted, failed)
+    if others := [name for name in wanted if "vitmae" in name]:
+        with failed.catch(*labels(case, *others)):
+            kinds |= vitmae_kinds(case, wanted, reference)
     optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
     columns = []
     for precision in case.precisions:
         for name in wanted:
-            if "compiled" in name and precision not in BEST:
+            if name not in kinds or not runs_in(name, precision):
                 continue
             kind = kinds[name]
-            if kind.train_step is None and kind.model not in optimizers:
-                options = {"lr": LR, "betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
-                optimizers[kind.model] = torch.optim.AdamW(kind.model.parameters(), **options)
-            columns.append(Column(name, kind, precision, optimizers.get(kind.model)))
+            with failed.catch(labelled(name, precision)):
+                if kind.train_step is None and kind.model not in optimizers:
+                    options = {"lr": LR, "betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
+                    optimizers[kind.model] = torch.optim.AdamW(kind.model.parameters(), **options)
+                columns.append(Column(name, kind, precision, optimizers.get(kind.model)))
     return columns
 
 
-def check(columns: list[Column]) -> dict[str, float]:
+def check(columns: list[Column], failed: Failed) -> dict[str, float]:
     """Relative distance of each column's loss from what it must be: same weights, same mask, no dropout.
 
-    Raises:
-        AssertionError: It, or that of the gradient's norm, is larger than the policy allows.
+    A column where it, or that of the gradient's norm, is larger than the policy allows goes to ``failed``, as does one
+    that raises.
     """
     errors: dict[str, float] = {}
     for yardstick in {column.kind.yardstick for column in columns}:
         yardstick.known.clear()  # of other weights
     with without_dropout(every_kind(columns)):
         for column in columns:
-            for batch in column.kind.batches:
-                mask, *expected = column.kind.yardstick(batch)
-                allowed = (BF16_LOSS if column.precision == "bf16" else ONE_STEP, GRAD_NORM[column.precision])
-                found = column.check(batch, mask)
-                for what, a, b, limit in zip(("loss", "gradient's norm"), found, expected, allowed, strict=True):
-                    error = abs(a - b) / abs(b)
-                    if what == "loss" or not column.compiled:
-                        text = f"{column.name}: {what} {error:.3g} off the plain one, allowed {limit:.3g}"
-                        assert error <= limit, text
-                    if what == "loss":
-                        errors[column.name] = max(error, errors.get(column.name, 0.0))
+            with failed.catch(column.name):
+                errors[column.name] = max(check_batch(column, batch) for batch in column.kind.batches)
     return errors
+
+
+def check_batch(column: Column, batch: Batch) -> float:
+    """Relative distance of a column's loss on a batch.
+
+    Raises:
+        AssertionError: It, or that of the gradient's norm, is larger than the policy allows.
+    """
+    mask, *expected = column.kind.yardstick(batch)
+    allowed = (BF16_LOSS if column.precision == "bf16" else ONE_STEP, GRAD_NORM[column.precision])
+    found = column.check(batch, mask)
+    errors = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
+    for what, error, limit in zip(("loss", "gradient's norm"), errors, allowed, strict=True):
+        if what == "loss" or not column.compiled:
+            assert error <= limit, f"{column.name}: {what} {error:.3g} off the plain one, allowed {limit:.3g}"
+    return errors[0]
 
 
 def every_kind(columns: list[Column]) -> list[Kind]:
@@ -640,12 +679,13 @@ def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Calla
     """Checks and warms up the columns of a case.
 
     Returns:
-        A round, which runs every column once in turn and keeps their times, and where they are kept.
+        A round, which runs every column once in turn and keeps their times, and where they are kept. Its ``failed``
+        holds the columns that raised or are wrong, with the reason; they have no times.
     """
-    columns = make_columns(case, compiled)
-    errors = check(columns)
+    failed = Failed()
+    columns = make_columns(case, compiled, failed)
+    errors = check(columns, failed)
     config = case.config
-    patch, grid_f = config.patch_size[0], config.grid_f
     record: dict[str, Any] = {
         "part": case.part,
         "factor": case.factor,
@@ -656,6 +696,7 @@ def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Calla
         "encoder_layers": config.encoder_layers,
         "mixed": case.mixed,
         "left_out": left_out(case, compiled),
+        "failed": failed,
         "peak": {},
         "columns": {},
     }
@@ -665,50 +706,75 @@ def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Calla
         products.append(Turns({"product": calls["product"]}, once=toy))
         record["peak"][precision] = {**products[-1].samples["product"], "work": work["product"]}
     for column in columns:
-        before = matrices_of(column)
-        column.run()
-        check_moved(column, before)
-        del before
-        memory = []
-        for _ in range(MEMORY_RUNS):
-            column.optimizer.zero_grad(set_to_none=True)
-            memory.append(peak_bytes(column.run, DEVICE))
-        peak = None if None in memory else round(statistics.median(memory))
-        batches = column.kind.batches
-        tokens = [[frames // patch * grid_f for frames in batch.on_host] for batch in batches]
-        record["columns"][column.name] = {
-            "precision": column.precision,
-            "loss_error": errors[column.name],
-            "steps": len(batches),
-            "clips": sum(len(batch.frames) for batch in batches),
-            "audio_seconds": sum(sum(batch.seconds) for batch in batches),
-            "tokens": sum(map(sum, tokens)),
-            "flops": sum(column.kind.flops(count) for counts in tokens for count in counts),
-            "peak_bytes_a_clip": None if peak is None else peak // case.clips,
-            "seconds": [],
-            "cpu_seconds": [],
-            "stages": [],
-        }
-        if case.mixed:
-            lengths = [[round(second, 2) for second in batch.seconds] for batch in batches]
-            record["columns"][column.name]["clip_seconds"] = lengths
+        if column.name not in failed:
+            with failed.catch(column.name):
+                record["columns"][column.name] = {"loss_error": errors[column.name], **warm_up(column, case)}
+    columns = [column for column in columns if column.name not in failed]
 
     def one_round() -> None:
         for turns in products:
             turns()
-        for column in columns:
-            kept = record["columns"][column.name]
-            synchronize()
-            began, worked = time.perf_counter(), time.process_time()
-            clock = Stages()
-            loss = column.run(clock)
-            synchronize()
-            kept["seconds"].append(time.perf_counter() - began)
-            kept["cpu_seconds"].append(time.process_time() - worked)
-            kept["stages"].append(clock.seconds())
-            assert np.isfinite(loss), f"{column.name}: loss {loss}"
+        for column in list(columns):
+            with failed.catch(column.name):
+                time_column(column, record["columns"][column.name])
+            if column.name in failed:
+                columns.remove(column)
+                del record["columns"][column.name]
 
     return one_round, record
+
+
+def warm_up(column: Column, case: Case) -> dict[str, Any]:
+    """A column's first steps, and its entry in the record.
+
+    Raises:
+        AssertionError: They leave a matrix as it was.
+    """
+    before = matrices_of(column)
+    column.run()
+    check_moved(column, before)
+    del before
+    memory = []
+    for _ in range(MEMORY_RUNS):
+        column.optimizer.zero_grad(set_to_none=True)
+        memory.append(peak_bytes(column.run, DEVICE))
+    peak = None if None in memory else round(statistics.median(memory))
+    batches = column.kind.batches
+    patch, grid_f = case.config.patch_size[0], case.config.grid_f
+    tokens = [[frames // patch * grid_f for frames in batch.on_host] for batch in batches]
+    entry: dict[str, Any] = {
+        "precision": column.precision,
+        "steps": len(batches),
+        "clips": sum(len(batch.frames) for batch in batches),
+        "audio_seconds": sum(sum(batch.seconds) for batch in batches),
+        "tokens": sum(map(sum, tokens)),
+        "flops": sum(column.kind.flops(count) for counts in tokens for count in counts),
+        "peak_bytes_a_clip": None if peak is None else peak // case.clips,
+        "seconds": [],
+        "cpu_seconds": [],
+        "stages": [],
+    }
+    if case.mixed:
+        entry["clip_seconds"] = [[round(second, 2) for second in batch.seconds] for batch in batches]
+    return entry
+
+
+def time_column(column: Column, entry: dict[str, Any]) -> None:
+    """Runs a column once and adds its times to its entry.
+
+    Raises:
+        AssertionError: Its loss is not finite.
+    """
+    synchronize()
+    began, worked = time.perf_counter(), time.process_time()
+    clock = Stages()
+    loss = column.run(clock)
+    synchronize()
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+    assert np.isfinite(loss), f"{column.name}: loss {loss}"
+    entry["seconds"].append(seconds)
+    entry["cpu_seconds"].append(cpu_seconds)
+    entry["stages"].append(clock.seconds())
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
@@ -725,3 +791,4 @@ def bench_step(case: Case, benchmark: Any) -> None:
         one_round, record = measure(case, compiled=benchmark.enabled, toy=benchmark.disabled)
         benchmark.pedantic(one_round, rounds=case.rounds)
     benchmark.extra_info.update(record)
+    assert not record["failed"], str(record["failed"])

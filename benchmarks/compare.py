@@ -15,6 +15,8 @@ Exit codes: 0; 1 a column is slower; 2 nothing could be compared, or the machine
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import os
 import statistics
@@ -28,23 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SLOWER = 0.05
 NOT_OURS = ("original", "vitmae", "kaldi")
-# A benchmark file, and what it times, by the beginnings of paths.
-MODEL = ("config", "packing", "reference", "ops", "attention", "clip_attention", "flash", "transformer", "model")
-TOUCHES = {
-    "bench_step.py": (
-        *(f"mae_ast_fast/{name}." for name in (*MODEL, "base", "ssast", "step", "masking", "bench")),
-        *("kernels/", "benchmarks/measure.", "benchmarks/original.", "benchmarks/vitmae."),
-    ),
-    "bench_ops.py": (
-        *(f"mae_ast_fast/{name}." for name in MODEL[:7]),
-        *("kernels/", "benchmarks/measure.", "benchmarks/op_cases."),
-    ),
-    "bench_masking.py": (
-        *("mae_ast_fast/masking.", "kernels/sample_mask", "kernels/launch", "kernels/table"),
-        *("benchmarks/measure.", "benchmarks/original."),
-    ),
-    "bench_data.py": tuple(f"mae_ast_fast/{name}." for name in ("audio", "data", "fbank", "prepare", "pretrain")),
-}
+PACKAGES = {"mae_ast_fast.kernels": "kernels", "mae_ast_fast": "mae_ast_fast"}  # as setup.py installs them
 # pytest with the library of another tree: the folder that it runs in would come before PYTHONPATH.
 RUN = """
 import sys
@@ -66,12 +52,65 @@ Row = tuple[str, str, float, str]  # case, column, median over rounds of base's 
 
 
 def affected(changed: Sequence[str]) -> list[str]:
-    """Benchmark files that time what changed; a benchmark that changed itself is one."""
-    return [
-        name
-        for name, paths in TOUCHES.items()
-        if any(path.startswith(paths) or path == f"benchmarks/{name}" for path in changed)
-    ]
+    """Benchmark files that import what changed, directly or not; a benchmark that changed itself is one."""
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    return [file.name for file in files if not sources(file).isdisjoint(changed)]
+
+
+@functools.cache
+def sources(path: Path) -> frozenset[str]:
+    """Paths in the tree of a Python file and of all files that it imports, also inside functions."""
+    found, waiting = set(), [path]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += imports(path)
+    return frozenset(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def imports(path: Path) -> list[Path]:
+    """Files of the tree whose names a file imports. A package's ``__init__`` counts where it defines the name."""
+    found: list[Path | None] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [file_of(name.name) for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = absolute(node, path)
+            found += [file_of(f"{module}.{name.name}") or origin(module, name.name) for name in node.names]
+    return [file for file in found if file is not None]
+
+
+def absolute(node: ast.ImportFrom, path: Path) -> str:
+    """The module that ``from MODULE import ...`` in a file means."""
+    if not node.level:
+        return node.module or ""
+    inside = path.relative_to(ROOT).with_suffix("").parts
+    package = next(name for name, folder in PACKAGES.items() if folder == inside[0]).split(".")
+    parents = [*package, *inside[1:]][: -node.level]
+    return ".".join([*parents, *filter(None, [node.module])])
+
+
+def file_of(module: str) -> Path | None:
+    """A module's file, where it is in the tree: in a package, or next to the benchmarks."""
+    for name, folder in PACKAGES.items():
+        if module == name or module.startswith(f"{name}."):
+            place = ROOT.joinpath(folder, *module[len(name) + 1 :].split("."))
+            break
+    else:
+        place = ROOT.joinpath("benchmarks", *module.split("."))
+    return next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
+
+
+def origin(module: str, name: str) -> Path | None:
+    """The file that defines a module's name: for one that a package only passes on, the file it comes from."""
+    file = file_of(module)
+    if file is None or file.name != "__init__.py":
+        return file
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
+            return origin(absolute(node, file), name)
+    return file
 
 
 def git(*arguments: str) -> str:

@@ -108,13 +108,28 @@ def _driver() -> str | None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
-    """Commit, and whether the tree differs from it; earlier results do not count."""
+    """Commit, its time, and whether the tree differs from it (earlier results do not count).
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    ``MAE_AST_FAST_COMMIT`` names the commit of a tree without ``.git``. What neither it nor git answers is None: this
+    function never raises, because pytest-benchmark calls it before it writes any timing.
+    """
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/quality/results")
+    return {
+        "id": os.environ.get("MAE_AST_FAST_COMMIT") or _git("rev-parse", "HEAD"),
+        "time": _git("log", "-1", "--format=%cI"),
+        "dirty": None if changes is None else bool(changes),
+    }
 
-    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/quality/results")
-    return {"id": git("rev-parse", "HEAD"), "time": git("log", "-1", "--format=%cI"), "dirty": bool(changes)}
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in this tree; None: no git, no repository here, or one that git does not trust."""
+    ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # not a repository around this tree
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=ceiling, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,4 +1,6 @@
-"""What ``make gpu`` runs on a machine with a GPU; no network, no installing, no audio library.
+"""What ``make gpu-full`` runs on a machine with a GPU; no network, no installing, no audio library.
+
+``make gpu`` (gpu_first.py) measures the most useful numbers in nine minutes; this takes up to 40.
 
 python benchmarks/gpu.py                          all stages
 python benchmarks/gpu.py --stage kernels,memcheck  some: where a command may not run for long
@@ -12,9 +14,11 @@ Stages, each with a time limit (--limit):
     step          benchmarks/bench_step.py, and the goals beside what it measured
     benchmarks    the other benchmarks/bench_*.py
 
-Test files run side by side, each in a process of its own. After each of them and after each stage the report is
-written, gpu_ARCH_COMMIT.json beside gpu_ARCH_COMMIT.txt with all output, so that a run that is stopped leaves what was
-done. Exit codes: 0; 1 a test failed or did not end in time; 2 this machine cannot run it.
+Test files run side by side, each in a process of its own; benchmark cases run one after another, each in a process of
+its own (the points of one operation share one). After each of them the report is written, gpu_ARCH_COMMIT.json beside
+gpu_ARCH_COMMIT.txt with all output, and the results of each benchmark file so far, gpu_ARCH_COMMIT_bench_NAME.json. A
+run that is killed keeps what was done.
+Exit codes: 0; 1 a test failed or did not end in time; 2 this machine cannot run it.
 """
 
 from __future__ import annotations
@@ -146,10 +150,13 @@ def _check_installed() -> None:
         )
 
 
-def _said(*command: str) -> str | None:
+def _said(*command: str, seconds: float = 30.0) -> str | None:
     """What a command prints, in the tree; None where there is no such command or it fails."""
+    ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # not a repository around this tree
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=ceiling, capture_output=True, text=True, timeout=seconds, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -277,7 +284,15 @@ class Run:
 
         write_json(self.json, self.report)
 
-    def stage(self, name: str, jobs: Sequence[Job], limit: float, workers: int | None = None, note: str = "") -> None:
+    def stage(
+        self,
+        name: str,
+        jobs: Sequence[Job],
+        limit: float,
+        workers: int | None = None,
+        note: str = "",
+        after_each: Callable[[], object] = lambda: None,
+    ) -> None:
         """Runs a stage's jobs and adds it to the report; without jobs ``note`` says why."""
         start = time.monotonic()
         entry: dict[str, Any] = {"status": "not run" if note else "running", "seconds": 0.0}
@@ -293,6 +308,7 @@ class Run:
             spent, count = time.monotonic() - start, len(entry["files"])
             entry["seconds"] = round(spent, 1)
             self.save()
+            after_each()
             print(
                 f"{name} [{count}/{len(jobs)}] {outcome.name}: {outcome.status}, {outcome.passed} passed, "
                 f"{outcome.failed} failed, {sum(outcome.skipped.values())} skipped, {outcome.seconds:.1f} s; "
@@ -327,11 +343,54 @@ def memcheck_jobs(files: Sequence[Path], workers: int) -> tuple[list[Job], str]:
     return [pytest_job(file, workers, "-k", MEMCHECK, **options) for file in files if file.name not in OTHERS], ""
 
 
+def benchmark_cases(file: Path) -> dict[str, list[str]]:
+    """Cases of a benchmark file that share a process, as pytest's node ids by name; in the file's order.
+
+    ``bench_x[a]`` has one of its own, ``bench_x[op: point]`` shares it with the op's other points. Empty where pytest
+    collects nothing: libraries are missing, or the file is broken.
+    """
+    words = ["--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(file), *words]
+    lines = (_said(*command, seconds=120.0) or "").splitlines()
+    cases: dict[str, list[str]] = {}
+    for line in lines:
+        name = line.partition("::")[2]
+        if name and line.startswith(f"benchmarks/{file.name}::"):
+            cases.setdefault(f"{name.partition(':')[0]}]" if ":" in name else name, []).append(line)
+    return cases
+
+
+def benchmark_jobs(file: Path, folder: Path) -> tuple[list[Job], list[Path]]:
+    """A job for each group of cases, and the result file that each writes."""
+    jobs, results = [], []
+    for name, cases in (benchmark_cases(file) or {file.name: [str(file)]}).items():
+        result = folder / f"{file.stem}_{len(results):03}.json"
+        job = pytest_job(file, 1, f"--benchmark-json={result}")
+        place = job.command.index(str(file))
+        job.command[place : place + 1] = cases
+        jobs.append(dataclasses.replace(job, name=name))
+        results.append(result)
+    return jobs, results
+
+
+def merge(results: Sequence[Path], target: Path, command: Sequence[str]) -> None:
+    """Writes pytest-benchmark's results that are there as one. A process that was killed left none or an empty file."""
+    from mae_ast_fast.atomic import write_json
+
+    found = []
+    for path in results:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    if found:
+        benchmarks = [case for result in found for case in result["benchmarks"]]
+        write_json(target, {**found[0], "benchmarks": benchmarks, "command": list(command)})
+
+
 def goals(path: Path) -> list[dict[str, Any]]:
     """The goals of the step beside a benchmark's result; none where there is no result."""
     if not path.is_file():
         return []
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).parent))
     import report
 
     names = ("what", "goal", "measured", "reached")
@@ -350,9 +409,30 @@ def summary(run: Run) -> str:
         lines += [f"{name}: {problem}" for problem in entry["problems"]]
         lines += [f"{name}: {count} skipped: {reason}" for reason, count in sorted(entry["skipped"].items())]
     for row in run.report.get("goals", []):
-        reached = "reached" if row["reached"] else "not reached"
-        lines.append(f"goal: {row['what']}: {row['goal']}, measured {row['measured']}: {reached}")
+        verdict = {True: ": reached", False: ": not reached", None: ""}[row["reached"]]
+        measured = row["measured"] if row["reached"] is None else f"measured {row['measured']}"
+        lines.append(f"goal: {row['what']}: {row['goal']}, {measured}{verdict}")
     return "\n".join([*lines, f"{run.json}", f"{run.text}"])
+
+
+def run_benchmarks(run: Run, stage: str, limit: float) -> None:
+    """The stage ``step`` or ``benchmarks``: one case after another; what was measured so far is on disk after each."""
+    every = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    files = [file for file in every if (file.stem == "bench_step") == (stage == "step")]
+    stem = run.json.with_suffix("").resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {file: benchmark_jobs(file, Path(folder)) for file in files}
+
+        def merge_all() -> None:
+            for file, (_, results) in parts.items():
+                merge(results, Path(f"{stem}_{file.stem}.json"), run.report["command"])
+
+        jobs = [job for each, _ in parts.values() for job in each]
+        note = "" if jobs else "there is no benchmarks/bench_*.py"
+        run.stage(stage, jobs, limit, workers=1, note=note, after_each=merge_all)
+    if stage == "step":
+        run.report["goals"] = goals(Path(f"{stem}_bench_step.json"))
+        run.save()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -370,6 +450,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in stages if name not in STAGES]:
         parser.error(f"stages are {', '.join(STAGES)}, got {', '.join(unknown)}")
     workers = arguments.jobs or max(1, min(8, (os.cpu_count() or 1) // 2))
+    if arguments.commit:
+        os.environ["MAE_AST_FAST_COMMIT"] = arguments.commit  # for the benchmarks' own result files
     try:
         report = environment(arguments.commit)
     except Unusable as error:
@@ -391,17 +473,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs, note = memcheck_jobs(kernels, workers)
         run.stage("memcheck", jobs, limits["memcheck"], note=note)
     for stage in ("step", "benchmarks"):
-        if stage not in stages:
-            continue
-        every = sorted((ROOT / "benchmarks").glob("bench_*.py"))
-        files = [file for file in every if (file.stem == "bench_step") == (stage == "step")]
-        target = arguments.out.resolve() / run.stem
-        jobs = [pytest_job(file, 1, f"--benchmark-json={target}_{file.stem}.json") for file in files]
-        note = "" if jobs else "there is no benchmarks/bench_*.py"
-        run.stage(stage, jobs, limits[stage], workers=1, note=note)
-        if stage == "step":
-            run.report["goals"] = goals(Path(f"{target}_bench_step.json"))
-            run.save()
+        if stage in stages:
+            run_benchmarks(run, stage, limits[stage])
     table = summary(run)
     print(table)
     run.log(table + "\n")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,23 @@ FLUSH_BYTES, FLUSHES = 1 << 28, 8  # written before each sample on a GPU: five t
 def synchronize() -> None:
     if ON_GPU:
         torch.cuda.synchronize()
+
+
+class Failed(dict[str, str]):
+    """Columns that cannot be measured, by name, and why. The other columns of the case are measured all the same."""
+
+    @contextmanager
+    def catch(self, *names: str) -> Iterator[None]:
+        """Records an exception under the columns' names instead of raising it; the traceback is printed."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc(file=sys.stdout)
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            self.update(dict.fromkeys(names, message[:500]))
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in self.items())
 
 
 class Clock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 import statistics
 import subprocess
@@ -25,12 +26,19 @@ def benchmark_result(name: str, dirty: bool) -> dict[str, Any]:
     """A file of pytest-benchmark.
 
     Raises:
-        ValueError: It was measured on code that is in no commit, and ``dirty`` does not allow that.
+        ValueError: It was measured on code that is in no commit or names none, and ``dirty`` does not allow that.
     """
     result = json.loads((RESULTS / name).read_text())
     if result["commit_info"]["dirty"] and not dirty:
         raise ValueError(f"{name} was measured on uncommitted code: commit and measure again (or report.py --dirty)")
+    if result["commit_info"]["id"] is None and not dirty:
+        raise ValueError(f"{name} names no commit: measure with MAE_AST_FAST_COMMIT=ID (or report.py --dirty)")
     return result
+
+
+def commit_of(result: dict[str, Any]) -> str:
+    """The commit of a result, shortened; "unknown" where none was recorded."""
+    return (result["commit_info"]["id"] or "unknown")[:12]
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
@@ -43,7 +51,7 @@ def pretrain_table() -> str:
     summary = json.loads((RESULTS / "pretrain_summary.json").read_text())
     rate = f"{summary['clips_per_second']:.0f} clips/s"
     if "commit_info" in summary:
-        rate += f", commit {summary['commit_info']['id'][:12]}"
+        rate += f", commit {commit_of(summary)}"
     rows = [("all", summary["held_out"]), *summary["held_out_by_kind"].items()]
     rows = [(kind, report) for kind, report in rows if report["clips"] >= 8]  # fewer say nothing
     names = list(summary["held_out"]["baselines"])
@@ -156,17 +164,22 @@ def step_table(result: dict[str, Any]) -> str:
     cases = {case["param"]: case["extra_info"] for case in result["benchmarks"]}
     precisions = [p for p in ("fp32", "bf16") if any(p in case["peak"] for case in cases.values())]
     lines = [where_and_when(result, "the first column of the same precision, for equal audio")]
-    if "mixed" in cases:
-        mixed = cases["mixed"]["columns"]
-        original, whole = (mixed[name] for name in (next(iter(mixed)), next(n for n in mixed if "reference" in n)))
+    mixed = cases.get("mixed", {}).get("columns", {})
+    original = next((column for name, column in mixed.items() if name.startswith("original")), None)
+    whole = next((column for name, column in mixed.items() if not name.startswith("original")), None)
+    if original and whole:
         lengths = [second for batch in whole["clip_seconds"] for second in batch]
         lines[0] += (
             f" In `mixed`, clips of {min(lengths):.1f} to {max(lengths):.1f} s, `original` crops the "
             f"{whole['audio_seconds']:.0f} s of audio to {original['audio_seconds']:.0f} s, which alone count for it; "
             "the others take them whole."
         )
+
+    def has(name: str, kind: str) -> bool:
+        return any(column.startswith(kind) for column in cases[name]["columns"])
+
     bare = {
-        kind: [name for name, case in cases.items() if not any(column.startswith(kind) for column in case["columns"])]
+        kind: [name for name in cases if f"{name} compiled" not in cases and not has(name, kind)]
         for kind in ("compiled", "vitmae compiled")
     }
     told = [f"`{kind}` on {', '.join(names)}" for kind, names in bare.items() if names]
@@ -182,16 +195,32 @@ def step_table(result: dict[str, Any]) -> str:
         for kind in kinds:
             cells, last = [f"{name}, {case['clips']} clips", kind], None
             for precision in precisions:
-                first, column = (
-                    case["columns"].get(key if precision == "fp32" else f"{key} bf16") for key in (kinds[0], kind)
-                )
+                column = case["columns"].get(kind if precision == "fp32" else f"{kind} bf16")
+                first = next((other for other in case["columns"].values() if other["precision"] == precision), None)
                 cells += [_seconds(column), ranged(audio_ratios(first, column))] if column else ["", ""]
                 last = column or last
             lines.append(f"| {' | '.join([*cells, *_measures(case, last)])} |")
     lines += ["", f"Faster than `fast`, or a tie: {', '.join(ahead_of_fast(cases)) or 'nothing'}."]
-    lines += ["", *stage_lines({name: next(iter(case["columns"].values())) for name, case in cases.items()})]
+    originals = {
+        name: column
+        for name, case in cases.items()
+        for key, column in list(case["columns"].items())[:1]
+        if key.startswith("original")
+    }
+    lines += ["", *stage_lines(originals)] if originals else []
     without = {f"`{name}`: {why}" for case in cases.values() for name, why in case["left_out"].items()}
-    return "\n".join([*lines, *(["", f"Left out: {'; '.join(sorted(without))}."] if without else [])])
+    lines += ["", f"Left out: {'; '.join(sorted(without))}."] if without else []
+    return "\n".join([*lines, *failed_lines(result)])
+
+
+def failed_lines(result: dict[str, Any]) -> list[str]:
+    """Columns that raised or computed something else, and why; no line where there is none."""
+    told = [
+        f"`{name}` on {case.get('param') or case['name']}: {why}"
+        for case in result["benchmarks"]
+        for name, why in case["extra_info"].get("failed", {}).items()
+    ]
+    return ["", f"Failed, not timed: {'; '.join(told)}."] if told else []
 
 
 def ahead_of_fast(cases: dict[str, dict[str, Any]]) -> list[str]:
@@ -227,8 +256,10 @@ PAPER = {"speed": 3.0, "memory": 2.0}  # of MAE-AST against SSAST, arXiv 2203.16
 def against_ssast(case: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """How many times as fast as each SSAST column MAE-AST is, and how much less memory and FLOPs a clip it takes."""
     columns = case["columns"]
-    ours = next(column for name, column in columns.items() if name.startswith("fast, no dropout"))
+    ours = next((column for name, column in columns.items() if name.startswith("fast, no dropout")), None)
     told: dict[str, dict[str, float | None]] = {}
+    if ours is None:
+        return told
     for name, theirs in columns.items():
         if name.startswith("ssast"):
             memory = (theirs["peak_bytes_a_clip"], ours["peak_bytes_a_clip"])
@@ -258,7 +289,7 @@ def ssast_table(result: dict[str, Any]) -> str:
             found = ratios.get(key, {}).values()
             cells += ["" if ratio is None else f"{ratio:.2f} x" for ratio in found] or [""] * 3
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *failed_lines(result)])
 
 
 FACTORS = {  # of a sweep -> (what it is called, its unit)
@@ -315,7 +346,7 @@ def growth(result: dict[str, Any], factor: str) -> dict[str, dict[str, tuple[lis
     """
     points = sweep(result, factor)
     told: dict[str, dict[str, tuple[list[float], list[float], Law]]] = {}
-    for name in points[0][1] if points else ():
+    for name in dict.fromkeys(name for _, columns in points for name in columns):
         having = [(value, columns[name]) for value, columns in points if name in columns]
         clips = [column["clips"] / column["steps"] for _, column in having]
         one = [1.0 if factor == "clips" else 1.0 / count for count in clips]
@@ -333,10 +364,11 @@ def growth(result: dict[str, Any], factor: str) -> dict[str, dict[str, tuple[lis
 
 def sweep_table(result: dict[str, Any]) -> str:
     """One factor at a time: milliseconds and memory of a clip by column, and how both grow; from bench_step.py."""
-    first = of_part(result, "sweep")["benchmarks"][0]["extra_info"]
-    names = [name.removesuffix(" bf16") for name in first["columns"]]
+    cases = [case["extra_info"] for case in of_part(result, "sweep")["benchmarks"]]
+    first = next((case for case in cases if case["factor"] == ""), cases[0])
+    names = list(dict.fromkeys(name.removesuffix(" bf16") for case in cases for name in case["columns"]))
     heads = " | ".join([*(f"`{name}`, ms a clip" for name in names), *(f"`{name}`, MB a clip" for name in names)])
-    precision = next(iter(first["columns"].values()))["precision"]
+    precision = next(iter(first["peak"]))
     base = (
         f"{first['preset']}, {first['clips']} clips of {first['seconds']:g} s, mask ratio {first['mask_ratio']:g}, "
         f"{first['encoder_layers']} layers, {precision}"
@@ -354,7 +386,8 @@ def sweep_table(result: dict[str, Any]) -> str:
             cells += [short(1e3 / rate(column, "clips")) if column else "" for column in having]
             peaks = [column and column["peak_bytes_a_clip"] for column in having]
             cells += [short(peak / 1e6) if peak else "" for peak in peaks]
-            cells.append(ranged(audio_ratios(columns[names[0]], columns["fast"])))
+            both = columns.get("original"), columns.get("fast")
+            cells.append(ranged(audio_ratios(*both)) if all(both) else "")
             lines.append(f"| {' | '.join(cells)} |")
     told = [
         f"with {FACTORS[factor][0]}, `{name}` "
@@ -365,46 +398,58 @@ def sweep_table(result: dict[str, Any]) -> str:
         for name, found in growth(result, factor).items()
     ]
     what = "Powers p of growth, of a + b x^p fitted; the fixed part a as a share at the largest x"
-    return "\n".join([*lines, "", f"{what}: {'; '.join(told)}."])
+    lines += ["", f"{what}: {'; '.join(told)}."] if told else []
+    return "\n".join([*lines, *failed_lines(of_part(result, "sweep"))])
 
 
-def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """What the step is to reach on one H100 beside what a run of bench_step.py on a GPU measured.
+def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool | None]]:
+    """What the step is to reach on one H100, and what a run of bench_step.py on a GPU measured.
 
     Base patch model, bf16, dropout 0.1, at least 256 clips of 10 s, all columns of one run, medians over its rounds.
 
     Returns:
-        (what, goal, measured, reached) of each goal.
+        (what, goal, measured, reached) of each goal; ("not measured", None) where a case or column is missing.
     """
     cases = {case["param"]: case["extra_info"]["columns"] for case in result["benchmarks"]}
-    columns = cases["patch_base"]
-    fast = columns["fast bf16"]
 
     def ahead_of(other: str) -> float:
-        pairs = zip(columns[other]["seconds"], fast["seconds"], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
+        """In the case where both took turns: compiled columns have one of their own."""
+        pairs = [cases[name] for name in ("patch_base", "patch_base compiled") if other in cases.get(name, {})]
+        ratios = zip(pairs[0][other]["seconds"], pairs[0]["fast bf16"]["seconds"], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in ratios)
 
-    clips = rate(fast, "clips")
-    mixed = rate(cases["mixed"]["fast bf16"], "audio_seconds") / rate(cases["equal"]["fast bf16"], "audio_seconds")
-    rows = [("clips/s", 3500.0, clips, clips >= 3500.0)]
-    rows += [
-        (f"times the speed of `{other}`", goal, ratio := ahead_of(other), ratio >= goal)
-        for other, goal in (("compiled bf16", 1.25), ("original bf16", 3.7))
+    def megabytes(name: str) -> float:
+        return cases["patch_base"][name]["peak_bytes_a_clip"] / 1e6
+
+    def mixed_against_equal() -> float:
+        mixed, equal = (rate(cases[name]["fast bf16"], "audio_seconds") for name in ("mixed", "equal"))
+        return mixed / equal
+
+    rows: list[tuple[str, float, Callable[[], float], Callable[[float, float], bool]]] = [
+        ("clips/s", 3500.0, lambda: rate(cases["patch_base"]["fast bf16"], "clips"), operator.ge),
+        ("times the speed of `compiled bf16`", 1.25, lambda: ahead_of("compiled bf16"), operator.ge),
+        ("times the speed of `original bf16`", 3.7, lambda: ahead_of("original bf16"), operator.ge),
+        ("MB a clip, `fast bf16`", 65.0, lambda: megabytes("fast bf16"), operator.le),
+        ("MB a clip, `fast, gelu bf16`", 50.0, lambda: megabytes("fast, gelu bf16"), operator.le),
+        ("audio a second, clips of unequal length against equal ones", 0.9, mixed_against_equal, operator.ge),
     ]
-    rows += [
-        (f"MB a clip, `{name}`", goal, size := columns[name]["peak_bytes_a_clip"] / 1e6, size <= goal)
-        for name, goal in (("fast bf16", 65.0), ("fast, gelu bf16", 50.0))
-    ]
-    rows.append(("audio a second, clips of unequal length against equal ones", 0.9, mixed, mixed >= 0.9))
-    return [(what, f"{goal:g}", f"{measured:.4g}", reached) for what, goal, measured, reached in rows]
+    told: list[tuple[str, str, str, bool | None]] = []
+    for what, goal, measure, reaches in rows:
+        try:
+            measured = measure()
+        except (KeyError, IndexError, TypeError):  # no such case, no column, nothing that counts memory
+            told.append((what, f"{goal:g}", "not measured", None))
+        else:
+            told.append((what, f"{goal:g}", f"{measured:.4g}", reaches(measured, goal)))
+    return told
 
 
 def where_and_when(result: dict[str, Any], against: str = "the first column of a case") -> str:
     """The sentences above a table of columns that took turns."""
-    machine, commit = result["machine_info"], result["commit_info"]["id"][:12]
+    machine, commit = result["machine_info"], commit_of(result)
     cases = [case["extra_info"] for case in result["benchmarks"]]
     loads = [case[f"load_average_{when}"][0] for case in cases for when in ("before", "after")]
-    rounds = min(len(sample["seconds"]) for case in cases for sample in _samples(case["columns"]))
+    rounds = min((len(sample["seconds"]) for case in cases for sample in _samples(case["columns"])), default=0)
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, load "
         f"average {min(loads):.1f} to {max(loads):.1f}; medians (quartiles) of {rounds} rounds in which the columns "
@@ -445,7 +490,7 @@ def ops_table(result: dict[str, Any]) -> str:
         "|---" * 9 + "|",
     ]
     for case in (case["extra_info"] for case in result["benchmarks"]):
-        first, peak = next(iter(case["columns"].values())), case["peak"]
+        first, peak = next(iter(case["columns"].values()), None), case["peak"]
         for name, column in case["columns"].items():
             cells = [case["op"], case["point"], name]
             for what in ("forward", "forward + backward"):
@@ -462,13 +507,13 @@ def ops_table(result: dict[str, Any]) -> str:
     slower = [
         f"`{name}` on {case['op']}, {case['point']}, {times_as_fast(first[what], column[what]):.2f} x"
         for case in (case["extra_info"] for case in result["benchmarks"])
-        for first in [next(iter(case["columns"].values()))]
+        for first in [case["columns"].get("original")]
         for name, column in case["columns"].items()
         for what in [list(column)[-1]]
-        if next(iter(case["columns"])) == "original" and times_as_fast(first[what], column[what]) < 1.0
+        if first is not None and times_as_fast(first[what], column[what]) < 1.0
     ]
     lines += ["", f"Slower than `original`: {'; '.join(slower) or 'nothing'}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *failed_lines(result)])
 
 
 def masking_table(result: dict[str, Any]) -> str:
@@ -572,7 +617,7 @@ def convergence_table(dirty: bool) -> str:
     """Losses of the fast step beside those of the plain one."""
     result = benchmark_result("convergence_cpu.json", dirty)
     lines = [
-        f"{result['machine_info']['processor']}, commit {result['commit_info']['id'][:12]}. "
+        f"{result['machine_info']['processor']}, commit {commit_of(result)}. "
         f"{result['steps']} updates of patch_tiny with 4 encoder layers, from the same weights, on the same audio in "
         "the same order with the same masks, without dropout, one run after the other. Single updates scatter: "
         "rounding grows from update to update, and each sees another batch.",
@@ -648,8 +693,11 @@ def ages() -> list[str]:
             lines.append(f"{path.name}: names no commit")
             continue
         command = ["git", "rev-list", "--count", f"{commit}..HEAD", "--", "mae_ast_fast", "kernels"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        count = done.stdout.strip() or f"unknown, {done.stderr.strip()}"
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            count = done.stdout.strip() or f"unknown, {done.stderr.strip()}"
+        except OSError as error:
+            count = f"unknown, {error}"
         lines.append(f"{path.name}: {commit[:12]}, commits to mae_ast_fast and kernels since: {count}")
     return lines
 

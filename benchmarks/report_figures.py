@@ -87,6 +87,7 @@ def waterfall(result: dict[str, Any]) -> Any:
     if "original" not in columns:  # on a GPU all is bf16
         ladder = [(f"{name} bf16", what) for name, what in ladder[:2]]
         ladder.append(("fast bf16", "Triton kernels, FlashAttention,\nTrainStep"))
+    ladder = [(name, what) for name, what in ladder if name in columns]  # a column may have failed
     figure, axis = _pyplot().subplots(figsize=(8, 3.6), constrained_layout=True)
     before, labels = 0.0, []
     for i, (name, what) in enumerate(ladder):

@@ -3,7 +3,7 @@
 python benchmarks/scaling_tables.py          ``--check`` only compares
 
 They follow from the files in benchmarks/results and from ``ASSUMED`` alone. As soon as a GPU result is committed (`make
-gpu` writes gpu_ARCH_COMMIT_bench_step.json), its speed takes the place of the assumed one.
+gpu-full` writes gpu_ARCH_COMMIT_bench_step.json), its speed takes the place of the assumed one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scaling import RESULTS, ROOT, SECONDS, Link, Step, all_reduce_seconds, buckets, result, simulate
 
@@ -88,21 +89,25 @@ class Base:
         return Step(*parts, self.update, buckets(self.gradients), assumed("spread"))
 
 
+def _fast_column(name: str) -> dict[str, Any] | None:
+    """``fast bf16`` of patch_base in a result of bench_step.py; None where it failed or was not measured."""
+    cases = {case["param"]: case["extra_info"]["columns"] for case in result(name)["benchmarks"]}
+    return cases.get("patch_base", {}).get("fast bf16")
+
+
 @functools.cache
 def base() -> Base:
-    """From a committed GPU result (`make gpu` writes gpu_ARCH_COMMIT_bench_step.json); else from assumptions."""
+    """From a committed GPU result (`make gpu-full` writes gpu_ARCH_COMMIT_bench_step.json); else from assumptions."""
     import torch
 
     from mae_ast_fast import MAEAST, MAEASTConfig
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MAEAST(MAEASTConfig.preset("patch_base")).parameters())
-    found = sorted(RESULTS.glob("gpu_*_bench_step.json"), key=lambda path: path.stat().st_mtime)
-    name = found[-1].name if found else "step_cpu.json"
-    of_step = result(name)
-    column = next(
-        case["extra_info"]["columns"]["fast bf16"] for case in of_step["benchmarks"] if case["param"] == "patch_base"
-    )
+    paths = sorted(RESULTS.glob("gpu_*_bench_step.json"), key=lambda path: path.stat().st_mtime)
+    found = [path.name for path in paths if _fast_column(path.name) is not None]
+    name = found[-1] if found else "step_cpu.json"
+    of_step, column = result(name), _fast_column(name)
     flops = column["flops"] / column["clips"]
     if not found:
         clips = assumed("share") * assumed("peak") / flops

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +25,7 @@ import bench_data  # noqa: E402
 import bench_masking  # noqa: E402
 import bench_ops  # noqa: E402
 import report  # noqa: E402
-from measure import Turns  # noqa: E402
+from measure import Failed, Turns  # noqa: E402
 
 from mae_ast_fast.commands.common import TRAIN_EXTRA  # noqa: E402
 from mae_ast_fast.shards import Batch, Shards  # noqa: E402
@@ -45,6 +48,55 @@ def test_all_run_at_toy_sizes() -> None:
         assert re.search(rf"\b{cases} passed, {of_data} skipped", done.stdout), done.stdout
 
 
+TINY = "def bench_tiny(benchmark):\n    benchmark.pedantic(lambda: None, rounds=2)\n"
+NO_GIT = {"id": None, "time": None, "dirty": None}
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """A tree without ``.git`` that has one benchmark."""
+    folder = tmp_path / "export" / "benchmarks"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", folder)
+    (folder / "bench_tiny.py").write_text(TINY)
+    return folder.parent
+
+
+def commit_info(export: Path, **variables: str) -> dict[str, Any]:
+    """What pytest-benchmark writes down of the commit."""
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "MAE_AST_FAST_COMMIT"}
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_tiny.py", "--benchmark-json=out.json", "-q"]
+    done = subprocess.run(
+        command, cwd=export, env={**kept, **variables}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((export / "out.json").read_text())
+    assert len(result["benchmarks"]) == 1
+    return result["commit_info"]
+
+
+def test_benchmark_json_without_git_is_written(export: Path) -> None:
+    assert commit_info(export) == NO_GIT
+    assert commit_info(export, MAE_AST_FAST_COMMIT="abc123") == {**NO_GIT, "id": "abc123"}
+    assert commit_info(export, PATH="/nowhere") == NO_GIT  # no git at all
+
+
+def test_benchmark_json_in_untrusted_repository_is_written(export: Path, tmp_path: Path) -> None:
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership in repository' >&2\nexit 128\n")
+    git.chmod(0o755)
+    assert commit_info(export, PATH=f"{git.parent}{os.pathsep}{os.environ['PATH']}") == NO_GIT
+
+
+def test_benchmark_json_inside_other_repository_names_no_commit(export: Path) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "other"]):
+        subprocess.run(["git", *words], cwd=export.parent, check=True, capture_output=True)
+    assert commit_info(export) == NO_GIT
+
+
 class WrongGradient(torch.autograd.Function):
     """The right values, and gradients 2 % too large."""
 
@@ -60,8 +112,9 @@ class WrongGradient(torch.autograd.Function):
 @pytest.mark.parametrize("name", bench_ops.OPS)
 def test_a_wrong_op_is_not_timed(name: str) -> None:
     op = bench_ops.make_op(name, bench_ops.Point().toy(), compiled=False)
-    bench_ops.check(op)
-    bench_ops.check_all_clips(op)
+    for column in op.columns:
+        bench_ops.check(op, column)
+        bench_ops.check_all_clips(op, column, bench_ops.exact_values(op))
     last, right = list(op.columns.items())[-1]
     wrong = {"values": lambda **x: right(**x) * 1.02}
     if op.differentiable:
@@ -69,9 +122,32 @@ def test_a_wrong_op_is_not_timed(name: str) -> None:
     for function in wrong.values():
         broken = copy.copy(op)
         broken.columns = {"reference": op.columns["reference"], last + " wrong": function}
-        for check in (bench_ops.check, bench_ops.check_all_clips):
-            with pytest.raises(AssertionError, match=r"output 0|gradient of"):
-                check(broken)
+        with pytest.raises(AssertionError, match=r"output 0|gradient of"):
+            bench_ops.check(broken, last + " wrong")
+        with pytest.raises(AssertionError, match=r"output 0|gradient of"):
+            bench_ops.check_all_clips(broken, last + " wrong", bench_ops.exact_values(broken))
+
+
+@pytest.mark.parametrize("clips", [2, bench_ops.CHECKED_CLIPS + 1])
+def test_bench_ops_with_broken_columns_keeps_the_others(clips: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = bench_ops.make_op
+
+    def broken(*arguments: Any, **options: Any) -> bench_ops.Op:
+        op = make(*arguments, **options)
+
+        def raises(**inputs: Tensor) -> Tensor:
+            raise RuntimeError("no kernel image")
+
+        right = op.columns["reference"]
+        op.columns |= {"raises": raises, "wrong": lambda **x: right(**x) * 1.02}
+        return op
+
+    monkeypatch.setattr(bench_ops, "make_op", broken)
+    failed = Failed()
+    point = dataclasses.replace(bench_ops.Point().toy(), clips=clips)
+    _, timed = bench_ops.checked("bias_gelu", point, False, failed)
+    assert list(timed) == ["reference"] and set(timed["reference"]) == set(bench_ops.TIMED)
+    assert failed["raises"] == "RuntimeError: no kernel image" and "output 0" in failed["wrong"]
 
 
 def test_dropout_that_does_nothing_is_not_timed() -> None:

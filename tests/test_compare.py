@@ -20,22 +20,78 @@ def compare():
     return module
 
 
+DATA, MASKING, OPS, STEP = (f"bench_{name}.py" for name in ("data", "masking", "ops", "step"))
+
+
 @pytest.mark.parametrize(
     ("changed", "files"),
     [
-        (["README.md", "tests/test_ops.py"], []),
-        (["mae_ast_fast/audio.py"], ["bench_data.py"]),
-        (["mae_ast_fast/masking.py"], ["bench_step.py", "bench_masking.py"]),
-        (["kernels/info_nce.py"], ["bench_step.py", "bench_ops.py"]),
-        (["mae_ast_fast/model.py"], ["bench_step.py"]),
-        (["benchmarks/bench_ops.py"], ["bench_ops.py"]),
-        (["benchmarks/original.py"], ["bench_step.py", "bench_masking.py"]),
-        (["benchmarks/vitmae.py", "mae_ast_fast/bench.py"], ["bench_step.py"]),
-        (["benchmarks/op_cases.py"], ["bench_ops.py"]),
+        (["README.md", "docs/benchmarks.md", "tests/test_ops.py"], []),
+        (["mae_ast_fast/finetune.py"], []),
+        (["mae_ast_fast/audio.py"], [DATA]),
+        (["mae_ast_fast/loader.py"], [DATA]),
+        (["mae_ast_fast/shards.py"], [DATA]),
+        (["mae_ast_fast/distributed.py"], [DATA, STEP]),
+        (["mae_ast_fast/masking.py"], [DATA, MASKING, OPS, STEP]),
+        (["kernels/info_nce.py", "README.md"], [DATA, MASKING, OPS, STEP]),
+        (["mae_ast_fast/model.py"], [DATA, STEP]),
+        (["benchmarks/bench_ops.py"], [OPS]),
+        (["benchmarks/original.py"], [MASKING, STEP]),
+        (["benchmarks/vitmae.py", "mae_ast_fast/bench.py"], [STEP]),
+        (["benchmarks/op_cases.py"], [OPS]),
     ],
 )
-def test_what_changed_says_what_runs(compare, changed: list[str], files: list[str]) -> None:
+def test_affected_changed_file_selects_its_benchmarks(compare, changed: list[str], files: list[str]) -> None:
     assert compare.affected(changed) == files
+
+
+TREE = {
+    "benchmarks/bench_a.py": "import helper\nfrom pack import Thing\n",
+    "benchmarks/bench_b.py": "def lazily():\n    import pack.sub.deep as deep\n",
+    "benchmarks/bench_c.py": "import os\nfrom pack import version\nfrom pack.core import fast\n",
+    "benchmarks/helper.py": "",
+    "pack/__init__.py": "from .thing import Thing\nversion = 1\n",
+    "pack/thing.py": "",
+    "pack/sub/__init__.py": "",
+    "pack/sub/deep.py": "def lazily():\n    from ..other import name\n",
+    "pack/other.py": "from .thing import Thing\n",
+    "core/fast.py": "from . import slow\n",
+    "core/slow.py": "",
+    "pack/unused.py": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "letters"),
+    [
+        ("benchmarks/helper.py", "a"),
+        ("pack/thing.py", "abc"),  # the package passes it on; b and c import files that import it
+        ("pack/sub/deep.py", "b"),
+        ("pack/other.py", "b"),
+        ("pack/__init__.py", "c"),
+        ("core/fast.py", "c"),
+        ("core/slow.py", "c"),
+        ("pack/unused.py", ""),
+    ],
+)
+def test_affected_follows_imports_of_any_tree(
+    compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, letters: str
+) -> None:
+    for name, text in TREE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "PACKAGES", {"pack.core": "core", "pack": "pack"})
+    assert compare.affected([changed]) == [f"bench_{letter}.py" for letter in letters]
+
+
+def test_sources_of_every_benchmark_are_files_of_the_tree(compare) -> None:
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    assert [file.name for file in files] == [DATA, MASKING, OPS, STEP]
+    for file in files:
+        found = compare.sources(file)
+        assert all((ROOT / name).is_file() for name in found)
+        assert {name.partition("/")[0] for name in found} == {"benchmarks", "mae_ast_fast", "kernels"}
 
 
 def result(**seconds: list[float]) -> dict:

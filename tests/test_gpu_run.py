@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -146,6 +148,91 @@ def test_a_crash_is_a_failure(tree):
     code, report, _ = run(tree, "--stage", "kernels", stem="gpu_sm_90_0123456789ab_kernels")
     assert code == 1
     assert "test_good.py: pytest ended with code -6" in report["stages"]["kernels"]["problems"]
+
+
+BENCH = """
+import os, time, pytest
+@pytest.mark.parametrize("case", ["a: 1", "a: 2", "b", "slow", "c"])
+def bench_step(case, benchmark):
+    if case == "slow":
+        time.sleep(60)
+    benchmark.extra_info["columns"] = {"fast bf16": {}}
+    benchmark.extra_info["commit"] = os.environ.get("MAE_AST_FAST_COMMIT")
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert case != "b", "a column failed"
+"""
+
+
+@pytest.fixture
+def cases(tree: Path) -> Path:
+    """The tree with a benchmark of five cases, of which the fourth takes a minute."""
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    (tree / "benchmarks").mkdir()
+    (tree / "benchmarks" / "bench_step.py").write_text(BENCH)
+    ini = tree / "pytest.ini"
+    ini.write_text(ini.read_text() + "python_files = test_*.py bench_*.py\npython_functions = test_* bench_*\n")
+    return tree
+
+
+def measured(path: Path) -> list[str]:
+    return [case["param"] for case in json.loads(path.read_text())["benchmarks"]]
+
+
+def test_step_stage_past_its_limit_keeps_finished_cases(cases: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("MAE_AST_FAST_COMMIT", raising=False)
+    code, report, _ = run(cases, "--stage", "step", "--commit", "abc", "--limit", "20", stem="gpu_sm_90_abc_step")
+    stage = report["stages"]["step"]
+    assert (code, stage["status"]) == (1, "failed")
+    assert {file["name"]: file["status"] for file in stage["files"]} == {
+        "bench_step[a]": "passed",
+        "bench_step[b]": "failed",
+        "bench_step[slow]": "timed out",
+        "bench_step[c]": "timed out",
+    }
+    merged = cases / "out" / "gpu_sm_90_abc_step_bench_step.json"
+    assert measured(merged) == ["a: 1", "a: 2", "b"]
+    result = json.loads(merged.read_text())
+    assert {case["extra_info"]["commit"] for case in result["benchmarks"]} == {"abc"}
+    assert {"machine_info", "commit_info"} <= set(result) and result["command"][0] == "benchmarks/gpu.py"
+    printed = capsys.readouterr().out
+    assert "goal: clips/s: 3500, not measured" in printed  # the summary, and no case of the goals
+
+
+DRIVER = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("gpu", sys.argv[1])
+gpu = sys.modules["gpu"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+gpu.ROOT = pathlib.Path.cwd()
+gpu.environment = lambda commit: {machine}
+gpu.main(["--stage", "step", "--out", "out"])
+"""
+
+
+def test_gpu_run_killed_keeps_finished_cases(cases: Path) -> None:
+    command = [sys.executable, "-c", DRIVER.format(machine=MACHINE), str(SCRIPT)]
+    process = subprocess.Popen(command, cwd=cases, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if "bench_step[b]" in line:
+            break
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    assert measured(cases / "out" / "gpu_sm_90_0123456789ab_step_bench_step.json") == ["a: 1", "a: 2", "b"]
+
+
+def test_gpu_cases_are_collected_in_their_order() -> None:
+    """Of the real files: the step case by case, the operations' points together."""
+    ops = gpu.benchmark_cases(ROOT / "benchmarks" / "bench_ops.py")
+    assert "bench_ops[info_nce]" in ops and len(ops["bench_ops[info_nce]"]) == 4
+    step = gpu.benchmark_cases(ROOT / "benchmarks" / "bench_step.py")
+    assert next(iter(step)).startswith("bench_step[patch_") and {len(cases) for cases in step.values()} == {1}
+    late = [name.startswith("bench_step[sweep") for name in step]
+    assert late == sorted(late) and any(late)
 
 
 SANITIZER = """#!{python}

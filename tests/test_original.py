@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,12 @@ from mae_ast_fast import MAEAST, MAEASTConfig
 from mae_ast_fast.fairseq import fairseq_config
 from mae_ast_fast.masking import num_visible
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = str(ROOT / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
 import bench_step  # noqa: E402
 import vitmae  # noqa: E402
+from measure import Failed  # noqa: E402
 from original import Original, chunk_mask, random_mask  # noqa: E402
 
 
@@ -100,6 +106,7 @@ def test_the_step_benchmark_at_toy_sizes(case: bench_step.Case) -> None:
     one_round, record = bench_step.measure(toy, compiled=False, toy=True)
     one_round()
     record = json.loads(json.dumps(record))
+    assert record["failed"] == {}
     columns = record["columns"]
     kinds = [kind for kind in case.columns if kind not in bench_step.left_out(toy, compiled=False)]
     precisions = ["" if precision == "fp32" else " bf16" for precision in case.precisions]
@@ -134,13 +141,34 @@ def test_sweeps_change_one_factor_at_a_time(cases: tuple[bench_step.Case, ...]) 
 
 def test_the_goals_of_a_gpu_find_their_columns() -> None:
     cases = {case.name: case.columns for case in bench_step.ON_GPU_CASES}
-    assert {"original", "compiled", "fast", "fast, gelu"} <= set(cases["patch_base"])
+    assert {"original", "fast", "fast, gelu"} <= set(cases["patch_base"])
+    assert {"compiled", "fast"} <= set(cases["patch_base compiled"])
     assert "fast" in cases["mixed"] and "fast" in cases["equal"]
+
+
+def test_gpu_cases_are_in_order_of_value() -> None:
+    """What compiles and what sweeps comes last: a run that is stopped has the cases before it."""
+    late = [
+        any("compiled" in name for name in case.columns) + 2 * (case.part == "sweep")
+        for case in bench_step.ON_GPU_CASES
+    ]
+    assert late == sorted(late) and {0, 1, 2} == set(late)
+    assert [case.name for case in bench_step.ON_GPU_CASES[:4]] == ["patch_base", "mixed", "equal", "few clips"]
 
 
 def toy_columns(name: str) -> dict[str, bench_step.Column]:
     case = next(case for case in bench_step.ON_CPU if case.name == name)
-    return {column.name: column for column in bench_step.make_columns(case.toy(), compiled=False)}
+    failed = Failed()
+    columns = {column.name: column for column in bench_step.make_columns(case.toy(), False, failed)}
+    assert not failed, failed
+    return columns
+
+
+def check_fails(column: bench_step.Column) -> str:
+    """Why a column's check fails."""
+    failed = Failed()
+    assert bench_step.check([column], failed) == {}
+    return failed[column.name]
 
 
 @pytest.mark.parametrize(
@@ -155,11 +183,11 @@ def toy_columns(name: str) -> dict[str, bench_step.Column]:
 def test_the_step_benchmark_refuses_another_loss(case: str, name: str, parameter: str) -> None:
     columns = toy_columns(case)
     name = name if name in columns else name.removesuffix(" bf16")  # where bf16 is not native
-    bench_step.check(list(columns.values()))
+    failed = Failed()
+    assert set(bench_step.check(list(columns.values()), failed)) == set(columns) and not failed
     with torch.no_grad():
         columns[name].model.get_parameter(parameter)[::2].add_(0.3)
-    with pytest.raises(AssertionError, match=f"{name}: (loss|gradient)"):
-        bench_step.check([columns[name]])
+    assert re.search(f"{name}: (loss|gradient)", check_fails(columns[name]))
 
 
 def skips(what: str, column: bench_step.Column, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,17 +231,116 @@ def test_a_step_that_skips_something_is_not_timed(what: str, precision: str, mon
         skips(what, columns[0], monkeypatch)
         return columns
 
-    bench_step.measure(case, compiled=False, toy=True)
+    _, record = bench_step.measure(case, compiled=False, toy=True)
+    (name,) = record["columns"]
     monkeypatch.setattr(bench_step, "make_columns", broken)
     told = {"optimizer": "does not move", "encoder's gradient": "gradient's norm|does not move"}
-    with pytest.raises(AssertionError, match=told.get(what, "loss|gradient's norm")):
-        bench_step.measure(case, compiled=False, toy=True)
+    _, record = bench_step.measure(case, compiled=False, toy=True)
+    assert record["columns"] == {}
+    assert re.search(told.get(what, "loss|gradient's norm"), record["failed"][name])
+
+
+def raises(*arguments: Any, **options: Any) -> None:
+    raise RuntimeError("no kernel image")
+
+
+def sabotage_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "TrainStep", raises)
+
+
+def sabotage_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step.TrainStep, "__call__", raises)
+
+
+def sabotage_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = bench_step.TrainStep.__call__
+
+    def off(*arguments: Any, **options: Any) -> Any:
+        numbers = call(*arguments, **options)
+        return numbers._replace(loss=numbers.loss * 1.5)
+
+    monkeypatch.setattr(bench_step.TrainStep, "__call__", off)
+
+
+def sabotage_second_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    time_column = bench_step.time_column
+
+    def later(column: bench_step.Column, entry: dict[str, Any]) -> None:
+        if column.name.startswith("fast") and entry["seconds"]:
+            raises()
+        time_column(column, entry)
+
+    monkeypatch.setattr(bench_step, "time_column", later)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (sabotage_construction, "RuntimeError: no kernel image"),
+        (sabotage_first_step, "RuntimeError: no kernel image"),
+        (sabotage_loss, "AssertionError: fast( bf16)?: loss"),
+        (sabotage_second_round, "RuntimeError: no kernel image"),
+    ],
+)
+def test_measure_with_broken_column_times_the_others(
+    sabotage: Callable[[pytest.MonkeyPatch], None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = dataclasses.replace(bench_step.ON_CPU[1].toy(), precisions=("bf16",))  # original, reference, fast
+    sabotage(monkeypatch)
+    one_round, record = bench_step.measure(case, compiled=False, toy=True)
+    for _ in range(2):
+        one_round()
+    record = json.loads(json.dumps(record))
+    assert list(record["columns"]) == ["original bf16", "reference bf16"]
+    assert [len(column["seconds"]) for column in record["columns"].values()] == [2, 2]
+    (name,) = record["failed"]
+    assert name == "fast bf16" and re.search(message, record["failed"][name])
+
+
+def test_check_that_raises_restores_the_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``compiled`` trains the reference's weights with the reference's optimizer."""
+    column = next(column for name, column in toy_columns("frame_small").items() if name.startswith("reference"))
+    monkeypatch.setattr(column, "one_update", raises)
+    assert "no kernel image" in check_fails(column)
+    assert [group["lr"] for group in column.optimizer.param_groups] == [bench_step.LR]
+
+
+def test_bench_step_with_broken_column_fails_and_keeps_the_case(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    plugin = tmp_path / "sabotage.py"
+    plugin.write_text(
+        "import bench_step\n"
+        "def broken(*arguments, **options): raise RuntimeError('sabotaged')\n"
+        "bench_step.TrainStep = broken\n"
+        "measure = bench_step.measure\n"
+        "bench_step.measure = lambda case, **how: measure(case.toy(), compiled=False, toy=True)\n"
+    )
+    target = tmp_path / "out.json"
+    only = '--only=["bench_step[frame_small]"]'
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_step.py", only, f"--benchmark-json={target}"]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path, ROOT / "benchmarks", ROOT / "tests")))
+    done = subprocess.run(
+        [*command, "-q", "-p", "sabotage", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 1 and "sabotaged" in done.stdout, done.stdout + done.stderr
+    (case,) = json.loads(target.read_text())["benchmarks"]
+    assert set(case["extra_info"]["failed"]) >= {"fast bf16"}
+    assert {"original bf16", "reference bf16"} <= set(case["extra_info"]["columns"])
 
 
 def test_a_check_leaves_no_trace() -> None:
     columns = [*toy_columns("frame_small").values(), *toy_columns("ssast patch_small").values()]
     before = [{n: x.clone() for n, x in column.model.state_dict().items()} for column in columns]
-    bench_step.check(columns)
+    failed = Failed()
+    bench_step.check(columns, failed)
+    assert not failed
     for column, kept in zip(columns, before, strict=True):
         for name, x in column.model.state_dict().items():
             assert torch.equal(x, kept[name]), name
@@ -259,5 +386,4 @@ def test_vitmae_is_of_our_sizes() -> None:
         with pytest.raises(AssertionError, match="parameters, expected"):
             vitmae.check(column.model, image, mask, deeper)
     column.model.patchify = lambda image, **options: torch.zeros(*mask.shape, toy.config.patch_dim)
-    with pytest.raises(AssertionError, match=r"vitmae: (loss|gradient)"):
-        bench_step.check([column])
+    assert re.search(r"vitmae: (loss|gradient)", check_fails(column))

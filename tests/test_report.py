@@ -22,6 +22,17 @@ def test_tables_are_generated(page: str) -> None:
     assert report.render(text, page) == text, "run python benchmarks/report.py"
 
 
+def test_goals_without_columns_are_not_measured() -> None:
+    """Of a result that has neither the compiled column nor ``fast, gelu``, and of one that has no case."""
+    result = json.loads((report.RESULTS / report.STEP_CPU).read_text())
+    told = {what: (measured, reached) for what, _, measured, reached in report.goals(result)}
+    assert told["times the speed of `compiled bf16`"] == ("not measured", None)
+    assert told["MB a clip, `fast, gelu bf16`"] == ("not measured", None)
+    assert told["clips/s"][1] is False and float(told["times the speed of `original bf16`"][0]) > 1.0
+    rows = report.goals({"benchmarks": []})
+    assert len(rows) == len(told) and {row[2:] for row in rows} == {("not measured", None)}
+
+
 def test_a_typed_number_is_noticed() -> None:
     readme = (ROOT / "README.md").read_text()
     begin = readme.index("<!-- report:data_rate_cpu -->")
@@ -55,6 +66,9 @@ def test_goals_are_judged_by_medians_of_the_rounds() -> None:
     case["fast, gelu bf16"] = column([0.08] * 3, 51.0)
     cases["mixed"]["fast bf16"] = column([0.11] * 3)
     assert [reached for *_, reached in report.goals(result)] == [True, False, True, True, False, False]
+    compiled = {"compiled bf16": case.pop("compiled bf16"), "fast bf16": column([0.05] * 3)}  # in a case of its own
+    result["benchmarks"].append({"param": "patch_base compiled", "extra_info": {"columns": compiled}})
+    assert report.goals(result)[1][2:] == ("2", True)
 
 
 def a_column(seconds: list[float], precision: str = "fp32", **more: Any) -> dict[str, Any]:
@@ -141,6 +155,52 @@ def test_the_step_table_counts_from_raw_samples() -> None:
     assert len(changed) == 1 and "| reference |" in changed[0]
 
 
+STEP_TABLES = {"main": report.step_table, "ssast": report.ssast_table, "sweep": report.sweep_table}
+PLACES = [(i, name) for i, case in enumerate(step_result()["benchmarks"]) for name in case["extra_info"]["columns"]]
+
+
+@pytest.mark.parametrize(("place", "name"), PLACES)
+def test_step_tables_show_failed_column(place: int, name: str) -> None:
+    result = step_result()
+    case = result["benchmarks"][place]
+    del case["extra_info"]["columns"][name]
+    case["extra_info"]["failed"] = {name: "AssertionError: loss 1 off"}
+    lines = STEP_TABLES[case["extra_info"]["part"]](result).splitlines()
+    assert lines[-1] == f"Failed, not timed: `{name}` on {case['param']}: AssertionError: loss 1 off."
+    report.goals(result)
+
+
+def test_step_tables_without_any_column_name_the_failures() -> None:
+    result = step_result()
+    for case in result["benchmarks"]:
+        case["extra_info"]["failed"] = dict.fromkeys(case["extra_info"]["columns"], "RuntimeError: x")
+        case["extra_info"]["columns"] = {}
+    for table in STEP_TABLES.values():
+        assert "`fast bf16` on" in table(result) or "`ssast bf16` on" in table(result)
+
+
+def test_ops_table_shows_failed_column() -> None:
+    result = json.loads((report.RESULTS / "ops_cpu.json").read_text())
+    case = result["benchmarks"][0]
+    for name in list(case["extra_info"]["columns"]):
+        del case["extra_info"]["columns"][name]
+        case["extra_info"].setdefault("failed", {})[name] = "RuntimeError: x"
+        last = report.ops_table(result).splitlines()[-1]
+        assert last.startswith("Failed, not timed: ") and f"`{name}` on {case['param']}: RuntimeError: x" in last
+
+
+def test_figures_without_failed_columns_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report_figures, "FIGURES", tmp_path)
+    result = step_result()
+    for case, name in zip(result["benchmarks"], ("fast", "original bf16", "ssast bf16", "fast bf16"), strict=False):
+        del case["extra_info"]["columns"][name]
+    result["benchmarks"][1]["extra_info"]["columns"] = {}
+    (tmp_path / report.STEP_CPU).write_text(json.dumps(result))
+    report_figures.write()
+    assert (tmp_path / "step_bars.png").is_file() and (tmp_path / "waterfall.png").is_file()
+
+
 def test_mae_ast_stands_beside_ssast_and_the_paper() -> None:
     lines = report.ssast_table(step_result()).splitlines()
     assert "The paper reports 3 x the speed and 2 x less memory" in lines[0]
@@ -218,6 +278,16 @@ def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: py
                 report.benchmark_result("x.json", dirty=False)
 
 
+def test_benchmark_result_without_commit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = step_result()
+    result["commit_info"] = {"id": None, "time": None, "dirty": None}
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="names no commit"):
+        report.benchmark_result("x.json", dirty=False)
+    assert "commit unknown" in report.step_table(report.benchmark_result("x.json", dirty=True))
+
+
 def test_figures_are_of_the_committed_results() -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     assert report_figures.stale() == [], "run python benchmarks/report.py"
@@ -230,10 +300,11 @@ def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / report.STEP_CPU).write_text(json.dumps(step_result()))
     op = {"op": "o", "point": "base point", "unit": "bytes", "work": {"forward": 10**9}}
     op |= {"peak": {"seconds": [0.1], "work": 10**9}, "columns": {"reference": {"forward": {"seconds": [0.2]}}}}
-    ops = {"commit_info": {"dirty": False}, "benchmarks": [{"extra_info": op}]}
+    ops = {"commit_info": {"id": "c" * 40, "dirty": False}, "benchmarks": [{"extra_info": op}]}
     (tmp_path / "ops_cpu.json").write_text(json.dumps(ops))
     rows = [{"step": step, "loss": 9.0 / step} for step in (1, 2, 3)]
-    runs = {"commit_info": {"dirty": False}, "columns": {name: {"rows": rows} for name in ("reference", "fast")}}
+    runs = {"commit_info": {"id": "c" * 40, "dirty": False}}
+    runs |= {"columns": {name: {"rows": rows} for name in ("reference", "fast")}}
     (tmp_path / "convergence_cpu.json").write_text(json.dumps(runs))
     drawn = []
     assert report_figures.stale() == list(report_figures.DRAWN)

@@ -74,6 +74,15 @@ def test_a_gpu_result_takes_the_place_of_the_assumption(results: Path) -> None:
     assert near(measured.forward, 0.2)
 
 
+@pytest.mark.parametrize("benchmarks", [[], [{"param": "patch_base", "extra_info": {"columns": {}}}]])
+def test_base_skips_gpu_result_without_fast_column(results: Path, benchmarks: list[dict]) -> None:
+    column = {"clips": 256, "flops": 256 * 10**11, "seconds": [0.1], "stages": [{"forward": 0.02, "update": 0.08}]}
+    case = {"param": "patch_base", "extra_info": {"columns": {"fast bf16": column}}}
+    (results / "step_cpu.json").write_text(json.dumps({"benchmarks": [case]}))
+    (results / "gpu_sm_90_abc_bench_step.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    assert "assumed" in scaling_tables.base().source
+
+
 def test_buckets_are_those_of_ddp() -> None:
     mib = scaling.MIB
     assert scaling.buckets(60 * mib) == (mib, 25 * mib, 25 * mib, 9 * mib)

@@ -85,7 +85,7 @@ def text(found: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
     there = {(c["arm"], c["budget"], c["seed"], c["task"], c["mode"]) for c in found}
     missing = [c for c in wanted if (c.arm, c.budget, c.seed, c.task, c.mode) not in there]
     hours = sum(cell["seconds"] for cell in found) / 3600
-    commits = sorted({cell["commit"]["id"][:12] + "+" * cell["commit"]["dirty"] for cell in found})
+    commits = sorted({(cell["commit"]["id"] or "unknown")[:12] + "+" * bool(cell["commit"]["dirty"]) for cell in found})
     threads = sorted({cell["machine"]["threads"] for cell in found})
     machines = sorted({c["machine"]["processor"] for c in found})
     processor = f"{'; '.join(machines)}, {' or '.join(map(str, threads))} thread{'s' * (threads[-1:] > [1])} a run"

@@ -1,0 +1,714 @@
+"""What to measure first on a GPU, in one call of at most nine minutes: the most useful numbers come first.
+
+python benchmarks/gpu_first.py                              all sections, into benchmarks/results/gpu
+python benchmarks/gpu_first.py --sections step,profile      some of them
+python benchmarks/gpu_first.py --toy                        all at tiny sizes, to see that everything runs
+
+Sections, in this order (``how`` in the results says how each number was measured):
+
+    peaks        what the GPU reaches: a copy, and matrix products of the model's shapes
+    step         TrainStep of patch_base on 256 clips of 10 s: correct? milliseconds, clips/s, MB/clip
+    profile      the kernels of that step, by time
+    ops          each operation: correct? milliseconds forward, and forward and backward
+    attention    each attention backend at the encoder's and the decoder's shapes
+    host         4 to 64 clips, eager and as CUDA graphs: the host's share
+    plain        the same step in plain PyTorch, and in the style of the paper's code
+    compiled     the same step with torch.compile
+    tests        the kernels' tests in bf16
+
+Every number is written as soon as it is there, to five JSON files at most: a call that is killed keeps its numbers.
+A measurement that raises is recorded, and the next one runs. A section that crashes, hangs past its limit or leaves the
+GPU unusable is recorded, and the next one runs in a new process. A section begins only if its estimate fits into the
+remaining time. Values are checked against the reference first: a wrong result is timed too, with a field ``wrong``.
+
+`mae-ast-fast tune` is not part of it: it takes longer than this call.
+
+Needs torch, triton, numpy, pytest and this tree installed; hypothesis for most of the tests. No network.
+Exit codes: 0; 1 something failed, is wrong or was not measured; 2 this machine cannot run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import gc
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))  # policy.py: the limits of the checks
+Task = tuple[str, Callable[[], Any]]  # what is measured, and the function that measures it
+TEST_FILES = (
+    *("test_add_layer_norm.py", "test_feed_forward.py", "test_info_nce.py", "test_short_attention.py"),
+    *("test_scatter_tokens.py", "test_flash.py", "test_bias_gelu.py", "test_train_step.py", "test_step.py"),
+)
+SELECTED_TESTS = "bfloat16 or bf16 or cuda or waits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Sizes of what is measured.
+
+    Attributes:
+        clips: Of a batch, each of ``seconds`` seconds.
+        few: Clips of the batches that the host bounds.
+        rounds: Calls that are timed; numbers are their medians.
+        values: Of the tensor that is copied.
+        rows: Of the matrix products: visible tokens of a batch, and all.
+        sizes: Fields of the model that differ from patch_base's.
+    """
+
+    clips: int = 256
+    seconds: float = 10.0
+    few: tuple[int, ...] = (4, 8, 16, 32, 64)
+    rounds: int = 20
+    values: int = 1 << 29
+    square: int = 8192
+    rows: tuple[int, ...] = (31744, 126976)
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_NARROW = {"embed_dim": 32, "decoder_embed_dim": 32, "ffn_dim": 64, "num_heads": 2}
+TOY = Scale(
+    clips=2,
+    seconds=2.0,
+    few=(2,),
+    rounds=2,
+    values=1 << 10,
+    square=64,
+    rows=(32,),
+    sizes={**_NARROW, "encoder_layers": 1, "decoder_layers": 1},
+)
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def timed(call: Callable[[], object], rounds: int, warm: int = 3) -> dict[str, float]:
+    """Milliseconds of a call: by CUDA events (median, least), and until the host has queued it (median)."""
+    import torch
+
+    for _ in range(warm):
+        call()
+    torch.cuda.synchronize()
+    device, host = [], []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
+        start.record()
+        call()
+        end.record()
+        host.append(1e3 * (time.perf_counter() - began))
+        torch.cuda.synchronize()
+        device.append(start.elapsed_time(end))
+    return {"ms": statistics.median(device), "least_ms": min(device), "host_ms": statistics.median(host)}
+
+
+def config_of(scale: Scale) -> Any:
+    from mae_ast_fast import MAEASTConfig
+
+    return MAEASTConfig.preset("patch_base", encoder_layerdrop=0.0, **scale.sizes)
+
+
+def model_of(scale: Scale, clips: int, impl: str = "triton", attention: str = "auto", recompute: str = "none") -> tuple:
+    """A model in training mode, and log-mel (clips, frames, 128) of noise, both on the GPU. Equal weights each time."""
+    import torch
+
+    from mae_ast_fast import MAEAST
+
+    config = config_of(scale)
+    torch.manual_seed(0)
+    with torch.device("cuda"):  # initialising the weights on one CPU core takes a second
+        model = MAEAST(config, impl=impl, attention=attention, recompute=recompute)
+        features = torch.randn(clips, int(100 * scale.seconds) - 2, config.num_mel_bins) * 4.0 - 6.0
+    return model.train(), features
+
+
+def plain_step(model: Any, features: Any, forward: Callable[[Any], Any]) -> Callable[[], None]:
+    """An update in plain PyTorch: bf16 autocast, clipping at 10, fused AdamW."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = forward(features).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------- sections
+
+
+def peaks(scale: Scale) -> Iterator[Task]:
+    """CUDA events, median of 10 calls, bf16. GB/s count bytes read and written. x W^T, dy W and dy^T x are a Linear's
+    forward, input gradient and weight gradient; MxNxK are rows, outputs and inputs."""
+    import torch
+
+    def copy() -> float:
+        source = torch.empty(scale.values, dtype=torch.bfloat16, device="cuda").normal_()
+        target = torch.empty_like(source)
+        return 4 * source.numel() / timed(lambda: target.copy_(source), 10)["ms"] / 1e6
+
+    def products(m: int, n: int, k: int) -> dict[str, float]:
+        shapes = ((m, k), (n, k), (m, n))
+        x, w, y = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+        calls = {"x W^T": lambda: x @ w.T, "dy W": lambda: y @ w, "dy^T x": lambda: y.T @ x}
+        return {name: 2e-9 * m * n * k / timed(call, 10)["ms"] for name, call in calls.items()}
+
+    yield "copy, GB/s", copy
+    config = config_of(scale)
+    width, inner = config.embed_dim, config.ffn_dim
+    linears = ((3 * width, width), (width, width), (inner, width), (width, inner))
+    for m, n, k in ((scale.square,) * 3, *((rows, n, k) for rows in scale.rows for n, k in linears)):
+        yield f"{m}x{n}x{k}, TFLOP/s", partial(products, m, n, k)
+
+
+def step(scale: Scale) -> Iterator[Task]:
+    """TrainStep, bf16, dropout 0.1, CUDA events, median of 20 updates. ``loss off by``: relative distance from plain
+    PyTorch with equal weights and mask, without dropout; ``wrong``: it, or the gradient norm's, exceeds
+    mae_ast_fast.bench's limits. MB/clip: allocator's peak of an update above weights and AdamW's state."""
+    from mae_ast_fast import TrainStep
+    from mae_ast_fast.bench import check, peak_bytes
+
+    plain, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+
+    def column(name: str, how: dict[str, str]) -> dict[str, Any]:
+        model, _ = model_of(scale, 1, **how)
+        model.load_state_dict(plain.state_dict())
+        update = TrainStep(model, precision="bf16")
+        entry: dict[str, Any] = {}
+        try:
+            entry["loss off by"] = check(name, update, plain, features, "bf16")
+        except (ValueError, ZeroDivisionError) as error:
+            entry["wrong"] = str(error)
+        model.train()
+        entry |= timed(lambda: update(features), scale.rounds)
+        entry["clips/s"] = 1e3 * scale.clips / entry["ms"]
+        update.optimizer.zero_grad(set_to_none=True)
+        entry["MB/clip"] = peak_bytes(lambda: update(features), features.device) / scale.clips / 1e6
+        return entry
+
+    ways = {
+        "fast": {},
+        "fast, attention=short": {"attention": "short"},
+        "fast, attention=sdpa": {"attention": "sdpa"},
+        "fast, recompute=gelu": {"recompute": "gelu"},
+    }
+    for name, how in ways.items():
+        yield name, partial(column, name, how)
+
+
+def profile(scale: Scale) -> Iterator[Task]:
+    """torch.profiler, CUDA activities of three updates of ``fast``: (kernel, launches/step, ms/step), 80 by time."""
+    import torch
+
+    from mae_ast_fast import TrainStep
+
+    def kernels() -> list[tuple[str, float, float]]:
+        model, features = model_of(scale, scale.clips)
+        update = TrainStep(model, precision="bf16")
+        for _ in range(3):
+            update(features)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            for _ in range(3):
+                update(features)
+            torch.cuda.synchronize()
+        rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+        return [(row.key[:110], row.count / 3, row.self_device_time_total / 3e3) for row in rows[:80]]
+
+    yield "kernels", kernels
+
+
+def ops(scale: Scale) -> Iterator[Task]:
+    """Operations of bench_ops.py at its base point (256 clips, bf16, no dropout), CUDA events, median of 10 calls, ms.
+    ``work``: bytes or FLOP of forward, and forward and backward. ``wrong``: rms of the output or a gradient against
+    the reference in fp32 exceeds tests/policy.py's cap."""
+    import bench_ops
+    from op_cases import OPS, Clips, Op, Point
+
+    point = Point() if scale is not TOY else Point().toy()
+
+    def column(op: Op, name: str, expected: dict[str, Any]) -> dict[str, Any]:
+        entry: dict[str, Any] = {}
+        try:
+            bench_ops.check_all_clips(op, name, expected)
+        except AssertionError as error:
+            entry["wrong"] = str(error)
+        calls = bench_ops.calls(op.columns[name], op, 0.0)
+        return entry | {what: timed(call, min(scale.rounds, 10))["ms"] for what, call in calls.items()}
+
+    def operation(make: Callable[[Point, Clips], Op]) -> dict[str, Any]:
+        op = make(point, Clips(point))
+        expected = bench_ops.exact_values(op)
+        names = [name for name in op.columns if name not in ("original", "clips")]
+        return {"unit": op.unit, "work": op.work} | {
+            name: attempt(partial(column, op, name, expected)) for name in names
+        }
+
+    for name, (make, _) in OPS.items():
+        yield name, partial(operation, make)
+
+
+def attention(scale: Scale) -> Iterator[Task]:
+    """All clips of one length, bf16, CUDA events, median of 20 calls, ms. Encoder: visible tokens of a clip, decoder:
+    all of them. Dropout 0.1 and 0. ``sdpa``: cuDNN or FlashAttention, whichever the name says."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from mae_ast_fast.attention import attention as attend
+    from mae_ast_fast.masking import num_visible
+
+    config = config_of(scale)
+    tokens = (int(100 * scale.seconds) - 2) // config.patch_size[0] * config.grid_f
+    heads, width = config.num_heads, config.embed_dim // config.num_heads
+    ways = {
+        "aten": ("aten", SDPBackend.FLASH_ATTENTION),
+        "short": ("short", SDPBackend.FLASH_ATTENTION),
+        "sdpa, cuDNN": ("sdpa", SDPBackend.CUDNN_ATTENTION),
+        "sdpa, FlashAttention": ("sdpa", SDPBackend.FLASH_ATTENTION),
+    }
+
+    def both(rows: int, rate: float, backend: str, kernel: SDPBackend) -> dict[str, float]:
+        cu_seqlens = torch.arange(scale.clips + 1, dtype=torch.int32, device="cuda") * rows
+        shape = (scale.clips * rows, 3, heads, width)
+        qkv = torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(shape[0], heads, width, device="cuda", dtype=torch.bfloat16)
+
+        def forward() -> torch.Tensor:
+            return attend(qkv, cu_seqlens, rows, rate, backend)
+
+        def forward_and_backward() -> object:
+            return torch.autograd.grad(forward(), qkv, grad)
+
+        with sdpa_kernel([kernel]):
+            with torch.no_grad():
+                found = {"forward": timed(forward, scale.rounds)["ms"]}
+            return found | {"forward + backward": timed(forward_and_backward, scale.rounds)["ms"]}
+
+    for place, rows in (("encoder", num_visible(tokens, config.mask_ratio)), ("decoder", tokens)):
+        for rate in (0.1, 0.0):
+            for name, (backend, kernel) in ways.items():
+                if backend != "short" or rows <= 128:
+                    yield f"{place}, dropout {rate:g}, {name}", partial(both, rows, rate, backend, kernel)
+
+
+def host(scale: Scale) -> Iterator[Task]:
+    """TrainStep, bf16, few clips. ms: CUDA events, a wait after each update. host_ms: until the host has queued an
+    update. wall_ms: 20 updates without a wait between them, divided by 20."""
+    import torch
+
+    from mae_ast_fast import TrainStep
+
+    def column(clips: int, graphs: bool) -> dict[str, float]:
+        model, features = model_of(scale, clips)
+        update = TrainStep(model, precision="bf16", graphs=graphs)
+        entry = timed(lambda: update(features), scale.rounds)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(scale.rounds):
+            update(features)
+        torch.cuda.synchronize()
+        return entry | {"wall_ms": 1e3 * (time.perf_counter() - began) / scale.rounds}
+
+    for clips in scale.few:
+        for graphs in (False, True):
+            yield f"{clips} clips, {'CUDA graphs' if graphs else 'eager'}", partial(column, clips, graphs)
+
+
+def plain(scale: Scale) -> Iterator[Task]:
+    """Updates in plain PyTorch (bf16 autocast, clip_grad_norm_, fused AdamW), CUDA events. ``reference``:
+    MAEAST(impl="torch", attention="sdpa"); ``original``: benchmarks/original.py, the style of the paper's code."""
+    import torch
+    from original import Original
+
+    def reference() -> dict[str, float]:
+        model, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+        return timed(plain_step(model, features, model), min(scale.rounds, 10))
+
+    def original() -> dict[str, float]:
+        _, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+        torch.manual_seed(0)
+        model = Original(config_of(scale)).to("cuda").train()
+        return timed(plain_step(model, features, model), min(scale.rounds, 5), warm=1)
+
+    yield "reference", reference
+    yield "original", original
+
+
+def compiled(scale: Scale) -> Iterator[Task]:
+    """As ``reference`` of ``plain``, with torch.compile(fullgraph=True). compile_s: until the first update is done."""
+    import torch
+
+    def reference() -> dict[str, float]:
+        model, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager" if scale is TOY else "inductor")
+        began = time.monotonic()
+        run = plain_step(model, features, forward)
+        run()
+        torch.cuda.synchronize()
+        seconds = time.monotonic() - began
+        return timed(run, min(scale.rounds, 10)) | {"compile_s": seconds}
+
+    yield "reference", reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the run.
+
+    Attributes:
+        tasks: Its measurements, in order; the docstring says how they are made. None: the tests.
+        file: Stem of the JSON file that it is written to.
+        estimate: Seconds that it should take on an H200; it begins only if as much is left.
+    """
+
+    tasks: Callable[[Scale], Iterator[Task]] | None
+    file: str
+    estimate: float
+
+
+TESTS_HOW = f"pytest -k '{SELECTED_TESTS}', one process per file, up to 8 at a time; kernels compiled, not interpreted."
+SECTIONS = {
+    "peaks": Section(peaks, "step", 10),
+    "step": Section(step, "step", 40),
+    "profile": Section(profile, "profile", 15),
+    "ops": Section(ops, "ops", 60),
+    "attention": Section(attention, "ops", 20),
+    "host": Section(host, "plain", 40),
+    "plain": Section(plain, "plain", 30),
+    "compiled": Section(compiled, "plain", 100),
+    "tests": Section(None, "tests", 60),
+}
+PATIENCE = 3.0  # estimates until a section is stopped
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
+START = 120.0  # seconds in which the measuring process must have found the GPU
+
+
+# --------------------------------------------------------------------------------------------- the measuring process
+
+
+def attempt(measure: Callable[[], Any]) -> Any:
+    """What a measurement returns, or ``{"failed": why, "at": where}`` where it raises."""
+    try:
+        return measure()
+    except Exception as error:
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        return {"failed": message_of(error), "at": f"{Path(frame.filename).name}:{frame.lineno}"}
+
+
+def message_of(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def about() -> dict[str, Any]:
+    """GPU, driver, versions and commit, for every result file."""
+    import numpy
+    import torch
+    import triton
+    from conftest import pytest_benchmark_generate_commit_info
+
+    properties = torch.cuda.get_device_properties(0)
+    driver = gpu._said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "gpu": properties.name,
+        "arch": f"sm_{properties.major}{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver and driver.splitlines()[0],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "commit": pytest_benchmark_generate_commit_info(),
+    }
+
+
+def work(connection: Connection, toy: bool) -> None:
+    """Runs the sections whose names arrive; sends (label, value) of each measurement, and (None, error) at the end.
+
+    The first message is ("about", versions and names) or ("unusable", why). It ends after an error, because an illegal
+    access of a kernel spoils everything after it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a kernel that hangs must not keep the GPU
+    os.setpgid(0, 0)  # what it starts (compilers) ends with it
+    import torch
+
+    if not torch.cuda.is_available():
+        connection.send(("unusable", "PyTorch sees no CUDA device here"))
+        return
+    scale = TOY if toy else Scale()
+    connection.send(("about", about()))
+    while (order := connection.recv()) is not None:
+        name, seconds = order
+        until, error = time.monotonic() + seconds, None
+        try:
+            for label, measure in SECTIONS[name].tasks(scale):
+                connection.send((label, attempt(measure) if time.monotonic() < until else "not begun: no time left"))
+                gc.collect()
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except Exception as raised:
+            error = message_of(raised)
+        connection.send((None, error))
+        if error is not None:
+            return
+
+
+class Worker:
+    """The process that measures; the GPU is touched nowhere else, so that a crash costs one section.
+
+    Attributes:
+        about: Versions and names of the machine.
+
+    Raises:
+        gpu.Unusable: It finds no GPU.
+    """
+
+    def __init__(self, toy: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, end = context.Pipe()
+        self.process = context.Process(target=work, args=(end, toy))
+        self.process.start()
+        end.close()
+        try:
+            label, self.about = self.receive(time.monotonic() + START)
+        except TimeoutError:
+            label, self.about = "unusable", f"the measuring process found no GPU in {START:.0f} s"
+        except EOFError:
+            label, self.about = "unusable", "the measuring process ended before it found a GPU; its output says why"
+        if label == "unusable":
+            self.stop()
+            raise gpu.Unusable(self.about)
+
+    def receive(self, until: float) -> tuple[str | None, Any]:
+        """Its next message.
+
+        Raises:
+            TimeoutError: None came until then, on time.monotonic()'s clock.
+            EOFError: It died.
+        """
+        if not self.connection.poll(max(0.0, until - time.monotonic())):
+            raise TimeoutError
+        return self.connection.recv()
+
+    def close(self) -> None:
+        """Lets it end by itself; it is idle."""
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+            self.process.join(10.0)
+        self.stop()
+
+    def stop(self) -> None:
+        """Kills it, and what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+
+
+# ------------------------------------------------------------------------------------------------------ the results
+
+
+class Results:
+    """The result files: ``{"about": ..., "sections": {name: {"how", "status", "seconds", "found"}}}`` each.
+
+    ``status`` is running, done, failed, died, stopped or not begun; all but done and running have a ``reason``.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.about = folder, about
+        self.sections: dict[str, dict[str, Any]] = {}
+        self.began = 0.0
+
+    def begin(self, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        section = SECTIONS[name]
+        how = TESTS_HOW if section.tasks is None else " ".join((section.tasks.__doc__ or "").split())
+        self.began = time.monotonic()
+        self.sections[name] = {"how": how, "status": "running", "seconds": 0.0, "found": {}}
+        self.save(name)
+
+    def add(self, name: str, label: str, value: Any) -> None:
+        self.sections[name]["found"][label] = value
+        self.save(name)
+
+    def end(self, name: str, status: str, reason: str = "") -> None:
+        entry = self.sections[name]
+        entry["status"] = status
+        if reason:
+            entry["reason"] = reason
+        self.save(name)
+        print(f"{name}: {status}{reason and f', {reason}'}, {entry['seconds']} s", flush=True)
+        print(json.dumps(entry["found"], default=str)[:2500], flush=True)
+
+    def save(self, name: str) -> None:
+        """Writes the section's file as a whole or not at all."""
+        self.sections[name]["seconds"] = round(time.monotonic() - self.began, 1)
+        file = SECTIONS[name].file
+        sections = {name: entry for name, entry in self.sections.items() if SECTIONS[name].file == file}
+        part = self.folder / f".{file}.partial"
+        part.write_text(json.dumps({"about": self.about, "sections": sections}, indent=1, default=str) + "\n")
+        os.replace(part, self.folder / f"{file}.json")
+
+    def good(self) -> bool:
+        """Whether everything was measured and is right."""
+        text = json.dumps([entry["found"] for entry in self.sections.values()], default=str)
+        bad = any(word in text for word in ('"failed": "', '"wrong": ', '"not begun'))
+        return not bad and all(entry["status"] == "done" for entry in self.sections.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- run
+
+
+def run_section(name: str, worker: Worker, results: Results, until: float) -> bool:
+    """Measures a section; returns whether the worker can go on to another one."""
+    try:
+        worker.connection.send((name, until - time.monotonic()))
+        while True:
+            label, value = worker.receive(until + 1.0)
+            if label is not None:
+                results.add(name, label, value)
+            else:
+                results.end(name, "done" if value is None else "failed", value or "")
+                return value is None
+    except TimeoutError:
+        results.end(name, "stopped", "it ran longer than its limit")
+    except (EOFError, OSError):  # OSError: it died before the section was sent
+        worker.process.join(5.0)
+        results.end(name, "died", f"exit status {worker.process.exitcode}")
+    return False
+
+
+def run_tests(results: Results, files: Sequence[Path], until: float) -> None:
+    """The kernels' tests in bf16; what is not there is a line."""
+    jobs = []
+    workers = max(1, min(8, os.cpu_count() or 1))
+    hypothesis = importlib.util.find_spec("hypothesis") is not None
+    for file in files:
+        if not file.is_file():
+            results.add("tests", file.name, "left out: there is no such file")
+        elif not hypothesis and "from hypothesis import" in file.read_text():
+            results.add("tests", file.name, "left out: hypothesis is not installed")
+        else:
+            jobs.append(gpu.pytest_job(file, workers, "-k", SELECTED_TESTS))
+    failed: list[str] = []
+    output: list[str] = []
+
+    def done(outcome: gpu.Outcome) -> None:
+        entry = dataclasses.asdict(outcome)
+        if outcome.status == "failed" and not outcome.failed:  # pytest itself failed, or the process crashed
+            entry["output"] = next(text for text in output if text.startswith(f"==== {outcome.name}:"))[-4000:]
+        results.add("tests", outcome.name, entry)
+        if outcome.status in ("failed", "timed out"):
+            failed.append(f"{outcome.name} {outcome.status}")
+
+    gpu.run_jobs(jobs, until - time.monotonic(), workers, output.append, done)
+    results.end("tests", "failed" if failed else "done", ", ".join(failed))
+
+
+def run(sections: Sequence[str], results: Results, deadline: float, limit: float | None, toy: bool) -> None:
+    """Runs the sections in order until the deadline, on time.monotonic()'s clock.
+
+    Raises:
+        gpu.Unusable: There is no GPU.
+    """
+    worker = Worker(toy)
+    results.about |= worker.about
+    try:
+        for name in sections:
+            results.begin(name)
+            section = SECTIONS[name]
+            left = deadline - time.monotonic()
+            if left < section.estimate:
+                results.end(name, "not begun", f"{left:.0f} s left, it takes about {section.estimate:.0f}")
+                continue
+            until = min(deadline, time.monotonic() + (limit or PATIENCE * section.estimate))
+            if section.tasks is None:
+                if worker is not None:
+                    worker.close()  # its memory is free for the tests
+                    worker = None
+                files = [ROOT / "tests" / file for file in (TEST_FILES[:1] if toy else TEST_FILES)]
+                run_tests(results, files, until)
+                continue
+            try:
+                worker = worker or Worker(toy)
+            except gpu.Unusable as error:  # lost since the last section
+                results.end(name, "not begun", str(error))
+                continue
+            if not run_section(name, worker, results, until):
+                worker.stop()
+                worker = None
+        if worker is not None:
+            worker.close()
+            worker = None
+    finally:
+        if worker is not None:
+            worker.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the sections; returns the exit code."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu", metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=540.0, metavar="S", help="of the whole call (default: 540)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), metavar="NAMES", help="with commas (default: all)")
+    parser.add_argument(
+        "--limit", type=float, metavar="S", help="seconds after which a section is stopped (default: 3 x its estimate)"
+    )
+    parser.add_argument("--commit", metavar="ID", help="commit of the tree, where it has no .git")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that everything runs")
+    arguments = parser.parse_args(argv)
+    sections = arguments.sections.split(",")
+    if unknown := [name for name in sections if name not in SECTIONS]:
+        parser.error(f"sections are {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    if arguments.commit:
+        os.environ["MAE_AST_FAST_COMMIT"] = arguments.commit
+    try:
+        gpu._check_installed()
+    except gpu.Unusable as error:
+        print(f"gpu_first: {error}", file=sys.stderr)
+        return 2
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    command = ["benchmarks/gpu_first.py", *(sys.argv[1:] if argv is None else argv)]
+    results = Results(arguments.out, {"started": started, "command": command, "toy": arguments.toy})
+    try:
+        run(sections, results, began + arguments.seconds, arguments.limit, arguments.toy)
+    except gpu.Unusable as error:
+        print(f"gpu_first: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out}, {time.monotonic() - began:.0f} s")
+    return 0 if results.good() else 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the measuring process ends with this one
+    sys.exit(main())
