@@ -93,10 +93,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run, options.keep)
         found = self.checkpoints.peek()
         self.micro_batches = options.micro_batches or (peers.size if found is None else found.state["micro_batches"])
-        if found is not None:
-            model = checkpoint.MODELS[options.model](found.config, **self._init)
-        else:
-            model = self._new_model()
+        model = self._new_model(None if found is None else found.config)
         if self.micro_batches % peers.size:
             raise ValueError(
                 f"micro_batches must be a multiple of the {peers.size} processes, got {self.micro_batches}"
@@ -137,9 +134,11 @@ class Trainer:
         self.seconds, self.waited, self.audio_seconds = state["seconds"], state["waited"], state["audio_seconds"]
         self.faults, self.fault_count = state["faults"], state["fault_count"]
 
-    def _new_model(self) -> MAEAST | SSAST:
-        """The model with which a run starts."""
+    def _new_model(self, resumed: MAEASTConfig | SSASTConfig | None) -> MAEAST | SSAST:
+        """The model with which a run starts; ``resumed`` is the configuration of its checkpoint, where there is one."""
         options = self.options
+        if resumed is not None:
+            return checkpoint.MODELS[options.model](resumed, **self._init)
         if options.init_from is not None:
             source = checkpoint.load_model(options.init_from)  # its weights alone count
             config = options.model_config(source.config)
