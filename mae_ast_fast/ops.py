@@ -20,7 +20,10 @@ from torch import Tensor
 from . import masking, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile of torch 2.11 cannot trace find_spec
+try:  # once, and nothing is imported: torch.compile of torch 2.11 cannot trace find_spec
+    HAS_TRITON = importlib.util.find_spec("triton") is not None
+except ImportError:  # an import hook that blocks triton
+    HAS_TRITON = False
 LAYER_NORM_EPS = 1e-5  # of every LayerNorm that an operation holds
 INTERPRETS_BF16 = False  # Triton's interpreter computes bf16 wrongly; tests/interpreter.py corrects that and sets this
 SHORT = 128  # rows of a clip, and values of a head, that short_attention takes
