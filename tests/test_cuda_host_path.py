@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fake_cuda.fixture import Run
+from readme_code import first_screen
 
 from mae_ast_fast.commands.common import TRAIN_EXTRA
 
@@ -119,6 +120,12 @@ def test_readme_lines_run_on_cuda(readme: dict[str, Any]) -> None:
     assert readme["gradients"] == readme["parameters"]
     assert readme["devices"] == ["cuda:0", "cpu", *["cuda:0"] * 5]
     assert readme["forward"]["launches"] > 0 and readme["backward"]["launches"] > 0
+
+
+def test_readme_first_screen_runs_on_cuda_as_written(fake_cuda: Run) -> None:
+    code = first_screen("cuda") + "\nfrom fake_cuda.measure import report"
+    code += "\nreport(shape=list(hidden.last_hidden_state.shape), devices=[str(x.device) for x in metrics])"
+    assert fake_cuda(code) == {"shape": [4, 504, 768], "devices": ["cuda:0"] * 5}
 
 
 def test_backward_on_cuda_waits_for_nothing(readme: dict[str, Any]) -> None:
