@@ -60,6 +60,7 @@ def ended(process: subprocess.Popen[str], code: int) -> None:
     assert process.returncode == code, output
 
 
+@pytest.mark.ci
 def test_gpu_first_writes_every_section(start: Start, tmp_path: Path) -> None:
     ended(start(), 1)  # values of the fake GPU are wrong, and cuDNN is not there
     found = sections(tmp_path / "out")
@@ -85,6 +86,7 @@ def test_gpu_first_writes_every_section(start: Start, tmp_path: Path) -> None:
     assert outcome["passed"] and outcome["failed"] and not outcome["skipped"]  # they ran on the GPU, in bf16
 
 
+@pytest.mark.ci
 def test_gpu_first_section_that_raises_does_not_stop_the_others(start: Start, tmp_path: Path) -> None:
     sabotage = "del torch.nn.attention.sdpa_kernel\ntorch.Tensor.normal_ = raises\n"
     ended(start("--sections", "attention,peaks", sabotage=sabotage), 1)
@@ -95,6 +97,7 @@ def test_gpu_first_section_that_raises_does_not_stop_the_others(start: Start, tm
     assert found["peaks"]["found"]["64x64x64, TFLOP/s"]["x W^T"] > 0.0
 
 
+@pytest.mark.ci
 def test_gpu_first_section_that_dies_or_hangs_does_not_stop_the_others(start: Start, tmp_path: Path) -> None:
     sabotage = (
         "torch.nn.attention.sdpa_kernel = dies\n"
@@ -119,6 +122,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.ci
 def test_gpu_first_killed_keeps_what_was_measured(start: Start, tmp_path: Path) -> None:
     sabotage = (
         "randn = torch.randn\n"  # of the features, in fp32
