@@ -9,7 +9,16 @@ SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: pretrain test test-ci test-all kernels bench bench-compare quality gpu gpu-full lint clean
+# A GPU machine's versions, and the tests that matter there.
+GPU_VENV ?= .venv-gpu
+GPU_PYTHON ?= python3.12
+GPU_PACKAGES = torch==2.11.0 triton==3.6.0 "numpy>=2.4" "transformers>=5" "hypothesis>=6.100" "pytest>=8" \
+  "pytest-benchmark>=5" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
+GPU_TESTS = interpreter policy add_layer_norm bias_gelu feed_forward gather_patches info_nce masked_mse sample_mask \
+  scatter_tokens short_attention tail model_triton golden undefined_memory attention flash step train_step import \
+  doctor datasets benchmarks fbank called_modules fake_cuda cuda_host_path gpu_first
+
+.PHONY: gpu-env test-gpu-env pretrain test test-ci test-all kernels bench bench-compare quality gpu gpu-full lint clean
 
 pretrain: $(VENV)/train.done
 	$(BIN)/mae-ast-fast pretrain --config recipes/quick.yaml $(ARGS)
@@ -51,6 +60,19 @@ gpu:
 # Every test on the GPU, memcheck and all benchmarks: up to 40 minutes.
 gpu-full:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# The versions of the GPU machines (Python 3.12, torch 2.11, triton 3.6, NumPy 2.4 or later), without lhotse, soundfile and
+# flash-attn. CI does not run it: 3 GB to download.
+gpu-env: $(GPU_VENV)/gpu.done
+
+# The tests that matter on a GPU machine, under Triton's interpreter and, where it is in tests/, on the fake GPU.
+test-gpu-env: $(GPU_VENV)/gpu.done
+	$(GPU_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(GPU_TESTS:%=tests/test_%.py) $(ARGS)
+
+$(GPU_VENV)/gpu.done: pyproject.toml setup.py
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --disable-pip-version-check -q $(GPU_PACKAGES) -e .
+	touch $@
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ the model, and the element's row and column, so that nothing is stored and the b
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -67,11 +68,25 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
         )
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"impl='triton' takes float32, float16 and bfloat16, got {dtype}; use impl='torch'")
+    if interpreted and not INTERPRETS_BF16 and (fault := _interpreter_fault()):
+        raise ValueError(f"impl='triton' under TRITON_INTERPRET=1: {fault}; use impl='torch'")
     if interpreted and dtype == torch.bfloat16 and not INTERPRETS_BF16:
         raise ValueError(
             "impl='triton' under TRITON_INTERPRET=1 takes float32 and float16, got torch.bfloat16, which Triton's "
             "interpreter computes wrongly; use impl='torch'"
         )
+
+
+def _interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot run here, by the installed versions; None where it can."""
+    triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):  # it calls int() on arrays of one element
+        return f"the interpreter of triton {triton} does not work with numpy {numpy}: triton >= 3.7 or numpy < 2.4 does"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _kernel_seed(dropout: float, seed: Tensor | None, device: torch.device) -> Tensor | None:

@@ -3,6 +3,8 @@
 Widening shifts the bits. Narrowing rounds to nearest, ties to even, as a GPU does. A dot widens its operands (products
 of two bf16 are exact in fp32) and sums in fp32. Arithmetic on bf16 itself would work on the bits, so it is refused; no
 kernel needs it. Not reproduced: the order in which tensor cores sum.
+
+Triton 3.6 also calls ``int()`` on arrays of one element, which NumPy 2.4 refuses; that is corrected too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 from mae_ast_fast import ops
@@ -55,7 +58,7 @@ def _wide(handle: TensorHandle) -> TensorHandle:
 
 
 def install() -> None:
-    """Patch the interpreter, and let ``impl="triton"`` take bf16 under it. To be called once."""
+    """Patch the interpreter and let ``impl="triton"`` take bf16 under it. To be called once."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self: Any, source: TensorHandle, target: tl.dtype) -> TensorHandle:
@@ -72,4 +75,11 @@ def install() -> None:
     for name in ARITHMETIC:
         setattr(InterpreterBuilder, name, _refusing(getattr(InterpreterBuilder, name)))
     ReduceScanOpInterface.check_tensor = _refusing(ReduceScanOpInterface.check_tensor)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index
     ops.INTERPRETS_BF16 = True

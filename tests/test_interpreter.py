@@ -105,9 +105,49 @@ def test_arithmetic_on_bf16_is_refused(what: str) -> None:
     _arithmetic[(1,)](x, x.clone(), WHAT="nothing")
 
 
+@triton.jit
+def _count(count_ptr, y_ptr):
+    total = tl.zeros((), tl.int32)
+    for step in range(tl.load(count_ptr)):
+        total += step
+    tl.store(y_ptr, total)
+
+
+@interpreted
+def test_loop_to_a_loaded_bound_runs_with_any_numpy() -> None:
+    """Triton 3.6 makes the bound an int by a conversion that NumPy 2.4 refuses."""
+    total = torch.zeros(1, dtype=torch.int32)
+    _count[(1,)](torch.tensor([5], dtype=torch.int32), total)
+    assert total.item() == 10
+
+
 @interpreted
 def test_impl_triton_bf16_without_the_patch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.resolve_impl("triton", "cpu", torch.bfloat16)[0] == "triton"
     monkeypatch.setattr(ops, "INTERPRETS_BF16", False)
+    monkeypatch.setattr(ops, "_interpreter_fault", lambda: None)
     with pytest.raises(ValueError, match=r"takes float32 and float16, got torch\.bfloat16, which Triton's interpreter"):
         ops.resolve_impl("triton", "cpu", torch.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("versions", "refused"),
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.0"}, True),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, False),
+        ({"triton": "3.8.0", "numpy": "2.5.1"}, False),
+    ],
+    ids=["3.6 and 2.4", "3.6 and 2.3", "3.8 and 2.5"],
+)
+def test_impl_triton_numpy_too_new_for_the_interpreter_is_refused(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], refused: bool
+) -> None:
+    monkeypatch.setattr(ops.importlib.metadata, "version", versions.__getitem__)
+    assert ops.resolve_impl("triton", "cpu")[0] == "triton"  # interpreter.py corrects it
+    monkeypatch.setattr(ops, "INTERPRETS_BF16", False)
+    if not refused:
+        assert ops.resolve_impl("triton", "cpu")[0] == "triton"
+        return
+    with pytest.raises(ValueError, match=r"interpreter of triton 3\.6\.0 does not work with numpy 2\.4\.0"):
+        ops.resolve_impl("triton", "cpu")

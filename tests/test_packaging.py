@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SMOKE = """
@@ -41,6 +43,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-m", "build", "-o", folder / "dist", folder / "source"], check=True)
     return folder
+
+
+def test_requirements_exclude_the_torchaudio_that_torch_2_11_cannot_load() -> None:
+    (torchaudio,) = (
+        requirement
+        for requirement in map(Requirement, metadata.requires("mae-ast-fast"))
+        if requirement.name == "torchaudio"
+    )
+    assert list(torchaudio.specifier.filter(["2.10.0", "2.11.0", "2.11.1", "2.12.0"])) == ["2.11.0"]
 
 
 @pytest.mark.ci
