@@ -171,34 +171,51 @@ def _modules(ops: Sequence[str] | None, problems: list[dict[str, str]]) -> dict[
     return {op: module for op, module in found.items() if ops is None or op in ops}
 
 
-def _variants(op: str, module: ModuleType, arch: str, problems: list[dict[str, str]]) -> Iterator[Variant]:
-    """The launches of every example: bf16 for all widths, fp16 and fp32 for the last."""
+def _variants(op: str, module: ModuleType, arch: str, problems: list[dict[str, str]]) -> list[Variant]:
+    """The launches of every example: bf16 for all widths, fp16 and fp32 for the last; fp32 alone without dtypes."""
+
+    def launches(dtype: torch.dtype, width: int) -> list[Variant]:
+        return list(_launches(op, module, arch, dtype=dtype, width=width, problems=problems))
+
+    main, widths = torch.bfloat16, module.WIDTHS
+    found = [variant for width in widths for variant in launches(main, width)]
+    if found:
+        found += launches(torch.float16, widths[-1]) + launches(torch.float32, widths[-1])
+    else:  # as for masks, which have no dtype
+        main = torch.float32
+        found = [variant for width in widths for variant in launches(main, width)]
+    return found
+
+
+def _launches(
+    op: str,
+    module: ModuleType,
+    arch: str,
+    dtype: torch.dtype,
+    width: int,
+    problems: list[dict[str, str]],
+) -> Iterator[Variant]:
+    """The launches of the examples of one dtype and width."""
     from .kernels.launch import record
 
-    widths = module.WIDTHS
-    wanted = [(torch.bfloat16, width) for width in widths]
-    wanted += [(torch.float16, widths[-1]), (torch.float32, widths[-1])]
-    for dtype, width in wanted:
-        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        seen: Counter[tuple[str, str]] = Counter()
-        try:
-            for label, rows, call in module.examples(dtype, width):
-                with record(arch) as recorder:
-                    call()
-                if not recorder.launches:
-                    raise RuntimeError(f"the example {label!r} launches nothing")
-                for function, arguments, constants in recorder.launches:
-                    kernel, variant = function.fn.__name__, " ".join(f"{label} {short} {width}".split())
-                    seen[kernel, variant] += 1
-                    if (count := seen[kernel, variant]) > 1:
-                        variant += f" #{count}"
-                    source = _specialised(function, arguments, constants, arch)
-                    yield Variant(
-                        op, kernel, variant, arch, short, width, _bytes(arguments) / rows, _key(source), source
-                    )
-        except Exception as error:  # whatever a wrapper raises concerns its own operation alone
-            message = f"examples({short}, {width}) fails: {_first_lines(error)}"
-            problems.append(_problem("examples", message, op=op, arch=arch))
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    seen: Counter[tuple[str, str]] = Counter()
+    try:
+        for label, rows, call in module.examples(dtype, width):
+            with record(arch) as recorder:
+                call()
+            if not recorder.launches:
+                raise RuntimeError(f"the example {label!r} launches nothing")
+            for function, arguments, constants in recorder.launches:
+                kernel, variant = function.fn.__name__, " ".join(f"{label} {short} {width}".split())
+                seen[kernel, variant] += 1
+                if (count := seen[kernel, variant]) > 1:
+                    variant += f" #{count}"
+                source = _specialised(function, arguments, constants, arch)
+                yield Variant(op, kernel, variant, arch, short, width, _bytes(arguments) / rows, _key(source), source)
+    except Exception as error:  # whatever a wrapper raises concerns its own operation alone
+        message = f"examples({short}, {width}) fails: {_first_lines(error)}"
+        problems.append(_problem("examples", message, op=op, arch=arch))
 
 
 def _bytes(arguments: Sequence[Any]) -> int:

@@ -378,6 +378,21 @@ def test_every_kernel_compiles_for_every_architecture_within_its_limits(archs):
     assert {(row["op"], row["arch"]) for row in report["rows"]} | noted == {(op, arch) for op in ops for arch in archs}
 
 
+ROWS = """
+import json
+from mae_ast_fast import kernel_report
+from mae_ast_fast.kernels import sample_mask
+
+print(json.dumps([variant.width for variant in kernel_report._variants("sample_mask", sample_mask, "sm_90", [])]))
+"""
+
+
+def test_every_width_of_an_operation_without_dtypes_is_compiled():
+    done = python("-c", ROWS)
+    assert done.returncode == 0, done.stderr
+    assert sorted(json.loads(done.stdout)) == [512, 512, 1024, 1024, 4096, 4096, 8192, 8192]
+
+
 # -------------------------------------------------------------------------------------------------------- the parts
 
 
