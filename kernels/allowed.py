@@ -2,11 +2,16 @@
 
 An entry allows one variant on one architecture up to ``bytes`` (stored and loaded by a thread, as the report shows).
 An entry whose spill is gone fails too, so that the list cannot rot.
+
+Spills depend on the version of Triton and of the assembler that it brings. The launches and this list are those of one
+version; with another one, spills are notes of the report and do not fail it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+TRITON = "3.8"  # major and minor version
 
 
 class Allowed(NamedTuple):

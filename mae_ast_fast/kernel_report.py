@@ -548,7 +548,7 @@ def examine(
         raise Unavailable("compiling kernels needs the package triton, which is not installed (it exists for Linux)")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise Unavailable("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
-    from .kernels.allowed import ALLOWED
+    from .kernels import allowed as allowlist
 
     problems: list[dict[str, str]] = []
     notes: list[dict[str, str]] = []
@@ -587,12 +587,19 @@ def examine(
     broken = {told["op"] for told in (*problems, *notes)}  # of these it is not known what spills
     allowed = [
         entry
-        for entry in ALLOWED
+        for entry in allowlist.ALLOWED
         if entry.arch in archs_here
         and (ops is None or entry.kernel.partition(".")[0] in ops)
         and (dump is None or dump in f"{entry.kernel} {entry.variant} {entry.arch}")
     ]
-    problems += judge(rows, allowed, broken)
+    versions = _versions()
+    found = judge(rows, allowed, broken)
+    if versions["triton"].split(".")[:2] != allowlist.TRITON.split("."):
+        listed = {"spill", "allowed"}
+        other = f"triton {versions['triton']}, kernels/allowed.py is for {allowlist.TRITON}"
+        notes += [{**told, "message": f"{told['message']} ({other})"} for told in found if told["kind"] in listed]
+        found = [told for told in found if told["kind"] not in listed]
+    problems += found
     return {
         "rows": rows,
         "problems": problems,
@@ -600,7 +607,7 @@ def examine(
         "files": [str(path) for path in files],
         "compiled": compiled,
         "cached": len(results) - compiled,
-        "versions": _versions(),
+        "versions": versions,
     }
 
 

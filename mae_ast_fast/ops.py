@@ -26,7 +26,7 @@ try:  # once, and nothing is imported: torch.compile of torch 2.11 cannot trace 
 except ImportError:  # an import hook that blocks triton
     HAS_TRITON = False
 LAYER_NORM_EPS = 1e-5  # of every LayerNorm that an operation holds
-INTERPRETS_BF16 = False  # Triton's interpreter computes bf16 wrongly; tests/interpreter.py corrects that and sets this
+INTERPRETS_BF16 = False  # Triton's interpreter computes bf16 wrongly; the tests correct it and set this
 SHORT = 128  # rows of a clip, and values of a head, that short_attention takes
 
 

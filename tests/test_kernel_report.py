@@ -80,7 +80,7 @@ def _large(x_ptr, D: tl.constexpr):
     tl.store(at, double(x) - tl.sum(x, 1)[:, None] * tl.sum(x, 0)[None, :])
 
 def examples(dtype, width):
-    if dtype == torch.float32:
+    if dtype == torch.float32 and width == WIDTHS[-1]:
         x = torch.empty(128, 128, dtype=dtype, device="meta")
         yield "large", 128, lambda: launch(_large, (1,), x, D=width, num_warps=1)
 """
@@ -119,7 +119,7 @@ def examples(dtype, width):
 """
 )
 STEPS = """
-import contextlib, io, json, pathlib, sys
+import contextlib, io, json, pathlib, sys, triton
 sys.dont_write_bytecode = True
 from mae_ast_fast import kernels
 from mae_ast_fast.cli import main
@@ -131,6 +131,7 @@ for step in json.loads(sys.argv[2]):
         (toys / f"{name}.py").write_text(text)
         sys.modules.pop(f"mae_ast_fast.kernels.{name}", None)
     allowed.ALLOWED = tuple(allowed.Allowed(*entry) for entry in step.get("allowed", ()))
+    allowed.TRITON = step.get("triton", ".".join(triton.__version__.split(".")[:2]))
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(["kernels", *step["argv"]])
@@ -214,6 +215,16 @@ def test_a_report_of_every_architecture_and_what_is_compiled_again(tmp_path):
     assert len(list((tmp_path / "dump").iterdir())) == 2
     told = 'nothing to dump: expected a part of "op.kernel variant arch"'
     assert nothing == [1, f"mae-ast-fast kernels: error: {told}, got '_product a b fp32 48'\n"]
+
+
+def test_kernel_report_with_another_triton_notes_spills_and_does_not_fail(tmp_path):
+    spills = {"argv": ["--json", "--op", "spills", "--arch", "sm_90"], "write": {"spills": SPILLS}}
+    ((code, report),) = run(tmp_path, {**spills, "triton": "0.1"})
+    assert (code, report["problems"]) == (0, [])
+    (note,) = report["notes"]
+    version = report["versions"]["triton"]
+    expected = f"spills {report['rows'][0]['spill']} bytes (triton {version}, kernels/allowed.py is for 0.1)"
+    assert (note["kind"], note["message"]) == ("spill", expected)
 
 
 def test_problems_and_what_the_allow_list_does_about_them(tmp_path):
