@@ -53,7 +53,7 @@ def fbank(
         waveforms: (B, S) mono samples in [-1, 1], floating point, or int16 PCM, which is divided by 32768. Arithmetic
             is in fp32, or fp64 for fp64 samples.
         lengths: (B,) samples of each clip, integers. None: all are S long. What stands behind them is never read
-            into a result.
+            into a result. A clip of less than 400 samples (25 ms) has no frames.
         sample_rate: Of ``waveforms`` in Hz. Other rates than 16000 are resampled by ``torchaudio.functional.resample``,
             each clip by itself, in fp64 on CUDA.
         frontend: ``"mae_ast"`` is ``kaldi.fbank(sample_frequency=16000, use_energy=False, num_mel_bins=128)`` (arXiv

@@ -102,7 +102,8 @@ class TrainStep:
         eps: Of AdamW.
         weight_decay: Decoupled, on all parameters.
         clip_norm: Limit of the gradient's norm.
-        precision: "fp32", "bf16", or "fp16", whose loss is scaled (``torch.amp.GradScaler``).
+        precision: "fp32", "bf16", or "fp16", whose loss is scaled (``torch.amp.GradScaler``): the first updates
+            may be skipped while the scale settles.
         compile: Run the model through ``torch.compile(fullgraph=True)``.
         graphs: Run updates as CUDA graphs; batches are padded to buckets of like shapes.
         parallel: "ddp" or "fsdp" (distributed.py): over all processes of the default process group, which start from
