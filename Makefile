@@ -67,7 +67,7 @@ gpu-env: $(GPU_VENV)/gpu.done
 
 # The tests that matter on a GPU machine, under Triton's interpreter and, where it is in tests/, on the fake GPU.
 test-gpu-env: $(GPU_VENV)/gpu.done
-	$(GPU_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(GPU_TESTS:%=tests/test_%.py) $(ARGS)
+	$(GPU_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(foreach name,$(GPU_TESTS),$(shell find tests -name test_$(name).py)) $(ARGS)
 
 $(GPU_VENV)/gpu.done: pyproject.toml setup.py
 	$(GPU_PYTHON) -m venv $(GPU_VENV)

@@ -145,8 +145,9 @@ def _check_installed() -> None:
     if done.returncode or Path(found) != ROOT / "kernels":
         what = f"imports mae_ast_fast.kernels from {found}" if found else "cannot import mae_ast_fast"
         raise Unusable(
-            f"{sys.executable} {what}, expected {ROOT / 'kernels'}: install this tree with {sys.executable} -m pip "
-            "install --no-deps --no-build-isolation -e ., or choose a Python that has it: make gpu PYTHON=.venv/bin/python"
+            f"{sys.executable} {what}, expected {ROOT / 'kernels'}: install this tree with "
+            f"{sys.executable} -m pip install --no-deps --no-build-isolation -e ., or choose a Python that has it, as in "
+            "make gpu PYTHON=.venv/bin/python"
         )
 
 

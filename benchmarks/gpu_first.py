@@ -653,7 +653,8 @@ def run(sections: Sequence[str], results: Results, deadline: float, limit: float
                 if worker is not None:
                     worker.close()  # its memory is free for the tests
                     worker = None
-                files = [ROOT / "tests" / file for file in (TEST_FILES[:1] if toy else TEST_FILES)]
+                names = TEST_FILES[:1] if toy else TEST_FILES
+                files = [path for name in names for path in (ROOT / "tests").rglob(name)]
                 run_tests(results, files, until)
                 continue
             try:

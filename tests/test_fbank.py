@@ -223,8 +223,9 @@ def test_resampling_int16():
 def test_torchaudio_is_needed_for_resampling_only(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         monkeypatch.setitem(sys.modules, name, None)
-    path = importlib.import_module("mae_ast_fast.fbank").__file__
-    spec = importlib.util.spec_from_file_location("fbank_without_torchaudio", path)
+    module = importlib.import_module("mae_ast_fast.fbank")
+    name = f"{module.__package__}.fbank_without_torchaudio"
+    spec = importlib.util.spec_from_file_location(name, module.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     clip = SIGNALS["speech"][None]
