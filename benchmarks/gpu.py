@@ -143,11 +143,10 @@ def _check_installed() -> None:
     )
     found = done.stdout.strip()
     if done.returncode or Path(found) != ROOT / "kernels":
-        what = f"imports mae_ast_fast.kernels from {found}" if found else "cannot import mae_ast_fast"
+        what = f"mae_ast_fast.kernels is {found}" if found else f"{sys.executable} cannot import mae_ast_fast"
         raise Unusable(
-            f"{sys.executable} {what}, expected {ROOT / 'kernels'}: install this tree with "
-            f"{sys.executable} -m pip install --no-deps --no-build-isolation -e ., or choose a Python that has it, as in "
-            "make gpu PYTHON=.venv/bin/python"
+            f"{what}, not {ROOT / 'kernels'}: install this tree with {sys.executable} -m pip install --no-deps "
+            "--no-build-isolation -e ., or choose a Python that has it: make gpu PYTHON=.venv/bin/python"
         )
 
 
