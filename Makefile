@@ -16,7 +16,7 @@ GPU_PACKAGES = torch==2.11.0 triton==3.6.0 "numpy>=2.4" "transformers>=5" "hypot
   "pytest-benchmark>=5" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 GPU_TESTS = interpreter policy add_layer_norm bias_gelu feed_forward gather_patches info_nce masked_mse sample_mask \
   scatter_tokens short_attention tail model_triton golden undefined_memory attention flash step train_step import \
-  doctor datasets benchmarks fbank called_modules fake_cuda cuda_host_path gpu_first
+  doctor datasets benchmarks fbank called_modules fake_cuda gpu_first
 
 .PHONY: gpu-env test-gpu-env pretrain test test-ci test-all kernels bench bench-compare quality gpu gpu-full lint clean
 
@@ -68,6 +68,7 @@ gpu-env: $(GPU_VENV)/gpu.done
 # The tests that matter on a GPU machine, under Triton's interpreter and, where it is in tests/, on the fake GPU.
 test-gpu-env: $(GPU_VENV)/gpu.done
 	$(GPU_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(foreach name,$(GPU_TESTS),$(shell find tests -name test_$(name).py)) $(ARGS)
+	$(GPU_VENV)/bin/python -m pytest -m ci $(shell find tests -name test_cuda_host_path.py -o -name test_gpu_first.py) $(ARGS)
 
 $(GPU_VENV)/gpu.done: pyproject.toml setup.py
 	$(GPU_PYTHON) -m venv $(GPU_VENV)

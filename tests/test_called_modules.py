@@ -162,6 +162,7 @@ def test_adapter_on_each_linear_equals_its_merged_weight_and_gets_gradients(kind
         assert adapter.up.weight.grad.abs().max() > 0 and adapter.down.weight.grad.abs().max() > 0, name
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["post-norm", "pre-norm"])
 def test_adapters_under_the_kernels_equal_the_plain_path(kind: str) -> None:
     models = [build(kind, impl) for impl in ("torch", "triton")]
@@ -286,6 +287,7 @@ def test_is_plain_is_true_of_every_module_of_a_new_model() -> None:
                 assert is_plain(module), name
 
 
+@pytest.mark.ci
 def test_compile_takes_plain_and_adapted_models_as_one_graph() -> None:
     features, frames = batch()
     for adapted in (False, True):

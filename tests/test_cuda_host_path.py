@@ -11,6 +11,8 @@ from readme_code import first_screen
 
 from mae_ast_fast.commands.common import TRAIN_EXTRA
 
+pytestmark = pytest.mark.ci  # a minute: PyTorch starts several times, and Triton compiles
+
 README = """
 import torch
 from fake_cuda.measure import Measure, report

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from readme_code import README, first_screen
 
 
+@pytest.mark.ci
 def test_first_screen_code_runs_and_gives_what_its_comments_say() -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
