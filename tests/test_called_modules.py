@@ -236,11 +236,12 @@ def test_parametrized_weights_compute_and_train(kind: str) -> None:
 
     plain, model = build(kind), build(kind)
     for name, module in computing(model).items():
+        old = type(module)
         if isinstance(module, nn.Linear):
             parametrizations.weight_norm(module)
         else:
             parametrize.register_parametrization(module, "weight", Doubled())
-        assert not is_plain(module), name
+        assert not is_plain(old, module), name
     (loss, _), (expected, _) = losses(model), losses(plain)
     assert_rounding(loss, expected, "loss")
     still = [n for n, p in model.named_parameters() if ".original" in n and (p.grad is None or not p.grad.any())]
@@ -254,6 +255,41 @@ def test_replaced_layer_norm_is_called() -> None:
                 model = build()
                 replace(model, name, other)
                 assert not torch.equal(losses(model)[0], losses(build())[0]), (name, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_in_a_sequential_computes_the_same(kind: str) -> None:
+    for name in linears(build(kind)):
+        model = build(kind)
+        replace(model, name, nn.Sequential(model.get_submodule(name)))
+        assert losses(model)[0] == losses(build(kind))[0], name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_norm_replaced_by_a_linear_is_called(kind: str) -> None:
+    for name, module in computing(build(kind)).items():
+        if isinstance(module, nn.LayerNorm):
+            model, width = build(kind), module.normalized_shape[0]
+            replace(model, name, nn.Linear(width, width))
+            _, grads = losses(model)
+            assert grads[f"{name}.weight"].any(), name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_ssast_heads_of_other_modules_are_called(precision: torch.dtype) -> None:
+    width, patch = 32, 256
+    for head in (
+        nn.Linear(width, patch),
+        nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, patch)),
+        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Sequential(nn.Tanh(), nn.Linear(width, patch))),
+    ):
+        model = build("ssast")
+        model.classification_head, model.reconstruction_head = head, copy.deepcopy(head)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss, grads = losses(model)
+        assert loss.isfinite()
+        for name, p in model.named_parameters():
+            assert "head" not in name or grads[name].any() or p.dim() == 1, name
 
 
 def test_replaced_forward_of_a_module_is_called() -> None:
@@ -283,7 +319,7 @@ def test_is_plain_is_true_of_every_module_of_a_new_model() -> None:
     for kind in KINDS:
         for name, module in build(kind).named_modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
-                assert is_plain(module), name
+                assert is_plain(type(module), module), name
 
 
 def test_compile_takes_plain_and_adapted_models_as_one_graph() -> None:
