@@ -83,11 +83,12 @@ def test_forward_hooks_fire_once_a_module_and_change_nothing(kind: str) -> None:
     assert calls == dict.fromkeys(computing(hooked), 1)
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_backward_hooks_fire_once_a_module(kind: str) -> None:
+def test_backward_hooks_fire_once_a_module(kind: str, register: str) -> None:
     model, calls = build(kind), Counter()
     for name, module in computing(model).items():
-        module.register_full_backward_hook(lambda *_, name=name: calls.update([name]))
+        getattr(module, register)(lambda *_, name=name: calls.update([name]))
     losses(model)
     assert calls == dict.fromkeys(computing(model), 1)
 
