@@ -77,9 +77,9 @@ def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, val
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of a module's weight; fp32 where it has no floating one, as a quantised Linear."""
-    weight = getattr(module, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    """Dtype of a module's weight, else of its first floating parameter; fp32 where it has none, as if quantised."""
+    tensors = getattr(module, "weight", None), *module.parameters()
+    return next((x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
 
 
 def listed_frames(clips: int, longest: int, lengths: Sequence[int] | Tensor | None) -> list[int]:

@@ -266,6 +266,22 @@ def test_linear_in_a_sequential_computes_the_same(kind: str) -> None:
         assert losses(model)[0] == losses(build(kind))[0], name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_in_a_sequential_keeps_the_dtype_of_the_model(kind: str, dtype: torch.dtype) -> None:
+    features, frames = batch()
+    for name in linears(build(kind)):
+        model = build(kind).to(dtype)
+        expected = model.encode(features.to(dtype), frames).x
+        replace(model, name, nn.Sequential(model.get_submodule(name)))
+        assert losses(model)[0].isfinite(), name
+        x = model.encode(features.to(dtype), frames).x
+        assert x.dtype == expected.dtype == dtype, name
+    classifier = AudioClassifier(build(kind), ["a", "b"], max_seconds=0.5).to(dtype)
+    classifier.head = nn.Sequential(classifier.head)
+    assert classifier(features.to(dtype), frames).dtype == dtype
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_norm_replaced_by_a_linear_is_called(kind: str) -> None:
     for name, module in computing(build(kind)).items():
