@@ -52,7 +52,7 @@ class Encoded:
 
 
 def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, values: bool = True) -> Tensor:
-    """The frame counts (B,) of ``clips`` clips of at most ``longest`` frames; on the CPU, or where the tensor is.
+    """The frame counts (B,), int64, of ``clips`` clips of at most ``longest`` frames, on the CPU or on their device.
 
     Args:
         lengths: What the caller gave.
@@ -70,15 +70,16 @@ def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, val
     is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if lengths.shape != (clips,) or not is_whole:
         raise ValueError(f"lengths must be integers ({clips},), got {lengths.dtype} {tuple(lengths.shape)}")
+    lengths = lengths.long()  # in a narrow dtype T could overflow
     if values and (lengths.min() < 0 or lengths.max() > longest):
         raise ValueError(f"lengths must be between 0 and T={longest} frames, got {lengths.tolist()}")
     return lengths
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of a module's weight; fp32 where it has no floating one, as a quantised Linear."""
-    weight = getattr(module, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    """Dtype of a module's weight, else of its first floating parameter; fp32 where it has none, as if quantised."""
+    tensors = getattr(module, "weight", None), *module.parameters()
+    return next((x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
 
 
 def listed_frames(clips: int, longest: int, lengths: Sequence[int] | Tensor | None) -> list[int]:
@@ -91,7 +92,7 @@ def listed_frames(clips: int, longest: int, lengths: Sequence[int] | Tensor | No
     """
     if lengths is None:
         return [longest] * clips
-    return lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    return lengths.tolist() if isinstance(lengths, Tensor) else [int(count) for count in lengths]
 
 
 @functools.lru_cache
@@ -318,7 +319,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             raise ValueError("features has no clips: B is 0")
         if lengths is None:
             return torch.full((batch,), width, dtype=torch.long, device=features.device)
-        return send(check_lengths(lengths, batch, width, values).long(), features.device)
+        return send(check_lengths(lengths, batch, width, values), features.device)
 
     def _check_layer(self, layer: int | None) -> None:
         if layer is not None and (type(layer) is not int or not 1 <= layer <= self.num_layers):

@@ -391,11 +391,12 @@ def _head(width: int, patch_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, patch_dim))
 
 
-def _predict(x: Tensor, head: nn.Sequential) -> Tensor:
-    if not is_plain(head):
+def _predict(x: Tensor, head: nn.Module) -> Tensor:
+    if not is_plain(nn.Sequential, head):
         return call(x, head)
-    first, activation, last = head
-    return linear(activation(linear(x, first)), last)
+    for module in head:
+        x = linear(x, module)  # calls what is no plain Linear
+    return x
 
 
 _UNUSED = re.compile(r"v\.head(_dist)?\.(weight|bias)")  # timm's classifiers, of which SSAST makes no use

@@ -41,33 +41,35 @@ class Execution:
     recompute: str = "none"
 
 
-def is_plain(*modules: nn.Module) -> bool:
+def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether fused operations may read the weights of these modules instead of calling them.
 
-    A plain module computes exactly what its class does, with its own weight and bias. Its type is ``nn.Linear``,
-    ``nn.LayerNorm`` or ``nn.Sequential``, not a subclass. It has no hooks, neither its own nor global ones, and its
-    ``forward``, weight and bias were not replaced by another kind. An adapter, a parametrization, pruning or
-    quantisation makes a module not plain.
+    A plain module computes exactly what its class does, with its own weight and bias. Its type is ``kind``, not a
+    subclass or another class. It has no hooks, neither its own nor global ones, and its ``forward``, weight and bias
+    were not replaced by another kind. An adapter, a parametrization, pruning or quantisation makes a module not plain.
+
+    Args:
+        kind: ``nn.Linear``, ``nn.LayerNorm`` or ``nn.Sequential``.
+        modules: What stands in the places of such modules.
     """
-    return not _has_any_global_hook() and all(map(_is_plain, modules))
+    return not _has_any_global_hook() and all(_is_plain(kind, module) for module in modules)
 
 
-_PLAIN_TYPES = (nn.Linear, nn.LayerNorm, nn.Sequential)
 _WEIGHT_TYPES = (nn.Parameter, Tensor)  # not a subclass, such as a quantised weight; not None
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(kind: type[nn.Module], module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) not in _PLAIN_TYPES or hooks or "forward" in module.__dict__:
+    if type(module) is not kind or hooks or "forward" in module.__dict__:
         return False
-    if type(module) is nn.Sequential:
+    if kind is nn.Sequential:
         return True
     return type(module.weight) in _WEIGHT_TYPES and type(module.bias) in _WEIGHT_TYPES
 
 
 def is_fusible_norm(layer: nn.Module) -> bool:
     """Whether the operations that hold a LayerNorm compute this one: it is plain and has their eps."""
-    return is_plain(layer) and layer.eps == ops.LAYER_NORM_EPS
+    return is_plain(nn.LayerNorm, layer) and layer.eps == ops.LAYER_NORM_EPS
 
 
 def call(x: Tensor, module: nn.Module) -> Tensor:
@@ -79,19 +81,23 @@ def call(x: Tensor, module: nn.Module) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """A Linear in the dtype of ``x``: its weights stay in their own (fp32 master weights, bf16 stream)."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)) if is_plain(layer) else call(x, layer)
+    if is_plain(nn.Linear, layer):
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    return call(x, layer)
 
 
 def linear_without_bias(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """A Linear in the dtype of ``x``, and its bias (D,) for the next operation to add; None where it is added."""
-    if is_plain(layer):
+    if is_plain(nn.Linear, layer):
         return F.linear(x, layer.weight.to(x.dtype)), layer.bias
     return call(x, layer), None
 
 
 def norm(x: Tensor, layer: nn.Module) -> Tensor:
     """LayerNorm with fp32 statistics in the dtype of ``x``."""
-    return reference.layer_norm(x, layer.weight, layer.bias, layer.eps) if is_plain(layer) else call(x, layer)
+    if is_plain(nn.LayerNorm, layer):
+        return reference.layer_norm(x, layer.weight, layer.bias, layer.eps)
+    return call(x, layer)
 
 
 def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -251,7 +257,7 @@ class Layer(nn.Module):
     def project_queries(self, x: Tensor, asking: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (M, H, Dh) of the rows ``asking`` (M, D), which are ``x[index]``; keys and values (N, 2, H, Dh)."""
         width, heads = x.shape[1], self.config.num_heads
-        if is_plain(self.qkv):
+        if is_plain(nn.Linear, self.qkv):
             weight, bias = self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype)
             q, kv = F.linear(asking, weight[:width], bias[:width]), F.linear(x, weight[width:], bias[width:])
         else:
@@ -262,7 +268,7 @@ class Layer(nn.Module):
     def feed_forward(self, x: Tensor, run: Execution) -> tuple[Tensor, Tensor | None]:
         """Linear, GELU, dropout, Linear; as ``linear_without_bias`` gives the last one."""
         rate = self.config.activation_dropout if self.training else 0.0
-        if rate == 0.0 and is_plain(self.fc1, self.fc2):
+        if rate == 0.0 and is_plain(nn.Linear, self.fc1, self.fc2):
             w1, b1, w2 = self.fc1.weight, self.fc1.bias, self.fc2.weight
             recompute = run.recompute == "gelu"
             return ops.feed_forward(x, w1, b1, w2, recompute=recompute, impl=run.impl), self.fc2.bias

@@ -83,11 +83,12 @@ def test_forward_hooks_fire_once_a_module_and_change_nothing(kind: str) -> None:
     assert calls == dict.fromkeys(computing(hooked), 1)
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_backward_hooks_fire_once_a_module(kind: str) -> None:
+def test_backward_hooks_fire_once_a_module(kind: str, register: str) -> None:
     model, calls = build(kind), Counter()
     for name, module in computing(model).items():
-        module.register_full_backward_hook(lambda *_, name=name: calls.update([name]))
+        getattr(module, register)(lambda *_, name=name: calls.update([name]))
     losses(model)
     assert calls == dict.fromkeys(computing(model), 1)
 
@@ -237,11 +238,12 @@ def test_parametrized_weights_compute_and_train(kind: str) -> None:
 
     plain, model = build(kind), build(kind)
     for name, module in computing(model).items():
+        old = type(module)
         if isinstance(module, nn.Linear):
             parametrizations.weight_norm(module)
         else:
             parametrize.register_parametrization(module, "weight", Doubled())
-        assert not is_plain(module), name
+        assert not is_plain(old, module), name
     (loss, _), (expected, _) = losses(model), losses(plain)
     assert_rounding(loss, expected, "loss")
     still = [n for n, p in model.named_parameters() if ".original" in n and (p.grad is None or not p.grad.any())]
@@ -255,6 +257,57 @@ def test_replaced_layer_norm_is_called() -> None:
                 model = build()
                 replace(model, name, other)
                 assert not torch.equal(losses(model)[0], losses(build())[0]), (name, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_in_a_sequential_computes_the_same(kind: str) -> None:
+    for name in linears(build(kind)):
+        model = build(kind)
+        replace(model, name, nn.Sequential(model.get_submodule(name)))
+        assert losses(model)[0] == losses(build(kind))[0], name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_in_a_sequential_keeps_the_dtype_of_the_model(kind: str, dtype: torch.dtype) -> None:
+    features, frames = batch()
+    for name in linears(build(kind)):
+        model = build(kind).to(dtype)
+        expected = model.encode(features.to(dtype), frames).x
+        replace(model, name, nn.Sequential(model.get_submodule(name)))
+        assert losses(model)[0].isfinite(), name
+        x = model.encode(features.to(dtype), frames).x
+        assert x.dtype == expected.dtype == dtype, name
+    classifier = AudioClassifier(build(kind), ["a", "b"], max_seconds=0.5).to(dtype)
+    classifier.head = nn.Sequential(classifier.head)
+    assert classifier(features.to(dtype), frames).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_norm_replaced_by_a_linear_is_called(kind: str) -> None:
+    for name, module in computing(build(kind)).items():
+        if isinstance(module, nn.LayerNorm):
+            model, width = build(kind), module.normalized_shape[0]
+            replace(model, name, nn.Linear(width, width))
+            _, grads = losses(model)
+            assert grads[f"{name}.weight"].any(), name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_ssast_heads_of_other_modules_are_called(precision: torch.dtype) -> None:
+    width, patch = 32, 256
+    for head in (
+        nn.Linear(width, patch),
+        nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, patch)),
+        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Sequential(nn.Tanh(), nn.Linear(width, patch))),
+    ):
+        model = build("ssast")
+        model.classification_head, model.reconstruction_head = head, copy.deepcopy(head)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss, grads = losses(model)
+        assert loss.isfinite()
+        for name, p in model.named_parameters():
+            assert "head" not in name or grads[name].any() or p.dim() == 1, name
 
 
 def test_replaced_forward_of_a_module_is_called() -> None:
@@ -284,7 +337,7 @@ def test_is_plain_is_true_of_every_module_of_a_new_model() -> None:
     for kind in KINDS:
         for name, module in build(kind).named_modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
-                assert is_plain(module), name
+                assert is_plain(type(module), module), name
 
 
 @pytest.mark.ci

@@ -351,6 +351,17 @@ def test_lengths_none_means_all_frames() -> None:
     assert_same_output(model(x, [21, 21], mask), model(x, torch.tensor([21, 21], dtype=torch.int32), mask))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_lengths_of_any_integer_dtype_give_the_same_numbers(dtype: str) -> None:
+    model, counts = build(), [120, 90, 100, 4]  # T = 300 does not fit into 8 bits, nor does the number of tokens
+    x, frames = batch(counts, extra=180)
+    mask = masks(counts)
+    expected, features = model(x, frames, mask), model.extract_features(x, frames).last_hidden_state
+    for lengths in (np.array(counts, dtype), torch.tensor(counts).to(getattr(torch, dtype))):
+        assert_same_output(model(x, lengths, mask), expected)
+        assert torch.equal(model.extract_features(x, lengths).last_hidden_state, features)
+
+
 # ---------------------------------------------------------------------------------------------------- normalisation
 
 
