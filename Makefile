@@ -65,7 +65,7 @@ gpu-full:
 # flash-attn. CI does not run it: 3 GB to download.
 gpu-env: $(GPU_VENV)/gpu.done
 
-# The tests that matter on a GPU machine, under Triton's interpreter and, where it is in tests/, on the fake GPU.
+# The tests that matter on a GPU machine, under Triton's interpreter and on the fake GPU.
 test-gpu-env: $(GPU_VENV)/gpu.done
 	$(GPU_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) $(foreach name,$(GPU_TESTS),$(shell find tests -name test_$(name).py)) $(ARGS)
 	$(GPU_VENV)/bin/python -m pytest -m ci $(shell find tests -name test_cuda_host_path.py -o -name test_gpu_first.py) $(ARGS)

@@ -150,6 +150,14 @@ def _check_installed() -> None:
         )
 
 
+def check_writable(folder: Path) -> None:
+    """Raises Unusable where the folder of the results cannot be made or written. Makes nothing."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "cannot be written" if existing.is_dir() else "is no folder"
+        raise Unusable(f"--out must be a folder that can be written, got {folder}: {existing} {why}")
+
+
 def _said(*command: str, seconds: float = 30.0) -> str | None:
     """What a command prints, in the tree; None where there is no such command or it fails."""
     ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # not a repository around this tree
@@ -454,6 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["MAE_AST_FAST_COMMIT"] = arguments.commit  # for the benchmarks' own result files
     try:
         report = environment(arguments.commit)
+        check_writable(arguments.out)
     except Unusable as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 2

@@ -695,6 +695,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["MAE_AST_FAST_COMMIT"] = arguments.commit
     try:
         gpu._check_installed()
+        gpu.check_writable(arguments.out)
     except gpu.Unusable as error:
         print(f"gpu_first: {error}", file=sys.stderr)
         return 2

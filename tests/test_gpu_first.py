@@ -164,6 +164,16 @@ def test_gpu_first_rejects_unknown_section(capsys: pytest.CaptureFixture[str]) -
     assert "sections are peaks, step, profile" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["file/results", "file"])
+def test_gpu_first_out_that_is_no_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert gpu_first.main(["--toy", "--out", str(tmp_path / out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpu_first: --out must be a folder that can be written, got {tmp_path / out}: ")
+
+
 class Idle:
     """A measuring process that has nothing to do."""
 
