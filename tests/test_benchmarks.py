@@ -31,6 +31,7 @@ from mae_ast_fast.commands.common import TRAIN_EXTRA  # noqa: E402
 from mae_ast_fast.shards import Batch, Shards  # noqa: E402
 
 
+@pytest.mark.ci
 def test_all_run_at_toy_sizes() -> None:
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "not step", "--benchmark-disable", "-q"]
@@ -76,6 +77,7 @@ def commit_info(export: Path, **variables: str) -> dict[str, Any]:
     return result["commit_info"]
 
 
+@pytest.mark.ci
 def test_benchmark_json_without_git_is_written(export: Path) -> None:
     assert commit_info(export) == NO_GIT
     assert commit_info(export, MAE_AST_FAST_COMMIT="abc123") == {**NO_GIT, "id": "abc123"}

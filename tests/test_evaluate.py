@@ -579,17 +579,20 @@ def reports() -> dict[str, dict[str, Any]]:
         return check_after_training(0, patch)
 
 
+@pytest.mark.ci
 def test_a_model_trained_on_real_audio_passes_on_another_voice(reports: dict) -> None:
     report = reports["trained"]
     assert report["passed"], report
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["untrained", "trained on time-shuffled targets"])
 def test_an_untrained_and_a_time_shuffled_model_fail_the_same_check(reports: dict, name: str) -> None:
     report = reports[name]
     assert not report["passed"], report
 
 
+@pytest.mark.ci
 def test_time_shuffling_is_noticed_although_the_averages_are_beaten(reports: dict) -> None:
     """Why the check asks for other times too: a model that has no idea of time can beat the averages of a clip."""
     report = reports["trained on time-shuffled targets"]

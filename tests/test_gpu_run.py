@@ -104,6 +104,7 @@ def test_all_stages_pass(tree):
     assert [stage["status"] for stage in report["stages"].values()] == ["passed", "passed"]
 
 
+@pytest.mark.ci
 def test_a_stage_that_hangs_is_stopped_and_what_was_done_is_kept(tree):
     child = tree / "child"
     (tree / "tests/test_golden.py").write_text(
@@ -180,6 +181,7 @@ def measured(path: Path) -> list[str]:
     return [case["param"] for case in json.loads(path.read_text())["benchmarks"]]
 
 
+@pytest.mark.ci
 def test_step_stage_past_its_limit_keeps_finished_cases(cases: Path, monkeypatch, capsys) -> None:
     monkeypatch.delenv("MAE_AST_FAST_COMMIT", raising=False)
     code, report, _ = run(cases, "--stage", "step", "--commit", "abc", "--limit", "20", stem="gpu_sm_90_abc_step")
@@ -211,6 +213,7 @@ gpu.main(["--stage", "step", "--out", "out"])
 """
 
 
+@pytest.mark.ci
 def test_gpu_run_killed_keeps_finished_cases(cases: Path) -> None:
     command = [sys.executable, "-c", DRIVER.format(machine=MACHINE), str(SCRIPT)]
     process = subprocess.Popen(command, cwd=cases, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -227,6 +230,7 @@ def test_gpu_run_killed_keeps_finished_cases(cases: Path) -> None:
     assert measured(cases / "out" / "gpu_sm_90_0123456789ab_step_bench_step.json") == ["a: 1", "a: 2", "b"]
 
 
+@pytest.mark.ci
 def test_gpu_cases_are_collected_in_their_order() -> None:
     """Of the real files: the step case by case, the operations' points together."""
     ops = gpu.benchmark_cases(ROOT / "benchmarks" / "bench_ops.py")

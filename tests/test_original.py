@@ -100,6 +100,7 @@ def test_masks_are_the_papers() -> None:
         model.draw_mask(1, 8)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", bench_step.ON_CPU, ids=lambda case: case.name)
 def test_the_step_benchmark_at_toy_sizes(case: bench_step.Case) -> None:
     toy = case.toy()
@@ -305,6 +306,7 @@ def test_check_that_raises_restores_the_learning_rate(monkeypatch: pytest.Monkey
     assert [group["lr"] for group in column.optimizer.param_groups] == [bench_step.LR]
 
 
+@pytest.mark.ci
 def test_bench_step_with_broken_column_fails_and_keeps_the_case(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
     plugin = tmp_path / "sabotage.py"

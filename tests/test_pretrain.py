@@ -481,6 +481,7 @@ def test_an_ssast_run_that_broke_off_equals_an_uninterrupted_one(
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
 def test_ssast_learns(options: PretrainOptions, objective: str) -> None:
     options = of_ssast(options, model_args={"objective": objective}, steps=30, lr=1e-2, evaluate_every=5, save_every=30)

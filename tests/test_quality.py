@@ -117,6 +117,7 @@ def test_differences_are_paired(modules):
     assert report.against(ours, {}) == ""
 
 
+@pytest.mark.ci
 def test_the_page_is_what_the_cells_give(modules):
     _, report = modules
     new = report.pages(report.read())

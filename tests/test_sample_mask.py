@@ -55,6 +55,7 @@ def cases(draw: st.DrawFn) -> dict:
     }
 
 
+@pytest.mark.ci
 @settings(max_examples=30, deadline=None)
 @given(cases())
 @example({"strategy": "random", "tokens": [], "grid_f": 1, "mask_ratio": 0.5, "seed": 1, "max_tokens": 4})

@@ -169,6 +169,7 @@ def test_one_graph_for_all_batches_of_a_bucket(path: str) -> None:
         assert counter.frame_count == 1, "another length, another graph"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("path", "shape"), [("torch", "patch"), pytest.param("triton", "frame", marks=pytest.mark.long)]
 )

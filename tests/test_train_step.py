@@ -271,6 +271,7 @@ def test_compiled_updates_share_a_graph_and_equal_plain_ones(monkeypatch: pytest
     assert update.rows >= update.tokens
 
 
+@pytest.mark.ci
 def test_ever_new_batches_make_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other numbers of clips, other lengths, equal clips and unequal ones: shapes become symbols, not constants."""
     graphs = aot(monkeypatch)
@@ -482,6 +483,7 @@ def test_graphs_of_the_loaders_batches_are_mostly_replayed(run: str) -> None:
     assert replayed >= at_least, f"{replayed} of 3,000 replayed, {len(recorded)} recorded, {len(known)} shapes"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("objective", ["joint", "joint_two_pass"])
 def test_ssast_in_buckets_equals_ssast(monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
     """Its masks are laid out by the batch's width, and it has positions for no frame more than its longest clip's."""
