@@ -45,6 +45,12 @@ class Point:
         return replace(self, clips=2, seconds=2.0, sizes=sizes)
 
 
+def packed(selected: Tensor) -> Packing:
+    """The packing of a selection (B, L) on the CPU, whose sizes the host knows, on the device."""
+    rows = Packing.of(selected)
+    return replace(rows, clip=rows.clip.to(DEVICE), token=rows.token.to(DEVICE), cu_seqlens=rows.cu_seqlens.to(DEVICE))
+
+
 class Clips:
     """A batch: log-mel, packings, and noise of any shape."""
 
@@ -58,9 +64,7 @@ class Clips:
         mask = sample_mask(config.masking, self.tokens, config.grid_f, config.mask_ratio, seed=0, max_tokens=width)
         real = real_tokens(self.tokens, width)
         self.mask = mask.to(DEVICE)
-        self.visible, self.masked, self.every = (
-            Packing.of(rows.to(DEVICE)) for rows in (real & ~mask, real & mask, real)
-        )
+        self.visible, self.masked, self.every = map(packed, (real & ~mask, real & mask, real))
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:
         return (torch.randn(*shape, generator=self.generator, device=DEVICE) * scale).to(dtype)

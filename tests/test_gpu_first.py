@@ -82,6 +82,7 @@ def test_gpu_first_writes_every_section(start: Start, tmp_path: Path) -> None:
     for name in ("aten", "short", "sdpa, FlashAttention"):
         assert set(found["attention"]["found"][f"encoder, dropout 0.1, {name}"]) == {"forward", "forward + backward"}
     assert "forward + backward" in found["ops"]["found"]["add_layer_norm"]["fast"]
+    assert not [name for name, op in found["ops"]["found"].items() if "failed" in op]
     (outcome,) = found["tests"]["found"].values()
     assert outcome["passed"] and outcome["failed"] and not outcome["skipped"]  # they ran on the GPU, in bf16
 
