@@ -15,7 +15,7 @@ GPU_PYTHON ?= python3.12
 GPU_PACKAGES = torch==2.11.0 triton==3.6.0 "numpy>=2.4" "transformers>=5" "hypothesis>=6.100" "pytest>=8" \
   "pytest-benchmark>=5" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 GPU_TESTS = interpreter policy add_layer_norm bias_gelu feed_forward gather_patches info_nce masked_mse sample_mask \
-  scatter_tokens short_attention tail model_triton golden undefined_memory attention flash step train_step import \
+  scatter_tokens short_attention tail model_triton golden undefined_memory attention flash packed_sizes train_step import \
   doctor datasets benchmarks fbank called_modules fake_cuda gpu_first
 
 .PHONY: gpu-env test-gpu-env pretrain test test-ci test-all kernels bench bench-compare quality gpu gpu-full lint clean
@@ -41,7 +41,7 @@ bench: $(VENV)/bench.done
 	for name in step ops masking data; do \
 	  $(BIN)/python -m pytest benchmarks/bench_$$name.py --benchmark-json=runs/bench/$${name}_cpu.json $(ARGS) || exit 1; \
 	done
-	$(BIN)/python benchmarks/report.py --results runs/bench
+	$(BIN)/python benchmarks/reports/report.py --results runs/bench
 
 # Is this tree slower than BASE? The benchmarks that its changes touch, of both, in turns.
 bench-compare: $(VENV)/test.done
@@ -49,8 +49,8 @@ bench-compare: $(VENV)/test.done
 
 # The paper's experiments in miniature, cell by cell: hours; --quick a quarter of one, --minutes N begins none after that.
 quality: $(VENV)/bench.done
-	$(BIN)/python benchmarks/quality/run.py $(ARGS)
-	$(BIN)/python benchmarks/quality/report.py
+	$(BIN)/python benchmarks/studies/quality/run.py $(ARGS)
+	$(BIN)/python benchmarks/studies/quality/report.py
 
 # With the Python at hand: GPU machines come with a torch of their own. Installs nothing, needs no network.
 # The most useful numbers first, in at most nine minutes, into benchmarks/results/gpu.

@@ -1,9 +1,9 @@
 """The folder kernels/ at the top of the tree installs as the subpackage mae_ast_fast.kernels."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["mae_ast_fast", "mae_ast_fast.commands", "mae_ast_fast.kernels"],
+    packages=[*find_packages(include=["mae_ast_fast*"]), "mae_ast_fast.kernels", "mae_ast_fast.kernels.common"],
     package_dir={"mae_ast_fast.kernels": "kernels"},
-    package_data={"mae_ast_fast": ["assets/*", "assets/tasks/*"]},
+    package_data={"mae_ast_fast.data": ["assets/*", "assets/tasks/*"]},
 )

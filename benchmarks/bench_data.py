@@ -6,8 +6,9 @@ python -m pytest benchmarks -k bench_data --benchmark-disable       every column
 The recordings are tests/audio (40 clips, 189 s), or, with MAE_AST_FAST_BENCH_DATA=FOLDER, the first 200 files of a
 folder (or .tsv). Files lie in the page cache: the disk is not measured. Seconds are those of all recordings.
 
-    decode      mae_ast_fast.audio.decode of the recordings at 16 kHz in each format (m4a by FFmpeg, the rest by
-                libsndfile). Lossless ones come back to the bit, others as long and as loud within tests/policy.py.
+    decode      mae_ast_fast.data.audio.decode of the recordings at 16 kHz in each format (m4a by FFmpeg, the rest by
+                libsndfile). Lossless ones come back to the bit, others as long and as loud within
+                tests/common/policy.py.
     resample    the same from WAV of 16, 44.1 and 48 kHz: what is on top of 16 kHz is soxr's; ``torchaudio`` reads the
                 file by soundfile and takes torchaudio.functional.resample. Both are held to one pass over the whole
                 clip (soxr HQ; torchaudio in fp64).
@@ -47,15 +48,15 @@ from measure import DEVICE, ON_GPU, ROUNDS, Turns, load_average
 from policy import CODEC_RMS, CODEC_SECONDS, RESAMPLE_ABS, assert_fbank
 from torch import Tensor
 
-from mae_ast_fast.audio import SAMPLE_RATE, Entry, decode, find_audio, to_pcm16
-from mae_ast_fast.commands.common import TRAIN_EXTRA
-from mae_ast_fast.fbank import fbank, num_frames
-from mae_ast_fast.loader import loader
-from mae_ast_fast.options import PretrainOptions
-from mae_ast_fast.prepare import prepare_shards
-from mae_ast_fast.pretrain import pretrain
-from mae_ast_fast.run_log import read_metrics
-from mae_ast_fast.shards import Batch, Shards, Window
+from mae_ast_fast.cli.parser import TRAIN_EXTRA
+from mae_ast_fast.data.audio import SAMPLE_RATE, Entry, decode, find_audio, to_pcm16
+from mae_ast_fast.data.loader import loader
+from mae_ast_fast.data.prepare import prepare_shards
+from mae_ast_fast.data.shards import Batch, Shards, Window
+from mae_ast_fast.ops.fbank import fbank, num_frames
+from mae_ast_fast.training.metrics_log import read_metrics
+from mae_ast_fast.training.options import PretrainOptions
+from mae_ast_fast.training.pretrain import pretrain
 
 SOURCE = os.environ.get("MAE_AST_FAST_BENCH_DATA") or Path(__file__).resolve().parent.parent / "tests" / "audio"
 FILES = 200

@@ -3,7 +3,8 @@
 OMP_WAIT_POLICY=PASSIVE python -m pytest benchmarks -k masking --benchmark-json=benchmarks/results/masking_cpu.json
 python -m pytest benchmarks -k masking --benchmark-disable          every column once, at toy sizes
 
-    original    benchmarks/original.py: for random a loop over the clips; for chunk and chunk_official a loop over the
+    original    benchmarks/baselines/original.py: for random a loop over the clips; for chunk and chunk_official a loop
+                over the
                 squares, which draws ONE mask for the whole batch, as the paper does. Runs on the host, as the paper's
                 does; the copy to a GPU counts. The paper's code has no other strategy in a style of its own.
     original, once a clip
@@ -27,12 +28,12 @@ from typing import Any
 
 import pytest
 import torch
+from baselines.original import chunk_mask, random_mask
 from measure import DEVICE, ON_GPU, ROUNDS, Turns, load_average
-from original import chunk_mask, random_mask
 from torch import Tensor
 
 from mae_ast_fast import MAEASTConfig, ops
-from mae_ast_fast.masking import num_visible
+from mae_ast_fast.ops.masking import num_visible
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 OMP_WAIT_POLICY=PASSIVE python -m pytest benchmarks -k bench_ops --benchmark-json=benchmarks/results/ops_cpu.json
 python -m pytest benchmarks -k bench_ops --benchmark-disable        every column once, at toy sizes
 
-    original     as in benchmarks/original.py, for the ops that stand for a part of it; info_nce of mixed lengths, which
+    original     as in benchmarks/baselines/original.py, for the ops that stand for a part of it; info_nce of mixed
+                 lengths, which
                  the paper does not have, as a loop over the clips
     reference    reference.py, eager
     compiled     torch.compile(fullgraph=True) of it
@@ -14,9 +15,9 @@ Base point: 8 clips of 10 s, patch_small, fp32 on a CPU; 256 clips, patch_base, 
 changed at a time: sizes, clips, dropout, or lengths (``mixed``: 2 to 20 s, as much audio). Drawing masks is in
 bench_masking.py.
 
-Before an op is timed, outputs and gradients of every column are held to the fp64 reference by tests/policy.py, of 8
-clips at most; of more clips all are then held to the policy's caps (``compiled`` to these alone). With dropout only the
-call without it can be held to anything; the one that is timed must be finite and must differ from that.
+Before an op is timed, outputs and gradients of every column are held to the fp64 reference by tests/common/policy.py,
+of 8 clips at most; of more clips all are then held to the policy's caps (``compiled`` to these alone). With dropout
+only the call without it can be held to anything; the one that is timed must be finite and must differ from that.
 A column that raises or fails a check is left out and recorded under ``failed``: the other columns are timed, and the
 benchmark fails at its end.
 

@@ -7,21 +7,22 @@ A step draws its masks, runs forward and backward from gradients that are None, 
 updates with AdamW (fused): the same for all columns. The front end is not in it. Dropout 0.1, no layerdrop. In fp32
 and, as ``NAME bf16``, in bf16 (compiled columns, and all on a GPU, in bf16 alone, where that is native):
 
-    original            benchmarks/original.py, the paper's implementation style
+    original            benchmarks/baselines/original.py, the paper's implementation style
     reference           MAEAST(impl="torch", attention="sdpa"), eager: the plain path over padded attention
     compiled            torch.compile(fullgraph=True) of it
     fast                what this library makes of the step: TrainStep; on a CPU MAEAST as it is, on a GPU impl="triton"
     fast, gelu          the same with recompute="gelu" (GPU)
     fast, graphs        the same as CUDA graphs (GPU, small batches)
     fast, no dropout    the same without dropout, as SSAST and ViTMAE have none
-    vitmae              Hugging Face's ViTMAEForPreTraining at these sizes; benchmarks/vitmae.py says what differs
+    vitmae              Hugging Face's ViTMAEForPreTraining at these sizes; benchmarks/baselines/vitmae.py says what
+                        differs
     vitmae compiled     torch.compile of it
     ssast               SSAST at these sizes, objective "joint" (one pass), by TrainStep on what ``fast`` runs on
     ssast, two passes   the same with objective "joint_two_pass", as the official code has it
 
 Before anything is timed, every column makes an update as in the timing, but with a given mask, without dropout, at a
 rate of 0 and with the layers' weights scaled up, so that each layer shows in the loss. Its loss and its gradient's norm
-must agree within tests/policy.py: of MAE-AST's columns with the fp32 reference's, of SSAST's with those of
+must agree within tests/common/policy.py: of MAE-AST's columns with the fp32 reference's, of SSAST's with those of
 SSAST(impl="torch", attention="sdpa") in fp32, of ViTMAE's with the loss counted from its predictions. (Compiled columns
 without their backward, which would be compiled twice.) A run before the timing must then have moved every matrix.
 A column that raises or fails a check is left out and recorded under ``failed``: the other columns are timed, and the
@@ -52,18 +53,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import vitmae
+from baselines import vitmae
+from baselines.original import Original
 from measure import DEVICE, ON_GPU, ROUNDS, Failed, Turns, load_average, no_compiler, peaks, synchronize
-from original import Original
 from policy import BF16_LOSS, GRAD_NORM, ONE_STEP
 from torch import Tensor, nn
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
-from mae_ast_fast.bench import peak_bytes
-from mae_ast_fast.fairseq import convert_state_dict
-from mae_ast_fast.masking import num_visible, sample_mask
-from mae_ast_fast.options import native_bf16
-from mae_ast_fast.packing import sinusoid
+from mae_ast_fast.checkpoints.fairseq import convert_state_dict
+from mae_ast_fast.devices import native_bf16
+from mae_ast_fast.models.transformer import sinusoid
+from mae_ast_fast.ops.masking import num_visible, sample_mask
+from mae_ast_fast.tools.bench import peak_bytes
 
 SECONDS = 10.0
 CROP = 250_000 / 16_000  # seconds; the paper's max_sample_size

@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARED_ROUNDS = 15  # at least, where two commits are compared: the median of 5 is off by 5 % too often
-sys.path.append(str(ROOT / "tests"))  # policy.py: an output is checked before it is timed
+sys.path.append(str(ROOT / "tests" / "common"))  # policy.py: an output is checked before it is timed
 
 
 # Log records for tools that nobody runs here; pytest would keep them all, and compiling takes many times as long.
@@ -113,7 +113,7 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     ``MAE_AST_FAST_COMMIT`` names the commit of a tree without ``.git``. What neither it nor git answers is None: this
     function never raises, because pytest-benchmark calls it before it writes any timing.
     """
-    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/quality/results")
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/studies/quality/results")
     return {
         "id": os.environ.get("MAE_AST_FAST_COMMIT") or _git("rev-parse", "HEAD"),
         "time": _git("log", "-1", "--format=%cI"),

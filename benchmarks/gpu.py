@@ -63,7 +63,7 @@ OTHERS = {
     "test_golden.py",
     "test_undefined_memory.py",
     "test_flash.py",
-    "test_step.py",
+    "test_packed_sizes.py",
 }  # in the stage kernels, of no one op
 MEMORY_ERRORS = 99  # compute-sanitizer's exit code for them
 # What the tests start ends with them. A session of its own would outlive a machine's way of ending a command.
@@ -263,7 +263,7 @@ def test_files() -> tuple[list[Path], list[Path]]:
     """Files for the stage ``kernels``, and the others."""
     ops = {path.stem for path in (ROOT / "kernels").glob("*.py") if "def examples(" in path.read_text()}
     wanted = {f"test_{op}.py" for op in ops} | OTHERS
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file for file in files if file.name in wanted], [file for file in files if file.name not in wanted]
 
 
@@ -288,7 +288,7 @@ class Run:
             file.write(text)
 
     def save(self) -> None:
-        from mae_ast_fast.atomic import write_json
+        from mae_ast_fast.files import write_json
 
         write_json(self.json, self.report)
 
@@ -383,7 +383,7 @@ def benchmark_jobs(file: Path, folder: Path) -> tuple[list[Job], list[Path]]:
 
 def merge(results: Sequence[Path], target: Path, command: Sequence[str]) -> None:
     """Writes pytest-benchmark's results that are there as one. A process that was killed left none or an empty file."""
-    from mae_ast_fast.atomic import write_json
+    from mae_ast_fast.files import write_json
 
     found = []
     for path in results:

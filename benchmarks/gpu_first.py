@@ -54,11 +54,11 @@ from typing import Any
 import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))  # policy.py: the limits of the checks
+sys.path.append(str(ROOT / "tests" / "common"))  # policy.py: the limits of the checks
 Task = tuple[str, Callable[[], Any]]  # what is measured, and the function that measures it
 TEST_FILES = (
     *("test_add_layer_norm.py", "test_feed_forward.py", "test_info_nce.py", "test_short_attention.py"),
-    *("test_scatter_tokens.py", "test_flash.py", "test_bias_gelu.py", "test_train_step.py", "test_step.py"),
+    *("test_scatter_tokens.py", "test_flash.py", "test_bias_gelu.py", "test_train_step.py", "test_packed_sizes.py"),
 )
 SELECTED_TESTS = "bfloat16 or bf16 or cuda or waits"
 
@@ -189,9 +189,9 @@ def peaks(scale: Scale) -> Iterator[Task]:
 def step(scale: Scale) -> Iterator[Task]:
     """TrainStep, bf16, dropout 0.1, CUDA events, median of 20 updates. ``loss off by``: relative distance from plain
     PyTorch with equal weights and mask, without dropout; ``wrong``: it, or the gradient norm's, exceeds
-    mae_ast_fast.bench's limits. MB/clip: allocator's peak of an update above weights and AdamW's state."""
+    mae_ast_fast.tools.bench's limits. MB/clip: allocator's peak of an update above weights and AdamW's state."""
     from mae_ast_fast import TrainStep
-    from mae_ast_fast.bench import check, peak_bytes
+    from mae_ast_fast.tools.bench import check, peak_bytes
 
     plain, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
 
@@ -246,7 +246,7 @@ def profile(scale: Scale) -> Iterator[Task]:
 def ops(scale: Scale) -> Iterator[Task]:
     """Operations of bench_ops.py at its base point (256 clips, bf16, no dropout), CUDA events, median of 10 calls, ms.
     ``work``: bytes or FLOP of forward, and forward and backward. ``wrong``: rms of the output or a gradient against
-    the reference in fp32 exceeds tests/policy.py's cap."""
+    the reference in fp32 exceeds tests/common/policy.py's cap."""
     import bench_ops
     from op_cases import OPS, Clips, Op, Point
 
@@ -279,8 +279,8 @@ def attention(scale: Scale) -> Iterator[Task]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from mae_ast_fast.attention import attention as attend
-    from mae_ast_fast.masking import num_visible
+    from mae_ast_fast.ops.attention import attention as attend
+    from mae_ast_fast.ops.masking import num_visible
 
     config = config_of(scale)
     tokens = (int(100 * scale.seconds) - 2) // config.patch_size[0] * config.grid_f
@@ -341,9 +341,10 @@ def host(scale: Scale) -> Iterator[Task]:
 
 def plain(scale: Scale) -> Iterator[Task]:
     """Updates in plain PyTorch (bf16 autocast, clip_grad_norm_, fused AdamW), CUDA events. ``reference``:
-    MAEAST(impl="torch", attention="sdpa"); ``original``: benchmarks/original.py, the style of the paper's code."""
+    MAEAST(impl="torch", attention="sdpa"); ``original``: benchmarks/baselines/original.py, the style of the paper's
+    code."""
     import torch
-    from original import Original
+    from baselines.original import Original
 
     def reference() -> dict[str, float]:
         model, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from measure import DEVICE, ON_GPU
 from torch import Tensor
 
-from mae_ast_fast import MAEASTConfig, attention, flash, ops, reference
-from mae_ast_fast.masking import sample_mask
-from mae_ast_fast.packing import Packing, real_tokens, sinusoid
+from mae_ast_fast import MAEASTConfig, ops
+from mae_ast_fast.models.transformer import sinusoid
+from mae_ast_fast.ops import attention, reference
+from mae_ast_fast.ops.attention import flash
+from mae_ast_fast.ops.masking import sample_mask
+from mae_ast_fast.ops.packing import Packing, real_tokens
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 SIZE = DTYPE.itemsize

@@ -1,6 +1,6 @@
 """y = LayerNorm(residual + dropout(branch + branch_bias)): the post-norm residual connection.
 
-    z = residual + keep * scale * (branch + branch_bias)     keep from Philox, see dropout.py
+    z = residual + keep * scale * (branch + branch_bias)     keep from Philox, see common/dropout.py
     xhat = (z - mean z) * rstd,  y = xhat * weight + bias    statistics in fp32 over D, eps 1e-5
 
 Letters: N packed rows, D width, G programs. Fused: bias, dropout, addition, statistics, affine; in the backward also
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import keep_mask, threshold_and_scale
-from .launch import block, dense, launch, options, unit_stride
+from .common.dropout import keep_mask, threshold_and_scale
+from .common.launch import block, dense, launch, options, unit_stride
 
 
 @triton.jit(do_not_specialize=["N", "site", "threshold"])

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import keep_mask, threshold_and_scale
-from .launch import dense, launch, options, unit_stride
+from .common.dropout import keep_mask, threshold_and_scale
+from .common.launch import dense, launch, options, unit_stride
 
 
 @triton.jit(do_not_specialize=["N", "site", "threshold"])

@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias_gelu
-from .launch import architecture, dense, launch, options, unit_stride
-from .table import epilogue
+from .common.configs import epilogue
+from .common.launch import architecture, dense, launch, options, unit_stride
 
 GROUP = 8  # row blocks whose tiles are neighbours in time
 

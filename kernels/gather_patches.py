@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, options
+from .common.launch import launch, options
 
 
 @triton.jit

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, launch, options, unit_stride
-from .tail import clear_tail
+from .clear_padding import clear_tail
+from .common.launch import block, launch, options, unit_stride
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, launch, options, unit_stride
+from .common.launch import block, launch, options, unit_stride
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, options
+from .common.launch import launch, options
 
 # As in masking.py: streams, and the blocks before the grid in which a square may start.
 _TOKEN, _CHUNK, _SIZE, _MARGIN = (tl.constexpr(value) for value in (0, 1, 4, 4))

@@ -2,7 +2,7 @@
 
     S = scale * q k^T,  P = softmax(S) over the keys of the clip,  o = M v,  M = keep * kept_scale * P
     dv = M^T do,  dM = do v^T,  dP = keep * kept_scale * dM,  dS = P * (dP - rowsum(dP * P))
-    dq = scale * dS k,  dk = scale * dS^T q                  keep from Philox, see dropout.py
+    dq = scale * dS k,  dk = scale * dS^T q                  keep from Philox, see common/dropout.py
 
 Row, lane and column of the keep mask: the packed row of the query, the head, and the key's index within its clip.
 
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import mask_words, threshold_and_scale
-from .launch import block, launch, options
-from .tail import clear_tail
+from .clear_padding import clear_tail
+from .common.dropout import mask_words, threshold_and_scale
+from .common.launch import block, launch, options
 
 
 @triton.jit

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from . import audio
-from .atomic import write_whole
-from .config import MAEASTConfig
-from .evaluate import MASK_SEED, HeldOut
-from .fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
-from .masking import sample_mask
-from .model import MAEAST, MAX_TOKENS
-from .ssast import SSAST
+from .data import audio
+from .files import write_whole
+from .models.config import MAEASTConfig
+from .models.mae_ast import MAEAST, MAX_TOKENS
+from .models.ssast import SSAST
+from .ops.fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
+from .ops.masking import sample_mask
+from .training.evaluation import MASK_SEED, HeldOut
 
 _FILES = ("model.safetensors", "config.json", "checkpoints")  # of a model or of a run
 
@@ -44,23 +44,6 @@ class FileFeatures:
     features: np.ndarray
     times: np.ndarray
     frequency_block: np.ndarray
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` stands for; auto is CUDA where there is any.
-
-    Raises:
-        ValueError: Another name, or a CUDA device that PyTorch does not see.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdecimal())):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    seen = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
-    if kind == "cuda" and int(index or 0) >= seen:
-        raise ValueError(f"device {name} was asked for, and PyTorch sees {seen} CUDA devices (mae-ast-fast doctor)")
-    return torch.device(name)
 
 
 def extract_file(
@@ -274,15 +257,6 @@ def select(clips: HeldOut, index: int) -> HeldOut:
     """One clip of a set, without its padding."""
     one = clips.select([index])
     return dataclasses.replace(one, features=one.features[:, : int(one.frames)])
-
-
-def encoder_alone(model: MAEAST) -> MAEAST:
-    """The model without decoder, mask token and heads (``decoder_layers=0``); its features are the same to the bit."""
-    config = dataclasses.replace(model.config, decoder_layers=0)
-    encoder = MAEAST(config, impl=model.impl, attention=model.attention)
-    wanted = {*encoder.state_dict(), "encoder_positions.table"}  # a checkpoint's own positions, where it has some
-    encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
-    return encoder.eval()
 
 
 def save_model(model: MAEAST, folder: Path) -> int:

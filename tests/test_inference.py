@@ -13,20 +13,21 @@ import torch
 from policy import assert_rounding
 from safetensors.numpy import load_file
 
-from mae_ast_fast import MAEAST, MAEASTConfig, audio, fbank, inference
-from mae_ast_fast.evaluate import HeldOut
-from mae_ast_fast.fbank import num_frames
+from mae_ast_fast import MAEAST, MAEASTConfig, fbank, inference
+from mae_ast_fast.data import audio
+from mae_ast_fast.devices import pick_device
 from mae_ast_fast.inference import (
     FileFeatures,
-    encoder_alone,
     extract_file,
     masked_clips,
     output_paths,
-    pick_device,
     save_features,
     save_model,
     select,
 )
+from mae_ast_fast.models.mae_ast import encoder_alone
+from mae_ast_fast.ops.fbank import num_frames
+from mae_ast_fast.training.evaluation import HeldOut
 
 soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "av"))
 AUDIO = Path(__file__).parent / "audio"

@@ -65,7 +65,8 @@ def library() -> Path:
 def environment(built: Path) -> dict[str, str]:
     """This process's environment, changed so that a Python process started with it runs on the fake GPU."""
     changed = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    folder, tests = str(built.parent), str(SOURCE.parent.parent)
+    folder, root = str(built.parent), SOURCE.parent.parent
+    tests = f"{root}:{root / 'common'}"
 
     def prepended(name: str, value: str, separator: str) -> str:
         return separator.join([value, *filter(None, [changed.get(name)])])

@@ -1,0 +1,1 @@
+"""Code that several kernels share: launching, launch configurations and dropout."""

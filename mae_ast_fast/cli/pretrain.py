@@ -1,0 +1,166 @@
+"""The command pretrain."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import re
+import textwrap
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .parser import (
+    PROGRAM,
+    TRAIN_EXTRA,
+    CommandError,
+    UsageError,
+    described,
+    did_you_mean,
+    example_text,
+    metavar,
+    missing_packages,
+    spelled,
+)
+
+if TYPE_CHECKING:
+    from ..training.options import PretrainOptions
+
+
+def run_pretrain(argv: Sequence[str]) -> int:
+    options = pretrain_options(argv)
+    if missing := [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]:
+        raise missing_packages(missing)
+    import torch
+
+    from ..data import corpus
+    from ..training import pretrain, trainer
+
+    try:
+        summary = pretrain.pretrain(options)
+    except (trainer.NonFiniteLoss, corpus.CorpusError) as error:
+        raise CommandError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        fits = f" ({PROGRAM} doctor --preset {options.preset} says what fits)" if options.model == "mae_ast" else ""
+        raise CommandError(f"out of memory: choose a smaller --batch-seconds{fits}; {error}") from error
+    if summary:  # of several processes the first one's
+        print(pretrain_summary(summary, Path(options.out)))
+    return 0
+
+
+def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
+    """Options of the dataclass, from YAML and the command line."""
+    try:
+        import jsonargparse
+    except ImportError:
+        raise missing_packages(["jsonargparse"]) from None
+    from ..models.config import MAEASTConfig, SSASTConfig
+    from ..training.options import PretrainOptions
+
+    class Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+        def __init__(self, prog: str, **options: Any) -> None:
+            super().__init__(prog, **{**options, "max_help_position": 30, "width": 110})
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"{PROGRAM} pretrain",
+        description=textwrap.fill(
+            "Pretrains MAE-AST, or SSAST, on audio. Without --data on the default corpus of real recordings. The run "
+            "folder gets checkpoints, metrics.jsonl, TensorBoard events, pictures and summary.json; the same command "
+            "goes on with a run that was stopped.",
+            100,
+        ),
+        epilog=example_text(
+            "pretrain",
+            (
+                "--data recordings/ --out runs/mine --preset patch_small --steps 20000 --batch-seconds 320",
+                "--config mine.yaml --model_args.mask_ratio 0.8      (--print_config writes such a file)",
+            ),
+        ),
+        usage="%(prog)s [--data DIR] [--out DIR] [--config YAML] [options]",
+        formatter_class=Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", metavar="YAML", help="Options from a file; the command line wins.")
+    texts, defaults = described(PretrainOptions), PretrainOptions()
+    hints = typing.get_type_hints(PretrainOptions)
+    group = parser.add_argument_group("the run")
+    for field in dataclasses.fields(PretrainOptions):
+        if field.name != "model_args":
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                type=hints[field.name],
+                default=getattr(defaults, field.name),
+                metavar=metavar(hints[field.name]),
+                help=texts[field.name],
+            )
+    seen: set[str] = set()
+    for config_class, title, text in (
+        (MAEASTConfig, "fields of the model", "Where not given, the preset's."),
+        (SSASTConfig, "fields that only --model ssast has", "The names that both have mean the same."),
+    ):
+        group = parser.add_argument_group(title, text)
+        texts, hints = described(config_class), typing.get_type_hints(config_class)
+        new = [field.name for field in dataclasses.fields(config_class) if field.name not in seen]
+        for name in new:
+            group.add_argument(
+                f"--model_args.{name}",
+                type=hints[name],
+                default=defaults.model_args.get(name, argparse.SUPPRESS),
+                metavar=metavar(hints[name]),
+                help=texts[name],
+            )
+        seen.update(new)
+    known = parser._option_string_actions
+    try:
+        parsed = parser.parse_args(spelled(argv, known, "pretrain")).as_dict()
+    except argparse.ArgumentError as error:
+        raise UsageError(_explained(str(error), known)) from error
+    parsed.pop("config", None)
+    # Lists, as YAML and JSON have them: a run compares its options with those that it wrote down.
+    given = parsed.pop("model_args", None) or {}
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return PretrainOptions(**parsed, model_args=given)
+
+
+def _explained(message: str, known: Iterable[str]) -> str:
+    """A message of jsonargparse in the words of the command line, with the nearest name where one is unknown."""
+    message = re.sub(r'(Parser key|Key) "([\w.]+)":', r"--\2:", " ".join(message.split()))
+    message = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", message)
+    names = [option.removeprefix("--").replace("-", "_") for option in known]
+    for word in re.findall(r"['\"]([A-Za-z_][\w.]*)['\"]", message):
+        if word not in names and (near := did_you_mean(word, names)):
+            return f"{message}; {near}"
+    return message
+
+
+def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
+    """What summary.json holds, in a few lines."""
+    held_out = summary["held_out"]
+    baselines = ", ".join(f"{name.replace('_', ' ')} {error:.4f}" for name, error in held_out["baselines"].items())
+    lines = [
+        f"{summary['steps']} steps in {summary['train_seconds'] / 60:.1f} minutes, "
+        f"{summary['clips_per_second']:.1f} clips/s, {summary['audio_hours_seen']:.2f} hours of audio",
+        f"On {held_out['clips']} held-out clips:",
+        f"  reconstruction MSE {held_out['reconstruction_mse']:.4f}; baselines: {baselines}",
+        f"  InfoNCE accuracy {held_out['accuracy']:.4f}; chance {held_out['chance']:.4f}",
+    ]
+    if held_out["passed"]:
+        lines.append("  passed: better than the mean of the visible patches, than interpolation, and than twice chance")
+    else:
+        lines += ["  NOT passed:", *(f"    {failure}" for failure in held_out["failures"])]
+    for kind, report in summary["held_out_by_kind"].items():
+        if failures := report["failures"]:
+            more = f" (summary.json: {len(failures) - 1} more)" if len(failures) > 1 else ""
+            lines.append(f"  {kind} alone: {failures[0]}{more}")
+    use = f"features FILE --checkpoint {run} --out features/"
+    if summary["model"] == "ssast":
+        use = f"reconstruct FILE --checkpoint {run} --out file.png"
+    lines += [
+        f"In {run}: model.safetensors and config.json, summary.json, metrics.jsonl, loss.png, reconstruction.png, "
+        "tensorboard/",
+        f"What its features are worth: {PROGRAM} probe --data TABLE --checkpoint {run} --out DIR",
+        f"Next: {PROGRAM} {use}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Audio files to batches: decoding, corpora, shards, loading."""

@@ -1,0 +1,1 @@
+"""Probing and fine-tuning: manifests, classifiers, metrics and figures."""

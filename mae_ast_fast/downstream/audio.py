@@ -1,0 +1,116 @@
+"""Waveforms of a task's clips, read from shards made once."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..data import prepare
+from ..data.audio import SAMPLE_RATE, Entry
+from ..data.shards import Batch, Piece, Shards, Window
+from ..ops.fbank import WINDOW
+from .manifest import Task
+
+
+def _keep_all(entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, str]:
+    return np.arange(len(entries)), np.arange(0), "all clips are labelled ones"
+
+
+class Waveforms:
+    """The audio of a task, decoded once into shards in the cache as that of pretraining is.
+
+    Attributes:
+        identity: Digest of the shards.
+        missing: Clip -> why it gives no audio; such clips are left out.
+        seconds: (clips,) float64, of each.
+
+    Args:
+        task: Whose clips.
+        cache: Folder.
+        workers: Processes that decode.
+
+    Raises:
+        ValueError: No clip gives any audio.
+    """
+
+    def __init__(self, task: Task, cache: str | os.PathLike[str], workers: int = 2) -> None:
+        # By their paths, not by what a manifest calls them: another one over the same files finds the same shards.
+        files = {clip.path: Entry(clip.path, clip.path) for clip in task.clips}
+        plan = prepare.plan(list(files.values()), min_seconds=WINDOW / SAMPLE_RATE, split=_keep_all)
+        folder = Path(cache) / "shards"
+        folder.mkdir(parents=True, exist_ok=True)
+        report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers)
+        self._shards = Shards(folder / plan.key[:24])
+        self.identity = self._shards.identity
+        pieces: dict[str, list[Piece]] = {}
+        for piece in self._shards.pieces("train"):
+            pieces.setdefault(piece.name, []).append(piece)
+        reasons = {name: reason for reason, found in report["skipped"].items() for name in found["names"]}
+        self.missing: dict[int, str] = {}
+        self._pieces: list[list[Window]] = []
+        for i, clip in enumerate(task.clips):
+            found = sorted(pieces.get(clip.path, ()), key=lambda piece: piece.number)
+            end = round(clip.end * SAMPLE_RATE) if clip.end else sum(piece.samples for piece in found)
+            parts = _cut(found, round(clip.start * SAMPLE_RATE), end)
+            self._pieces.append(parts)
+            if sum(part.samples for part in parts) < WINDOW:
+                self.missing[i] = reasons.get(clip.path, "no audio of 25 ms there" if found else "cannot be read")
+        self.seconds = np.array([sum(part.samples for part in parts) for parts in self._pieces]) / SAMPLE_RATE
+
+    def windows(self, clip: int, max_seconds: float) -> list[tuple[float, Window]]:
+        """A clip in windows of ``max_seconds``, the last one shorter, and where in it each starts, in seconds.
+
+        Those of a recording of over two minutes do not cross its pieces.
+        """
+        longest, before, found = round(max_seconds * SAMPLE_RATE), 0, []
+        for part in self._pieces[clip]:
+            for a, b in itertools.pairwise([*range(0, part.samples, longest), part.samples]):
+                if b - a >= WINDOW:
+                    found.append(((before + a) / SAMPLE_RATE, part.piece.window(part.start + a, b - a)))
+            before += part.samples
+        return found
+
+    def crop(self, clip: int, max_seconds: float, rng: random.Random) -> Window:
+        """A random stretch of ``max_seconds`` of a clip, or all of a shorter one."""
+        longest = round(max_seconds * SAMPLE_RATE)
+        parts = self._pieces[clip]
+        part = rng.choices(parts, [part.samples for part in parts])[0]
+        start = rng.randint(0, max(0, part.samples - longest))
+        return part.piece.window(part.start + start, min(longest, part.samples))
+
+    def read(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """int16 (B, S) and lengths (B,) of windows.
+
+        Raises:
+            ValueError: One of them cannot be read (again): the shards were damaged.
+        """
+        batch: Batch = self._shards.read(windows)
+        if batch.faults:
+            raise ValueError(f"{self._shards.source} is damaged, delete it: {batch.faults[0]}")
+        return batch.waveforms, batch.lengths
+
+
+def _cut(pieces: Sequence[Piece], start: int, end: int) -> list[Window]:
+    """The windows that make up samples ``start`` to ``end`` of a recording in pieces."""
+    found, offset = [], 0
+    for piece in pieces:
+        first, last = max(start, offset), min(end, offset + piece.samples)
+        if last - first >= WINDOW:
+            found.append(piece.window(first - offset, last - first))
+        offset += piece.samples
+    return found
+
+
+def batches(windows: Sequence[Window], batch_seconds: float) -> Iterator[list[int]]:
+    """Indices of windows of like lengths, ``batch_seconds`` of padded audio at a time, the longest first."""
+    order = sorted(range(len(windows)), key=lambda i: -windows[i].samples)
+    while order:
+        size = max(1, int(batch_seconds * SAMPLE_RATE / windows[order[0]].samples))
+        yield order[:size]
+        order = order[size:]

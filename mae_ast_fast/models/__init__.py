@@ -1,0 +1,1 @@
+"""Models: MAE-AST, SSAST, and what both share."""

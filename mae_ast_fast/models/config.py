@@ -1,0 +1,370 @@
+"""Configuration of the models MAE-AST and SSAST: sizes, masking and loss weights, with the papers' presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..ops.masking import MASKING_STRATEGIES
+
+_SIZES = {  # name -> (embed_dim, ffn_dim, num_heads)
+    "base": (768, 3072, 12),
+    "small": (384, 1536, 6),
+    "tiny": (192, 768, 3),
+}
+_PATCHES = {"patch": (16, 16), "frame": (2, 128)}
+
+
+def _default_masking(grid_f: int) -> str:
+    """Chunks need a grid of several frequency blocks; the paper's frame models mask at random (section 3.2)."""
+    return "chunk" if grid_f > 1 else "random"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_patch_size(patch_size: object, num_mel_bins: object) -> None:
+    if (
+        not isinstance(patch_size, tuple)
+        or len(patch_size) != 2
+        or not all(_is_whole(extent) and extent >= 1 for extent in patch_size)
+    ):
+        raise ValueError(f"patch_size must be two positive integers (time, frequency), got {patch_size!r}")
+    if not _is_whole(num_mel_bins) or num_mel_bins < 1:
+        raise ValueError(f"num_mel_bins must be a positive integer, got {num_mel_bins!r}")
+    if num_mel_bins % patch_size[1]:
+        raise ValueError(
+            f"num_mel_bins must be a multiple of the patch's frequency extent {patch_size[1]}, got {num_mel_bins}"
+        )
+
+
+def _check_fields(cls: type, fields: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"unknown configuration fields {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class MAEASTConfig:
+    """Sizes, masking and loss weights of a MAE-AST model (arXiv 2203.16691, sections 2 and 3).
+
+    Args:
+        num_mel_bins: Mel bins F of the log-mel spectrogram.
+        patch_size: (time, frequency) extent of a token: (16, 16) for the patch model, (2, 128) for the frame model.
+        embed_dim: Encoder width D.
+        ffn_dim: Hidden width of the feed-forward blocks, encoder and decoder.
+        num_heads: Attention heads, encoder and decoder.
+        encoder_layers: Layers over the visible tokens.
+        decoder_embed_dim: Decoder width.
+        decoder_layers: Layers over all tokens. 0 leaves an encoder alone, which extracts features but cannot pretrain.
+        norm_first: Pre-norm layers instead of the paper's post-norm.
+        encoder_projection: Linear between encoder and decoder. None: only where their widths differ.
+        dropout: Rate after attention, after the feed-forward block and at the entrance of a stack.
+        attention_dropout: Rate on the attention probabilities.
+        activation_dropout: Rate after the GELU.
+        input_dropout: Rate on the projected patches.
+        encoder_layerdrop: Probability that an encoder layer is skipped in training.
+        decoder_layerdrop: The same for decoder layers.
+        mask_ratio: Share of a clip's tokens that is hidden, in (0, 1).
+        masking: Strategy, one of ``mae_ast_fast.ops.masking.sample_mask``. None: "chunk" where the patches make several
+            frequency blocks, "random" where they make one; the attribute is that name.
+        reconstruction_weight: Weight of the mean squared error. 0 switches it off.
+        classification_weight: Weight of the InfoNCE loss. 0 switches it off.
+        norm_pix_loss: Reconstruct every patch normalised by its own mean and variance (He et al. 2022, section 4).
+
+    Raises:
+        ValueError: A value is outside its range, or values contradict each other.
+    """
+
+    num_mel_bins: int = 128
+    patch_size: tuple[int, int] = (16, 16)
+    embed_dim: int = 768
+    ffn_dim: int = 3072
+    num_heads: int = 12
+    encoder_layers: int = 12
+    decoder_embed_dim: int = 768
+    decoder_layers: int = 2
+    norm_first: bool = False
+    encoder_projection: bool | None = None
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.0
+    input_dropout: float = 0.1
+    encoder_layerdrop: float = 0.05
+    decoder_layerdrop: float = 0.0
+    mask_ratio: float = 0.75
+    masking: str | None = None
+    reconstruction_weight: float = 10.0
+    classification_weight: float = 1.0
+    norm_pix_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.patch_size, list):  # JSON and YAML bring lists
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        _check_patch_size(self.patch_size, self.num_mel_bins)
+        for name in ("embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not _is_whole(self.decoder_layers) or self.decoder_layers < 0:
+            raise ValueError(f"decoder_layers must be an integer >= 0, got {self.decoder_layers!r}")
+        for name in ("norm_first", "norm_pix_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.encoder_projection, bool | None):
+            raise ValueError(f"encoder_projection must be true, false or null, got {self.encoder_projection!r}")
+        for name in ("embed_dim", "decoder_embed_dim"):
+            width = getattr(self, name)
+            if width % self.num_heads:
+                raise ValueError(f"{name} must be divisible by num_heads={self.num_heads}, got {width}")
+            if width % 2:
+                raise ValueError(f"{name} must be even for the sinusoidal positions, got {width}")
+        if self.encoder_projection is False and self.embed_dim != self.decoder_embed_dim:
+            raise ValueError(
+                f"encoder_projection=False needs equal widths, got embed_dim={self.embed_dim} and "
+                f"decoder_embed_dim={self.decoder_embed_dim}"
+            )
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "activation_dropout",
+            "input_dropout",
+            "encoder_layerdrop",
+            "decoder_layerdrop",
+        ):
+            rate = getattr(self, name)
+            if not _is_number(rate) or not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
+        if not _is_number(self.mask_ratio) or not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio must be in (0, 1), got {self.mask_ratio!r}")
+        if self.masking is None:
+            object.__setattr__(self, "masking", _default_masking(self.grid_f))
+        if self.masking not in MASKING_STRATEGIES:
+            raise ValueError(f"masking must be one of {', '.join(MASKING_STRATEGIES)}, got {self.masking!r}")
+        if self.grid_f == 1 and self.masking in ("chunk", "chunk_official", "frequency"):
+            raise ValueError(
+                f"masking={self.masking!r} needs several frequency blocks, but patch_size={self.patch_size} makes one "
+                f"of {self.num_mel_bins} mel bins: use masking='random', 'span' or 'time'"
+            )
+        for name in ("reconstruction_weight", "classification_weight"):
+            weight = getattr(self, name)
+            if not _is_number(weight) or not 0.0 <= weight < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {weight!r}")
+        if self.norm_pix_loss and self.patch_dim < 2:
+            raise ValueError(f"norm_pix_loss needs patches of at least 2 values, got patch_size={self.patch_size}")
+        if self.reconstruction_weight == 0.0 and self.classification_weight == 0.0:
+            raise ValueError("reconstruction_weight and classification_weight are both 0: nothing to train")
+
+    @property
+    def grid_f(self) -> int:
+        """Frequency blocks, that is tokens of one time step."""
+        return self.num_mel_bins // self.patch_size[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values P in a patch."""
+        return self.patch_size[0] * self.patch_size[1]
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether a Linear stands between encoder and decoder."""
+        if self.encoder_projection is None:
+            return self.embed_dim != self.decoder_embed_dim
+        return self.encoder_projection
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """The names that ``preset`` knows."""
+        return [f"{kind}_{size}" for kind in _PATCHES for size in ("base", "base_6layer", "small", "tiny")]
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> MAEASTConfig:
+        """The configuration of a named model; the base sizes are the paper's (section 3.2).
+
+        Args:
+            name: ``{patch,frame}_{base,base_6layer,small,tiny}``. base is 768 wide with 12 heads, small 384 with 6,
+                tiny 192 with 3; all have 12 encoder layers (6 where the name says so) and 2 decoder layers.
+            **overrides: Fields to set otherwise.
+        """
+        if name not in cls.preset_names():
+            raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
+        kind, size = name.split("_", 1)
+        width, ffn_dim, num_heads = _SIZES[size.removesuffix("_6layer")]
+        fields = {
+            "patch_size": _PATCHES[kind],
+            "embed_dim": width,
+            "decoder_embed_dim": width,
+            "ffn_dim": ffn_dim,
+            "num_heads": num_heads,
+            "encoder_layers": 6 if size.endswith("_6layer") else 12,
+        }
+        return cls.from_dict({**fields, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML; ``from_dict`` reads them back."""
+        return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MAEASTConfig:
+        """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
+        _check_fields(cls, fields)
+        return cls(**fields)
+
+
+SSAST_OBJECTIVES = ("joint", "joint_two_pass", "mpc", "mpg")
+
+
+@dataclass(frozen=True)
+class SSASTConfig:
+    """Sizes, masking and objective of an SSAST model (arXiv 2110.09784), the baseline.
+
+    Args:
+        patch_size: (time, frequency) extent of a token: (16, 16) for the patch model, (2, 128) for the frame model.
+        embed_dim: Width D; the feed-forward blocks are four times as wide.
+        num_heads: Attention heads.
+        layers: Pre-norm layers.
+        input_frames: Frames of the longest clip: there are positions for its whole patches.
+        num_mel_bins: Mel bins F of the log-mel spectrogram.
+        mask_patches: Tokens that a clip of ``input_frames`` hides. A shorter clip hides the same share of its own,
+            rounded up, and never all: see ``mask_ratio``.
+        objective: "joint": InfoNCE + 10 * MSE from one pass over one mask; "joint_two_pass": the same from a pass for
+            each, as the official code has it; "mpc": InfoNCE alone; "mpg": MSE alone.
+        mean: Of the log-mel values of the data; features are normalised as (x - mean) / (2 * std). The defaults are
+            those of the paper's AudioSet and LibriSpeech recipe.
+        std: See ``mean``.
+
+    Raises:
+        ValueError: A value is outside its range, or values contradict each other.
+    """
+
+    patch_size: tuple[int, int] = (16, 16)
+    embed_dim: int = 768
+    num_heads: int = 12
+    layers: int = 12
+    input_frames: int = 1024
+    num_mel_bins: int = 128
+    mask_patches: int = 400
+    objective: str = "joint"
+    mean: float = -4.2677393
+    std: float = 4.5689974
+
+    # What the transformer layers that both models share ask of a configuration: SSAST has pre-norm and no dropout.
+    norm_first: ClassVar[bool] = True
+    dropout: ClassVar[float] = 0.0
+    attention_dropout: ClassVar[float] = 0.0
+    activation_dropout: ClassVar[float] = 0.0
+    input_dropout: ClassVar[float] = 0.0
+    norm_pix_loss: ClassVar[bool] = False  # asked for where reconstructions are evaluated
+
+    def __post_init__(self) -> None:
+        if isinstance(self.patch_size, list):  # JSON and YAML bring lists
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        _check_patch_size(self.patch_size, self.num_mel_bins)
+        for name in ("embed_dim", "num_heads", "layers", "input_frames", "mask_patches"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be divisible by num_heads={self.num_heads}, got {self.embed_dim}")
+        if self.input_frames < self.patch_size[0]:
+            raise ValueError(f"input_frames must hold a patch of {self.patch_size[0]} frames, got {self.input_frames}")
+        if self.mask_patches >= self.num_patches:
+            raise ValueError(
+                f"mask_patches must be less than the {self.num_patches} patches of {self.input_frames} frames, got "
+                f"{self.mask_patches}"
+            )
+        if self.objective not in SSAST_OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(SSAST_OBJECTIVES)}, got {self.objective!r}")
+        if not _is_number(self.mean) or not math.isfinite(self.mean):
+            raise ValueError(f"mean must be a finite number, got {self.mean!r}")
+        if not _is_number(self.std) or not 0.0 < self.std < math.inf:
+            raise ValueError(f"std must be a finite number > 0, got {self.std!r}")
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the feed-forward blocks."""
+        return 4 * self.embed_dim
+
+    @property
+    def grid_f(self) -> int:
+        """Frequency blocks, that is tokens of one time step."""
+        return self.num_mel_bins // self.patch_size[1]
+
+    @property
+    def grid_t(self) -> int:
+        """Time blocks of a clip of ``input_frames``."""
+        return self.input_frames // self.patch_size[0]
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of a clip of ``input_frames``, without the class tokens."""
+        return self.grid_t * self.grid_f
+
+    @property
+    def patch_dim(self) -> int:
+        """Values P in a patch."""
+        return self.patch_size[0] * self.patch_size[1]
+
+    @property
+    def masking(self) -> str:
+        """Strategy of ``masking.sample_mask``, by the frequency blocks."""
+        return _default_masking(self.grid_f)
+
+    @property
+    def mask_ratio(self) -> float:
+        """With which ``masking.num_visible`` leaves L - ceil(mask_patches * L / num_patches) of L tokens, at least 1.
+
+        A little less than mask_patches / num_patches, by which int() in num_visible would drop a whole token where the
+        product of floats comes out a rounding below an integer.
+        """
+        return self.mask_patches / self.num_patches - 1e-9
+
+    @property
+    def reconstruction_weight(self) -> float:
+        """Weight of the mean squared error in the loss."""
+        return {"mpc": 0.0, "mpg": 1.0}.get(self.objective, 10.0)
+
+    @property
+    def classification_weight(self) -> float:
+        """Weight of InfoNCE in the loss."""
+        return 0.0 if self.objective == "mpg" else 1.0
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """The names that ``preset`` knows."""
+        return [f"{kind}_{size}" for kind in _PATCHES for size in _SIZES]
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SSASTConfig:
+        """The configuration of a named model, sized as in the paper (section 3).
+
+        Args:
+            name: ``{patch,frame}_{base,small,tiny}``. base is 768 wide with 12 heads, small 384 with 6, tiny 192 with
+                3; all have 12 layers and hide 400 of 512 tokens.
+            **overrides: Fields to set otherwise.
+        """
+        if name not in cls.preset_names():
+            raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
+        kind, size = name.split("_")
+        width, _, num_heads = _SIZES[size]
+        return cls.from_dict({"patch_size": _PATCHES[kind], "embed_dim": width, "num_heads": num_heads, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML; ``from_dict`` reads them back."""
+        return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SSASTConfig:
+        """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
+        _check_fields(cls, fields)
+        return cls(**fields)
+
+
+CONFIGS: dict[str, type[MAEASTConfig] | type[SSASTConfig]] = {"mae_ast": MAEASTConfig, "ssast": SSASTConfig}

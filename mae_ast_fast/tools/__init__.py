@@ -1,0 +1,1 @@
+"""Tools about the machine: doctor, benchmarks, kernel reports and tuning."""

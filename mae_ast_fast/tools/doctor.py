@@ -1,0 +1,379 @@
+"""What this machine has, what the model will use on it and why, and how large a batch fits. Base dependencies only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import platform
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoints.load import load_mae_ast
+from ..models.config import MAEASTConfig
+from ..models.mae_ast import MAEAST
+from ..ops import resolve_impl
+from ..ops.attention import choose_backend
+from ..ops.fbank import SAMPLE_RATE, num_frames
+
+OPERATIONS = (
+    "sample_mask",
+    "gather_patches",
+    "scatter_tokens",
+    "add_layer_norm",
+    "bias_gelu",
+    "feed_forward",
+    "masked_mse",
+    "info_nce",
+)
+PACKAGES = {  # distribution -> what it is there for
+    "torch": "base",
+    "triton": "base (Linux)",
+    "numpy": "base",
+    "safetensors": "base",
+    "huggingface_hub": "base",
+    "torchaudio": "train",
+    "soundfile": "train",
+    "soxr": "train",
+    "lhotse": "train",
+    "av": "train",
+    "tensorboard": "train",
+    "jsonargparse": "train",
+    "tqdm": "train",
+    "matplotlib": "train",
+    "flash-attn": "flash",
+}
+CLIP_SECONDS = 10.0
+BYTES_A_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
+# Beside what autograd keeps, a step holds passing buffers (4 % of it by a memory profile of a CPU step), and the C
+# library's allocator holds what it cannot give back. Counted bytes with this margin and reserve came out 1 to 25 %
+# above the peak resident memory of three steps, for tiny, small and base, 8 to 32 clips, fp32 and bf16, with dropout
+# and without (Linux, glibc). PyTorch's own allocator on CUDA wastes less; its margin is not measured.
+MARGIN = {"cpu": 1.5, "cuda": 1.2}
+RESERVE = 300e6  # bytes of libraries' own buffers after the first step: 200 MB measured on a CPU
+
+
+def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[str, Any]:
+    """The whole report, plain values only.
+
+    Args:
+        preset: Model whose largest batch is asked for.
+        checkpoint: The same for the model of a checkpoint; takes the place of ``preset``.
+
+    Raises:
+        ValueError: An unknown preset, or no checkpoint there.
+    """
+    from ..training.options import PretrainOptions
+
+    # As the pretrain command would train it: its own defaults come on top of the preset.
+    if checkpoint is None:
+        config = PretrainOptions(preset=preset).model_config()
+    else:
+        config = load_mae_ast(checkpoint, "doctor").config
+    devices, problems = cuda_devices()
+    report: dict[str, Any] = {
+        "mae_ast_fast": __version__,
+        "packages": packages(),
+        "machine": machine(),
+        "memory": memory(),
+        "cuda": {"built_for": torch.version.cuda or torch.version.hip, "devices": devices},
+        "uses": {
+            kind: choices(torch.device(kind), arch)
+            for kind, arch in [("cuda", device["capability"]) for device in devices[:1]] + [("cpu", "cpu")]
+        },
+        "problems": problems,
+    }
+    kind = "cuda" if devices else "cpu"
+    available = devices[0].get("free") if devices else report["memory"]["available"]
+    report["training"] = {"model": checkpoint or preset, "dropout": config.dropout, "device": kind}
+    try:
+        report["training"] |= largest_batch(
+            config, torch.device(kind), report["uses"][kind]["precision"]["choice"], available
+        )
+    except (RuntimeError, MemoryError) as error:  # a driver that breaks on use, or no memory for two clips
+        problems.append(f"the memory of a training step could not be measured on {kind}: {_first_line(error)}")
+    return report
+
+
+def packages() -> dict[str, str | None]:
+    """Installed version of each package, None where it is missing; nothing is imported."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Operating system, Python and processor."""
+    from ..devices import native_bf16
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "torch_threads": torch.get_num_threads(),
+        "native_bf16": native_bf16(torch.device("cpu")),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory(root: Path = Path("/")) -> dict[str, Any]:
+    """Bytes of main memory: ``total``, ``available`` to this process, its control group's ``limit``; None: unknown.
+
+    Available is what the system calls so, and no more than the control groups of the process leave it.
+
+    Args:
+        root: Where /proc and /sys are.
+    """
+    total = available = None
+    with contextlib.suppress(OSError, ValueError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        total, available = fields.get("MemTotal"), fields.get("MemAvailable")
+    if total is None:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # macOS knows the first, Windows neither
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, left = _control_group(root)
+    if left is not None:
+        available = left if available is None else min(available, left)
+    return {"total": total, "available": available, "limit": limit}
+
+
+def _control_group(root: Path) -> tuple[int | None, int | None]:
+    """The tightest memory limit over the process and what is left under it, of cgroups 2 and 1; None: no limit."""
+    limits: list[int] = []
+    left: list[int] = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None, None
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # A container may see its own group at the mount and a path that is not there: what exists counts.
+        folder = mount / path.strip("/")
+        for group in [folder, *folder.parents]:
+            if mount not in (group, *group.parents):
+                break
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+                limit = int((group / names[0]).read_text())
+                used = int((group / names[1]).read_text())
+                if limit < 1 << 60:  # version 1 writes no limit as a number near 2^63
+                    limits.append(limit)
+                    left.append(max(0, limit - used + _reclaimable(group / "memory.stat", names[2])))
+    return min(limits, default=None), min(left, default=None)
+
+
+def _reclaimable(path: Path, name: str) -> int:
+    """Bytes of file cache that count as used and go when they are needed."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
+
+
+def cuda_devices() -> tuple[list[dict[str, Any]], list[str]]:
+    """CUDA (or ROCm) devices as PyTorch sees them, and what went wrong in looking; a broken driver raises nothing."""
+    devices: list[dict[str, Any]] = []
+    problems: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            for index in range(count):
+                properties = torch.cuda.get_device_properties(index)
+                free, total = torch.cuda.mem_get_info(index)
+                capability = f"sm_{properties.major}{properties.minor}"
+                devices.append({"name": properties.name, "capability": capability, "free": free, "total": total})
+        except Exception as error:  # drivers fail with whatever they like; the report is there to say so
+            problems.append(f"CUDA does not work: {_first_line(error)}")
+            devices = []
+    problems += [f"CUDA: {_first_line(warning.message)}" for warning in caught]
+    return devices, list(dict.fromkeys(problems))
+
+
+def _first_line(error: object) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def choices(device: torch.device, arch: str) -> dict[str, Any]:
+    """What ``auto`` stands for on a device, each with the reason: operations, attention, precision.
+
+    ``epilogues`` is what impl="triton" does on the architecture: GELU inside products, or not.
+    """
+    from ..devices import native_bf16
+    from ..kernels.common.configs import epilogues
+
+    def entry(choice: str, why: str) -> dict[str, str]:
+        return {"choice": choice, "why": why}
+
+    bf16 = native_bf16(device)
+    return {
+        "operations": {name: entry(*resolve_impl("auto", device)) for name in OPERATIONS},
+        "epilogues": entry(*epilogues(arch)),
+        "attention": entry(*choose_backend("auto", device, dtype=torch.bfloat16 if bf16 else torch.float32)),
+        "precision": entry(
+            "bf16" if bf16 else "fp32", f"{device} {'computes' if bf16 else 'does not compute'} bf16 products natively"
+        ),
+    }
+
+
+def largest_batch(config: MAEASTConfig, device: torch.device, precision: str, available: int | None) -> dict[str, Any]:
+    """How many 10-second clips a training step can take, from measured bytes.
+
+    Returns:
+        ``parameters``; ``fixed_bytes`` (weights, gradients, AdamW, copies of the weights that a step keeps, and a
+        reserve); ``bytes_per_clip`` that autograd keeps, ``margin`` to multiply it with, ``available_bytes`` and
+        ``clips`` (None where the memory is unknown).
+    """
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in MAEAST(config).parameters())
+    kept, per_clip = measure_activations(config, device, precision)
+    fixed = round(BYTES_A_PARAMETER * parameters + kept + RESERVE)
+    margin = MARGIN[device.type]
+    clips = None if available is None else max(0, int((available - fixed) / (margin * per_clip)))
+    return {
+        "precision": precision,
+        "parameters": parameters,
+        "fixed_bytes": fixed,
+        "bytes_per_clip": per_clip,
+        "margin": margin,
+        "available_bytes": available,
+        "clips": clips,
+    }
+
+
+def measure_activations(config: MAEASTConfig, device: torch.device, precision: str) -> tuple[int, int]:
+    """Bytes that autograd keeps for the backward pass of a step on 10-second clips: in any case, and for each clip.
+
+    Real steps of two and four clips are run with one and with two encoder layers; every further encoder layer keeps
+    what the second does, so that the rest need not be run.
+    """
+    lines = []
+    for layers in (1, 2):
+        model = MAEAST(dataclasses.replace(config, encoder_layers=layers)).to(device).train()
+        two, four = (count_saved(model, batch, precision) for batch in (2, 4))
+        slope = (four - two) // 2
+        lines.append((two - 2 * slope, slope))
+        del model
+        gc.collect()
+    first, second = lines
+    further = config.encoder_layers - 1
+    kept, per_clip = (a + further * (b - a) for a, b in zip(first, second, strict=True))
+    return kept, per_clip
+
+
+def count_saved(model: MAEAST, batch: int, precision: str) -> int:
+    """Bytes that the forward pass keeps for backward: every storage once, parameters not counted."""
+    device = next(model.parameters()).device
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    generator = torch.Generator().manual_seed(0)
+    frames = num_frames(round(CLIP_SECONDS * SAMPLE_RATE))
+    features = torch.randn(batch, frames, model.config.num_mel_bins, generator=generator).to(device)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        out = model(features)  # alive until the count: a storage that is freed could lend its address to another
+    total = sum(saved.values())
+    del out
+    return total
+
+
+def to_text(report: dict[str, Any]) -> str:
+    """The report for reading."""
+    host, cuda, memory_, training = (report[name] for name in ("machine", "cuda", "memory", "training"))
+    lines = [f"mae-ast-fast {report['mae_ast_fast']}, Python {host['python']}", "", "Packages"]
+    for name, version in report["packages"].items():
+        lines.append(f"  {name:<16} {version or 'missing':<14} {PACKAGES[name]}")
+    if any(version is None and PACKAGES[name] == "train" for name, version in report["packages"].items()):
+        lines.append('  pretrain, features and reconstruct need those of "train": pip install "mae-ast-fast[train]"')
+    lines += [
+        "",
+        "Machine",
+        f"  {host['os']}",
+        f"  {host['cpu']}: {host['cores']} cores, {host['usable_cores']} usable, {host['torch_threads']} threads of "
+        f"PyTorch, bf16 {'native' if host['native_bf16'] else 'not native'}",
+        f"  memory {_size(memory_['total'])}, available {_size(memory_['available'])}"
+        + (f", limited to {_size(memory_['limit'])} by the control group" if memory_["limit"] else ""),
+    ]
+    for index, device in enumerate(cuda["devices"]):
+        lines.append(
+            f"  cuda:{index} {device['name']}, {device['capability']}, memory {_size(device['total'])}, "
+            f"free {_size(device['free'])}"
+        )
+    if not cuda["devices"]:
+        built = f"built for CUDA {cuda['built_for']}" if cuda["built_for"] else "built without CUDA"
+        lines.append(f"  no CUDA device (PyTorch is {built})")
+    for kind, uses in report["uses"].items():
+        lines += ["", f"Used on {kind}"]
+        rows = {**uses["operations"], **{name: uses[name] for name in ("epilogues", "attention", "precision")}}
+        lines += [f"  {name:<16} {row['choice']:<8} {row['why']}" for name, row in rows.items()]
+    if "bytes_per_clip" in training:
+        lines += ["", *_training_lines(training)]
+    if report["problems"]:
+        lines += ["", "Problems", *(f"  {problem}" for problem in report["problems"])]
+    return "\n".join(lines)
+
+
+def _training_lines(training: dict[str, Any]) -> list[str]:
+    clips = training["clips"]
+    if clips is None:
+        fits = "unknown: the available memory is not known on this system"
+    elif clips == 0:
+        fits = "not even one clip"
+    else:
+        fits = f"{clips} clips: --batch-seconds {round(clips * CLIP_SECONDS)}"
+    return [
+        f"Largest batch in training: {training['model']}, {training['precision']} on {training['device']}, "
+        f"dropout {training['dropout']:g}, clips of {CLIP_SECONDS:g} s",
+        f"  a clip           {_size(training['bytes_per_clip'])}, measured: what autograd keeps for the backward pass",
+        f"  in any case      {_size(training['fixed_bytes'])}: weights, gradients and AdamW of "
+        f"{training['parameters'] / 1e6:.1f} M parameters, libraries",
+        f"  available        {_size(training['available_bytes'])}",
+        f"  fits             {fits}",
+        f"                   (a margin of {training['margin'] - 1:.0%} on each clip, for passing buffers and the "
+        "allocator)",
+    ]
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

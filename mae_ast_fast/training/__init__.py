@@ -1,0 +1,1 @@
+"""Pretraining: options, updates, evaluation, and the run."""

@@ -1,0 +1,95 @@
+"""What a run writes while it lasts: metrics.jsonl, TensorBoard, and how far it is; by its first process alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+
+
+class RunLog:
+    """Metrics of one run.
+
+    Args:
+        run: Run folder.
+        step: Updates already done: what was written after them, by a run that was stopped, is dropped.
+        steps: Updates of the whole run.
+    """
+
+    def __init__(self, run: Path, step: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.path, self.steps = run / "metrics.jsonl", steps
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.is_file() else []
+        write_whole(self.path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        self._events = SummaryWriter(run / "tensorboard", purge_step=step)
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One more update is on its way."""
+        self._bar.update()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, its floats to TensorBoard too.
+
+        Raises:
+            OSError: One of them cannot be written, for example because the disk is full.
+        """
+        values = row if "held_out" not in row else _flat("held_out", row["held_out"])
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name, value, row["step"])
+        except OSError as error:  # it does not say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if "held_out" in row:
+            report = row["held_out"]
+            baselines = ", ".join(f"{name} {value:.3f}" for name, value in report["baselines"].items())
+            self.say(
+                f"step {row['step']}: held out mse {report['reconstruction_mse']:.3f} ({baselines}), "
+                f"accuracy {report['accuracy']:.3f} (chance {report['chance']:.3f})"
+            )
+
+    def say(self, line: str) -> None:
+        """A line to stdout, above the progress bar where there is one."""
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def progress(self, step: int, line: str, seconds_left: float) -> None:
+        """How it goes: beside the progress bar, or as a line of its own."""
+        if self._bar.disable:
+            minutes, seconds = divmod(round(seconds_left), 60)
+            print(f"step {step}/{self.steps}  {line}  ETA {minutes}:{seconds:02d}", flush=True)
+        else:
+            self._bar.set_postfix_str(line)
+
+    def close(self) -> None:
+        """Flushes TensorBoard; that it cannot be written ends no run, and hides no other error."""
+        self._bar.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            print(f"the curves in {self.path.parent / 'tensorboard'} are not complete: {error}", file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, without what is none, such as a last line that a killed process left half written."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def _flat(prefix: str, report: dict[str, Any]) -> dict[str, Any]:
+    flat = {f"{prefix}/{name}": value for name, value in report.items() if name != "baselines"}
+    return flat | {f"{prefix}/baseline_{name}": value for name, value in report["baselines"].items()}

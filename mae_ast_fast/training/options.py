@@ -1,0 +1,178 @@
+"""Options of pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..files import as_text
+from ..models.config import CONFIGS, MAEASTConfig, SSASTConfig
+from ..models.transformer import RECOMPUTE
+from ..ops.fbank import SAMPLE_RATE, num_frames
+from .distributed import PARALLEL
+from .step import PRECISIONS
+
+# Options that change neither what is computed nor in which order: a run may go on with others.
+FREE_OPTIONS = (
+    *("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "loader_workers", "cache", "parallel"),
+)
+
+
+@dataclass
+class PretrainOptions:
+    """Options of ``mae-ast-fast pretrain``.
+
+    Args:
+        data: Folder of audio, fairseq .tsv manifest, audio file, Lhotse manifest, folder of Shar shards, or their URL.
+            What is not 16 kHz shards yet is made so once, in the cache. None: the default corpus, real recordings
+            from Debian packages, fetched once.
+        out: Run folder. A run that was stopped there goes on.
+        model: mae_ast, or ssast, the baseline, on the same data with the same losses.
+        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}, of ssast without base_6layer. None: those of
+            --init-from, or patch_tiny.
+        model_args: Model fields to set otherwise, as in MAEASTConfig or SSASTConfig: --model_args.mask_ratio 0.8. Not
+            given, those of ssast follow from the run: input_frames from max_seconds, mask_patches from the preset's
+            share, mean and std from the training clips.
+        init_from: Start from this checkpoint: a folder of ours or an official file, .pt of MAE-AST, .pth of SSAST. A
+            preset must have its sizes.
+        steps: Updates of the whole run; the learning rate reaches 0 at the last.
+        batch_seconds: Audio in an update, in seconds: a token budget, not a clip count. All processes together.
+        micro_batches: Parts of an update, each of batch_seconds / micro_batches: processes share them, and one with
+            several accumulates their gradients. A multiple of the number of processes; what is computed does not
+            depend on that number. None: one a process, of the run's first start.
+        parallel: How the processes under torchrun share a model: ddp, or fsdp, which splits its state among them.
+        max_seconds: Longer clips are cut into windows of at most this length.
+        min_seconds: Shorter clips are skipped.
+        lr: Peak learning rate. Paper: 1e-4.
+        warmup_steps: Updates of linear warm-up from 0. Paper: 32,000.
+        weight_decay: Decoupled, on all parameters.
+        clip_norm: Gradient norm limit.
+        seed: Seed of weights, data order, masks and dropout.
+        precision: fp32, bf16, fp16 (its loss scaled), or auto: bf16 where the device computes it natively, else fp32.
+        device: cpu, cuda, or auto.
+        impl: Implementation of the model's operations: auto, torch or triton.
+        attention: Attention backend: auto or a name.
+        recompute: What the backward computes again instead of keeping it in memory: none, gelu, or layer.
+        compile: Run the model through torch.compile.
+        graphs: Run updates as CUDA graphs: faster for small batches.
+        log_every: Updates between two lines of progress, and between two checks that the loss is finite.
+        save_every: Updates between two checkpoints.
+        evaluate_every: Updates between two evaluations on held-out clips.
+        keep: Checkpoints to keep.
+        workers: Processes that decode audio while shards are made.
+        loader_workers: Processes that read batches beside each training process; 0: it reads them itself.
+        cache: Folder for fetched packages and decoded audio. None: $MAE_AST_FAST_CACHE or the user's cache folder.
+    """
+
+    data: str | None = None
+    out: str = "runs/pretrain"
+    model: str = "mae_ast"
+    preset: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
+    steps: int = 10_000
+    batch_seconds: float = 160.0
+    micro_batches: int | None = None
+    parallel: str = "ddp"
+    max_seconds: float = 10.0
+    min_seconds: float = 0.4
+    lr: float = 5e-4
+    warmup_steps: int = 500
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    impl: str = "auto"
+    attention: str = "auto"
+    recompute: str = "none"
+    compile: bool = False
+    graphs: bool = False
+    log_every: int = 10
+    save_every: int = 500
+    evaluate_every: int = 1000
+    keep: int = 2
+    workers: int = 2
+    loader_workers: int = 1
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        as_text(self, "data", "out", "cache", "init_from")
+        for name in ("steps", "log_every", "save_every", "evaluate_every", "keep", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("batch_seconds", "max_seconds", "min_seconds", "lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"warmup_steps and weight_decay must be >= 0, got {self.warmup_steps} and {self.weight_decay}"
+            )
+        if not self.min_seconds <= self.max_seconds <= self.batch_seconds:
+            raise ValueError(
+                "expected min_seconds <= max_seconds <= batch_seconds, got "
+                f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
+            )
+        if self.micro_batches is not None and self.micro_batches < 1:
+            raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
+        if self.loader_workers < 0:
+            raise ValueError(f"loader_workers must be >= 0, got {self.loader_workers}")
+        choices = {"model": tuple(CONFIGS), "precision": ("auto", *PRECISIONS), "device": ("auto", "cpu", "cuda")}
+        for name, allowed in {**choices, "recompute": RECOMPUTE, "parallel": PARALLEL}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.parallel == "fsdp" and (self.precision == "fp16" or self.compile or self.graphs):
+            raise ValueError("parallel=fsdp takes fp32 and bf16, neither compile nor graphs: use parallel=ddp")
+        config = self.model_config()
+        if self.recompute == "gelu" and config.activation_dropout > 0.0:
+            raise ValueError(
+                f"recompute=gelu needs activation_dropout 0, got {config.activation_dropout}: use recompute=layer"
+            )
+
+    def model_config(self, source: MAEASTConfig | SSASTConfig | None = None) -> MAEASTConfig | SSASTConfig:
+        """The model that preset and overrides describe; without a preset, ``source`` with the overrides.
+
+        Args:
+            source: Of the checkpoint that the run starts from.
+
+        Raises:
+            ValueError: A preset or field that the model does not have, a source of the other model, or sizes that
+                contradict each other or the length of the windows.
+        """
+        config_class = CONFIGS[self.model]
+        if source is not None and not isinstance(source, config_class):
+            kind = next(name for name, other in CONFIGS.items() if isinstance(source, other))
+            raise ValueError(f"--model {self.model} cannot start from --init-from {self.init_from}: it is a {kind}")
+        known = [field.name for field in fields(config_class)]
+        if unknown := [name for name in self.model_args if name not in known]:
+            raise ValueError(f"--model {self.model} has no model_args {', '.join(unknown)}; it has {', '.join(known)}")
+        if source is not None and self.preset is None:
+            base = source
+        elif (name := self.preset or "patch_tiny") in config_class.preset_names():
+            base = config_class.preset(name)
+        else:
+            names = ", ".join(config_class.preset_names())
+            raise ValueError(f"preset must be one of {names} for --model {self.model}, got {name!r}")
+        if isinstance(base, SSASTConfig):
+            return self._ssast_config(base, source)
+        if base is source:
+            return MAEASTConfig.from_dict({**base.to_dict(), **self.model_args})
+        return MAEASTConfig.preset(name, **self.model_args)  # masking follows another patch_size
+
+    def _ssast_config(self, base: SSASTConfig, source: SSASTConfig | None) -> SSASTConfig:
+        """Sizes of ``base``, the rest of the checkpoint where there is one; the same share of every grid is hidden."""
+        window = num_frames(round(self.max_seconds * SAMPLE_RATE))
+        rest = {"input_frames": window}
+        if source is not None:
+            rest = {"input_frames": source.input_frames, "mean": source.mean, "std": source.std}
+        given = {**base.to_dict(), **rest, **self.model_args}
+        if "mask_patches" not in self.model_args:
+            tokens = SSASTConfig.from_dict({**given, "mask_patches": 1}).num_patches
+            given["mask_patches"] = min(max(1, round(base.mask_patches / base.num_patches * tokens)), tokens - 1)
+        config = SSASTConfig.from_dict(given)
+        if config.input_frames < window:
+            raise ValueError(
+                f"input_frames must be at least {window}, the frames of max_seconds={self.max_seconds:g}, got "
+                f"{config.input_frames}: use a smaller --max-seconds"
+            )
+        return config

@@ -1,0 +1,687 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from goldens import Golden
+from safetensors.numpy import load_file
+
+from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, __version__, fbank, inference
+from mae_ast_fast.checkpoints import load as checkpoint_module
+from mae_ast_fast.checkpoints.load import load_fairseq
+from mae_ast_fast.cli import COMMANDS, main
+from mae_ast_fast.cli import pretrain as train
+from mae_ast_fast.cli.parser import TRAIN_EXTRA
+from mae_ast_fast.data import audio, corpus, npy, prepare
+from mae_ast_fast.downstream import datasets, finetune, probe, small_tasks
+from mae_ast_fast.downstream.classifier import AudioClassifier
+from mae_ast_fast.inference import extract_file, masked_clips
+from mae_ast_fast.models.transformer import sinusoid
+from mae_ast_fast.tools import bench, doctor, kernel_report, tune
+from mae_ast_fast.training import pretrain, trainer
+from mae_ast_fast.training.evaluation import HeldOut, evaluate
+from mae_ast_fast.training.lifecycle import Stopped
+from mae_ast_fast.training.options import PretrainOptions
+
+for library in TRAIN_EXTRA:
+    pytest.importorskip(library)
+soundfile = pytest.importorskip("soundfile")
+AUDIO = Path(__file__).parent.parent / "audio"
+SPEECH = AUDIO / "festvox-ru" / "353705932f.opus"  # 5.9 s
+SOUND = AUDIO / "sonic-pi-samples" / "018e740416.opus"  # 3.7 s
+TRAIN_DONE = {
+    "steps": 800,
+    "model": "mae_ast",
+    "train_seconds": 90.0,
+    "clips_per_second": 31.25,
+    "audio_hours_seen": 12.5,
+    "held_out_by_kind": {"speech": {"failures": []}, "sound": {"failures": ["worse than a straight line"]}},
+    "held_out": {
+        "clips": 64,
+        "reconstruction_mse": 0.25,
+        "baselines": {"mean_of_visible": 0.5, "interpolation": 0.375},
+        "accuracy": 0.125,
+        "chance": 0.03125,
+        "passed": True,
+        "failures": [],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "ffn_dim": 64, "num_heads": 2, "encoder_layers": 2}
+    model = MAEAST(MAEASTConfig(**small, decoder_embed_dim=32, decoder_layers=1))
+    model.input_norm.running_mean.fill_(-8.0)
+    model.input_norm.running_var.fill_(16.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ssast(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ssast")
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "num_heads": 2, "layers": 1, "input_frames": 298, "mask_patches": 112}
+    SSAST(SSASTConfig(**sizes, objective="joint_two_pass", mean=-8.0, std=4.0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_traceback(monkeypatch):
+    monkeypatch.delenv("MAE_AST_FAST_TRACEBACK", raising=False)
+
+
+def fails(capsys, code: int, *argv) -> str:
+    """Runs a command that must fail, and returns its one line."""
+    assert main([str(argument) for argument in argv]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("mae-ast-fast")
+    return captured.err.strip()
+
+
+# ------------------------------------------------------------------------------------------------------------- help
+
+
+def test_the_overview_names_every_command_once_and_two_examples(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert len(re.findall(rf"^  {name} +{re.escape(command.summary)}$", text, re.MULTILINE)) == 1
+    assert text.partition("Examples:")[2].count("mae-ast-fast ") == 2
+    assert {"pretrain", "features", "export", "reconstruct", "convert", "doctor"} <= set(COMMANDS)
+    assert main([]) == 2
+    assert capsys.readouterr().err == text
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mae-ast-fast {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_every_command_is_explained(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: mae-ast-fast {command}" in text
+    examples = text.partition("examples:\n")[2].strip().splitlines()
+    assert len(examples) == 2
+    assert all(example.strip().startswith(f"mae-ast-fast {command}") for example in examples)
+    # An option's line is followed by its help, there or on the next line.
+    options = re.findall(r"^  (?:-h, )?(--[\w.-]+)[^\n]*?(?:  +(\S[^\n]*)|\n {20,}(\S[^\n]*))$", text, re.MULTILINE)
+    declared = set(re.findall(r"^  (?:-h, )?(--[\w.-]+)", text, re.MULTILINE))
+    assert {name for name, *_ in options} == declared
+    assert "--help" in declared
+
+
+def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
+    """Every example gets as far as its checkpoint."""
+
+    def reached(*arguments, **options):
+        raise ValueError("reached")
+
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("steps: 5")
+    monkeypatch.setattr(checkpoint_module, "load_model", reached)
+    monkeypatch.setattr(checkpoint_module, "load_fairseq", reached)
+    monkeypatch.setattr(pretrain, "pretrain", reached)
+    monkeypatch.setattr(finetune, "finetune", reached)
+    monkeypatch.setattr(probe, "probe", reached)
+    monkeypatch.setattr(AudioClassifier, "from_pretrained", reached)
+    monkeypatch.setattr(doctor, "examine", reached)
+    monkeypatch.setattr(kernel_report, "examine", reached)
+    monkeypatch.setattr(npy, "prepare_npy", reached)
+    monkeypatch.setattr(prepare, "prepare_shards", reached)
+    monkeypatch.setattr(small_tasks, "build", reached)
+    monkeypatch.setitem(datasets.READERS, "esc50", reached)
+    monkeypatch.setattr(tune, "tune", reached)
+    monkeypatch.setattr(bench, "bench", reached)
+    for command in COMMANDS:
+        main([command, "--help"])
+        examples = capsys.readouterr().out.partition("examples:\n")[2].strip().splitlines()
+        for example in examples:
+            assert main(example.partition("   (")[0].split()[1:]) == 1
+            assert capsys.readouterr().err.endswith(f"mae-ast-fast {command}: error: reached\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["pretrian"], "unknown command pretrian; did you mean pretrain?"),
+        (["feature", "x.wav"], "unknown command feature; did you mean features?"),
+        (["zzz"], "unknown command zzz; commands are pretrain, prepare, "),
+        (["--versoin"], "unknown option --versoin; did you mean --version?"),
+        (["--steps", "3"], "unknown option --steps; a command's options stand after it"),
+        (["pretrain", "--stesp", "3"], "pretrain: error: unknown option --stesp; did you mean --steps?"),
+        (["pretrain", "--batchseconds=3"], "unknown option --batchseconds; did you mean --batch-seconds?"),
+        (["pretrain", "--mask_ratio", "0.5"], "unknown option --mask_ratio; did you mean --model_args.mask_ratio?"),
+        (
+            ["pretrain", "--model_args.mask_ration", "1"],
+            "--model_args.mask_ration; did you mean --model_args.mask_ratio?",
+        ),
+        (["features", "x.wav", "--checkpont", "c", "--out", "o"], "unknown option --checkpont; did you mean --checkpo"),
+        (["features", "x.wav", "--chunk", "3"], "unknown option --chunk; did you mean --chunk-seconds?"),
+        (["doctor", "--presets=x"], "unknown option --presets; did you mean --preset?"),
+        (["export", "a", "b", "--tracebak"], "unknown option --tracebak; did you mean --traceback?"),
+        (["doctor", "--quux"], "unknown option --quux; mae-ast-fast doctor --help lists them"),
+        (["doctor", "-x"], "unknown option -x"),
+        (["features", "x.wav", "--out", "o"], "the following arguments are required: --checkpoint"),
+        (["features", "x", "--checkpoint", "c", "--out", "o", "--layer", "top"], "argument --layer: invalid int"),
+        (["pretrain", "--steps", "many"], "pretrain: error: --steps: expected int, got many"),
+        (["pretrain", "--model_args.mask_ratio", "most"], "--model_args.mask_ratio: expected float, got most"),
+        (["pretrain", "stray"], "stray"),
+    ],
+)
+def test_a_wrong_command_or_option_names_the_right_one(argv, told, capsys):
+    assert told in fails(capsys, 2, *argv)
+
+
+# ----------------------------------------------------------------------------------------------- options of pretrain
+
+
+def options_of(*argv: str) -> PretrainOptions:
+    return train.pretrain_options(argv)
+
+
+def test_defaults_are_those_of_the_dataclass():
+    assert options_of() == PretrainOptions()
+
+
+def test_every_field_is_an_option_with_its_default_and_its_help(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(PretrainOptions):
+        if field.name != "model_args":
+            assert f" --{field.name.replace('_', '-')} " in text
+    for config_class in (MAEASTConfig, SSASTConfig):
+        for field in dataclasses.fields(config_class):
+            assert text.count(f" --model_args.{field.name} ") >= 1
+    assert "Longer clips are cut into windows of at most this length. (type: float, default: 10.0)" in text
+    assert "Share of a clip's tokens that is hidden, in (0, 1). (type: float)" in text
+
+
+def test_dashes_and_underscores_are_the_same():
+    for spelling in (["--batch-seconds", "32", "--init-from=x"], ["--batch_seconds=32", "--init_from", "x"]):
+        found = options_of(*spelling)
+        assert (found.batch_seconds, found.init_from) == (32.0, "x")
+    assert options_of("--model_args.mask-ratio", "0.5").model_args["mask_ratio"] == 0.5
+
+
+def test_fields_of_the_model_are_parsed_by_their_types():
+    argv = [
+        "--model_args.mask_ratio",
+        "0.8",
+        "--model_args.patch_size",
+        "[8,16]",
+        "--model_args.encoder_layers=3",
+        "--model_args.norm_first",
+        "true",
+    ]
+    found = options_of(
+        *argv, "--model_args.masking", "time", "--model_args.encoder_projection", "null", "--model_args.dropout", "0.2"
+    )
+    assert found.model_args == {
+        **PretrainOptions().model_args,
+        "mask_ratio": 0.8,
+        "patch_size": [8, 16],  # as YAML and JSON have it
+        "encoder_layers": 3,
+        "norm_first": True,
+        "masking": "time",
+        "encoder_projection": None,
+        "dropout": 0.2,
+    }
+    config = found.model_config()
+    assert (config.mask_ratio, config.patch_size, config.embed_dim) == (0.8, (8, 16), 192)
+
+
+def test_the_model_and_the_fields_that_only_ssast_has(tmp_path, capsys):
+    argv = ["--model", "ssast", "--preset", "frame_small", "--model_args.objective", "mpc", "--model_args.layers=2"]
+    argv += ["--model-args.patch-size", "[4,128]", "--model_args.mean", "-5", "--model_args.embed_dim", "96"]
+    found = options_of(*argv)
+    assert (found.model, found.preset) == ("ssast", "frame_small")
+    given = {"objective": "mpc", "layers": 2, "patch_size": [4, 128], "mean": -5.0, "embed_dim": 96}
+    assert found.model_args == given
+    assert found.model_config() == SSASTConfig.preset(
+        "frame_small", **given, input_frames=998, mask_patches=195
+    )  # 249 tokens of 4 frames
+    assert main(["pretrain", *argv, "--print_config"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["model"] == "ssast" and yaml.safe_load(text)["model_args"] == given
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert options_of("--config", str(path)) == found
+    assert options_of("--model=ssast").model_config().input_frames == 998
+
+
+def test_what_does_not_fit_the_model(capsys):
+    told = fails(capsys, 1, "pretrain", "--model", "ssast", "--model_args.decoder_layers", "1")
+    assert "--model ssast has no model_args decoder_layers" in told
+    told = fails(capsys, 1, "pretrain", "--model", "ssast", "--preset", "frame_base_6layer")
+    assert "frame_tiny for --model ssast, got 'frame_base_6layer'" in told
+    assert "model must be one of mae_ast, ssast, got" in fails(capsys, 1, "pretrain", "--model", "mae-ast")
+
+
+RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_options(recipe):
+    found = options_of("--config", str(recipe))
+    assert found.model_config().embed_dim in (192, 768)
+
+
+def test_the_recipe_of_ssast_is_that_of_mae_ast_with_another_model():
+    quick, ssast = (
+        dataclasses.asdict(options_of("--config", str(RECIPES[0].with_stem(x)))) for x in ("quick", "ssast")
+    )
+    assert {name for name in quick if quick[name] != ssast[name]} == {"model", "model_args", "out"}
+    assert quick["model_args"]["encoder_layers"] == ssast["model_args"]["layers"]
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("steps: 7\nlr: 1e-4\nbatch_seconds: 20\nmodel_args:\n  mask_ratio: 0.9\n  patch_size: [8, 16]\n")
+    found = options_of(
+        "--config", str(path), "--steps", "9", "--model_args.mask_ratio", "0.5", "--model_args.masking=random"
+    )
+    assert (found.steps, found.lr, found.batch_seconds) == (9, 1e-4, 20.0)
+    assert found.model_args == {
+        **PretrainOptions().model_args,
+        "mask_ratio": 0.5,
+        "patch_size": [8, 16],
+        "masking": "random",
+    }
+    assert options_of("--config", str(path)).model_args == {
+        **PretrainOptions().model_args,
+        "mask_ratio": 0.9,
+        "patch_size": [8, 16],
+    }
+
+
+@pytest.mark.parametrize("flag", ["--print_config", "--print-config"])
+def test_the_printed_configuration_reads_back(tmp_path, capsys, flag):
+    argv = ["--seed", "3", "--data", "/x", "--model_args.mask_ratio", "0.8", "--model_args.patch_size", "[8,16]"]
+    assert main(["pretrain", *argv, flag]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["model_args"] == {
+        **PretrainOptions().model_args,
+        "mask_ratio": 0.8,
+        "patch_size": [8, 16],
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert options_of("--config", str(path)) == options_of(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("stesp: 3", "stesp' is not .*; did you mean steps\\?"),
+        ("model_args:\n  mask_ration: 0.5", "model_args.mask_ration' is not .*; did you mean model_args.mask_ratio\\?"),
+        ("steps: many", "--steps: expected int, got many"),
+        ("steps: [1", "Problems parsing config"),
+    ],
+)
+def test_a_wrong_file_names_what_is_wrong(tmp_path, capsys, text, told):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert re.search(told, fails(capsys, 2, "pretrain", "--config", path))
+
+
+def test_values_that_the_options_refuse(capsys):
+    assert fails(capsys, 1, "pretrain", "--lr", "-1").endswith("error: lr must be positive, got -1.0")
+    assert "mask_ratio must be in (0, 1), got 3.0" in fails(capsys, 1, "pretrain", "--model_args.mask_ratio", "3")
+    assert "preset must be one of patch_base" in fails(capsys, 1, "pretrain", "--preset", "patch_tyni")
+    assert "c.yaml" in fails(capsys, 2, "pretrain", "--config", "/none/c.yaml")
+
+
+# --------------------------------------------------------------------------------------------------- ends of pretrain
+
+
+def test_a_finished_run_is_summed_up(capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda options: given.append(options) or TRAIN_DONE)
+    assert main(["pretrain", "--out", "runs/x", "--steps", "800"]) == 0
+    assert given == [PretrainOptions(out="runs/x", steps=800)]
+    text = capsys.readouterr().out
+    assert "800 steps in 1.5 minutes, 31.2 clips/s, 12.50 hours of audio" in text
+    assert "reconstruction MSE 0.2500; baselines: mean of visible 0.5000, interpolation 0.3750" in text
+    assert "InfoNCE accuracy 0.1250; chance 0.0312" in text
+    assert "  passed: " in text and "NOT" not in text
+    assert "  sound alone: worse than a straight line\n" in text and "speech alone" not in text
+    assert "In runs/x: model.safetensors" in text
+
+
+def test_what_is_next_after_an_ssast():
+    text = train.pretrain_summary({**TRAIN_DONE, "model": "ssast"}, Path("runs/x"))
+    assert text.endswith("Next: mae-ast-fast reconstruct FILE --checkpoint runs/x --out file.png")
+    text = train.pretrain_summary(TRAIN_DONE, Path("runs/x"))
+    assert text.endswith("Next: mae-ast-fast features FILE --checkpoint runs/x --out features/")
+
+
+def test_a_run_that_learned_nothing_is_said_to_have_failed():
+    held_out = {**TRAIN_DONE["held_out"], "passed": False, "failures": ["accuracy 0.1 is not above", "second"]}
+    text = train.pretrain_summary({**TRAIN_DONE, "held_out": held_out}, Path("runs/x"))
+    assert "NOT passed:\n    accuracy 0.1 is not above\n    second\n" in text
+    assert "  passed: " not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (Stopped(15, Path("runs/x/checkpoints/step-1")), 143, "stopped by SIGTERM; saved runs/x/checkpoints/"),
+        (trainer.NonFiniteLoss("step 3: loss nan; clips: a.wav"), 1, "error: step 3: loss nan; clips: a.wav"),
+        (corpus.CorpusError("no network"), 1, "error: no network To pretrain on audio of your own: --data DIR"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: out of memory: choose a smaller --batch-seconds"),
+        (ValueError("two\nlines"), 1, "error: two lines"),
+        (FileNotFoundError(2, "No such file", "x.tsv"), 1, "error: [Errno 2] No such file: 'x.tsv'"),
+        (KeyboardInterrupt(), 130, "mae-ast-fast pretrain: interrupted"),
+    ],
+)
+def test_a_run_that_ends_otherwise(error, code, told, capsys, monkeypatch):
+    def end(options):
+        raise error
+
+    monkeypatch.setattr(pretrain, "pretrain", end)
+    assert main(["pretrain"]) == code
+    captured = capsys.readouterr()
+    assert captured.err.strip().count("\n") == 0
+    assert captured.err.strip().startswith("mae-ast-fast pretrain: ")
+    assert told in captured.err
+    assert captured.out == ""
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def end(options):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(pretrain, "pretrain", end)
+    with pytest.raises(KeyError):
+        main(["pretrain"])
+
+
+def test_a_traceback_on_request(capsys, monkeypatch):
+    assert main(["pretrain", "--lr", "-1", "--traceback"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback")
+    assert text.endswith("mae-ast-fast pretrain: error: lr must be positive, got -1.0\n")
+    monkeypatch.setenv("MAE_AST_FAST_TRACEBACK", "1")
+    assert main(["pretrain", "--lr", "-1"]) == 1
+    assert capsys.readouterr().err == text
+    monkeypatch.setenv("MAE_AST_FAST_TRACEBACK", "0")
+    assert main(["pretrain", "--lr", "-1"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_without_the_train_extra(capsys, monkeypatch, checkpoint, tmp_path):
+    told = 'missing: pip install "mae-ast-fast[train]"'
+    features = ("features", SOUND, "--checkpoint", checkpoint, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "soundfile", None)
+        assert fails(capsys, 1, *features).endswith(f"soundfile {told}")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "jsonargparse", None)
+        assert fails(capsys, 1, "pretrain").endswith(f"jsonargparse {told}")
+    with monkeypatch.context() as patch:
+        found = train.importlib.util.find_spec
+        patch.setattr(
+            train.importlib.util, "find_spec", lambda name: None if name in ("soxr", "tensorboard") else found(name)
+        )
+        patch.setattr(pretrain, "pretrain", lambda options: pytest.fail("started without its libraries"))
+        assert fails(capsys, 1, "pretrain").endswith(f"soxr, tensorboard {told}")
+
+
+# --------------------------------------------------------------------------------------------------------- features
+
+
+def test_features_of_one_file(checkpoint, tmp_path, capsys):
+    expected = extract_file(MAEAST.from_pretrained(checkpoint), SPEECH, layer=1, chunk_seconds=2.0)
+    for name in ("x.npz", "x.safetensors"):
+        out = tmp_path / "deep" / name
+        argv = ["features", SPEECH, "--checkpoint", checkpoint, "--out", out, "--layer", "1", "--chunk_seconds", "2"]
+        assert main([str(argument) for argument in argv]) == 0
+        found = dict(np.load(out)) if name.endswith("npz") else load_file(out)
+        np.testing.assert_array_equal(found["features"], expected.features)
+        np.testing.assert_array_equal(found["times"], expected.times)
+        np.testing.assert_array_equal(found["frequency_block"], expected.frequency_block)
+    assert f"{out}: {len(expected.features)} tokens x 32, to {expected.times[-1]:.2f} s" in capsys.readouterr().out
+
+
+@pytest.fixture
+def recordings(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("a/x.wav", "b/x.wav", "b/y.wav"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * rng.standard_normal(8000), 16000)
+    (tmp_path / "in" / "b" / "broken.wav").write_bytes(b"RIFF nothing")
+    return tmp_path / "in"
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_features_of_many_files_skip_the_corrupt_ones(checkpoint, recordings, tmp_path, capsys):
+    files = [recordings / name for name in ("a/x.wav", "b/broken.wav", "none.wav", "b/x.wav", "a/x.wav")]
+    out = tmp_path / "out"
+    argv = ["features", *files, "--checkpoint", checkpoint, "--out", out]
+    assert main([str(argument) for argument in argv]) == 1
+    captured = capsys.readouterr()
+    assert written(out) == ["a/x.npz", "b/x.npz"]
+    skipped = captured.err.strip().splitlines()
+    assert len(skipped) == 2
+    assert all(line.startswith("skipped ") for line in skipped)
+    assert "none.wav" in captured.err
+    assert "broken.wav" in captured.err
+    assert captured.out.strip().endswith("2 written, 2 skipped")
+    assert not np.array_equal(np.load(out / "a/x.npz")["features"], np.load(out / "b/x.npz")["features"])
+
+
+def test_features_of_a_folder(checkpoint, recordings, tmp_path):
+    (recordings / "b" / "broken.wav").unlink()
+    out = tmp_path / "out"
+    argv = ["features", recordings, "--checkpoint", checkpoint, "--out", out, "--format", "safetensors"]
+    assert main([str(argument) for argument in argv]) == 0
+    assert written(out) == ["a/x.safetensors", "b/x.safetensors", "b/y.safetensors"]
+
+
+def test_features_that_cannot_be(checkpoint, recordings, tmp_path, capsys):
+    one, two = recordings / "a/x.wav", recordings / "b/x.wav"
+    rest = ("--checkpoint", checkpoint, "--out")
+    told = fails(capsys, 1, "features", one, two, *rest, tmp_path / "x.npz")
+    assert "x.npz names one file, got 2: name a folder" in told
+    told = fails(capsys, 1, "features", one, *rest, tmp_path / "x.npz", "--format", "safetensors")
+    assert "contradict each other" in told
+    assert "layer must be an integer in 1..2, got 9" in fails(
+        capsys, 1, "features", one, *rest, tmp_path / "o", "--layer", "9"
+    )
+    told = fails(capsys, 1, "features", one, "--checkpoint", tmp_path / "none", "--out", tmp_path / "o")
+    assert "no checkpoint at" in told
+    (tmp_path / "file").touch()
+    assert "file" in fails(capsys, 1, "features", one, *rest, tmp_path / "file" / "x.npz")
+    assert not list(tmp_path.rglob("*.npz"))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------ reconstruct, export, convert
+
+
+def test_reconstruct_draws_and_compares(checkpoint, tmp_path, capsys):
+    out = tmp_path / "new" / "r.png"
+    argv = [
+        "reconstruct",
+        SPEECH,
+        SOUND,
+        "--checkpoint",
+        checkpoint,
+        "--out",
+        out,
+        "--seed",
+        "5",
+        "--mask-ratio",
+        "0.5",
+    ]
+    argv += ["--masking", "time", "--start", "0.5", "--seconds", "2"]
+    assert main([str(argument) for argument in argv]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    model = MAEAST.from_pretrained(checkpoint)
+    model.config = dataclasses.replace(model.config, mask_ratio=0.5, masking="time")
+    clips = masked_clips(model, [SPEECH, SOUND], 5, 0.5, 2.0)
+    assert clips.mask.sum(1).tolist() == [48, 48]  # half of 12 x 8 tokens
+    for index, path in enumerate((SPEECH, SOUND)):
+        one = slice(index, index + 1)
+        alone = HeldOut(clips.features[one], clips.frames[one], clips.mask[one], [path.name], [""])
+        report = evaluate(model, alone)
+        assert f"{path.name}: MSE {report['reconstruction_mse']:.4f} on 48 hidden patches" in text
+        for name, error in report["baselines"].items():
+            assert f"{name.replace('_', ' ')} {error:.4f}" in text
+
+
+def test_reconstruct_with_an_ssast(ssast, tmp_path, capsys):
+    """Clips as long as it takes, its own front end, and the options of hiding that it has none of itself."""
+    out = tmp_path / "r.png"
+    argv = ["reconstruct", SPEECH, SOUND, "--checkpoint", ssast, "--out", out]
+    assert main([str(argument) for argument in argv]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    model = SSAST.from_pretrained(ssast)
+    samples = torch.from_numpy(audio.decode(SPEECH)[: 297 * 160 + 400])
+    features, frames = model.features(samples[None])
+    assert frames.tolist() == [298]
+    assert torch.equal(features, model.normalize(fbank(samples[None], frontend="ssast")[0]))
+    report = evaluate(model, HeldOut.of(model, features, frames, ["x"], [""]))
+    assert f"{SPEECH.name}: MSE {report['reconstruction_mse']:.4f} on 112 hidden patches" in text
+    assert f"accuracy {report['accuracy']:.4f}" in text
+    argv += ["--seconds", "2", "--mask-ratio", "0.5", "--masking", "time", "--seed", "3"]
+    assert main([str(argument) for argument in argv]) == 0
+    assert capsys.readouterr().out.count("on 48 hidden patches") == 2  # half of 12 x 8
+    assert "at most input_frames=298 frames" in fails(capsys, 1, *argv[:7], "--seconds", "4")
+
+
+@pytest.mark.parametrize("command", ["features", "export", "doctor"])
+def test_what_only_a_mae_ast_can_do(command, ssast, tmp_path, capsys):
+    argv = {
+        "features": [SOUND, "--checkpoint", ssast, "--out", tmp_path / "x.npz"],
+        "export": [ssast, tmp_path / "e"],
+        "doctor": ["--checkpoint", ssast],
+    }[command]
+    assert fails(capsys, 1, command, *argv).endswith(f"{command} needs a MAE-AST checkpoint, got ssast: {ssast}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_reconstruct_that_cannot_be(checkpoint, tmp_path, capsys):
+    rest = ("--checkpoint", checkpoint, "--out", tmp_path / "r.png")
+    assert "masking must be one of" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--masking", "all")
+    assert "mask_ratio must be in (0, 1)" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--mask-ratio", "1")
+    assert "nothing at 60 s" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--start", "60")
+    told = fails(capsys, 1, "reconstruct", SOUND, "--checkpoint", checkpoint, "--out", tmp_path / "r.jpg")
+    assert "--out must end in .png" in told
+    assert "device must be auto" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--device", "gpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_writes_the_encoder(checkpoint, tmp_path, capsys):
+    assert main(["export", str(checkpoint), str(tmp_path / "e")]) == 0
+    encoder, model = MAEAST.from_pretrained(tmp_path / "e"), MAEAST.from_pretrained(checkpoint)
+    features = torch.randn(1, 100, 128)
+    expected = model.extract_features(features).last_hidden_state
+    assert torch.equal(encoder.extract_features(features).last_hidden_state, expected)
+    few, all_ = (sum(p.numel() for p in x.parameters()) for x in (encoder, model))
+    text = capsys.readouterr().out
+    assert f"encoder of {few:,} parameters" in text
+    assert f"{all_:,} parameters" in text
+    assert "already holds" in fails(capsys, 1, "export", checkpoint, checkpoint)
+    assert "an encoder alone" in fails(
+        capsys, 1, "reconstruct", SOUND, "--checkpoint", tmp_path / "e", "--out", tmp_path / "r.png"
+    )
+
+
+def test_convert_and_export_an_official_checkpoint(tmp_path, capsys):
+    golden = Golden("mae_ast_patch_small")
+    width = golden.state_dict["post_extract_proj.weight"].shape[0]
+    table = sinusoid(300, width).half().float()[None]  # as a run in fp16 leaves it
+    options = {name: value for name, value in golden.options.items() if name.startswith("cfg/")}
+    content = {"cfg": options, "args": None, "model": {**golden.state_dict, "enc_sine_pos_embed.pe": table}}
+    official = tmp_path / "official.pt"
+    torch.save(content, official)
+    assert main(["convert", str(official), str(tmp_path / "c")]) == 0
+    assert main(["export", str(official), str(tmp_path / "e")]) == 0
+    assert "patches of 16 x 16" in capsys.readouterr().out
+    expected, converted, encoder = (
+        load_fairseq(official),
+        *map(MAEAST.from_pretrained, (tmp_path / "c", tmp_path / "e")),
+    )
+    assert converted.config == expected.config
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], tensor), name
+    features = expected.extract_features(golden["source"]).last_hidden_state
+    assert torch.equal(encoder.extract_features(golden["source"]).last_hidden_state, features)
+    assert torch.equal(encoder.encoder_positions.table, table[0])
+    (tmp_path / "no.pt").write_bytes(b"no checkpoint")
+    assert "no.pt" in fails(capsys, 1, "convert", tmp_path / "no.pt", tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+
+
+# ----------------------------------------------------------------------------------------------- doctor, processes
+
+
+def test_doctor_prints_text_or_json(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "measure_activations", lambda config, device, precision: (10**7, 10**6))
+    assert main(["doctor", "--checkpoint", str(checkpoint)]) == 0
+    text = capsys.readouterr().out
+    assert "Largest batch in training" in text
+    assert f"Python {sys.version_info.major}." in text
+    assert main(["doctor", "--preset", "frame_tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"]["model"] == "frame_tiny"
+    assert "preset must be one of" in fails(capsys, 1, "doctor", "--preset", "huge")
+
+
+def test_ctrl_c_in_another_command(checkpoint, tmp_path, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "extract_file", stop)
+    assert main(["features", str(SOUND), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "x.npz")]) == 130
+    assert capsys.readouterr().err == "\nmae-ast-fast features: interrupted\n"
+
+
+def test_as_a_process(tmp_path):
+    """python -m, the exit code, and a reader that goes away."""
+    run = [sys.executable, "-m", "mae_ast_fast"]
+    done = subprocess.run([*run, "pretrian"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mae-ast-fast: error: unknown command pretrian; did you mean pretrain?\n"
+    process = subprocess.Popen([*run, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+def test_the_overview_loads_nothing_that_is_not_needed(tmp_path):
+    program = """
+import sys
+import mae_ast_fast
+before = set(sys.modules)
+from mae_ast_fast.cli import main
+assert main(["--help"]) == 0
+heavy = "jsonargparse soundfile soxr av matplotlib tensorboard torchaudio triton mae_ast_fast.training.pretrain"
+print([name for name in heavy.split() if name in set(sys.modules) - before], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "[]\n")

@@ -1,0 +1,176 @@
+"""What the kernel tests share: where kernels run here, inputs that make them stumble, and the comparison of three.
+
+Without a GPU the kernels run on CPU tensors under Triton's interpreter. conftest.py switches it on, and interpreter.py
+corrects its bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from policy import assert_kernel
+from torch import Tensor
+
+from mae_ast_fast.kernels.common.configs import TABLE
+from mae_ast_fast.ops.masking import philox4x32
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OFFSETS = (0.0, 30.0)  # statistics in low precision hide on zero-mean inputs
+
+
+def few_programs(monkeypatch: pytest.MonkeyPatch, *names: str, programs: int = 3) -> None:
+    """Lets every program of the named kernels work on several rows even where a test has few."""
+    for name in names:
+        rows = [(*row[:3], {**row[3], "PROGRAMS": programs}) for row in TABLE[name]]
+        monkeypatch.setitem(TABLE, name, rows)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, offset: float = 0.0, seed: int = 0) -> Tensor:
+    """Normal values around ``offset``, rounded to ``dtype``, on the kernels' device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) + offset).to(DEVICE, dtype)
+
+
+def seed_tensor(seed: int) -> Tensor:
+    """A dropout seed as the ops take it."""
+    return torch.tensor([seed], dtype=torch.int64, device=DEVICE)
+
+
+def cu_seqlens(lengths: Sequence[int]) -> Tensor:
+    """(B + 1,) int32 of the lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+
+
+def keep_mask(seed: int, rows: int, columns: int, site: int, dropout: float, lane: int = 0) -> Tensor:
+    """What kernels/common/dropout.py draws, written with PyTorch's integers: (rows, columns) bool, True = kept."""
+    group, row = torch.arange(-(-columns // 8))[None, :], torch.arange(rows)[:, None]
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    words = philox4x32((group + 0 * row, row + 0 * group, site, lane), key)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.stack(halves, dim=-1).flatten(1)[:, :columns]
+    return (bits >= round(dropout * 65536)).to(DEVICE)
+
+
+def kept_scale(dropout: float) -> float:
+    """The factor on what is kept: the inverse of the keep rate, which is a multiple of 1 / 65536."""
+    return 1 / (1 - round(dropout * 65536) / 65536)
+
+
+def results_and_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], differentiable: Sequence[str]
+) -> dict[str, Tensor]:
+    """The outputs of ``function(**inputs)`` by number, and the gradients of the named inputs.
+
+    The incoming gradients are normal values of a fixed seed in the outputs' dtype, the same for every implementation.
+    """
+    leaves = {name: x.detach().clone() if name in differentiable else x for name, x in inputs.items()}
+    for name in differentiable:
+        original = inputs[name]
+        if not original.is_contiguous():  # a clone is dense; keep the strides under test
+            leaves[name] = original.detach()
+        leaves[name].requires_grad_()
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
+    sources = [out for out in outputs if out.requires_grad]
+    incoming = [
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(99 + index)).half().to(out.device, out.dtype)
+        for index, out in enumerate(sources)
+    ]
+    if not differentiable:
+        return found
+    wanted = [leaves[name] for name in differentiable]  # one that nothing depends on (a mask token never used): 0
+    gradients = torch.autograd.grad(sources, wanted, incoming, allow_unused=True, materialize_grads=True)
+    return found | {f"gradient of {name}": x for name, x in zip(differentiable, gradients, strict=True)}
+
+
+def compare(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: dict[str, Tensor],
+    differentiable: Sequence[str],
+    dtype: torch.dtype,
+    summed: Sequence[str] = (),
+    dot: bool = False,
+) -> None:
+    """Kernel, reference in the same dtype and reference in fp64 on the same inputs, by the policy.
+
+    Args:
+        kernel: Takes the inputs by name.
+        reference: The same function in PyTorch.
+        inputs: Tensors; floating ones are widened for the fp64 run.
+        differentiable: Names of the inputs whose gradients count.
+        dtype: Of the stream.
+        summed: Those of them whose gradient sums over rows.
+        dot: Whether gradients go through dot products.
+    """
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    runs = [
+        results_and_gradients(kernel, inputs, differentiable),
+        results_and_gradients(reference, inputs, differentiable),
+        results_and_gradients(reference, wide, differentiable),
+    ]
+    rows = max(x.shape[0] for x in inputs.values() if x.dim() > 0)
+    for name, exact in runs[2].items():
+        k, t = runs[0][name], runs[1][name]
+        if not exact.is_floating_point():
+            assert torch.equal(k, t), f"{name}: kernel and reference differ"
+            continue
+        is_sum = name.removeprefix("gradient of ") in summed
+        assert_kernel(
+            k, t, exact, dtype, name, dot=dot and name.startswith("gradient"), summed_rows=rows if is_sum else 0
+        )
+
+
+def check_registration(op: Callable[..., Any], *arguments: Any) -> None:
+    """PyTorch's own checks of a custom op: schema, autograd registration, fake tensors, AOT dispatch.
+
+    Args:
+        op: The custom op.
+        *arguments: Of one call, gradients switched on where they are to be checked.
+    """
+    torch.library.opcheck(op, arguments)
+
+
+def check_compiles(
+    function: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    differentiable: Sequence[str] = (),
+    others: dict[str, Tensor] | None = None,
+) -> None:
+    """One graph under torch.compile, equal to eager to the bit; also with ``others``, inputs of another row count."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for tensors in (inputs,) if others is None else (inputs, others):
+        eager, traced = (results_and_gradients(call, tensors, differentiable) for call in (function, compiled))
+        for name, x in eager.items():
+            assert torch.equal(x, traced[name]), f"{name}: compiled and eager differ"
+
+
+def check_strided_vectors(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], names: Sequence[str], differentiable: Sequence[str]
+) -> None:
+    """Vectors that are every second element of another: the same results to the bit, gradients too."""
+    dense = results_and_gradients(function, inputs, differentiable)
+    strided = dict(inputs)
+    for name in names:
+        x = inputs[name]
+        holder = x.new_full((len(x), 2), 7 if not x.is_floating_point() else float("nan"))
+        holder[:, 0] = x
+        strided[name] = holder[:, 0]
+    for name, x in results_and_gradients(function, strided, differentiable).items():
+        assert torch.equal(x, dense[name]), f"{name}: strided vectors give another result"
+
+
+def check_repeats(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], differentiable: Sequence[str] = ()
+) -> None:
+    """Bit-equal repeats: 100 on a GPU, where order could change; 2 in the interpreter, where it cannot."""
+    first = results_and_gradients(function, inputs, differentiable)
+    for _ in range(99 if DEVICE.type == "cuda" else 1):
+        for name, x in results_and_gradients(function, inputs, differentiable).items():
+            assert torch.equal(x, first[name]), f"{name}: two runs differ"

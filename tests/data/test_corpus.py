@@ -1,0 +1,448 @@
+"""corpus.py: fetching with a stand-in for apt-get, what the manifest keeps unheard, and the held-out split."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mae_ast_fast.data import corpus
+from mae_ast_fast.data.corpus import CorpusClip, CorpusError, default_clips, fetch, held_out
+
+# Stands in for apt-get and dpkg-deb: packages are tar files in $FAKE/repo, every call is logged, $FAKE/mode misbehaves.
+FAKE_TOOL = """#!{python}
+import os, shutil, sys, tarfile, time
+fake = {fake!r}
+mode = open(fake + "/mode").read() if os.path.exists(fake + "/mode") else ""
+with open(fake + "/log", "a") as log:
+    print(os.path.basename(sys.argv[0]), *sys.argv[1:], file=log)
+def end(code, *lines):
+    print(*lines, sep="\\n", file=sys.stderr)
+    sys.exit(code)
+if sys.argv[0].endswith("dpkg-deb"):
+    assert sys.argv[1] == "-x"
+    if mode == "broken deb":
+        end(2, "dpkg-deb: error: archive has premature member")
+    tarfile.open(sys.argv[2]).extractall(sys.argv[3])
+    if mode == "slow":
+        time.sleep(60)
+    sys.exit(0)
+lists = [a.split("=", 1)[1] for a in sys.argv if a.startswith("Dir::State::lists=")]
+if mode == "hang":
+    time.sleep(60)
+if sys.argv[1] == "update":
+    if mode == "offline":
+        end(0, "W: Failed to fetch http://deb/InRelease  Temporary failure resolving 'deb'", "W: Some index files")
+    open(lists[0] + "/deb_dists_main_Packages", "w").close()
+    if mode == "one source fails":
+        end(100, "E: Failed to fetch http://other/Release  404  Not Found", "E: Some index files failed to download")
+    sys.exit(0)
+assert sys.argv[1] == "download"
+name = sys.argv[2]
+if mode == "no lists" and not lists:
+    end(100, "E: Unable to locate package " + name)
+if mode in ("stale lists", "one source fails") and not lists:
+    end(100, "Err:1 http://deb x.deb", "E: Failed to fetch http://deb/x.deb  404  Not Found")
+if mode == "offline":
+    end(100, "E: Failed to fetch http://deb/x.deb  Temporary failure resolving 'deb'")
+if mode == "disk full":
+    end(100, "E: Write error - write (28: No space left on device)")
+if not os.path.exists(fake + "/repo/" + name):
+    end(100, "Reading package lists...", "E: Unable to locate package " + name)
+shutil.copy(fake + "/repo/" + name, name + "_1%3a2_all.deb")
+"""
+SMALL = ("asterisk-moh-opsound-g722", "scratch", "ufoai-sound")
+
+
+class Fake:
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "repo").mkdir(parents=True)
+        (folder / "bin").mkdir()
+        for tool in ("apt-get", "dpkg-deb"):
+            (folder / "bin" / tool).write_text(FAKE_TOOL.format(python=sys.executable, fake=str(folder)))
+            (folder / "bin" / tool).chmod(0o755)
+
+    def add(self, package, files):
+        with tarfile.open(self.folder / "repo" / package, "w") as tar:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    def mode(self, mode):
+        (self.folder / "mode").write_text(mode)
+
+    def calls(self):
+        log = self.folder / "log"
+        lines = [line.split()[:3] for line in log.read_text().splitlines()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [" ".join(line[:3] if line[1] == "download" else line[:2]) for line in lines]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    fake = Fake(tmp_path / "fake")
+    monkeypatch.setenv("PATH", str(fake.folder / "bin"))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        for name in (
+            "sound/a.ogg",
+            "sound/deep/b.ogg",
+            "../slip.ogg",
+            f"{tmp_path}/slip.ogg",
+            "x/../../slip.ogg",
+            "notes.txt",
+        ):
+            members.writestr(name, name)
+    fake.add(
+        "ufoai-sound", {"usr/share/games/ufoai/base/0snd.pk3": archive.getvalue(), "usr/share/doc/copyright": b"c"}
+    )
+    fake.add("scratch", {"usr/share/scratch/Media/Sounds/Animal/Cat.wav": b"cat", "usr/share/scratch/x.gif": b"gif"})
+    fake.add("asterisk-moh-opsound-g722", {"usr/share/asterisk/moh/a.g722": b"music"})
+    return fake
+
+
+def said():
+    lines = []
+    return lines, lines.append
+
+
+# --------------------------------------------------------------------------------------------------------- fetching
+
+
+def test_fetch_unpacks_once(fake, tmp_path):
+    lines, progress = said()
+    cache = tmp_path / "cache"
+    result = fetch(cache, SMALL, progress)
+    assert (result.cache, result.packages, result.missing) == (cache, SMALL, ())
+    assert [call for call in fake.calls() if "download" in call] == [f"apt-get download {name}" for name in SMALL]
+    assert len(lines) == 3 and all("MB in" in line and f"[{i}/3]" in line for i, line in enumerate(lines, 1))
+    base = cache / "ufoai-sound/usr/share/games/ufoai/base"
+    assert sorted(p.relative_to(base).as_posix() for p in base.rglob("*.*") if p.is_file()) == [
+        "0snd.pk3!/sound/a.ogg",
+        "0snd.pk3!/sound/deep/b.ogg",
+    ]
+    assert (base / "0snd.pk3!/sound/a.ogg").read_text() == "sound/a.ogg"
+    assert not list(tmp_path.rglob("slip.ogg"))
+    assert not list(tmp_path.rglob("cache/**/*.deb")) and not list(cache.glob(".partial*"))
+    assert fetch(cache, SMALL, progress) == result and fake.calls() == []
+
+
+@pytest.mark.parametrize("mode", ["no lists", "stale lists", "one source fails"])
+def test_lists_of_our_own_where_the_systems_do_not_serve(fake, tmp_path, mode):
+    fake.mode(mode)
+    lines, progress = said()
+    assert fetch(tmp_path / "cache", SMALL, progress).packages == SMALL
+    calls = [call for call in fake.calls() if call.startswith("apt-get")]
+    assert calls == [f"apt-get download {SMALL[0]}", "apt-get update"] + [f"apt-get download {name}" for name in SMALL]
+    assert any("lists of our own" in line for line in lines)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", *SMALL]
+
+
+def test_packages_that_the_release_lacks_are_named_and_remembered(fake, tmp_path):
+    packages = ("klettres-data", *SMALL, "fillets-ng-data-cs")
+    for attempt in range(2):
+        lines, progress = said()
+        result = fetch(tmp_path / "cache", packages, progress)
+        assert result.packages == SMALL and result.missing == ("klettres-data", "fillets-ng-data-cs")
+        assert "klettres-data, fillets-ng-data-cs" in lines[-1]
+        calls = fake.calls()
+        assert calls.count("apt-get update") == (attempt == 0) and bool(calls) == (attempt == 0)
+
+
+def test_a_lack_is_not_remembered_when_a_source_failed(fake, tmp_path):
+    fake.mode("one source fails")
+    _, progress = said()
+    assert fetch(tmp_path / "cache", ("klettres-data", *SMALL), progress).missing == ("klettres-data",)
+    fake.mode("")
+    fake.add("klettres-data", {"usr/share/klettres/de/alpha/a.ogg": b"a"})
+    assert fetch(tmp_path / "cache", ("klettres-data", *SMALL), progress).missing == ()
+
+
+def error_of(*arguments):
+    with pytest.raises(CorpusError) as caught:
+        fetch(*arguments, lambda line: None)
+    assert "--data DIR" in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_package_at_all(fake, tmp_path):
+    assert "none of the corpus's packages" in error_of(tmp_path / "cache", ("klettres-data",))
+
+
+@pytest.mark.parametrize(
+    "mode,words",
+    [
+        ("offline", "apt-get update failed.*Failed to fetch http://deb/InRelease  Temporary failure resolving 'deb'"),
+        ("disk full", "apt-get download asterisk-moh-opsound-g722 failed: E: Write error.*No space left"),
+        ("broken deb", "dpkg-deb -x .*premature member"),
+    ],
+)
+def test_errors_say_what_failed(fake, tmp_path, mode, words):
+    fake.mode(mode)
+    with pytest.raises(CorpusError, match=words):
+        fetch(tmp_path / "cache", SMALL, lambda line: None)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock"]
+    fake.mode("")
+    assert fetch(tmp_path / "cache", SMALL, lambda line: None).packages == SMALL
+
+
+def test_a_hanging_apt_get_is_ended(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_STALL_SECONDS", 0.5)
+    fake.mode("hang")
+    start = time.monotonic()
+    assert "did nothing" in error_of(tmp_path / "cache", SMALL)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("tool", ["apt-get", "dpkg-deb"])
+def test_other_systems(fake, tmp_path, tool):
+    (fake.folder / "bin" / tool).unlink()
+    assert f"{tool} is not on this system" in error_of(tmp_path / "cache", SMALL)
+
+
+def test_a_cache_that_cannot_be_written(fake, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write the cache" in error_of(tmp_path / "file" / "cache", SMALL)
+    (tmp_path / "cache/scratch").mkdir(parents=True)
+    (tmp_path / "cache/scratch/mine.txt").write_text("not ours")
+    assert "scratch" in error_of(tmp_path / "cache", ("scratch",))
+    assert (tmp_path / "cache/scratch/mine.txt").read_text() == "not ours"
+
+
+def test_names_are_checked(fake, tmp_path):
+    for name in ("-oDir::x=y", "../up", "a b", ""):
+        with pytest.raises(ValueError, match="names of Debian packages"):
+            fetch(tmp_path / "cache", (name,))
+    assert fake.calls() == []
+
+
+def test_a_killed_fetch_goes_on(fake, tmp_path):
+    cache = tmp_path / "cache"
+    fetch(cache, SMALL[:1], lambda line: None)
+    fake.calls()
+    fake.mode("slow")
+    code = f"from mae_ast_fast.data import corpus; corpus.fetch({str(cache)!r}, {SMALL!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, start_new_session=True)
+    while not list(cache.glob(".partial-*/scratch/tree/usr")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)  # dpkg-deb too
+    process.wait()
+    assert not (cache / "scratch").exists()
+    fake.mode("")
+    fake.calls()
+    assert fetch(cache, SMALL, lambda line: None).packages == SMALL
+    assert [call for call in fake.calls() if "download" in call] == [f"apt-get download {name}" for name in SMALL[1:]]
+    assert not list(cache.glob(".partial*"))
+
+
+def test_default_cache(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("MAE_AST_FAST_CACHE", raising=False)
+    assert corpus.default_cache() == Path("/home/someone/.cache/mae_ast_fast")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert corpus.default_cache() == Path("/cache/mae_ast_fast")
+    monkeypatch.setenv("MAE_AST_FAST_CACHE", "/elsewhere")
+    assert corpus.default_cache() == Path("/elsewhere")
+
+
+# ------------------------------------------------------------------------------------------------------------ clips
+
+
+def unpacked(cache, package, files):
+    for name, content in files.items():
+        path = cache / package / name.replace("!", "!/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (cache / package / ".complete").touch()
+
+
+EN = "usr/share/asterisk/sounds/en_US_f_Allison"
+
+
+def manifest_rows():
+    text = gzip.decompress((Path(corpus.__file__).parent / "assets/manifest.tsv.gz").read_bytes()).decode()
+    head, *lines = [line.split("\t") for line in text.splitlines()]
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def first_of(package, pretrain):
+    """A source file of a package that the shipped manifest marks so."""
+    rows = (row for row in manifest_rows() if (row["package"], row["pretrain"]) == (package, pretrain))
+    return min(row["source_file"] for row in rows)
+
+
+def test_the_shipped_manifest():
+    rows = manifest_rows()
+    assert len(rows) == 9012 and sum(row["pretrain"] == "1" for row in rows) == 5707
+    tested = {(row["package"], row["source_file"]) for row in rows if row["pretrain"] == "0"}
+    assert len({p for p, _ in tested} & set(corpus.DEFAULT_PACKAGES)) >= 8
+    for row in rows:  # the rules for files that the manifest does not list agree with it where it does
+        if row["package"] in corpus.DEFAULT_PACKAGES:
+            kind, voice = corpus._labels(row["package"], row["source_file"])
+            assert kind == row["kind"] or row["kind"] == "tone" or row["package"] == "sonic-pi-samples", row
+            assert voice == re.sub(r"^ast_[a-z]+_[A-Z]+_", "ast_", row["voice"]), row
+
+
+def test_no_tested_file_and_no_copy_of_one_is_kept(tmp_path):
+    tested, kept = (first_of("asterisk-core-sounds-en-g722", pretrain) for pretrain in "01")
+    member = first_of("ufoai-sound", "0")
+    unpacked(tmp_path, "asterisk-core-sounds-en-g722", {
+        tested: b"heard in a test", kept: b"free", f"{EN}/new.g722": b"new", f"{EN}/again.g722": b"heard in a test",
+        f"{EN}/zz-new.g722": b"new", "usr/share/doc/x/copyright": b"text",
+    })  # fmt: skip
+    unpacked(tmp_path, "scratch", {"usr/share/scratch/a.wav": b"heard in a test", "usr/share/scratch/b.wav": b"free"})
+    unpacked(
+        tmp_path, "ufoai-sound", {member: b"a sound", "usr/share/games/ufoai/base/0snd.pk3!sound/zz.ogg": b"other"}
+    )
+    noise = "usr/share/sonic-pi/buffers/rand-stream.wav"
+    unpacked(tmp_path, "sonic-pi-samples", {noise: b"numbers", "usr/share/sonic-pi/samples/x.flac": b"x"})
+    (tmp_path / "klettres-data").mkdir()  # never finished
+    (tmp_path / "klettres-data/a.ogg").write_bytes(b"half")
+    clips, counts = default_clips(tmp_path)
+    english = sorted([f"{EN}/new.g722", kept])
+    assert [clip.name for clip in clips] == [
+        f"asterisk-core-sounds-en-g722/{english[0]}",
+        f"asterisk-core-sounds-en-g722/{english[1]}",
+        "sonic-pi-samples/usr/share/sonic-pi/samples/x.flac",
+        "ufoai-sound/usr/share/games/ufoai/base/0snd.pk3!sound/zz.ogg",
+    ]
+    assert counts == {"found": 10, "tasks": 2, "copies_of_tasks": 2, "duplicates": 2}
+    assert all(Path(clip.path).is_file() and clip.name == f"{clip.group}/{clip.source_file}" for clip in clips)
+
+
+def test_no_corpus_in_the_cache(tmp_path):
+    with pytest.raises(ValueError, match="fetch it first"):
+        default_clips(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "package,source,kind,voice",
+    [
+        ("asterisk-core-sounds-en-g722", f"{EN}/nowhere.g722", "speech", "ast_f_Allison"),
+        (
+            "asterisk-core-sounds-es-g722",
+            "usr/share/asterisk/sounds/es_MX_f_Allison/x/y.g722",
+            "speech",
+            "ast_f_Allison",
+        ),
+        (
+            "asterisk-core-sounds-it-g722",
+            "usr/share/asterisk/sounds/it_IT_m_Carlo/silence/1.g722",
+            "tone",
+            "ast_m_Carlo",
+        ),
+        ("asterisk-core-sounds-en-g722", f"{EN}/beeperr.g722", "tone", "ast_f_Allison"),
+        ("asterisk-core-sounds-en-g722", f"{EN}/at-tone-time-exactly.g722", "speech", "ast_f_Allison"),
+        ("fillets-ng-data-cs", "usr/share/games/fillets-ng/sound/a/cs/win-m-blok.ogg", "speech", "fish_cs_small"),
+        ("fillets-ng-data-nl", "usr/share/games/fillets-ng/sound/a/nl/v-nad.ogg", "speech", "fish_nl_big"),
+        ("fillets-ng-data-nl", "usr/share/games/fillets-ng/sound/a/nl/rand-5-3-0.ogg", "speech", "fish_nl_other"),
+        ("klettres-data", "usr/share/klettres/pt_BR/alpha/a.ogg", "speech", "klet_pt_BR"),
+        ("asterisk-moh-opsound-g722", "usr/share/asterisk/moh/x.g722", "music", ""),
+        ("scratch", "usr/share/scratch/Media/Sounds/Music Loops/X.mp3", "music", ""),
+        ("scratch", "usr/share/scratch/Media/Sounds/Vocals/X.mp3", "speech", ""),
+        ("ufoai-sound", "usr/share/games/ufoai/base/0snd.pk3!sound/x.ogg", "sound", ""),
+    ],
+)
+def test_labels(package, source, kind, voice):
+    assert corpus._labels(package, source) == (kind, voice)
+
+
+# ------------------------------------------------------------------------------------------------------------ split
+
+
+def clips_of(*packages):
+    """Ten clips a package with the kinds and voices that it has."""
+    clips = []
+    for package in packages:
+        for i in range(10):
+            if package == "scratch":
+                kind, voice = ("sound", "music", "speech")[i % 3], ""
+            elif "moh" in package:
+                kind, voice = "music", ""
+            elif package in ("sonic-pi-samples", "ufoai-sound"):
+                kind, voice = "sound", ""
+            else:
+                kind = "speech" if i else "tone"
+                voice = "allison" if package in (prompts("en"), prompts("es")) else f"{package}-{i % 2}"
+            clips.append(CorpusClip(f"/x/{package}/{i}", f"{package}/{i}", kind, package, str(i), voice))
+    return clips
+
+
+def prompts(language):
+    return f"asterisk-core-sounds-{language}-g722"
+
+
+@pytest.mark.parametrize(
+    "packages,expected",
+    [
+        (corpus.DEFAULT_PACKAGES, {prompts("it"), "scratch"}),
+        (
+            (prompts("en"), prompts("fr"), prompts("ru"), "asterisk-moh-opsound-g722", *corpus._SOUNDS),
+            {prompts("ru"), "scratch"},
+        ),
+        (
+            (prompts("it"), prompts("en"), "asterisk-moh-opsound-g722", "ufoai-sound"),
+            {prompts("it")},
+        ),  # the only sounds stay
+        (
+            (prompts("it"), prompts("fr"), "scratch", "ufoai-sound"),
+            {prompts("it"), "ufoai-sound"},
+        ),  # the only music stays
+        (
+            (prompts("en"), prompts("es"), "sonic-pi-samples", "ufoai-sound"),
+            {"sonic-pi-samples"},
+        ),  # the only voice stays
+        (
+            (prompts("en"), prompts("es"), "some-other-voices"),
+            {prompts("en"), prompts("es")},
+        ),  # one woman: both or none
+        ((prompts("es"), "fillets-ng-data-cs"), {"fillets-ng-data-cs"}),
+    ],
+)
+def test_no_voice_and_no_package_is_on_both_sides(packages, expected):
+    clips = clips_of(*packages)
+    train, held, how = held_out(clips)
+    assert {clips[i].group for i in held} == expected and all(name in how for name in expected)
+    assert sorted([*train, *held]) == list(range(len(clips)))
+    for label in ("group", "voice"):
+        assert not {getattr(clips[i], label) for i in train} & {getattr(clips[i], label) for i in held} - {""}
+    assert {clips[i].kind for i in train} >= {clip.kind for clip in clips} - {"tone"}
+
+
+@pytest.mark.parametrize(
+    "packages", [(prompts("it"),), (prompts("en"), prompts("es")), (prompts("it"), "ufoai-sound"), ()]
+)
+def test_nothing_to_hold_out(packages):
+    with pytest.raises(ValueError, match="cannot hold out"):
+        held_out(clips_of(*packages))
+
+
+@pytest.mark.network
+@pytest.mark.long
+def test_real_packages(tmp_path):
+    """The two smallest packages from this system's sources, as the default corpus fetches them."""
+    packages = ("asterisk-moh-opsound-g722", "ufoai-sound")
+    result = fetch(tmp_path, packages)
+    assert result.packages == packages
+    clips, counts = default_clips(tmp_path, packages)
+    print(json.dumps(counts))
+    assert counts["tasks"] >= 50 and len(clips) >= 250
+    from mae_ast_fast.data.prepare import prepare_shards
+
+    report = prepare_shards(clips, tmp_path / "shards")
+    assert report["hours"] > 0.5 and not report["skipped"].get("corrupt")

@@ -1,0 +1,352 @@
+"""Manifests of labelled audio, their splits and folds, and the waveforms behind them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mae_ast_fast.downstream.audio import Waveforms, batches
+from mae_ast_fast.downstream.manifest import read_task
+
+soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "lhotse"))
+RATE = 16000
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def manifest(tmp_path: Path, rows: list[str], header: str = "path\tlabel\tsplit", name: str = "t.tsv") -> Path:
+    column = header.replace(",", "\t").lower().split("\t").index("path")
+    for row in rows:
+        file = tmp_path / row.replace(",", "\t").split("\t")[column].strip('"')
+        if not file.exists():
+            write(file, "")
+    return write(tmp_path / name, "\n".join([header, *rows]) + "\n")
+
+
+SPLIT = ["a.wav\tdog\ttrain", "b.wav\tcat\ttrain", "c.wav\tdog\tvalid", "d.wav\tcat\ttest"]
+
+
+def test_splits(tmp_path):
+    task = read_task(manifest(tmp_path, SPLIT))
+    (part,) = task.rounds()
+    assert (task.name, task.labels, task.multi_label, task.frame_level) == ("t", ["cat", "dog"], False, False)
+    assert (part.name, part.train, part.valid, part.test) == ("", [0, 1], [2], [3])
+    assert [clip.path for clip in task.clips] == [str(tmp_path / f"{x}.wav") for x in "abcd"]
+    assert task.targets().tolist() == [[False, True], [True, False], [False, True], [True, False]]
+
+
+@pytest.mark.parametrize(
+    "words", [("training", "validation", "testing"), ("Train", "DEV", "eval"), ("train", "val", "test")]
+)
+def test_other_words_for_splits(tmp_path, words):
+    rows = [row.replace("train", "T0").replace("valid", "T1").replace("test", "T2") for row in SPLIT]
+    for i, word in enumerate(words):
+        rows = [row.replace(f"T{i}", word) for row in rows]
+    assert [clip.split for clip in read_task(manifest(tmp_path, rows)).clips] == ["train", "train", "valid", "test"]
+
+
+def test_csv_with_quotes_a_byte_order_mark_and_any_order_of_columns(tmp_path):
+    rows = ['train,"one, two",x,a.wav', "test,ü,y,b.wav", 'valid,"one, two",z,c.wav']
+    path = manifest(tmp_path, [], "split,label,more,path", "m.csv")
+    for name in "abc":
+        write(tmp_path / f"{name}.wav", "")
+    path.write_bytes(b"\xef\xbb\xbf" + ("split,Label,more,path\r\n" + "\r\n".join(rows) + "\r\n").encode())
+    task = read_task(path)
+    assert task.labels == ["one, two", "ü"]
+    assert [clip.split for clip in task.clips] == ["train", "test", "valid"]
+
+
+def test_labels_sort_as_numbers_where_they_are(tmp_path):
+    rows = [f"{i}.wav\t{label}\ttrain" for i, label in enumerate(["10", "9", "2", "b", "a"])]
+    assert read_task(manifest(tmp_path, rows)).labels == ["2", "9", "10", "a", "b"]
+
+
+def test_several_labels(tmp_path):
+    rows = ["a.wav\tdog; cat\ttrain", "b.wav\tcat\ttrain", "c.wav\t\tvalid", "d.wav\tbird;bird\ttest"]
+    task = read_task(manifest(tmp_path, rows))
+    assert task.multi_label
+    assert [clip.labels for clip in task.clips] == [("dog", "cat"), ("cat",), (), ("bird",)]
+    assert task.targets().sum(1).tolist() == [2, 1, 0, 1]
+    assert read_task(manifest(tmp_path, SPLIT), multi_label=True).multi_label
+
+
+def test_paths_beside_the_manifest_and_below_the_root(tmp_path):
+    rows = ["here.wav\ta\ttrain", "there.wav\tb\ttest", f"{tmp_path}/far/away.wav\ta\tvalid"]
+    for name in ("data/here.wav", "audio/there.wav", "audio/here.wav", "far/away.wav"):
+        write(tmp_path / name, "")
+    path = write(tmp_path / "data/t.tsv", "\n".join(["path\tlabel\tsplit", *rows]))
+    task = read_task(path, tmp_path / "audio")
+    found = [Path(clip.path).relative_to(tmp_path).as_posix() for clip in task.clips]
+    assert found == ["data/here.wav", "audio/there.wav", "far/away.wav"]
+    with pytest.raises(FileNotFoundError, match=r"none of the 4 files .* a\.wav is not in .*empty nor in .*nowhere"):
+        read_task(write(tmp_path / "empty/t.tsv", "\n".join(["path\tlabel\tsplit", *SPLIT])), tmp_path / "nowhere")
+
+
+def test_paths_of_a_home_and_of_windows(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("home/a.wav", "sub/b.wav", "sub/~c.wav"):
+        write(tmp_path / name, "")
+    rows = ["~/a.wav\tdog\ttrain", "sub\\b.wav\tcat\tvalid", "sub/~c.wav\tdog\ttest", "gone\\d.wav\tcat\ttest"]
+    task = read_task(write(tmp_path / "t.tsv", "\n".join(["path\tlabel\tsplit", *rows]) + "\n"))
+    names = ["home/a.wav", "sub/b.wav", "sub/~c.wav", "gone\\d.wav"]
+    assert [clip.path for clip in task.clips] == [str(tmp_path / name) for name in names]
+
+
+def test_folds_are_rounds(tmp_path):
+    rows = [f"{fold}{label}.wav\t{label}\t{fold}\ttrain" for fold in ("1", "2", "10") for label in "ab"]
+    task = read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
+    rounds = task.rounds()
+    assert [part.name for part in rounds] == ["1", "2", "10"]
+    assert [(part.train, part.valid, part.test) for part in rounds] == [
+        ([4, 5], [2, 3], [0, 1]),
+        ([0, 1], [4, 5], [2, 3]),
+        ([2, 3], [0, 1], [4, 5]),
+    ]
+
+
+@pytest.mark.parametrize("what", ["split", "fold"])
+def test_without_clips_to_choose_by_some_of_every_class_are_kept_aside(tmp_path, what):
+    rows = [f"{label}{i}.wav\t{label}\t{0 if what == 'fold' else 'train'}" for label in "abc" for i in range(20)]
+    rows += [f"{label}{x}.wav\t{label}\t{1 if what == 'fold' else 'test'}" for x in "xy" for label in "abc"]
+    task = read_task(manifest(tmp_path, rows, f"path\tlabel\t{what}"))
+    part = task.rounds(seed=1)[-1 if what == "fold" else 0]
+    assert Counter(task.clips[i].labels[0] for i in part.valid) == {"a": 3, "b": 3, "c": 3}
+    assert sorted(part.train + part.valid) == list(range(60))
+    assert part.test == [*range(60, 66)]
+    assert task.rounds(seed=1)[-1 if what == "fold" else 0] == part
+    assert task.rounds(seed=2)[-1 if what == "fold" else 0] != part
+
+
+def test_parts_of_a_file_are_kept_aside_together(tmp_path):
+    rows = [f"{i % 5}.wav\t{'ab'[i % 2]}\ttrain\t{i}\t{i + 1}" for i in range(20)] + ["x.wav\ta\ttest\t\t"]
+    task = read_task(manifest(tmp_path, rows, "path\tlabel\tsplit\tstart\tend"))
+    (part,) = task.rounds()
+    assert part.valid
+    assert not {task.clips[i].name for i in part.train} & {task.clips[i].name for i in part.valid}
+
+
+def test_a_file_in_two_splits_is_noticed(tmp_path):
+    assert "1 file is in more than one split" in read_task(manifest(tmp_path, [*SPLIT, "a.wav\tdog\ttest"])).notes[0]
+    assert read_task(manifest(tmp_path, SPLIT)).notes == []
+
+
+def test_rows_without_a_fold_are_no_fold_of_their_own(tmp_path):
+    rows = ["a.wav\tx\t1.0\ttrain", "b.wav\ty\t2.0\ttrain", "c.wav\ty\t\ttest"]
+    with pytest.raises(ValueError, match=r"1 of 3 clips have no fold, c\.wav for one"):
+        read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
+
+
+def test_folds_that_are_splits(tmp_path):
+    with pytest.raises(ValueError, match=r"the folds are \['test', 'train'\]: name the column split"):
+        read_task(manifest(tmp_path, ["a.wav\tx\ttrain", "b.wav\ty\ttest"], "path\tlabel\tfold"))
+
+
+def test_one_fold_beside_splits_is_none(tmp_path):
+    rows = ["a.wav\tx\t1\ttrain", "b.wav\ty\t1\tvalid", "c.wav\ty\t1\ttest"]
+    task = read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
+    assert task.notes == ["all clips are of fold 1: the splits are taken"]
+    assert [part.name for part in task.rounds()] == [""]
+
+
+def test_an_open_quote_loses_no_rows(tmp_path):
+    rows = [
+        f"{i}.wav\tx\ttrain\t{words}" for i, words in enumerate(["one", '"Hello he said', "two", '"Hello again', "x"])
+    ]
+    with pytest.raises(ValueError, match="an open quote"):
+        read_task(manifest(tmp_path, [*rows, "z.wav\ty\ttest\t"], "path\tlabel\tsplit\tsentence"))
+    with pytest.raises(ValueError, match="a cell goes over several lines"):
+        read_task(manifest(tmp_path, [rows[0], '1.wav\tx\ttest\t"a', 'b"'], "path\tlabel\tsplit\tsentence", "n.tsv"))
+
+
+def test_blank_rows_are_none(tmp_path):
+    assert len(read_task(manifest(tmp_path, [*SPLIT, "\t\t", ""][:5])).clips) == 4
+
+
+def test_a_folder_is_no_manifest(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a manifest, \.tsv or \.csv, got the folder"):
+        read_task(tmp_path)
+
+
+def test_phones(tmp_path):
+    rows = [f"{i}.wav\t{'train' if i else 'test'}\t0.5:a 0.75:b 1.0:a" + " 1.1:rare" * (i == 0) for i in range(20)]
+    task = read_task(manifest(tmp_path, rows, "path\tsplit\tphones"))
+    assert task.frame_level
+    assert task.labels == ["a", "b"]
+    assert task.clips[1].phones == ((0.5, "a"), (0.75, "b"), (1.0, "a"))
+    assert "1 phones" in task.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        (
+            "path\tlabel",
+            ["a.wav\tx"],
+            r"expected a header with path, label \(or phones\), and split or fold.* got \['path', 'label'\]",
+        ),
+        ("path\tsplit", ["a.wav\ttrain"], "expected a header"),
+        ("path\tlabel\tsplit", [], "expected clips below the header, got none"),
+        ("path\tlabel\tsplit", ["a.wav\tx\ttrain", "b.wav\tx\ttest"], r"expected at least two classes, got \['x'\]"),
+        ("path\tlabel\tsplit", ["a.wav\tx\ttrain", "b.wav\ty\tlater"], r"line 3: expected a split.* got 'later'"),
+        ("path\tlabel\tfold\tsplit", ["a.wav\tx\t\t"], "line 2: expected a fold or a split"),
+        (
+            "path\tlabel\tsplit",
+            ["a.wav\tx\ttrain", "b.wav\t\ttest"],
+            "b.wav has no label; that goes with --multi-label",
+        ),
+        (
+            "path\tlabel\tsplit\tstart\tend",
+            ["a.wav\tx\ttrain\t3\t2"],
+            "expected 0 <= start < end in seconds, got 3 and 2",
+        ),
+        ("path\tlabel\tsplit\tstart\tend", ["a.wav\tx\ttrain\tsoon\t2"], "line 2: expected seconds.*soon"),
+        ("path\tlabel\tsplit\tstart\tend", ["a.wav\tx\ttrain\tnan\t"], "expected 0 <= start < end"),
+        (
+            "path\tphones\tsplit",
+            ["a.wav\t0.5:a 0.4:b\ttrain"],
+            "expected phones as END:PHONE, ends in seconds ascending",
+        ),
+        ("path\tphones\tsplit", ["a.wav\tabc\ttrain"], "line 2: expected seconds"),
+        ("path\tphones\tsplit", ["a.wav\t\ttrain"], "expected phones as END:PHONE"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, header, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_task(manifest(tmp_path, rows, header))
+
+
+def test_a_row_without_a_path(tmp_path):
+    with pytest.raises(ValueError, match="line 3: no path"):
+        read_task(write(tmp_path / "t.tsv", "path\tlabel\tsplit\na.wav\tx\ttrain\n\tx\ttest\n"))
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_task(tmp_path / "none.tsv")
+    (tmp_path / "t.tsv").write_bytes(b"path\tlabel\tsplit\n\xff\xfe\tx\ttrain\n")
+    with pytest.raises(ValueError, match="no table in UTF-8"):
+        read_task(tmp_path / "t.tsv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a.wav\tx\ttest", "b.wav\ty\ttest"], "expected clips of split train and test, got none of train"),
+        (["a.wav\tx\ttrain", "b.wav\ty\ttrain"], "got none of test"),
+        (["a.wav\tx\ttrain", "b.wav\ty\ttrain", "c.wav\tx\ttest"], "too few training clips to keep some aside"),
+    ],
+)
+def test_rounds_that_cannot_be(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_task(manifest(tmp_path, rows)).rounds()
+
+
+def test_one_fold_is_no_cross_validation(tmp_path):
+    with pytest.raises(ValueError, match=r"at least two folds, got \['1'\]"):
+        read_task(manifest(tmp_path, ["a.wav\tx\t1", "b.wav\ty\t1"], "path\tlabel\tfold")).rounds()
+
+
+# ---------------------------------------------------------------------------------------------------------- waveforms
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings")
+    rng = np.random.default_rng(0)
+    for name, seconds in (("a.wav", 2.5), ("b.flac", 1.0), ("short.wav", 0.01)):
+        soundfile.write(
+            folder / name, (0.3 * rng.standard_normal(round(seconds * RATE))).astype(np.float32), RATE, "PCM_16"
+        )
+    (folder / "broken.wav").write_text("no audio")
+    rows = ["a.wav\tx\ttrain\t\t", "b.flac\ty\ttrain\t\t", "a.wav\ty\ttest\t0.5\t1.25", "short.wav\tx\ttrain\t\t"]
+    rows += ["broken.wav\tx\ttrain\t\t", "none.wav\ty\ttrain\t\t", "b.flac\ty\ttest\t5\t6"]
+    (folder / "t.tsv").write_text("\n".join(["path\tlabel\tsplit\tstart\tend", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audio(recordings) -> Waveforms:
+    return Waveforms(read_task(recordings / "t.tsv"), recordings / "cache")
+
+
+def samples(recordings: Path, name: str) -> np.ndarray:
+    return soundfile.read(recordings / name, dtype="int16")[0]
+
+
+def test_what_gives_no_audio_is_named(audio):
+    assert sorted(audio.missing) == [3, 4, 5, 6]
+    assert "shorter" in audio.missing[3]
+    assert audio.missing[6] == "no audio of 25 ms there"
+    assert audio.seconds[:3].tolist() == [2.5, 1.0, 0.75]
+
+
+def test_windows_are_the_whole_clip(recordings, audio):
+    found = audio.windows(0, 1.0)
+    assert [start for start, _ in found] == [0.0, 1.0, 2.0]
+    waveforms, lengths = audio.read([window for _, window in found])
+    assert lengths.tolist() == [RATE, RATE, RATE // 2]
+    joined = np.concatenate([row[:length] for row, length in zip(waveforms.numpy(), lengths.tolist(), strict=True)])
+    np.testing.assert_array_equal(joined, samples(recordings, "a.wav"))
+    ((start, window),) = audio.windows(2, 1.0)
+    assert start == 0.0
+    np.testing.assert_array_equal(audio.read([window])[0][0], samples(recordings, "a.wav")[RATE // 2 : RATE * 5 // 4])
+
+
+def test_crops_are_anywhere_in_the_clip(recordings, audio):
+    rng = random.Random(0)
+    starts = [audio.crop(0, 1.0, rng).start for _ in range(200)]
+    assert min(starts) < 0.1 * RATE < 1.4 * RATE < max(starts) <= 1.5 * RATE
+    assert {audio.crop(0, 1.0, rng).samples for _ in range(20)} == {RATE}
+    inner = [audio.crop(2, 0.5, rng) for _ in range(100)]
+    assert min(w.start for w in inner) >= RATE // 2
+    assert max(w.start + w.samples for w in inner) <= RATE * 5 // 4
+    assert audio.crop(1, 5.0, rng).samples == RATE
+
+
+def test_a_long_recording_in_pieces(tmp_path, monkeypatch):
+    from mae_ast_fast.data import prepare
+
+    monkeypatch.setattr(prepare, "_PIECE_SECONDS", 1)
+    wave = (0.3 * np.random.default_rng(1).standard_normal(RATE * 5 // 2)).astype(np.float32)
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", wave, RATE, "PCM_16")
+    path = manifest(tmp_path, ["a.wav\tx\ttrain\t0.5\t2.25", "b.wav\ty\ttest\t\t"], "path\tlabel\tsplit\tstart\tend")
+    audio = Waveforms(read_task(path), tmp_path / "cache")
+    assert audio.seconds.tolist() == [1.75, 2.5]
+    found = audio.windows(0, 0.5)
+    waveforms, lengths = audio.read([window for _, window in found])
+    joined = np.concatenate([row[:length] for row, length in zip(waveforms.numpy(), lengths.tolist(), strict=True)])
+    np.testing.assert_array_equal(joined, samples(tmp_path, "a.wav")[RATE // 2 : RATE * 9 // 4])
+    edges = np.cumsum([0, *lengths.tolist()])[:-1] / RATE
+    assert [start for start, _ in found] == edges.tolist()
+
+
+def test_another_manifest_of_the_same_files_hears_them(recordings, audio):
+    rows = ["a.wav\tx\ttrain\t\t", f"{recordings}/b.flac\ty\ttrain\t\t", "./short.wav\tx\ttest\t\t"]
+    rows += ["./broken.wav\ty\ttest\t\t", f"{recordings}/none.wav\ty\ttest\t\t"]
+    path = write(recordings / "other.tsv", "\n".join(["path\tlabel\tsplit\tstart\tend", *rows]) + "\n")
+    again = Waveforms(read_task(path), recordings / "cache")
+    assert again.identity == audio.identity  # the same shards
+    assert again.seconds[:2].tolist() == [2.5, 1.0]
+    assert sorted(again.missing) == [2, 3, 4]
+
+
+def test_batches_take_every_window_once_and_few_seconds(audio):
+    windows = [window for i in (0, 1, 2) for _, window in audio.windows(i, 0.3)]
+    found = list(batches(windows, 0.9))
+    assert sorted(i for batch in found for i in batch) == list(range(len(windows)))
+    assert all(len(batch) * max(windows[i].samples for i in batch) <= 0.9 * RATE for batch in found)
+
+
+def test_nothing_to_hear(tmp_path):
+    path = manifest(tmp_path, SPLIT)
+    with pytest.raises(ValueError, match=r"no usable|nothing usable|none"):
+        Waveforms(read_task(path), tmp_path / "cache")

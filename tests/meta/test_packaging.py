@@ -1,0 +1,88 @@
+"""The wheel and the source distribution: what they hold, and that what they install works away from the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent.parent
+SMOKE = """
+import pathlib, sys, torch, mae_ast_fast, mae_ast_fast.kernels
+from mae_ast_fast import MAEAST, MAEASTConfig, fbank
+from mae_ast_fast.cli import main
+assert pathlib.Path(mae_ast_fast.__file__).is_relative_to(sys.argv[1]), mae_ast_fast.__file__
+assert pathlib.Path(mae_ast_fast.kernels.__file__).is_relative_to(sys.argv[1])
+features, frames = fbank(torch.randn(2, 16000) / 10)
+config = MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1)
+MAEAST(config)(features, frames).loss.backward()
+assert main(["doctor", "--help"]) == 0
+from mae_ast_fast.data.corpus import default_clips
+try:
+    default_clips(sys.argv[1])
+except ValueError as error:
+    assert "asterisk" in str(error) or "package" in str(error), error
+print("smoke test passed")
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of the tracked files, built as a wheel made from the sdist."""
+    folder = tmp_path_factory.mktemp("packaging")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.split("\0")[:-1]:
+        target = folder / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-m", "build", "-o", folder / "dist", folder / "source"], check=True)
+    return folder
+
+
+def test_requirements_exclude_the_torchaudio_that_torch_2_11_cannot_load() -> None:
+    (torchaudio,) = (
+        requirement
+        for requirement in map(Requirement, metadata.requires("mae-ast-fast"))
+        if requirement.name == "torchaudio"
+    )
+    assert list(torchaudio.specifier.filter(["2.10.0", "2.11.0", "2.11.1", "2.12.0"])) == ["2.11.0"]
+
+
+@pytest.mark.ci
+def test_wheel_and_sdist_hold_the_package(built: Path) -> None:
+    (wheel,) = (built / "dist").glob("mae_ast_fast-*.whl")
+    (sdist,) = (built / "dist").glob("mae_ast_fast-*.tar.gz")
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {path.name for path in (ROOT / "mae_ast_fast").glob("*.py")}
+    assert {f"mae_ast_fast/{name}" for name in modules} <= set(names)
+    assert {"mae_ast_fast/kernels/__init__.py", "mae_ast_fast/data/assets/manifest.tsv.gz"} <= set(names)
+    assert "mae_ast_fast/data/assets/tasks/esc14.tsv.gz" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    tops = {name.split("/")[0] for name in names}
+    assert len(tops) == 2 and "mae_ast_fast" in tops, f"only the package and its metadata, got {tops}"
+    with tarfile.open(sdist) as archive:
+        inside = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"setup.py", "pyproject.toml", "kernels/__init__.py", "mae_ast_fast/models/mae_ast.py", "LICENSE"} <= inside
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_installs_and_runs_away_from_the_checkout(built: Path, tmp_path: Path, kind: str) -> None:
+    (artefact,) = (built / "dist").glob(kind)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--target", tmp_path / "site", artefact], check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", SMOKE, str(tmp_path / "site")],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0 and "smoke test passed" in run.stdout, run.stderr

@@ -1,0 +1,582 @@
+"""Every attention backend against a loop over clips in fp64, forward and gradients, for ragged batches."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from policy import ATTENTION_EPS, STANDARD_ERRORS, assert_kernel, assert_rounding, max_rel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mae_ast_fast import MAEAST, MAEASTConfig, ops
+from mae_ast_fast.ops import attention as module
+from mae_ast_fast.ops import reference
+from mae_ast_fast.ops.attention import BACKENDS, attention, choose_backend, cross_attention, flash
+from mae_ast_fast.ops.attention import cpu as clip_attention
+from mae_ast_fast.ops.packing import cumulative
+
+PLAIN = ("clips", "sdpa", "math")  # the kernel behind "short" and FlashAttention (test_flash.py) have their own tests
+
+LENGTHS = {
+    "equal": [5, 5, 5],
+    "one to n": list(range(1, 20)),
+    "n to one": list(range(19, 0, -1)),
+    "empty clips": [0, 3, 0, 0, 7, 1, 0],
+    "single rows": [1, 1, 1, 1],
+    "one clip": [37],
+    "one long": [1, 2, 300, 1],
+    "thousands of short ones and a longer one": [1, 2, 3] * 800 + [40],
+}
+
+
+def rows(counts: list[int], heads: int = 2, dim: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(counts))
+    return torch.randn(sum(counts), 3, heads, dim, generator=generator).to(dtype)
+
+
+def call(qkv: torch.Tensor, counts: list[int], backend: str, dropout: float = 0.0) -> torch.Tensor:
+    return attention(qkv, cumulative(torch.tensor(counts)), max(counts), dropout, backend)
+
+
+def loop(qkv: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Clip by clip, nothing padded; differentiable."""
+    out = []
+    for clip in qkv.split(counts):
+        q, k, v = clip.permute(1, 2, 0, 3)
+        out.append(((q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("backend", PLAIN)
+def test_forward_and_gradients(backend: str, counts: list[int]) -> None:
+    qkv = rows(counts).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    weight = torch.randn(sum(counts), 2, 4, generator=torch.Generator().manual_seed(1))
+    out, expected = call(qkv, counts, backend), loop(exact, counts)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert out.dtype == torch.float32
+    assert_rounding(out, expected, "output")
+    assert_rounding(qkv.grad, exact.grad, "gradient", grad=True)
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_a_clip_sees_only_itself(backend: str) -> None:
+    counts = [3, 5, 2]
+    qkv = rows(counts).requires_grad_()
+    call(qkv, counts, backend)[3:8].sum().backward()
+    assert not qkv.grad[:3].any() and not qkv.grad[8:].any() and qkv.grad[3:8].any()
+    poisoned = qkv.detach().clone()
+    poisoned[:3] = float("nan")
+    assert torch.equal(call(poisoned, counts, backend)[3:], call(qkv.detach(), counts, backend)[3:])
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_large_scores_and_equal_keys(backend: str) -> None:
+    counts = [4, 2]
+    large = rows(counts) * 100
+    assert_rounding(call(large.double(), counts, backend), loop(large.double(), counts))
+    assert call(large, counts, backend).isfinite().all()
+    equal = torch.zeros(6, 3, 2, 4)
+    equal[:, 2] = rows(counts)[:, 2]
+    means = torch.cat([clip.mean(0, keepdim=True).expand_as(clip) for clip in equal[:, 2].split(counts)])
+    assert_rounding(call(equal, counts, backend), means)
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_keeps_the_dtype(backend: str, dtype: torch.dtype) -> None:
+    counts = [3, 6, 1]
+    out = call(rows(counts, dtype=dtype), counts, backend)
+    assert out.dtype == dtype
+    expected = loop(rows(counts, dtype=dtype).double(), counts)
+    assert max_rel(out, expected) <= ATTENTION_EPS * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_a_qkv_that_is_not_contiguous(backend: str) -> None:
+    counts = [3, 6, 1]
+    wide = torch.cat((rows(counts), rows(counts)), dim=3)
+    assert not wide[..., :4].is_contiguous()
+    assert torch.equal(call(wide[..., :4], counts, backend), call(rows(counts), counts, backend))
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("counts", [[300, 300], [100, 300]])
+def test_dropout_is_on_the_probabilities(backend: str, counts: list[int]) -> None:
+    """Uniform probabilities and values 1: a row's output counts its kept keys."""
+    qkv = torch.zeros(sum(counts), 3, 1, 4, dtype=torch.float64)
+    qkv[:, 2] = 1.0
+    torch.manual_seed(0)
+    out = call(qkv, counts, backend, dropout=0.25)
+    first = 0
+    for count in counts:
+        kept = out[first : first + count, 0, 0] * count * 0.75
+        assert_rounding(kept, kept.round(), "kept keys")
+        share = kept.sum().item() / count**2
+        assert abs(share - 0.75) < STANDARD_ERRORS * math.sqrt(0.25 * 0.75) / count
+        assert kept.unique().numel() > 10
+        first += count
+    torch.manual_seed(0)
+    assert torch.equal(out, call(qkv, counts, backend, dropout=0.25))
+    assert torch.equal(call(qkv, counts, backend), call(qkv, counts, backend, dropout=0.0))
+
+
+def test_unequal_clips_are_not_all_padded_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips of any length mix without padding waste: at most one padded row for each real one."""
+    padded: list[int] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        padded.append(q.shape[0] * q.shape[2])
+        return original(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for counts in ([1] * 100 + [200], [200, 3, 0, 7], list(range(1, 60)), [5, 5, 5]):
+        padded.clear()
+        assert_rounding(call(rows(counts), counts, "sdpa"), loop(rows(counts).double(), counts))
+        assert sum(counts) <= sum(padded) <= 2 * sum(counts)
+
+
+ASKING = {
+    "some": ([5, 9, 1], [2, 9, 1]),
+    "clips where none asks": ([4, 6, 3], [0, 2, 0]),
+    "empty clips": ([0, 6, 0, 3], [0, 1, 0, 3]),
+    "unlike lengths": ([1] * 40 + [70], [1, 0] * 20 + [33]),
+}
+
+
+@pytest.mark.parametrize(("counts", "asking"), ASKING.values(), ids=ASKING.keys())
+@pytest.mark.parametrize("backend", (*PLAIN, "short"))
+def test_where_only_some_rows_ask(backend: str, counts: list[int], asking: list[int]) -> None:
+    """The same as attention of all rows, at those rows, forward and gradients."""
+    qkv = rows(counts).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    first = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    places = [
+        start + torch.randperm(count, generator=generator)[:chosen].sort().values
+        for start, count, chosen in zip(first, counts, asking, strict=False)
+    ]
+    index = torch.cat(places)
+    cu = cumulative(torch.tensor(asking)), max(asking), cumulative(torch.tensor(counts)), max(counts)
+    out = cross_attention(qkv[:, 0][index], qkv[:, 1:], *cu, backend=backend)
+    expected = loop(exact, counts)[index]
+    weight = torch.randn(out.shape, generator=generator)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert_rounding(out, expected, "output")
+    assert_rounding(qkv.grad, exact.grad, "gradient", grad=True)
+
+
+@pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS.keys())
+def test_short_runs_the_kernel_for_short_clips_alone(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(ops, "short_attention", lambda qkv, *args, **impl: ran.append(args) or qkv[:, 0])
+    call(rows(counts), counts, "short")
+    assert len(ran) == (max(counts) <= 128)
+
+
+# ----------------------------------------------------------------------------------------------------------- choice
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine whose CUDA device has a compute capability, with PyTorch's FlashAttention and no package."""
+
+    def found(major: int, minor: int) -> None:
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(flash, "BUILT", True)
+    for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    found(9, 0)
+    return found
+
+
+def test_auto_is_flash_attention_where_it_runs(gpu: Any) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        for shape in ({}, {"max_seqlen": 128, "head_dim": 64}, {"max_seqlen": 2048, "head_dim": 256, "dropout": 0.1}):
+            for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+                gpu(*capability)
+                name, why = choose_backend("auto", "cuda", dtype=dtype, **shape)
+                assert name == "aten" and "FlashAttention-2" in why and "not yet run on a GPU" in why
+
+
+def test_auto_is_sdpa_elsewhere(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"dtype": torch.bfloat16}
+    cases = [("mps", half, "got mps")]
+    cases += [("cuda", {"dtype": dtype}, f"got {dtype}") for dtype in (torch.float32, torch.float64)]
+    cases += [("cuda", {**half, "head_dim": dim}, f"got {dim}") for dim in (4, 60, 264)]
+    for device, given, why in cases:
+        name, said = choose_backend("auto", device, **given)
+        assert name == "sdpa" and said.endswith(why), said
+    gpu(7, 5)
+    assert choose_backend("auto", "cuda:0", **half)[1].endswith("needs compute capability 8.0 or newer, got 7.5")
+    gpu(9, 0)
+    monkeypatch.setattr(flash, "BUILT", False)
+    assert choose_backend("auto", "cuda", **half)[0] == "sdpa"
+    monkeypatch.setattr(flash, "BUILT", True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_backend("auto", "cuda", **half)[0] == "sdpa"
+
+
+def test_auto_is_short_where_that_was_measured_ahead(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.MEASURED_SHORT == ()  # none is committed: with the first one this line goes
+    monkeypatch.setattr(module, "MEASURED_SHORT", (((9, 0), 96, 64),))
+    half, shape = {"dtype": torch.bfloat16}, {"max_seqlen": 96, "head_dim": 64}
+    assert choose_backend("auto", "cuda", **half, **shape)[0] == "short"
+    for other in ({"max_seqlen": 97}, {"head_dim": 32}, {"max_seqlen": None}, {"dtype": torch.float32}):
+        assert choose_backend("auto", "cuda", **{**half, **shape, **other})[0] != "short"
+    gpu(8, 0)
+    assert choose_backend("auto", "cuda", **half, **shape)[0] == "aten"
+
+
+def test_names_stand_for_themselves(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cpu", "cuda", "mps"):
+        for name in ("sdpa", "math", "short"):
+            assert choose_backend(name, device) == (name, "asked for by name")
+    assert choose_backend("clips", "cpu") == ("clips", "asked for by name")
+    for name in flash.FLASH:
+        if full := flash.FLASH[name].module:
+            package = SimpleNamespace(flash_attn_varlen_func=print)
+            monkeypatch.setitem(sys.modules, full.partition(".")[0], package)
+            monkeypatch.setitem(sys.modules, full, package)
+        assert choose_backend(name, "cuda", dtype=torch.float16)[0] == name
+
+
+def test_short_is_auto_where_its_kernel_does_not_apply(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"dtype": torch.bfloat16}
+    assert choose_backend("short", "cuda", max_seqlen=128, head_dim=128, **half)[0] == "short"
+    for shape in ({"max_seqlen": 129, "head_dim": 64}, {"max_seqlen": 5, "head_dim": 136}):
+        name, why = choose_backend("short", "cuda", **shape, **half)
+        assert name == "aten" and "128" in why and "FlashAttention-2" in why
+        assert choose_backend("short", "cpu", **shape, **half)[0] == "clips"
+
+
+def test_short_is_auto_where_only_some_rows_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(module, "choose_backend", lambda name, *args, **shape: asked.append(name) or ("sdpa", ""))
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    for name in ("auto", "short", "math"):
+        cross_attention(torch.zeros(2, 1, 8), torch.zeros(2, 2, 1, 8), cu, 2, cu, 2, backend=name)
+    assert asked == ["auto", "auto", "math"]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "given", "words"),
+    [
+        *[(name, (9, 0), {"device": "cpu"}, ["CUDA device", "got cpu"]) for name in flash.FLASH],
+        *[(name, (9, 0), {"dtype": torch.float32}, ["float16 and bfloat16", "float32"]) for name in flash.FLASH],
+        *[(name, (9, 0), {"head_dim": 12}, ["multiple of 8", "256", "got 12"]) for name in flash.FLASH],
+        *[(name, (9, 0), {"head_dim": 264}, ["multiple of 8", "256", "got 264"]) for name in flash.FLASH],
+        ("fa3", (9, 0), {"dropout": 0.1}, ["no dropout", "0.1"]),
+        ("fa4", (9, 0), {"dropout": 0.1}, ["no dropout", "0.1"]),
+        ("aten", (7, 5), {}, ["8.0", "got 7.5"]),
+        ("fa2", (7, 5), {}, ["8.0", "got 7.5"]),
+        ("fa3", (8, 0), {}, ["9.0", "got 8.0"]),
+        ("fa3", (10, 0), {}, ["9.0", "got 10.0"]),
+        ("fa4", (8, 6), {}, ["9.0", "got 8.6"]),
+        ("fa2", (8, 0), {}, ["flash_attn.flash_attn_varlen_func", "pip install flash-attn"]),
+        ("fa3", (9, 0), {}, ["flash_attn_interface.flash_attn_varlen_func", "hopper"]),
+        ("fa4", (9, 0), {}, ["flash_attn.cute.flash_attn_varlen_func", "pip install --pre flash-attn-4"]),
+    ],
+)
+def test_what_flash_attention_cannot_do_is_an_error_not_a_fallback(
+    gpu: Any, name: str, capability: tuple[int, int], given: dict[str, Any], words: list[str]
+) -> None:
+    gpu(*capability)
+    arguments = {"device": "cuda", "dtype": torch.float16, "head_dim": 64, **given}
+    with pytest.raises(ValueError) as caught:
+        choose_backend(name, arguments.pop("device"), **arguments)
+    assert all(word in str(caught.value) for word in (*words, repr(name), "use attention='auto'"))
+
+
+@pytest.mark.parametrize("name", flash.FLASH)
+def test_a_model_says_so_when_it_is_called(name: str) -> None:
+    """Not before: it may be built on a CPU and moved."""
+    sizes = {"num_mel_bins": 8, "patch_size": (4, 4), "embed_dim": 16, "decoder_embed_dim": 16, "num_heads": 2}
+    model = MAEAST(MAEASTConfig(**sizes, encoder_layers=1, decoder_layers=1, ffn_dim=16), attention=name)
+    with pytest.raises(ValueError, match=f"attention='{name}' needs a CUDA device, got cpu; use attention='auto'"):
+        model(torch.zeros(1, 16, 8))
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+def test_an_unknown_backend_is_an_error_that_names_the_choices() -> None:
+    for run in (lambda: choose_backend("flashy", "cpu"), lambda: call(rows([2]), [2], "flashy")):
+        with pytest.raises(ValueError) as caught:
+            run()
+        assert all(word in str(caught.value) for word in ("auto", *BACKENDS, "'flashy'"))
+
+
+QKV, CU = torch.zeros(4, 3, 1, 8), torch.tensor([0, 4], dtype=torch.int32)
+Q, KV = QKV[:, 0], QKV[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda: attention(KV, CU, 4), ["(N, 3, H, Dh)", "(4, 2, 1, 8)"]),
+        (lambda: attention(QKV, CU.long(), 4), ["cu_seqlens", "int32", "torch.int64 (2,)"]),
+        (lambda: attention(QKV, CU[None], 4), ["cu_seqlens", "(B + 1,)", "(1, 2)"]),
+        (lambda: attention(QKV, CU.to("meta"), 4), ["cu_seqlens", "on cpu", "meta"]),
+        (lambda: attention(QKV, CU, 4, 1.0), ["dropout", "[0, 1)", "1.0"]),
+        (lambda: attention(QKV, CU, 4, -0.1), ["dropout", "[0, 1)", "-0.1"]),
+        (lambda: cross_attention(Q, QKV, CU, 4, CU, 4), ["(N, 2, H, Dh)", "(4, 3, 1, 8)"]),
+        (lambda: cross_attention(Q[..., :4], KV, CU, 4, CU, 4), ["(Nq, H, Dh)", "(4, 1, 4)"]),
+        (lambda: cross_attention(Q.half(), KV, CU, 4, CU, 4), ["alike", "float16", "float32"]),
+        (lambda: cross_attention(Q, KV, CU, 4, CU.long(), 4), ["cu_kv", "int32", "int64"]),
+        (lambda: cross_attention(Q, KV, CU, 4, CU[:1], 4), ["same clips", "1 and 0"]),
+        (lambda: cross_attention(Q, KV, CU, 4, CU, 4, 1.5), ["dropout", "1.5"]),
+    ],
+)
+def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        run()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_auto_on_a_cpu_goes_clip_by_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except in a traced graph, which reads no lengths."""
+    halves, wide = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+    given = [(dtype, rate) for dtype in (*halves, *wide) for rate in (0.0, 0.1)]
+    names = {which: choose_backend("auto", "cpu", dtype=which[0], dropout=which[1])[0] for which in given}
+    assert set(names.values()) == {"clips"}
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    names = {which: choose_backend("auto", "cpu", dtype=which[0], dropout=which[1])[0] for which in given}
+    assert names == {(dtype, rate): "math" if rate and dtype in halves else "sdpa" for dtype, rate in given}
+
+
+def test_clips_elsewhere_is_an_error_that_says_what_to_use() -> None:
+    for device in ("cuda", "mps", "meta"):
+        with pytest.raises(ValueError, match=f"'clips' needs a CPU and eager mode, got {device}; use attention='auto'"):
+            choose_backend("clips", device)
+    cu = cumulative(torch.tensor([2, 3]))
+    with pytest.raises(Exception, match="needs a CPU and eager mode, got a graph that torch"):
+        torch.compile(lambda qkv: attention(qkv, cu, 3, 0.0, "clips"), fullgraph=True, backend="eager")(rows([2, 3]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_auto_in_a_traced_graph(dropout: float) -> None:
+    qkv = rows([2, 3], dtype=torch.bfloat16)
+    cu = cumulative(torch.tensor([2, 3]))
+    traced = torch.compile(lambda x: attention(x, cu, 3, dropout), fullgraph=True, backend="aot_eager")
+    out = traced(qkv)
+    assert out.isfinite().all() and out.dtype == torch.bfloat16
+    if not dropout:
+        assert max_rel(out, loop(qkv.double(), [2, 3])) <= ATTENTION_EPS * torch.finfo(qkv.dtype).eps
+
+
+# ---------------------------------------------------------------------------------------------------- clip by clip
+
+MIXED = [5, 5, 5, 0, 16, 1, 9, 16, 2, 3, 15]
+
+
+@pytest.fixture(params=[clip_attention.BLOCK, 200, 40], ids=["in one block", "some heads a block", "some rows a block"])
+def block(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(clip_attention, "BLOCK", request.param)
+    return request.param
+
+
+def masked_loop(qkv: torch.Tensor, counts: list[int], masks: list[torch.Tensor], scale: float) -> torch.Tensor:
+    """``loop`` with these (H, S, S) bool masks on the probabilities, in the dtype of ``qkv``."""
+    out = []
+    for clip, mask in zip(qkv.split(counts), masks, strict=True):
+        q, k, v = clip.permute(1, 2, 0, 3)
+        p = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1, torch.promote_types(q.dtype, torch.float32))
+        out.append((((p.to(q.dtype) * mask) @ v) * scale).transpose(0, 1))
+    return torch.cat(out)
+
+
+def seeded(qkv: torch.Tensor, counts: list[int], dropout: float) -> torch.Tensor:
+    torch.manual_seed(3)
+    return call(qkv, counts, "clips", dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_with_dropout_are_those_of_the_same_mask(block: int, dtype: torch.dtype) -> None:
+    """Values that are unit vectors show the mask, which depends on the seed and on the lengths alone."""
+    rate, scale = 0.3, 65536 / (65536 - round(0.3 * 65536))
+    qkv = rows(MIXED, dim=16, dtype=dtype)
+    shown = qkv.clone()
+    shown[:, 2] = torch.cat([torch.eye(count, 16) for count in MIXED])[:, None]
+    masks = [clip.transpose(0, 1)[..., : len(clip)] != 0 for clip in seeded(shown, MIXED, rate).split(MIXED)]
+    assert 0 < sum(int(mask.sum()) for mask in masks) < sum(mask.numel() for mask in masks)
+
+    weight = torch.randn(sum(MIXED), 2, 16, generator=torch.Generator().manual_seed(4)).to(dtype)
+    results = []
+    for x, run in [
+        (qkv.clone(), lambda x: seeded(x, MIXED, rate)),
+        (qkv.clone(), lambda x: masked_loop(x, MIXED, masks, scale)),
+        (qkv.double(), lambda x: masked_loop(x, MIXED, masks, scale)),
+    ]:
+        out = run(x.requires_grad_())
+        out.backward(weight.to(out.dtype))
+        results.append((out, x.grad))
+    ours, same, exact = results
+    if dtype == torch.float32:
+        assert_rounding(ours[0], exact[0], "output")
+        assert_rounding(ours[1], exact[1], "gradient", grad=True)
+    for name, k, t, r in zip(("output", "gradient"), ours, same, exact, strict=True):
+        assert_kernel(k, t, r, dtype, name, dot=True)
+
+
+def test_blocks_of_any_size_give_the_same(block: int) -> None:
+    """In half precision too, where the parts of a long clip's gradient are summed up in fp32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = rows(MIXED, dim=16, dtype=dtype).requires_grad_()
+        exact = qkv.detach().double().requires_grad_()
+        out, expected = call(qkv, MIXED, "clips"), loop(exact, MIXED)
+        out.sum().backward()
+        expected.sum().backward()
+        same = qkv.detach().clone().requires_grad_()
+        of_same = masked_loop(same, MIXED, [torch.tensor(True)] * len(MIXED), 1.0)
+        of_same.sum().backward()
+        assert_kernel(out, of_same, expected, dtype, "output", dot=True)
+        assert_kernel(qkv.grad, same.grad, exact.grad, dtype, "gradient", dot=True)
+
+
+def test_dropout_of_where_only_some_rows_ask() -> None:
+    """Uniform probabilities and values 1: outputs count kept keys, gradients of values what each was kept for."""
+    counts, asking = [300, 40, 200], [100, 0, 150]
+    q, kv = torch.zeros(250, 1, 4, dtype=torch.float64), torch.zeros(540, 2, 1, 4, dtype=torch.float64)
+    kv[:, 1] = 1.0
+    kv.requires_grad_()
+    cu = cumulative(torch.tensor(asking)), 150, cumulative(torch.tensor(counts)), 300
+    out = cross_attention(q, kv, *cu, 0.25, "clips")
+    out.sum().backward()
+    for o, g, count in zip(out.split(asking), kv.grad.split(counts), counts, strict=True):
+        kept = o[:, 0, 0] * count * 0.75
+        assert_rounding(kept, kept.round(), "kept keys of a query")
+        kept_for = g[:, 1, 0, 0] * count * 0.75
+        assert_rounding(kept_for, kept_for.round(), "queries that kept a key")
+        assert kept.sum().round() == kept_for.sum().round() <= 0.8 * kept.numel() * count
+    assert not kv.grad[300:340].any()
+
+
+def test_what_a_seed_and_a_rate_give() -> None:
+    counts = [40, 7, 40]
+    qkv = rows(counts)
+    first = seeded(qkv, counts, 0.1)
+    assert torch.equal(first, seeded(qkv, counts, 0.1))
+    assert not torch.equal(first, call(qkv, counts, "clips", 0.1))
+    assert torch.equal(seeded(qkv, counts, 1e-6), call(qkv, counts, "clips"))  # a rate that rounds to 0 drops nothing
+    assert call(qkv, counts, "clips", 1 - 1e-9).isfinite().all()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    call(qkv, counts, "clips")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_every_place_of_a_random_word_is_kept_alike(rate: float) -> None:
+    """Four elements share 64 random bits: each of the four is kept as often, and neighbours independently."""
+    torch.manual_seed(0)
+    kept, scale = reference.draw_kept(torch.Size([4, 100_001]), rate)
+    share = 1 / scale
+    assert abs(share - (1 - rate)) <= 2**-17 and kept.dtype == torch.int16 and kept.shape == (4, 100_001)
+    words = kept.flatten()[: kept.numel() // 4 * 4].view(-1, 4).double()
+    error = (share * (1 - share) / len(words)) ** 0.5
+    assert ((words.mean(0) - share).abs() < STANDARD_ERRORS * error).all()
+    products = (words[:, :3] * words[:, 1:]).mean(0)
+    assert ((products - share**2).abs() < STANDARD_ERRORS * (share**2 * (1 - share**2) / len(words)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_the_specification(dtype: torch.dtype) -> None:
+    x = torch.linspace(1.0, 2.0, 10_000).to(dtype).requires_grad_()
+    torch.manual_seed(0)
+    out = reference.drop(x, 0.25)
+    out.sum().backward()
+    kept = out != 0
+    expected = torch.where(kept, x.detach().double() / 0.75, 0.0).to(dtype)
+    assert max_rel(out, expected) <= torch.finfo(dtype).eps
+    assert abs(kept.double().mean().item() - 0.75) < STANDARD_ERRORS * (0.25 * 0.75 / 10_000) ** 0.5
+    assert torch.equal(x.grad != 0, kept) and x.grad.unique().numel() == 2
+    assert reference.drop(x, 0.0) is x
+
+
+def test_rows_past_the_last_clip() -> None:
+    counts = [4, 0, 6]
+    qkv = torch.cat((rows(counts), torch.full((3, 3, 2, 4), float("nan")))).requires_grad_()
+    out = call(qkv, counts, "clips", 0.1)
+    out.nansum().backward()
+    assert not out[10:].any() and not qkv.grad[10:].any()
+    assert out[:10].isfinite().all() and qkv.grad.isfinite().all() and qkv.grad[:10, 2].any()
+    for nothing in ([0, 0], [0]):
+        x = torch.zeros(0, 3, 2, 4, requires_grad=True)
+        call(x, nothing, "clips").sum().backward()
+        assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("counts", "most"),
+    [
+        ([124] * 32, 4),
+        ([200] * 20, 20),
+        ([1, 2, 3] * 800 + [40], 3),
+        (list(range(10, 60)) * 4, 10),
+        ([900, 3, 2000], 3),
+    ],
+)
+def test_clips_go_together_with_little_padding(counts: list[int], most: int) -> None:
+    """Each is in one bundle, few bundles hold them all, and a bundle stays within a block unless it is one clip."""
+    cu = cumulative(torch.tensor(counts))
+    found = clip_attention.bundles(cu, cu, 6)
+    assert len(found) <= most and sum(bundle.clips for bundle in found) == len(counts)
+    rows_of = torch.zeros(sum(counts), dtype=torch.int64)
+    for bundle in found:
+        index, real = bundle.kv.index, bundle.kv.real
+        index = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
+        size = 6 * bundle.clips * (len(index) // bundle.clips) ** 2
+        assert bundle.clips == 1 or size <= clip_attention.BLOCK
+        each = len(index) // bundle.clips if real is None else real.sum(1)
+        kept = 6 * (each**2 * bundle.clips if real is None else int(each.square().sum()))
+        assert size - kept <= clip_attention.WASTE
+        rows_of[index if real is None else index[real.flatten()]] += 1
+    assert (rows_of == 1).all()
+
+
+class Sizes(TorchDispatchMode):
+    """Elements of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.made.append(out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+def test_a_long_clip_needs_its_probabilities_and_a_few_blocks() -> None:
+    qkv = rows([2048], heads=1, dim=8, dtype=torch.bfloat16)
+    for keep in (False, True):
+        with Sizes() as sizes:
+            out = call(qkv.requires_grad_(keep), [2048], "clips", 0.1)
+            if keep:
+                out.sum().backward()
+        large = {size for size in sizes.made if size > clip_attention.BLOCK}
+        assert large == ({2048**2} if keep else set())
+        assert sizes.made.count(clip_attention.BLOCK) > 0
+
+
+def test_autocast_changes_nothing() -> None:
+    qkv = rows([5, 3]).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(qkv, [5, 3], "clips", 0.0)
+        out.sum().backward()
+    assert torch.equal(out, call(qkv, [5, 3], "clips", 0.0)) and qkv.grad.dtype == torch.float32

@@ -1,0 +1,267 @@
+"""kernels/gather_patches.py against reference.gather_patches: the arithmetic is the same, so equal to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    OFFSETS,
+    check_compiles,
+    check_registration,
+    check_repeats,
+    check_strided_vectors,
+    compare,
+    randn,
+    results_and_gradients,
+)
+
+from mae_ast_fast import ops
+from mae_ast_fast.ops import reference
+from mae_ast_fast.ops.packing import Packing
+
+SIZES = [(16, 16), (2, 32), (3, 5), (1, 1), (7, 1), (1, 9)]
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """What ``torch.empty`` returns is filled with NaN in this mode: what a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor([value], device=DEVICE)
+
+
+def pick(batch: int, tokens: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(clip, token) of ``count`` patches, none twice, in any order."""
+    flat = torch.randperm(batch * tokens, generator=torch.Generator().manual_seed(seed))[:count].to(DEVICE)
+    return flat // max(tokens, 1), flat % max(tokens, 1)
+
+
+def check_equal(features: torch.Tensor, differentiable: tuple[str, ...] = ("features",), **others) -> torch.Tensor:
+    """Kernel and reference, values and gradient; returns the values."""
+    others = {"mean": scalar(0.0), "scale": scalar(1.0), "dtype": None} | others
+    fixed = {name: others.pop(name) for name in ("patch_size", "dtype")}
+
+    def kernel(**inputs) -> torch.Tensor:
+        return ops.gather_patches(**inputs, **fixed, impl="triton")
+
+    def expected(**inputs) -> torch.Tensor:
+        return reference.gather_patches(**inputs, **fixed)
+
+    inputs = {"features": features, **others}
+    found, want = (results_and_gradients(f, inputs, differentiable) for f in (kernel, expected))
+    for name, x in want.items():
+        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
+    return found["output 0"]
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_moves_the_rows_and_their_gradients(size: tuple[int, int], dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Clips with some rows, one, none and all of them; a tail frame; mean 0 and scale 1 change nothing."""
+    kt, kf = size
+    features = randn(4, 3 * kt + kt // 2, 2 * kf, dtype=stored, offset=30.0)
+    selected = torch.zeros(4, 6, dtype=torch.bool, device=DEVICE)
+    selected[0, [1, 2, 5]], selected[1, 3], selected[3] = True, True, True
+    rows = Packing.of(selected)
+    out = check_equal(features, clip=rows.clip, token=rows.token, patch_size=size, dtype=dtype)
+    assert out.shape == (10, kt * kf) and out.dtype == dtype
+    assert torch.equal(out[3], features[1, kt : 2 * kt, kf:].flatten().to(dtype))
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "count"), [((16, 16), 1), ((2, 32), 11), ((3, 5), 14)])
+def test_normalised(size: tuple[int, int], count: int, dtype: torch.dtype, offset: float) -> None:
+    """By the policy too: the mean has more digits than fp16, and is large beside what remains."""
+    features = randn(3, 3 * size[0], 2 * size[1], dtype=dtype, offset=offset)
+    clip, token = pick(3, 6, count)
+    inputs = {"mean": scalar(offset - 0.2871), "scale": scalar(0.1234), "clip": clip, "token": token}
+    check_equal(features, **inputs, patch_size=size)
+    compare(
+        lambda **x: ops.gather_patches(**x, patch_size=size, impl="triton"),
+        lambda **x: reference.gather_patches(**x, patch_size=size),
+        {"features": features, **inputs},
+        ("features",),
+        dtype,
+    )
+
+
+@st.composite
+def strided(draw, batch: int, frames: int, bins: int, dtype: torch.dtype) -> torch.Tensor:
+    """(batch, frames, bins) with its dimensions in any order in memory, with gaps of NaN, or standing still."""
+    order = draw(st.permutations(range(3)))
+    steps = [draw(st.integers(1, 2)) for _ in range(3)]
+    shape = (batch, frames, bins)
+    stored = torch.full([shape[d] * steps[d] + draw(st.integers(0, 2)) for d in order], float("nan"))
+    view = stored.to(DEVICE, dtype).permute([order.index(d) for d in range(3)])
+    view = view[: batch * steps[0] : steps[0], : frames * steps[1] : steps[1], : bins * steps[2] : steps[2]]
+    view.copy_(randn(*shape, dtype=dtype))
+    return view
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_strides_sizes_and_rows(data: st.DataObject) -> None:
+    batch, grid_t, grid_f = (data.draw(st.integers(1, 3)) for _ in range(3))
+    size = kt, kf = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    dtype, out_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([None, *DTYPES]))
+    frames = grid_t * kt + data.draw(st.integers(0, kt - 1))
+    features = data.draw(strided(batch, frames, grid_f * kf, dtype))
+    count = data.draw(st.integers(0, batch * grid_t * grid_f))
+    clip, token = pick(batch, grid_t * grid_f, count, data.draw(st.integers(0, 9)))
+    check_equal(
+        features,
+        mean=scalar(0.3),
+        scale=torch.tensor(1.7, device=DEVICE),
+        clip=clip,
+        token=token,
+        patch_size=size,
+        dtype=out_dtype,
+    )
+
+
+def test_transposed_view_gives_the_layout_of_ssast() -> None:
+    """Token = f_block * n_t + t_block, inside a patch f * kt + t."""
+    kt, kf, n_t, n_f = 4, 8, 3, 2
+    features = randn(2, n_t * kt, n_f * kf)
+    clip, token = pick(2, n_t * n_f, 12)
+    out = check_equal(features.transpose(1, 2), clip=clip, token=token, patch_size=(kf, kt))
+    for row, (b, n) in enumerate(zip(clip.tolist(), token.tolist(), strict=True)):
+        f, t = n // n_t * kf, n % n_t * kt
+        assert torch.equal(out[row], features[b, t : t + kt, f : f + kf].T.flatten())
+
+
+def test_expanded_features_and_strided_indices() -> None:
+    clip, token = torch.stack(pick(3, 6, 18), dim=1).unbind(1)
+    assert clip.stride(0) == 2  # columns of one matrix
+    one = randn(1, 6, 8)
+    check_equal(one.expand(3, 6, 8), (), clip=clip, token=token, patch_size=(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8), (2, 1, 8), (0, 6, 8)])
+def test_without_rows(shape: tuple[int, int, int]) -> None:
+    none = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    out = check_equal(randn(*shape), clip=none, token=none, patch_size=(2, 4))
+    assert out.shape == (0, 8)
+
+
+def test_writes_nothing_behind_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mae_ast_fast.kernels import gather_patches as module
+
+    features, (clip, token) = randn(1, 6, 10), pick(1, 4, 3)
+    buffer = torch.full((3 * 15 + 256,), 77.0, device=DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *shape, **_: buffer[: 3 * 15].view(*shape))
+        out = module.forward(features, scalar(0.0), scalar(1.0), clip, token, 3, 5, torch.float32)
+    assert torch.equal(out, reference.gather_patches(features, scalar(0.0), scalar(1.0), clip, token, (3, 5)))
+    assert (buffer[3 * 15 :] == 77.0).all()
+
+
+def test_clip_and_token_may_have_strides_of_their_own() -> None:
+    clip, token = pick(2, 6, 7)
+    features = randn(2, 7, 8)
+    inputs = {"features": features, "mean": scalar(0.3), "scale": scalar(1.7), "clip": clip, "token": token}
+
+    def gathered(**inputs) -> torch.Tensor:
+        return ops.gather_patches(**inputs, patch_size=(2, 4), impl="triton")
+
+    for names in (("clip",), ("token",)):
+        check_strided_vectors(gathered, inputs, names, ("features",))
+
+
+def test_registration_compile_and_repeats() -> None:
+    from mae_ast_fast.kernels.gather_patches import backward_op, forward_op
+
+    clip, token = pick(2, 6, 7)
+    for features in (randn(2, 7, 8), randn(2, 8, 7).transpose(1, 2)):
+        leaf = features.clone().requires_grad_()
+        check_registration(forward_op, leaf, scalar(0.3), scalar(1.7), clip, token, 2, 4, torch.float16)
+        check_registration(backward_op, randn(7, 8), features, scalar(1.7), clip, token, 2, 4)
+        inputs = {"features": features, "mean": scalar(0.3), "scale": scalar(1.7), "clip": clip, "token": token}
+
+        def gathered(**inputs) -> torch.Tensor:
+            return ops.gather_patches(**inputs, patch_size=(2, 4), impl="triton").sin()
+
+        others = {**inputs, "clip": clip[:4], "token": token[:4]}
+        check_compiles(gathered, inputs, ("features",), others)
+        check_repeats(gathered, inputs, ("features",))
+
+
+def test_reference_gradients_and_arithmetic() -> None:
+    """impl="torch" differentiates all three; half-precision features are normalised in fp32, fp64 ones in fp64."""
+    clip, token = pick(2, 4, 5)
+    wide = randn(2, 4, 6).double()
+    leaves = [x.double().requires_grad_() for x in (wide, scalar(0.3), scalar(1.7))]
+    assert torch.autograd.gradcheck(lambda *x: ops.gather_patches(*x, clip, token, (2, 3), impl="torch"), leaves)
+    half = wide.half()
+    out = ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token, (2, 3))
+    assert torch.equal(
+        out, ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token, (2, 3), torch.float32).half()
+    )
+    exact = ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token, (2, 3), torch.float64)
+    assert torch.equal(exact.float().double(), exact)  # its values are fp32's
+    with pytest.raises(IndexError):
+        ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token + 4, (2, 3))
+
+
+def test_reads_nothing_back() -> None:
+    """Tensors without values do: nothing waits for a device."""
+    index, one = torch.empty(5, dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
+    features = torch.empty(2, 8, 8, device="meta")
+    out = ops.gather_patches(features, one, one, index, index, (4, 2), torch.bfloat16, impl="triton")
+    assert out.shape == (5, 8) and out.dtype == torch.bfloat16 and out.device.type == "meta"
+
+
+INDEX = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(4, 4)}, r"features must be floating \(B, T, F\), got torch.float32 \(4, 4\)"),
+        ({"features": torch.zeros(1, 4, 4, dtype=torch.int64)}, "features must be floating"),
+        ({"patch_size": (2, 3)}, r"divide the 4 bins of features, got \(2, 3\)"),
+        ({"patch_size": (0, 2)}, "patch_size must be positive"),
+        ({"mean": torch.zeros(2)}, r"mean must be one floating element on .*, got torch.float32 \(2,\)"),
+        ({"scale": torch.zeros(1, dtype=torch.int64)}, "scale must be one floating element"),
+        ({"scale": torch.zeros(1, device="meta")}, "scale must be one floating element on .* on meta"),
+        ({"clip": INDEX[None]}, r"clip must be \(N\), got \(1, 2\)"),
+        ({"token": INDEX[:1]}, r"token must be \(2\), got \(1,\)"),
+        ({"token": INDEX.int()}, "token must be int64, got torch.int32"),
+        ({"clip": INDEX.to("meta")}, "clip must be on .*, got meta"),
+        ({"dtype": torch.int32}, "dtype must be floating, got torch.int32"),
+        ({"impl": "cuda"}, "impl must be one of auto, torch, triton"),
+        ({"impl": "triton", "dtype": torch.float64}, "impl='triton' takes float32, float16 and bfloat16"),
+        ({"impl": "triton", "features": torch.zeros(1, 4, 4, device=DEVICE).double()}, "impl='triton' takes float32"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    inputs = {
+        "features": torch.zeros(1, 4, 4, device=DEVICE),
+        "mean": scalar(0.0),
+        "scale": scalar(1.0),
+        "clip": INDEX,
+        "token": INDEX,
+        "patch_size": (2, 2),
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.gather_patches(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("name", ["mean", "scale"])
+def test_the_kernel_has_no_gradient_for_mean_and_scale(name: str) -> None:
+    inputs = {"mean": scalar(0.0), "scale": scalar(1.0)}
+    inputs[name].requires_grad_()
+    with pytest.raises(ValueError, match="no gradient for mean and scale: detach them or use impl='torch'"):
+        ops.gather_patches(randn(1, 4, 4), **inputs, clip=INDEX, token=INDEX, patch_size=(2, 2), impl="triton")

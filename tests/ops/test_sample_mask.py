@@ -1,0 +1,207 @@
+"""kernels/sample_mask.py against masking.sample_mask: the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from kernel_checks import DEVICE, check_compiles, check_registration, check_repeats
+
+from mae_ast_fast import ops
+from mae_ast_fast.ops import masking
+from mae_ast_fast.ops.masking import MASKING_STRATEGIES, num_visible, philox4x32
+
+KERNEL = ("random", "chunk")
+OTHERS = tuple(sorted(set(MASKING_STRATEGIES) - set(KERNEL)))
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_filled() -> Iterator[None]:
+    """What ``torch.empty`` returns is all True in this mode: what a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_equal(strategy: str, tokens: list[int], grid_f: int, mask_ratio: float, **others) -> torch.Tensor:
+    """The kernel's mask on its device, equal to masking.py's on the CPU, with exact counts."""
+    on_device = torch.tensor(tokens, dtype=torch.int64, device=DEVICE)
+    mask = ops.sample_mask(strategy, on_device, grid_f, mask_ratio, **others, impl="triton").cpu()
+    expected = masking.sample_mask(strategy, tokens, grid_f, mask_ratio, **others)
+    assert mask.dtype == torch.bool and mask.shape == expected.shape
+    assert mask.sum(1).tolist() == [n - num_visible(n, mask_ratio) for n in tokens]
+    assert torch.equal(mask, expected)
+    return mask
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    strategy = draw(st.sampled_from(KERNEL))
+    grid_f = draw(st.integers(2 if strategy == "chunk" else 1, 9))
+    per_step = grid_f if strategy == "chunk" else 1
+    tokens = [per_step * n for n in draw(st.lists(st.integers(0, 12), max_size=3))]
+    return {
+        "strategy": strategy,
+        "tokens": tokens,
+        "grid_f": grid_f,
+        "mask_ratio": draw(st.floats(0.001, 0.999)),
+        "seed": draw(st.integers(-(2**63), 2**64 - 1)),
+        "clip_ids": [draw(st.integers(-(2**40), 2**40)) for _ in tokens],
+        "epoch": draw(st.integers(-3, 2**33)),
+        "max_tokens": max(tokens, default=0) + per_step * draw(st.integers(0, 3)),
+    }
+
+
+@pytest.mark.ci
+@settings(max_examples=30, deadline=None)
+@given(cases())
+@example({"strategy": "random", "tokens": [], "grid_f": 1, "mask_ratio": 0.5, "seed": 1, "max_tokens": 4})
+@example({"strategy": "random", "tokens": [0, 1], "grid_f": 1, "mask_ratio": 0.99, "seed": 2**63})
+@example({"strategy": "chunk", "tokens": [0, 0], "grid_f": 8, "mask_ratio": 0.75, "seed": -1})
+@example({"strategy": "chunk", "tokens": [40, 0, 8], "grid_f": 8, "mask_ratio": 0.75, "seed": -1, "epoch": 2**31})
+def test_any_lengths_seeds_and_clips(case: dict) -> None:
+    check_equal(**case)
+
+
+@pytest.mark.parametrize("strategy", KERNEL)
+@pytest.mark.parametrize("clip", range(3))
+def test_clips_of_ten_seconds(strategy: str, clip: int) -> None:
+    """512 tokens fill a row of the table to the last place; the three clips draw squares of the three sizes."""
+    sizes = [3 + (philox4x32((0, n, 0, 4), (3, 0))[0] * 3 >> 32) for n in range(3)]
+    assert sorted(sizes) == [3, 4, 5]
+    check_equal(strategy, [512], 8, 0.75, seed=3, clip_ids=[clip])
+
+
+@pytest.mark.parametrize("strategy", KERNEL)
+@pytest.mark.parametrize("tokens", [520, 1032, 4104])
+def test_longer_clips(strategy: str, tokens: int) -> None:
+    check_equal(strategy, [tokens], 8, 0.6, seed=11)
+
+
+@pytest.mark.parametrize(("clip", "rank", "pair"), [(21310, 17, (112, 134)), (108248, 422, (219, 271))])
+def test_equal_words_go_to_the_lower_token(clip: int, rank: int, pair: tuple[int, int]) -> None:
+    """Of two tokens of a clip that drew the same word, the one hidden if only one is."""
+    words = philox4x32((torch.arange(512), clip, 0, 0), (1, 0))[0]
+    assert words[pair[0]] == words[pair[1]] and (words < words[pair[0]]).sum() == rank
+    for more, hidden in ((0, [False, False]), (1, [True, False]), (2, [True, True])):
+        mask = check_equal("random", [512], 1, (rank + more) / 512, seed=1, clip_ids=[clip])
+        assert mask[0, list(pair)].tolist() == hidden
+
+
+@pytest.mark.parametrize("strategy", KERNEL)
+def test_where_the_seed_comes_from(strategy: str) -> None:
+    """A number, a tensor, a generator and PyTorch's own draw the masks of masking.py."""
+    case = {"tokens": [24, 16], "grid_f": 8, "mask_ratio": 0.5}
+    one = check_equal(strategy, **case, seed=2**40 + 1)
+    assert torch.equal(one, check_equal(strategy, **case, seed=torch.tensor(2**40 + 1)))
+    on_device = torch.tensor(2**40 + 1, device=DEVICE)
+    tokens = torch.tensor([24, 16], dtype=torch.int32, device=DEVICE)
+    again = ops.sample_mask(strategy, tokens, 8, 0.5, seed=on_device, max_tokens=24, impl="triton")
+    assert torch.equal(one, again.cpu())
+    drawn = []
+    for sample, options in ((ops.sample_mask, {"impl": "triton"}), (masking.sample_mask, {})):
+        drawn.append(sample(strategy, tokens, 8, 0.5, generator=torch.Generator().manual_seed(5), **options))
+        torch.manual_seed(6)
+        drawn.append(sample(strategy, tokens, 8, 0.5, **options))
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_strided_counts_and_ids() -> None:
+    tokens, ids = torch.tensor([[40, 7], [24, 9], [8, 5]], device=DEVICE).unbind(1)
+    assert tokens.stride(0) == 2
+    mask = ops.sample_mask("chunk", tokens, 8, 0.5, seed=4, clip_ids=ids, impl="triton")
+    assert torch.equal(mask.cpu(), check_equal("chunk", [40, 24, 8], 8, 0.5, seed=4, clip_ids=[7, 9, 5]))
+
+
+def test_writes_nothing_behind_the_last_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mae_ast_fast.kernels import sample_mask as module
+
+    tokens, ids = torch.tensor([9, 5], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    buffer = torch.ones(18 + 600, dtype=torch.bool, device=DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *shape, **_: buffer[:18].view(*shape))
+        mask = module.forward(tokens, tokens - 3, ids, torch.tensor(8, device=DEVICE), 0, 1, 9, False)
+    assert mask.sum(1).tolist() == [6, 2] and buffer[18:].all()
+
+
+@pytest.mark.parametrize("strategy", OTHERS)
+def test_other_strategies_are_torch_alone(strategy: str) -> None:
+    arguments = strategy, [24, 16], 8, 0.5
+    with pytest.raises(ValueError, match=f"has the strategies random and chunk, got '{strategy}': use impl='torch'"):
+        ops.sample_mask(*arguments, seed=3, impl="triton")
+    expected = masking.sample_mask(*arguments, seed=3)
+    for impl in ("auto", "torch"):
+        assert torch.equal(ops.sample_mask(*arguments, seed=3, impl=impl), expected)
+
+
+@pytest.mark.parametrize("strategy", KERNEL)
+def test_auto_draws_the_same(strategy: str) -> None:
+    tokens = torch.tensor([24, 16], device=DEVICE)
+    expected = masking.sample_mask(strategy, [24, 16], 8, 0.5, seed=3)
+    for impl in ("auto", "torch"):
+        assert torch.equal(ops.sample_mask(strategy, tokens, 8, 0.5, seed=3, impl=impl).cpu(), expected)
+
+
+@pytest.mark.parametrize("epoch", [2**31, 2**32 - 1, -1, -(2**31)])
+def test_every_bit_of_the_epoch_counts(epoch: int) -> None:
+    tokens = torch.tensor([24, 16], device=DEVICE)
+    drawn, other = (ops.sample_mask("random", tokens, 8, 0.5, seed=3, epoch=e, impl="triton") for e in (epoch, 1))
+    assert torch.equal(drawn.cpu(), masking.sample_mask("random", [24, 16], 8, 0.5, seed=3, epoch=epoch))
+    assert not torch.equal(drawn, other)
+
+
+@pytest.mark.parametrize("strategy", KERNEL)
+def test_the_public_function_compiles(strategy: str) -> None:
+    tokens = torch.tensor([24, 16], device=DEVICE)
+
+    def drawn(tokens: torch.Tensor, impl: str) -> torch.Tensor:
+        return ops.sample_mask(strategy, tokens, 8, 0.5, seed=3, max_tokens=24, impl=impl)
+
+    for impl in ("torch", "triton"):
+        torch._dynamo.reset()
+        compiled = torch.compile(drawn, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(tokens, impl), drawn(tokens, impl))
+
+
+def test_registration_compile_and_repeats() -> None:
+    from mae_ast_fast.kernels.sample_mask import forward_op
+
+    tokens, ids = torch.tensor([40, 16], device=DEVICE), torch.tensor([2, 1], device=DEVICE)
+    inputs = {"tokens": tokens, "masked": tokens // 2, "clip_ids": ids, "seed": torch.tensor(8, device=DEVICE)}
+    for chunk in (False, True):
+        check_registration(forward_op, *inputs.values(), 5, 8, 48, chunk)
+
+        def drawn(chunk=chunk, **inputs) -> torch.Tensor:
+            return forward_op(**inputs, epoch=5, grid_f=8, max_tokens=48, chunk=chunk)
+
+        check_compiles(drawn, inputs)
+        check_repeats(drawn, inputs)
+
+
+def test_reads_nothing_back() -> None:
+    """Tensors without values do where ``max_tokens`` is given: nothing waits for a device."""
+    tokens = torch.empty(3, dtype=torch.int64, device="meta")
+    mask = ops.sample_mask("chunk", tokens, 8, 0.75, seed=3, max_tokens=64, impl="triton")
+    assert mask.shape == (3, 64) and mask.dtype == torch.bool and mask.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": "checker"}, "strategy must be one of random, .*, got 'checker'"),
+        ({"strategy": "chunk", "grid_f": 1}, "grid_f must be >= 2 for chunk, got 1"),
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \(0, 1\), got 1.0"),
+        ({"seed": 2**64}, "seed must fit 64 bits"),
+        ({"clip_ids": [1, 2]}, r"clip_ids must have the shape of tokens \(1,\), got \(2,\)"),
+        ({"max_tokens": 9000}, "sample_mask takes rows of at most 8192 values, got 9000: use impl='torch'"),
+        ({"impl": "cuda"}, "impl must be one of auto, torch, triton"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    inputs = {"strategy": "random", "grid_f": 1, "mask_ratio": 0.5, "seed": 1, "impl": "triton"}
+    with pytest.raises(ValueError, match=message):
+        ops.sample_mask(**{"tokens": torch.tensor([8], device=DEVICE), **inputs, **change})
