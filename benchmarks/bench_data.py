@@ -49,10 +49,10 @@ from policy import CODEC_RMS, CODEC_SECONDS, RESAMPLE_ABS, assert_fbank
 from torch import Tensor
 
 from mae_ast_fast.cli.parser import TRAIN_EXTRA
-from mae_ast_fast.data.audio import SAMPLE_RATE, Entry, decode, find_audio, to_pcm16
+from mae_ast_fast.data.audio import SAMPLE_RATE, AudioFile, decode, find_audio, to_pcm16
 from mae_ast_fast.data.loader import loader
 from mae_ast_fast.data.prepare import prepare_shards
-from mae_ast_fast.data.shards import Batch, Shards, Window
+from mae_ast_fast.data.shards import Batch, Crop, Shards
 from mae_ast_fast.ops.fbank import fbank, num_frames
 from mae_ast_fast.training.metrics_log import read_metrics
 from mae_ast_fast.training.options import PretrainOptions
@@ -277,7 +277,7 @@ def write_flac(pcm: list[np.ndarray], folder: Path) -> Path:
 def make_shards(flac: Path, folder: Path, form: str, clips: int) -> Shards:
     """Shards of the files of a folder, none of them held out."""
 
-    def everything(usable: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, str]:
+    def everything(usable: Sequence[AudioFile]) -> tuple[np.ndarray, np.ndarray, str]:
         return np.arange(len(usable)), np.arange(0), "nothing is held out"
 
     report = prepare_shards(flac, folder, form=form, min_seconds=0.0, split=everything, progress=False)
@@ -317,7 +317,7 @@ def check_features(name: str, found: Iterable[Tensor], expected: Iterable[Tensor
 
 
 def feature_columns(
-    flac: Path, order: list[list[str]], shards: dict[str, Shards], batches: dict[str, list[list[Window]]]
+    flac: Path, order: list[list[str]], shards: dict[str, Shards], batches: dict[str, list[list[Crop]]]
 ) -> dict[str, Callable[[], Iterator[Tensor]]]:
     """What ends in features (B, T, 128), batch after batch."""
 
@@ -375,7 +375,7 @@ def bench_loader(clips: str, benchmark: Any, tmp_path: Path) -> None:
         benchmark.extra_info["goal"] = ["PCM16 shards, loader", GOAL]
 
 
-def check_plan(batches: Iterable[list[Window]], clips: int, times: int) -> None:
+def check_plan(batches: Iterable[list[Crop]], clips: int, times: int) -> None:
     """Raises AssertionError where a batch exceeds the budget, or a clip does not come whole and so many times."""
     seen: Counter[str] = Counter()
     for windows in batches:

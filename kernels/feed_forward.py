@@ -289,7 +289,7 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
     yield "backward", x.shape[0], lambda: dgelu_epilogue(dy, w2, h, b1)
 
 
-def rivals(
+def baselines(
     dtype: torch.dtype, width: int, device: str
 ) -> Iterator[tuple[str, int, Callable[[], object], Callable[[], object], Callable[[], object]]]:
     """(name in the table, K, epilogue, bare product, product and bias_gelu one after the other): for ``tune``."""

@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from .data import audio
-from .files import write_whole
+from .files import atomic_write
 from .models.config import MAEASTConfig
 from .models.mae_ast import MAEAST, MAX_TOKENS
 from .models.ssast import SSAST
@@ -156,9 +156,9 @@ def save_features(features: FileFeatures, path: Path, form: str) -> None:
     if form == "safetensors":
         from safetensors.numpy import save_file
 
-        write_whole(path, lambda partial: save_file(arrays, partial))
+        atomic_write(path, lambda partial: save_file(arrays, partial))
     else:
-        write_whole(path, lambda partial: _savez(partial, arrays))
+        atomic_write(path, lambda partial: _savez(partial, arrays))
 
 
 def _savez(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -133,7 +133,7 @@ class Layer(nn.Module):
         return x if self.norm_first else self.final_layer_norm(x)
 
 
-class Stack(nn.Module):
+class TransformerStack(nn.Module):
     """Transformer stack over (B, L, D): LayerNorm before the first layer (post-norm) or after the last (pre-norm)."""
 
     def __init__(self, dim: int, num_layers: int, layerdrop: float, config: MAEASTConfig) -> None:
@@ -178,11 +178,11 @@ class Original(nn.Module):
         self.layer_norm = nn.LayerNorm(config.num_mel_bins)  # in the official checkpoints; never called
         self.post_extract_proj = nn.Linear(patch_dim, width)
         self.encoder_mask_emb = nn.Parameter(torch.rand(width))
-        self.encoder = Stack(width, config.encoder_layers, config.encoder_layerdrop, config)
+        self.encoder = TransformerStack(width, config.encoder_layers, config.encoder_layerdrop, config)
         if config.has_projection:
             self.post_enc_proj = nn.Linear(width, decoder_width)
         self.decoder_mask_emb = nn.Parameter(torch.rand(decoder_width))
-        self.decoder = Stack(decoder_width, config.decoder_layers, config.decoder_layerdrop, config)
+        self.decoder = TransformerStack(decoder_width, config.decoder_layers, config.decoder_layerdrop, config)
         self.final_proj_reconstruction = nn.Linear(decoder_width, patch_dim)
         self.final_proj_classification = nn.Linear(decoder_width, patch_dim)
         self.register_buffer("encoder_positions", sinusoid(2048, width), persistent=False)

@@ -369,11 +369,11 @@ def checkpoint_facts(folder: Path) -> dict[str, float]:
     import torch
 
     from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep
-    from mae_ast_fast.checkpoints.training import Checkpoints
+    from mae_ast_fast.checkpoints.training import TrainingCheckpoints
 
     update = TrainStep(MAEAST(MAEASTConfig.preset("patch_base", encoder_layerdrop=0.0)).train())
     update(torch.randn(1, 32, 128))
-    checkpoints, held, whole = Checkpoints(folder / "run", keep=1), [], []
+    checkpoints, held, whole = TrainingCheckpoints(folder / "run", keep=1), [], []
     for step in range(1, 4):
         began = time.perf_counter()
         checkpoints.save(step, update, {})

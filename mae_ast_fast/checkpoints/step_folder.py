@@ -32,12 +32,12 @@ def training_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-class Found(NamedTuple):
+class SavedState(NamedTuple):
     """A checkpoint whose files are all there and undamaged."""
 
     path: Path
     config: MAEASTConfig | SSASTConfig
-    state: dict[str, Any]  # as it was given to ``Checkpoints.save``, through JSON
+    state: dict[str, Any]  # as it was given to ``TrainingCheckpoints.save``, through JSON
 
 
 def load_weights(folder: Path, **init: Any) -> MAEAST | SSAST:
@@ -121,7 +121,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     return content
 
 
-def check_folder(folder: Path, part: int = 0, parts: int = 1) -> Found:
+def check_folder(folder: Path, part: int = 0, parts: int = 1) -> SavedState:
     """Reads the small files and the checksums of all, or of every ``parts``-th of them from ``part`` on.
 
     Raises:
@@ -142,7 +142,7 @@ def check_folder(folder: Path, part: int = 0, parts: int = 1) -> Found:
     if (model_type := fields.pop("model_type", None)) not in list(MODELS):  # in a list, because it may be anything
         raise ValueError(f"{CONFIG}: expected model_type {' or '.join(map(repr, MODELS))}, got {model_type!r:.80}")
     config = MODELS[model_type].config_class.from_dict(fields)
-    return Found(folder, config, content["state"])
+    return SavedState(folder, config, content["state"])
 
 
 def tensor_sizes(folder: Path) -> dict[str, torch.Size]:

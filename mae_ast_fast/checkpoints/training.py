@@ -33,7 +33,7 @@ from .step_folder import (
     CONFIG,
     SHARDS,
     TRAINER,
-    Found,
+    SavedState,
     cause_of,
     check_folder,
     checksum,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-class Checkpoints:
+class TrainingCheckpoints:
     """The checkpoints of a run. Every method is called by all processes.
 
     Args:
@@ -77,7 +77,7 @@ class Checkpoints:
             # Of its own: the background talks in it while the training talks in the others. After _tidy: it waits.
             self.group = dist.new_group(backend="gloo")
         self._writing: tuple[Path, Any] | None = None
-        self._found: Found | None = None
+        self._found: SavedState | None = None
 
     def save(self, step: int, update: TrainStep, state: dict[str, Any]) -> None:
         """Copies everything to the host, and lets it be written in the background; waits for the save before.
@@ -142,7 +142,7 @@ class Checkpoints:
         self.finish()
         return max(training_checkpoints(self.run), default=None)
 
-    def peek(self) -> Found | None:
+    def latest_valid(self) -> SavedState | None:
         """The newest checkpoint that is whole, None where the run has none; damaged ones are named on stdout.
 
         Raises:
@@ -171,19 +171,19 @@ class Checkpoints:
         return self._found
 
     def load(self, update: TrainStep) -> tuple[Path, dict[str, Any]] | None:
-        """Reads the checkpoint of ``peek`` into the tensors of ``update``, however they are sharded.
+        """Reads the checkpoint of ``latest_valid`` into the tensors of ``update``, however they are sharded.
 
         Args:
-            update: Its model is of the configuration that ``peek`` tells. What ``save`` saved is read into it; numbers
+            update: Its model has the configuration that ``latest_valid`` reports. The saved state goes into it; numbers
                 that are tensors, such as the rate, are filled, and flags such as ``fused`` stay.
 
         Returns:
-            Path and state, as of ``peek``; None where there is no checkpoint.
+            Path and state, as of ``latest_valid``; None where there is no checkpoint.
 
         Raises:
-            ValueError: As ``peek``, or it is of another model or optimizer; the weights are then undefined.
+            ValueError: As ``latest_valid``, or it is of another model or optimizer; the weights are then undefined.
         """
-        found = self.peek()
+        found = self.latest_valid()
         if found is None:
             return None
         sizes = tensor_sizes(found.path)

@@ -13,7 +13,7 @@ import traceback
 import typing
 from collections.abc import Callable, Sequence
 
-from ..training.lifecycle import Stopped
+from ..training.lifecycle import Interrupted
 from . import downstream, machine, model, prepare, pretrain
 from .parser import PROGRAM, TRAIN_EXTRA, CommandError, UsageError, missing_packages, unknown
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
-    except Stopped as stop:
+    except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":  # all of torchrun's processes stop, one says so
             print(f"{name}: {stop}", file=sys.stderr)
         return stop.exit_code

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .parser import PROGRAM, CommandError, Parser, Skipped, add_device, described, metavar, unknown
+from .parser import PROGRAM, CommandError, Parser, SkipLog, add_device, docstring_help, metavar, unknown
 
 
 def run_tasks(argv: Sequence[str]) -> int:
@@ -108,7 +108,7 @@ def _task_options(command: str, argv: Sequence[str], of: type, description: str,
     from ..downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 
     parser = Parser(command, description, examples)
-    texts = {**described(ProbeOptions), **described(of)}
+    texts = {**docstring_help(ProbeOptions), **docstring_help(of)}
     hints = typing.get_type_hints(of)
     for field in dataclasses.fields(of):
         hint = hints[field.name]
@@ -229,7 +229,7 @@ def run_predict(argv: Sequence[str]) -> int:
     from ..downstream.classifier import AudioClassifier, write_predictions
 
     classifier = AudioClassifier.from_pretrained(arguments.checkpoint).to(pick_device(arguments.device))
-    skipped, rows = Skipped(), []
+    skipped, rows = SkipLog(), []
     for path in skipped.listing(arguments.files):
         try:
             found = classifier.classify_file(path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .parser import CHECKPOINT_HELP, CommandError, Parser, Skipped, add_device, load
+from .parser import CHECKPOINT_HELP, CommandError, Parser, SkipLog, add_device, load
 
 if TYPE_CHECKING:
     from ..models.mae_ast import MAEAST
@@ -50,7 +50,7 @@ def run_features(argv: Sequence[str]) -> int:
     from ..data.audio import AudioError
     from ..inference import extract_file, output_paths, save_features
 
-    skipped = Skipped()
+    skipped = SkipLog()
     paths = list(dict.fromkeys(skipped.listing(arguments.files)))
     out = Path(arguments.out)
     named = out.suffix[1:] if out.suffix in (".npz", ".safetensors") and not out.is_dir() else None

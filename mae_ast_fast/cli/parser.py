@@ -52,7 +52,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {names[near[0]]}?" if near else ""
 
 
-def spelled(argv: Sequence[str], known: Iterable[str], command: str) -> list[str]:
+def normalize_options(argv: Sequence[str], known: Iterable[str], command: str) -> list[str]:
     """Arguments with every option as it is declared: underscores and dashes are the same; an unknown one is an error.
 
     Done before parsing, because argparse first complains of required options that a misspelt one was meant to be.
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The parsed arguments."""
-        return self.parse_args(spelled(argv, self._option_string_actions, self.command))
+        return self.parse_args(normalize_options(argv, self._option_string_actions, self.command))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} --help)")
@@ -111,7 +111,7 @@ def missing_packages(names: Sequence[str]) -> CommandError:
     return CommandError(f'{", ".join(names)} missing: pip install "mae-ast-fast[train]"')
 
 
-def described(of: type) -> dict[str, str]:
+def docstring_help(of: type) -> dict[str, str]:
     """Field -> text from the Args section of a Google docstring."""
     section = (inspect.getdoc(of) or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.split(r"\n(?=    \w+: )", "\n" + section)[1:]
@@ -142,7 +142,7 @@ def load(source: str, device: str, mae_ast_for: str | None = None) -> MAEAST | S
     return model.to(chosen)
 
 
-class Skipped:
+class SkipLog:
     """Audio that cannot be read: counted and named on stderr."""
 
     def __init__(self) -> None:

@@ -17,12 +17,12 @@ from .parser import (
     TRAIN_EXTRA,
     CommandError,
     UsageError,
-    described,
     did_you_mean,
+    docstring_help,
     example_text,
     metavar,
     missing_packages,
-    spelled,
+    normalize_options,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", metavar="YAML", help="Options from a file; the command line wins.")
-    texts, defaults = described(PretrainOptions), PretrainOptions()
+    texts, defaults = docstring_help(PretrainOptions), PretrainOptions()
     hints = typing.get_type_hints(PretrainOptions)
     group = parser.add_argument_group("the run")
     for field in dataclasses.fields(PretrainOptions):
@@ -101,7 +101,7 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         (SSASTConfig, "fields that only --model ssast has", "The names that both have mean the same."),
     ):
         group = parser.add_argument_group(title, text)
-        texts, hints = described(config_class), typing.get_type_hints(config_class)
+        texts, hints = docstring_help(config_class), typing.get_type_hints(config_class)
         new = [field.name for field in dataclasses.fields(config_class) if field.name not in seen]
         for name in new:
             group.add_argument(
@@ -114,7 +114,7 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         seen.update(new)
     known = parser._option_string_actions
     try:
-        parsed = parser.parse_args(spelled(argv, known, "pretrain")).as_dict()
+        parsed = parser.parse_args(normalize_options(argv, known, "pretrain")).as_dict()
     except argparse.ArgumentError as error:
         raise UsageError(_explained(str(error), known)) from error
     parsed.pop("config", None)

@@ -47,7 +47,7 @@ class AudioError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class AudioFile:
     """One audio file: where it is, its name relative to the source, and labels for splits and reports."""
 
     path: str
@@ -56,7 +56,7 @@ class Entry:
     group: str = ""
 
 
-def find_audio(source: str | os.PathLike) -> list[Entry]:
+def find_audio(source: str | os.PathLike) -> list[AudioFile]:
     """The audio files of a folder (all levels, sorted, hidden ones left out), of a fairseq ``.tsv``, or one file.
 
     A manifest's first line is the root (a relative one starts at the manifest's folder), each later line
@@ -77,10 +77,10 @@ def find_audio(source: str | os.PathLike) -> list[Entry]:
     return _read_manifest(source) if source.suffix.lower() == ".tsv" else [_entry(source.parent, source.name)]
 
 
-def _entry(root: Path, relative: str) -> Entry:
+def _entry(root: Path, relative: str) -> AudioFile:
     # A name that is no UTF-8 must still be printable in reports; the path keeps its bytes.
     name = os.fsencode(relative).decode("utf-8", "backslashreplace").replace(os.sep, "/")
-    return Entry(os.path.abspath(root / relative), name, group=name.rpartition("/")[0])
+    return AudioFile(os.path.abspath(root / relative), name, group=name.rpartition("/")[0])
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _walk(root: Path) -> Iterator[str]:
                 yield os.path.relpath(path, root)
 
 
-def _read_manifest(path: Path) -> list[Entry]:
+def _read_manifest(path: Path) -> list[AudioFile]:
     root_line, *lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
     root_line = root_line.strip()
     if not root_line or "\0" in root_line:

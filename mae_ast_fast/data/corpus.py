@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..files import locked
-from .audio import AUDIO_SUFFIXES, Entry
+from .audio import AUDIO_SUFFIXES, AudioFile
 
 _PROMPTS = {lang: f"asterisk-core-sounds-{lang}-g722" for lang in ("en", "es", "fr", "it", "ru")}
 _GAMES = ("fillets-ng-data-cs", "fillets-ng-data-nl", "klettres-data")
@@ -70,7 +70,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class CorpusClip(Entry):
+class CorpusClip(AudioFile):
     """A file of the corpus; ``group`` is its package.
 
     ``source_file`` is the path inside the package (``archive!member`` for archives), ``kind`` speech, sound, music or

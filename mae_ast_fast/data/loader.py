@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from .shards import Batch, Shards, Window
+from .shards import Batch, Crop, Shards
 
 _POLL_SECONDS = 5.0  # between two looks at whether the workers still live
 _RESTARTS = 3  # of the workers, in a row
@@ -79,7 +79,7 @@ def loader(
                 batch = batch._replace(**{key: getattr(batch, key).pin_memory() for key in Batch._fields[:3]})
             yield batch._replace(epoch=epoch), after
         return
-    pending: collections.deque[tuple[list[Window], int, tuple[int, int]]] = collections.deque()  # asked for, not here
+    pending: collections.deque[tuple[list[Crop], int, tuple[int, int]]] = collections.deque()  # asked for, not here
     restarts = 0
     while True:
         batches = _worker_batches(shards, source, pending, workers, stall_seconds, pin_memory)
@@ -101,8 +101,8 @@ def loader(
 
 
 def _lane(
-    epoch_batches: Callable[..., Iterator[list[Window]]], position: tuple[int, int], shards: Shards
-) -> Iterator[tuple[list[Window], int, tuple[int, int]]]:
+    epoch_batches: Callable[..., Iterator[list[Crop]]], position: tuple[int, int], shards: Shards
+) -> Iterator[tuple[list[Crop], int, tuple[int, int]]]:
     """The batches of a lane from a position on: windows, their epoch, and the position behind them."""
     (epoch, batch), empty = position, 0
     while True:
@@ -125,7 +125,7 @@ class _Reader:
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
 
-    def __getitem__(self, windows: list[Window]) -> Batch:
+    def __getitem__(self, windows: list[Crop]) -> Batch:
         return self.shards.read(windows)
 
 
@@ -143,7 +143,7 @@ def _worker_batches(
 
     failed = []
 
-    def asked() -> Iterator[list[Window]]:
+    def asked() -> Iterator[list[Crop]]:
         for windows, *_ in list(pending):
             yield windows
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import atomic_write
 from .audio import SAMPLE_RATE, AudioError, decode, find_audio, to_pcm16
 from .prepare import MIN_SECONDS, default_entries
 
@@ -105,9 +105,9 @@ def prepare_npy(
 
     def write(partial: Path) -> None:
         np.save(partial, np.concatenate(clips), allow_pickle=False)
-        write_whole(lengths_path(out), lambda other: np.save(other, lengths, allow_pickle=False))
+        atomic_write(lengths_path(out), lambda other: np.save(other, lengths, allow_pickle=False))
 
-    write_whole(out, write)  # both are complete before the first takes its place
+    atomic_write(out, write)  # both are complete before the first takes its place
     report.clips, report.seconds = len(clips), int(lengths.sum()) / SAMPLE_RATE
     report.size = out.stat().st_size + lengths_path(out).stat().st_size
     return report

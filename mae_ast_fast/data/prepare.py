@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..files import locked, write_json
-from .audio import SAMPLE_RATE, Entry, find_audio
+from .audio import SAMPLE_RATE, AudioFile, find_audio
 from .decoder import Decoder, Progress
 from .splits import split
 from .storage import file_system, json_lines, list_files
@@ -39,7 +39,7 @@ _CLIPPED_SHARE = 1e-3  # of the samples at full scale
 _MAX_NAMES = 1000  # names listed for one finding of a report; its count is always whole
 
 
-def default_entries(progress: Callable[[str], object]) -> list[Entry]:
+def default_entries(progress: Callable[[str], object]) -> list[AudioFile]:
     """The clips of the default corpus, fetched where needed.
 
     Raises:
@@ -54,7 +54,7 @@ def default_entries(progress: Callable[[str], object]) -> list[Entry]:
 
 # ------------------------------------------------------------------------------------------------------------- shards
 
-Split = Callable[[Sequence[Entry]], tuple[np.ndarray, np.ndarray, str]]
+Split = Callable[[Sequence[AudioFile]], tuple[np.ndarray, np.ndarray, str]]
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ class Plan:
         key: Digest of all that the shards depend on.
     """
 
-    entries: Sequence[Entry]
+    entries: Sequence[AudioFile]
     sizes: list[int]
     shards: list[list[int]]
     cuts: bool
@@ -83,7 +83,7 @@ class Plan:
 
 
 def prepare_shards(
-    source: str | os.PathLike | Sequence[Entry],
+    source: str | os.PathLike | Sequence[AudioFile],
     out: str | os.PathLike,
     *,
     form: str = "wav",
@@ -161,7 +161,7 @@ def _shar_fields(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def plan(
-    source: str | os.PathLike | Sequence[Entry],
+    source: str | os.PathLike | Sequence[AudioFile],
     *,
     form: str = "wav",
     min_seconds: float = MIN_SECONDS,
@@ -194,7 +194,7 @@ def plan(
                     recording = cut.get("recording") or {}
                     shards[-1].append(len(entries))
                     name = str(cut["id"]).encode("utf-8", "backslashreplace").decode()
-                    entries.append(Entry(json.dumps(what), name, group=str(recording.get("id", ""))))
+                    entries.append(AudioFile(json.dumps(what), name, group=str(recording.get("id", ""))))
                     sizes.append(round(2 * SAMPLE_RATE * float(cut.get("duration", 0.0))))
                     digest.update(entries[-1].path.encode() + b"\0")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, zlib.error) as error:

@@ -42,13 +42,13 @@ _LONGEST_SECONDS = 3600  # of a piece; ours have two minutes, and memory must no
 
 
 @dataclass(slots=True)
-class Piece:
+class Segment:
     """A cut: a recording, or one of several pieces of a long one.
 
     Attributes:
         shard: Name of the tar file.
         id: The cut's, unique in the data.
-        name, kind, group: Of the recording; see ``audio.Entry``.
+        name, kind, group: Of the recording; see ``audio.AudioFile``.
         number: Of the piece in the recording, from 0.
         split: train or held_out.
         samples: At 16 kHz.
@@ -70,7 +70,7 @@ class Piece:
     form: str
 
     @classmethod
-    def of(cls, shard: str, cut: dict[str, Any]) -> Piece:
+    def of(cls, shard: str, cut: dict[str, Any]) -> Segment:
         """From a line of a manifest.
 
         Raises:
@@ -87,11 +87,11 @@ class Piece:
             raise ValueError(f"expected samples and a place in the shard, got {numbers}")
         return cls(*words, *rest[:2], *numbers, rest[2])
 
-    def window(self, start: int, samples: int) -> Window:
+    def window(self, start: int, samples: int) -> Crop:
         """A part of the piece, in samples."""
-        return Window(self, start, samples)
+        return Crop(self, start, samples)
 
-    def windows(self, longest: int, shortest: int, seed: int, epoch: int) -> Iterator[Window]:
+    def windows(self, longest: int, shortest: int, seed: int, epoch: int) -> Iterator[Crop]:
         """The piece, cut where it is longer than ``longest`` samples.
 
         The cuts lie at a random phase, drawn for each (seed, epoch, piece), so that every one occurs over the epochs;
@@ -104,14 +104,14 @@ class Piece:
         edges = [0, *range(phase or longest, self.samples, longest), self.samples]
         for start, end in itertools.pairwise(edges):
             if end - start >= shortest:
-                yield Window(self, start, end - start)
+                yield Crop(self, start, end - start)
 
 
 @dataclass(slots=True)
-class Window:
+class Crop:
     """``samples`` samples of a piece, from ``start`` on: what Lhotse's sampler sees as a cut."""
 
-    piece: Piece
+    piece: Segment
     start: int
     samples: int
     dataloading_info: Any = None  # the sampler's
@@ -182,7 +182,7 @@ class Shards:
         self.identity = digest.hexdigest()
         try:
             with gzip.open(io.BytesIO(first)) as lines:
-                Piece.of(self.shards[0], json.loads(next(lines, b"")))
+                Segment.of(self.shards[0], json.loads(next(lines, b"")))
         except (KeyError, TypeError) as error:
             raise ValueError(f"the shards in {self.source} are none of `prepare`'s: prepare them first") from error
         except (ValueError, OSError, EOFError, zlib.error):
@@ -204,7 +204,7 @@ class Shards:
         with open(path, "rb") as file:
             return file.read()
 
-    def _pieces(self, shard: str) -> Iterator[Piece]:
+    def _pieces(self, shard: str) -> Iterator[Segment]:
         """Of one shard; where its manifest is damaged, those before that."""
         manifest = _manifest(shard)
         try:
@@ -218,13 +218,13 @@ class Shards:
                     time.sleep(2**attempt)
             with gzip.open(io.BytesIO(content)) as lines:
                 while line := lines.readline(_LINE):
-                    yield Piece.of(shard, json.loads(line))
+                    yield Segment.of(shard, json.loads(line))
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             if manifest not in self.faults:
                 self.faults[manifest] = f"{type(error).__name__}: {error}"
                 print(f"{self.source}: left out the rest of {manifest}: {error}", file=sys.stderr, flush=True)
 
-    def pieces(self, split: str) -> Iterator[Piece]:
+    def pieces(self, split: str) -> Iterator[Segment]:
         """The pieces of train or held_out, shard after shard."""
         for shard in self.shards:
             for piece in self._pieces(shard):
@@ -242,7 +242,7 @@ class Shards:
         skip: int = 0,
         lane: int = 0,
         lanes: int = 1,
-    ) -> Iterator[list[Window]]:
+    ) -> Iterator[list[Crop]]:
         """The batches of one epoch of train: every sample once, less bits under ``min_seconds``.
 
         Lhotse's DynamicBucketingSampler groups windows of like lengths; no batch has more than ``batch_seconds``. All
@@ -250,7 +250,7 @@ class Shards:
 
         Args:
             batch_seconds: Of audio in a batch at most.
-            max_seconds: Longer pieces are cut into windows of this length; see ``Piece.windows``.
+            max_seconds: Longer pieces are cut into windows of this length; see ``Segment.windows``.
             min_seconds: Shorter windows are left out.
             seed, epoch: Of the order and of the cuts.
             skip: Batches to pass over.
@@ -287,7 +287,7 @@ class Shards:
         rng = random.Random(_number(f"batches {seed}/{epoch}/{lane}"))
         yield from itertools.islice(_shuffled(batches, rng), skip, None)
 
-    def _windows(self, longest: int, shortest: int, seed: int, epoch: int, lane: int, lanes: int) -> Iterator[Window]:
+    def _windows(self, longest: int, shortest: int, seed: int, epoch: int, lane: int, lanes: int) -> Iterator[Crop]:
         rng = random.Random(_number(f"shards {seed}/{epoch}"))
         shards, every = rng.sample(self.shards, len(self.shards)), 1
         if len(shards) >= _SHARDS_A_LANE * lanes:
@@ -295,7 +295,7 @@ class Shards:
         else:
             every = lanes  # each gives every lane some of its pieces
         rng = random.Random(_number(f"windows {seed}/{epoch}/{lane}"))
-        pool: list[Window] = []
+        pool: list[Crop] = []
         for number, shard in enumerate(shards):
             for index, piece in enumerate(self._pieces(shard), number):
                 if piece.split == "train" and (index - lane) % every == 0:
@@ -307,7 +307,7 @@ class Shards:
         rng.shuffle(pool)
         yield from pool
 
-    def read(self, windows: Sequence[Window]) -> Batch:
+    def read(self, windows: Sequence[Crop]) -> Batch:
         """The waveforms of these windows, less those that cannot be read: of these, name and reason."""
         import torch
 
@@ -325,7 +325,7 @@ class Shards:
         names = [window.piece.name for window, _ in read]
         return Batch(torch.from_numpy(waveforms), lengths, torch.tensor(ids, dtype=torch.int64), names, faults)
 
-    def _payloads(self, windows: Sequence[Window]) -> list[bytes | Exception]:
+    def _payloads(self, windows: Sequence[Crop]) -> list[bytes | Exception]:
         """The bytes of each window, or why there are none."""
         ranges = [_byte_range(window) for window in windows]
         if (fs := self._remote()) is not None:
@@ -393,13 +393,13 @@ class _Budget:
     def copy(self) -> _Budget:
         return _Budget(self.samples, self.edges)
 
-    def measure_length(self, window: Window) -> int:
+    def measure_length(self, window: Crop) -> int:
         return window.samples
 
-    def select_bucket(self, buckets: list[int], example: Window) -> int:
+    def select_bucket(self, buckets: list[int], example: Crop) -> int:
         return bisect_left(buckets, example.samples)
 
-    def add(self, window: Window) -> None:
+    def add(self, window: Crop) -> None:
         if not self.current:
             self.next = self.edges[bisect_left(self.edges, window.samples)]
         self.current += window.samples
@@ -411,9 +411,9 @@ class _Budget:
         return self.current + self.next > self.samples
 
 
-def _full_batches(batches: Iterable[Iterable[Window]], budget: _Budget) -> Iterator[list[Window]]:
+def _full_batches(batches: Iterable[Iterable[Crop]], budget: _Budget) -> Iterator[list[Crop]]:
     """Full batches as they come; what the buckets have left at the end goes into batches of all lengths."""
-    rest: list[Window] = []
+    rest: list[Crop] = []
     for batch in batches:
         windows, count = list(batch), budget.copy()
         for window in windows:
@@ -433,9 +433,9 @@ def _full_batches(batches: Iterable[Iterable[Window]], budget: _Budget) -> Itera
         yield rest[first:]
 
 
-def _shuffled(batches: Iterable[list[Window]], rng: random.Random) -> Iterator[list[Window]]:
+def _shuffled(batches: Iterable[list[Crop]], rng: random.Random) -> Iterator[list[Crop]]:
     """In random order within some hundreds: towards the end of an epoch the sampler has long windows left alone."""
-    pool: list[list[Window]] = []
+    pool: list[list[Crop]] = []
     for batch in batches:
         pool.append(batch)
         if len(pool) > _MIXED_BATCHES:
@@ -454,7 +454,7 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-def _byte_range(window: Window) -> tuple[int, int]:
+def _byte_range(window: Crop) -> tuple[int, int]:
     """First byte and number of bytes to read of the tar file."""
     piece = window.piece
     if piece.form == "wav":
@@ -462,7 +462,7 @@ def _byte_range(window: Window) -> tuple[int, int]:
     return piece.offset, piece.size
 
 
-def _decode(window: Window, payload: bytes | Exception) -> np.ndarray:
+def _decode(window: Crop, payload: bytes | Exception) -> np.ndarray:
     """int16 (window.samples,)."""
     piece = window.piece
     if isinstance(payload, Exception):

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .audio import Entry
+from .audio import AudioFile
 
 
 def split(
-    entries: Sequence[Entry], md5: Sequence[str], fraction: float = 0.05, seed: int = 0
+    entries: Sequence[AudioFile], md5: Sequence[str], fraction: float = 0.05, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Train and held-out clips of a user's data: whole folders where there are enough, else files.
 
-    The shallowest folder level (of ``Entry.group``; of a cut it is the recording) with at least 5 folders gives the
+    The shallowest folder level (of ``AudioFile.group``; of a cut it is the recording) with at least 5 folders gives the
     groups, since a folder is often a speaker or a session; with fewer, every file is its own. Groups are taken in the
     order of a hash of their names until ``fraction`` of the clips is held out; one that would make it more than twice
     that is passed over. Byte-identical files are never on both sides.

@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from ..data import prepare
-from ..data.audio import SAMPLE_RATE, Entry
-from ..data.shards import Batch, Piece, Shards, Window
+from ..data.audio import SAMPLE_RATE, AudioFile
+from ..data.shards import Batch, Crop, Segment, Shards
 from ..ops.fbank import WINDOW
 from .manifest import Task
 
 
-def _keep_all(entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, str]:
+def _keep_all(entries: Sequence[AudioFile]) -> tuple[np.ndarray, np.ndarray, str]:
     return np.arange(len(entries)), np.arange(0), "all clips are labelled ones"
 
 
@@ -41,19 +41,19 @@ class Waveforms:
 
     def __init__(self, task: Task, cache: str | os.PathLike[str], workers: int = 2) -> None:
         # By their paths, not by what a manifest calls them: another one over the same files finds the same shards.
-        files = {clip.path: Entry(clip.path, clip.path) for clip in task.clips}
+        files = {clip.path: AudioFile(clip.path, clip.path) for clip in task.clips}
         plan = prepare.plan(list(files.values()), min_seconds=WINDOW / SAMPLE_RATE, split=_keep_all)
         folder = Path(cache) / "shards"
         folder.mkdir(parents=True, exist_ok=True)
         report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers)
         self._shards = Shards(folder / plan.key[:24])
         self.identity = self._shards.identity
-        pieces: dict[str, list[Piece]] = {}
+        pieces: dict[str, list[Segment]] = {}
         for piece in self._shards.pieces("train"):
             pieces.setdefault(piece.name, []).append(piece)
         reasons = {name: reason for reason, found in report["skipped"].items() for name in found["names"]}
         self.missing: dict[int, str] = {}
-        self._pieces: list[list[Window]] = []
+        self._pieces: list[list[Crop]] = []
         for i, clip in enumerate(task.clips):
             found = sorted(pieces.get(clip.path, ()), key=lambda piece: piece.number)
             end = round(clip.end * SAMPLE_RATE) if clip.end else sum(piece.samples for piece in found)
@@ -63,7 +63,7 @@ class Waveforms:
                 self.missing[i] = reasons.get(clip.path, "no audio of 25 ms there" if found else "cannot be read")
         self.seconds = np.array([sum(part.samples for part in parts) for parts in self._pieces]) / SAMPLE_RATE
 
-    def windows(self, clip: int, max_seconds: float) -> list[tuple[float, Window]]:
+    def windows(self, clip: int, max_seconds: float) -> list[tuple[float, Crop]]:
         """A clip in windows of ``max_seconds``, the last one shorter, and where in it each starts, in seconds.
 
         Those of a recording of over two minutes do not cross its pieces.
@@ -76,7 +76,7 @@ class Waveforms:
             before += part.samples
         return found
 
-    def crop(self, clip: int, max_seconds: float, rng: random.Random) -> Window:
+    def crop(self, clip: int, max_seconds: float, rng: random.Random) -> Crop:
         """A random stretch of ``max_seconds`` of a clip, or all of a shorter one."""
         longest = round(max_seconds * SAMPLE_RATE)
         parts = self._pieces[clip]
@@ -84,7 +84,7 @@ class Waveforms:
         start = rng.randint(0, max(0, part.samples - longest))
         return part.piece.window(part.start + start, min(longest, part.samples))
 
-    def read(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    def read(self, windows: Sequence[Crop]) -> tuple[Tensor, Tensor]:
         """int16 (B, S) and lengths (B,) of windows.
 
         Raises:
@@ -96,7 +96,7 @@ class Waveforms:
         return batch.waveforms, batch.lengths
 
 
-def _cut(pieces: Sequence[Piece], start: int, end: int) -> list[Window]:
+def _cut(pieces: Sequence[Segment], start: int, end: int) -> list[Crop]:
     """The windows that make up samples ``start`` to ``end`` of a recording in pieces."""
     found, offset = [], 0
     for piece in pieces:
@@ -107,7 +107,7 @@ def _cut(pieces: Sequence[Piece], start: int, end: int) -> list[Window]:
     return found
 
 
-def batches(windows: Sequence[Window], batch_seconds: float) -> Iterator[list[int]]:
+def batches(windows: Sequence[Crop], batch_seconds: float) -> Iterator[list[int]]:
     """Indices of windows of like lengths, ``batch_seconds`` of padded audio at a time, the longest first."""
     order = sorted(range(len(windows)), key=lambda i: -windows[i].samples)
     while order:

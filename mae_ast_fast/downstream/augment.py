@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def mix(waveforms: Tensor, targets: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def mixup(waveforms: Tensor, targets: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mixup as in AST: into a share of the clips another one of the batch is mixed, waveforms and targets alike.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import audio
-from ..files import write_whole
+from ..files import atomic_write
 from ..models.base import Encoded, PretrainingModel, weight_dtype, write_model
 from ..models.registry import MODELS
 from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW
@@ -176,7 +176,7 @@ def write_predictions(classifier: AudioClassifier, rows: Sequence[tuple[str, Seq
                 table.writerow([name, pred, *(f"{p:.6g}" for p in found)])
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
 def longest_seconds(encoder: PretrainingModel) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from ..data.audio import find_audio
-from ..files import write_whole
+from ..files import atomic_write
 
 _COLUMNS = ("path", "label", "phones", "split", "fold", "start", "end")
 _COMMANDS = frozenset(("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"))
@@ -56,7 +56,7 @@ def write_manifest(rows: Iterable[dict[str, str]], path: str | os.PathLike[str])
             table.writerows(rows)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
 def _locate(root: Path, names: Iterable[str], expected: str) -> Path:

@@ -26,14 +26,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import partial_of, write_json, write_whole
-from ..training.lifecycle import Signals, Stopped
-from .augment import mix, spec_augment
+from ..files import atomic_write, temp_path, write_json
+from ..training.lifecycle import GracefulShutdown, Interrupted
+from .augment import mixup, spec_augment
 from .classifier import AudioClassifier
-from .manifest import Round
+from .manifest import Fold
 from .options import FinetuneOptions
 from .probe import encoder_features, set_norm
-from .run import STATE, Run, Tested
+from .run import STATE, FoldResult, Run
 
 _SAVE_SECONDS = 300.0  # between two writings of where fine-tuning stands: what a stop may cost
 _NORM_CLIPS = 4096  # training clips at most that the norm's statistics begin with
@@ -64,7 +64,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def _finetune_round(run: Run, part: Round) -> Tested:
+def _finetune_round(run: Run, part: Fold) -> FoldResult:
     """Trains on a round's training clips; or reads what an earlier start of the run left of it."""
     folder = run.folder(part)
     if (folder / "result.json").is_file():
@@ -72,28 +72,28 @@ def _finetune_round(run: Run, part: Round) -> Tested:
         run.say(f"{folder} is done")
         run.earlier_seconds += result["seconds"]
         _forget(folder)
-        return Tested(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
+        return FoldResult(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
     trainer = _Trainer(run, part)
     run.earlier_seconds += trainer.earlier_seconds
     valid, chosen = trainer.train()
     trainer.classifier.save_pretrained(folder)
     probabilities = run.probabilities(trainer.classifier, part.test)
-    write_whole(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
+    atomic_write(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
     write_json(folder / "result.json", {"valid": valid, "chosen": chosen, "seconds": trainer.seconds})
     _forget(folder)
-    return Tested(part, probabilities, valid, None, chosen)
+    return FoldResult(part, probabilities, valid, None, chosen)
 
 
 def _forget(folder: Path) -> None:
     """Removes what a round would have gone on from, a half written one too."""
-    for path in (folder / STATE, partial_of(folder / STATE)):
+    for path in (folder / STATE, temp_path(folder / STATE)):
         path.unlink(missing_ok=True)
 
 
 class _Trainer:
     """One round of fine-tuning. Draws depend on the seed, fold, epoch and update alone, so that it can go on."""
 
-    def __init__(self, run: Run, part: Round) -> None:
+    def __init__(self, run: Run, part: Fold) -> None:
         self.run, self.part, self.options = run, part, run.options
         options = self.options
         torch.manual_seed(options.seed)
@@ -134,12 +134,12 @@ class _Trainer:
         mark = f'{{"fold": {json.dumps(part.name)}, '  # of what a stopped start told of this fold, if to its end
         kept = [row for row in known if row.endswith("}") and not row.startswith(mark)]
         kept += [json.dumps(row) for row in self.history]
-        write_whole(metrics, lambda path: path.write_text("".join(f"{row}\n" for row in kept)))
+        atomic_write(metrics, lambda path: path.write_text("".join(f"{row}\n" for row in kept)))
         first, epochs_before, learned, evaluated = self.step, len(self.history), 0.0, 0.0  # the last two are seconds
         begun = time.perf_counter()
         bar = tqdm(total=self.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         events = SummaryWriter(run.out / "tensorboard" / run.folder(part).name, purge_step=epochs_before + 1)
-        with events, bar, Signals() as signals:
+        with events, bar, GracefulShutdown() as signals:
             while self.step < self.steps:
                 epoch = len(self.history) + 1
                 self.classifier.train()
@@ -209,14 +209,14 @@ class _Trainer:
             f"{what} in epoch {len(self.history) + 1} ({self._where}lr {self.options.lr:g}): try a smaller --lr"
         )
 
-    def _pause(self, signals: Signals) -> None:
+    def _pause(self, signals: GracefulShutdown) -> None:
         """Writes where training stands: now and then, at its end, and where a signal ends it."""
         done = self.step == self.steps  # and a test is to come that no signal shall waste
         if signals.received is None and not done and time.perf_counter() - self.saved <= _SAVE_SECONDS:
             return
         saved = self._save()
         if signals.received is not None:
-            raise Stopped(signals.received, self.path if saved else None)
+            raise Interrupted(signals.received, self.path if saved else None)
 
     def _save(self) -> bool:
         """Whether it could be written; where not, the run goes on without."""
@@ -231,7 +231,7 @@ class _Trainer:
         self.saved = time.perf_counter()
         try:
             self.path.parent.mkdir(exist_ok=True)
-            write_whole(self.path, lambda path: save_file(tensors, path, {"told": json.dumps(told)}))
+            atomic_write(self.path, lambda path: save_file(tensors, path, {"told": json.dumps(told)}))
         except Exception as error:  # safetensors' own exception class is not public
             self.run.say(f"{self.path} cannot be written ({error}): a stop would cost more than minutes")
             return False
@@ -289,7 +289,7 @@ class _Trainer:
         self._draw_from(f"update {self.step}")
         windows = [run.audio.crop(i, run.max_seconds, self.rng) for i in clips]
         waveforms, lengths = run.audio.read(windows)
-        waveforms, targets = mix(waveforms, self.targets[clips], options.mixup, self.generator)
+        waveforms, targets = mixup(waveforms, self.targets[clips], options.mixup, self.generator)
         features, frames = self.classifier.encoder.features(waveforms.to(run.device), lengths)
         features = spec_augment(features, frames, options.freq_mask, options.time_mask, self.fill, self.generator)
         for group in self.optimizer.param_groups:

@@ -44,7 +44,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Round:
+class Fold:
     """One training: indices of the clips to learn from, to choose by, and to test on; ``name`` is the tested fold's."""
 
     name: str
@@ -78,7 +78,7 @@ class Task:
     frame_level: bool
     notes: list[str] = field(default_factory=list)
 
-    def rounds(self, seed: int = 0) -> list[Round]:
+    def rounds(self, seed: int = 0) -> list[Fold]:
         """One for each fold, or the one of the splits.
 
         Each fold is the test set of a round, and the next fold the one to choose by; with two folds, and where no
@@ -93,7 +93,7 @@ class Task:
                 raise ValueError(f"{self.name}: expected clips of split train and test, got none of {missing[0]}")
             valid = [i for i, clip in enumerate(self.clips) if clip.split == "valid"]
             train, valid = (parts["train"], valid) if valid else self._draw(parts["train"], seed)
-            return [Round("", train, valid, parts["test"])]
+            return [Fold("", train, valid, parts["test"])]
         folds = sorted({clip.fold for clip in self.clips}, key=_natural)
         if len(folds) < 2:
             raise ValueError(f"{self.name}: cross-validation takes at least two folds, got {folds}")
@@ -103,7 +103,7 @@ class Task:
             aside = {fold, following} if len(folds) > 2 else {fold}
             train = [i for i, clip in enumerate(self.clips) if clip.fold not in aside]
             train, valid = (train, members[following]) if len(folds) > 2 else self._draw(train, seed)
-            found.append(Round(fold, train, valid, members[fold]))
+            found.append(Fold(fold, train, valid, members[fold]))
         return found
 
     def _draw(self, indices: list[int], seed: int) -> tuple[list[int], list[int]]:

@@ -67,7 +67,7 @@ def _known(functions: dict[str, Callable[..., torch.Tensor]], metric: str) -> Ca
     return functions[metric]
 
 
-def interval(
+def bootstrap_ci(
     value: Callable[[np.ndarray], float], groups: Sequence[np.ndarray], seed: int = 0, costly: int = 0
 ) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over folds of a statistic; NaN where no resample has any.

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, fbank
 from .classifier import NORM_EPS, AudioClassifier, pool_tokens
-from .manifest import Round
+from .manifest import Fold
 from .options import ProbeOptions
-from .run import Run, Tested
+from .run import FoldResult, Run
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larger means less regularised
 
@@ -104,7 +104,7 @@ def _gather(
     return found / np.maximum(weight, 1e-9)
 
 
-def _fit_round(run: Run, x: np.ndarray, part: Round, keep: bool = False) -> Tested:
+def _fit_round(run: Run, x: np.ndarray, part: Fold, keep: bool = False) -> FoldResult:
     """Fits each penalty on the training examples, takes the best on the validation ones, tells of the test ones.
 
     Args:
@@ -137,7 +137,7 @@ def _fit_round(run: Run, x: np.ndarray, part: Round, keep: bool = False) -> Test
         classifier = run.new_classifier(run.encoder)
         set_norm(classifier, data[train])
         classifier.head.weight.data, classifier.head.bias.data = weight, bias
-    return Tested(part, told(test, weight, bias), value, classifier, {"C": penalty})
+    return FoldResult(part, told(test, weight, bias), value, classifier, {"C": penalty})
 
 
 def set_norm(classifier: AudioClassifier, x: Tensor) -> None:

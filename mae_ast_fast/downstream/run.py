@@ -22,14 +22,14 @@ from torch import Tensor
 from ..checkpoints.load import load_model
 from ..data import corpus
 from ..devices import pick_device, pick_precision
-from ..files import write_json, write_whole
+from ..files import atomic_write, write_json
 from ..models.base import PretrainingModel
 from ..models.mae_ast import MAEAST, encoder_alone
-from ..training.lifecycle import OPTIONS, TASK_OPTIONS, only_run
+from ..training.lifecycle import OPTIONS, TASK_OPTIONS, run_lock
 from .audio import Waveforms, batches
 from .classifier import AudioClassifier, longest_seconds
-from .manifest import Round, Task, read_task
-from .metrics import average_precisions, confusion, interval, score
+from .manifest import Fold, Task, read_task
+from .metrics import average_precisions, bootstrap_ci, confusion, score
 from .options import ProbeOptions
 
 _BATCH_SECONDS = 160.0  # of audio that is encoded at once where nothing is learned
@@ -78,10 +78,10 @@ class Examples:
 
 
 @dataclass
-class Tested:
+class FoldResult:
     """What a round found: probabilities (n, C) of its test examples, and how the choice was made."""
 
-    round: Round
+    round: Fold
     probabilities: np.ndarray
     valid: float
     classifier: AudioClassifier | None = None
@@ -118,10 +118,10 @@ class Run:
             if unknown := [name for name in wanted if name not in [part.name for part in rounds]]:
                 raise ValueError(f"folds must be of {[part.name for part in rounds]}, got {unknown}")
             rounds = [part for part in rounds if part.name in wanted]
-        self._claim()  # at once, and again when nobody else can be at it
+        self._check_output_dir()  # at once, and again when nobody else can be at it
         self.audio = Waveforms(task, cache, options.workers)
         gone = self.audio.missing
-        rounds = [Round(p.name, *([i for i in x if i not in gone] for x in (p.train, p.valid, p.test))) for p in rounds]
+        rounds = [Fold(p.name, *([i for i in x if i not in gone] for x in (p.train, p.valid, p.test))) for p in rounds]
         for part in rounds:
             for name in ("train", "valid", "test"):
                 if not getattr(part, name):
@@ -139,8 +139,8 @@ class Run:
 
     def __enter__(self) -> Run:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(only_run(self.out))  # makes it: a start that fails before leaves nothing
-            given, known = self._claim()
+            stack.enter_context(run_lock(self.out))  # makes it: a start that fails before leaves nothing
+            given, known = self._check_output_dir()
             given["content"] = self._content()
             if known and known.get("content") != given["content"]:
                 what = "of other clips, labels, audio or weights" if "content" in known else "of an earlier version"
@@ -182,7 +182,7 @@ class Run:
             notes.append(f"{count} test clips: too few for the interval to be true to its name")
         return notes
 
-    def _claim(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _check_output_dir(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """A folder is of one run, whose results are not overwritten: options now, and those that results there are of.
 
         Raises:
@@ -219,7 +219,7 @@ class Run:
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def folder(self, part: Round) -> Path:
+    def folder(self, part: Fold) -> Path:
         """Where a round of fine-tuning leaves what it made."""
         name = "".join(c if c.isalnum() or c in "-_" else f"%{ord(c):02x}" for c in part.name)
         return self.out / f"fold_{name}" if part.name else self.out / "split"
@@ -262,7 +262,7 @@ class Run:
         return score(metric or self.metric, probabilities, targets, self.task.multi_label)
 
     def report(
-        self, tested: list[Tested], history: list[dict[str, Any]], baselines: dict[str, list[Tested]]
+        self, tested: list[FoldResult], history: list[dict[str, Any]], baselines: dict[str, list[FoldResult]]
     ) -> dict[str, Any]:
         """Writes what a run leaves; returns the summary."""
         from .figures import plot_confusion, plot_labels, plot_learning
@@ -355,7 +355,7 @@ class Run:
 
         groups = [np.unique(group) for group in clips]
         costly = len(columns) * joined[0].size if self.metric == "map" else 0
-        low, high = interval(value, groups, self.options.seed, costly)
+        low, high = bootstrap_ci(value, groups, self.options.seed, costly)
         return [low, high] if len(columns) > 1 else [max(low, 0.0), min(high, 1.0)]
 
     def _write_predictions(self, examples: Examples, parts: list[np.ndarray], found: list[np.ndarray]) -> None:
@@ -376,7 +376,7 @@ class Run:
                         name = task.clips[examples.clip[i]].name
                         table.writerow([name, *at, true, pred, *(f"{x:.6g}" for x in p)])
 
-        write_whole(self.out / "predictions.csv", write)
+        atomic_write(self.out / "predictions.csv", write)
 
 
 def _rounded(found: Any) -> Any:

@@ -25,7 +25,7 @@ import numpy as np
 from ..data.audio import SAMPLE_RATE, AudioError, to_pcm16
 from ..data.corpus import NotInRelease, default_cache, fetch
 from ..data.decoder import Decoder
-from ..files import locked, write_whole
+from ..files import atomic_write, locked
 from .datasets import write_manifest
 
 _SHORTER_SECONDS = 0.05  # by more, and the source is not the recording that was listed
@@ -69,7 +69,7 @@ _MEGABYTES = {
 }
 
 
-class Task(NamedTuple):
+class TaskInfo(NamedTuple):
     """What a task asks, and how it is measured."""
 
     what: str
@@ -77,12 +77,12 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "zh_initial22": Task("22 onsets of Mandarin syllables, 2 speakers", "accuracy"),
-    "hogvoice14": Task("14 voices of game characters", "accuracy, 5 folds"),
-    "ru_phone": Task("48 Russian phones, one speaker, frame by frame", "frame accuracy"),
-    "sid32": Task("32 voices, 15 languages", "accuracy"),
-    "vocal4": Task("4 vocalisations: death, pain, effort, command", "accuracy, 5 folds"),
-    "esc14": Task("14 classes of sounds", "accuracy, 5 folds"),
+    "zh_initial22": TaskInfo("22 onsets of Mandarin syllables, 2 speakers", "accuracy"),
+    "hogvoice14": TaskInfo("14 voices of game characters", "accuracy, 5 folds"),
+    "ru_phone": TaskInfo("48 Russian phones, one speaker, frame by frame", "frame accuracy"),
+    "sid32": TaskInfo("32 voices, 15 languages", "accuracy"),
+    "vocal4": TaskInfo("4 vocalisations: death, pain, effort, command", "accuracy, 5 folds"),
+    "esc14": TaskInfo("14 classes of sounds", "accuracy, 5 folds"),
 }
 
 
@@ -215,7 +215,7 @@ def _cut_clips(package: Path, clips: Sequence[tuple[dict[str, str], Path]]) -> d
                         continue
                     louder = to_pcm16(clip * np.float32(10 ** (float(row["gain_db"]) / 20) / 32768))
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(target, lambda partial, pcm=louder: soundfile.write(partial, pcm, SAMPLE_RATE))
+                    atomic_write(target, lambda partial, pcm=louder: soundfile.write(partial, pcm, SAMPLE_RATE))
         finally:
             decoder.close()
     return faults

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..devices import send
-from ..files import write_json, write_whole
+from ..files import atomic_write, write_json
 from ..ops import resolve_impl
 from ..ops.attention import check_backend
 from ..ops.fbank import fbank
 from ..ops.masking import num_visible
-from ..ops.packing import Packing, Sizes
+from ..ops.packing import Packing, TokenCounts
 from .config import MAEASTConfig, SSASTConfig
-from .transformer import RECOMPUTE, Execution, Stack
+from .transformer import RECOMPUTE, ExecConfig, TransformerStack
 
 Model = TypeVar("Model", bound="PretrainingModel")
 
@@ -96,7 +96,7 @@ def listed_frames(clips: int, longest: int, lengths: Sequence[int] | Tensor | No
 
 
 @functools.lru_cache
-def most_tokens(blocks: int, grid_f: int, mask_ratio: float) -> tuple[int, int]:
+def max_tokens(blocks: int, grid_f: int, mask_ratio: float) -> tuple[int, int]:
     """The most visible and the most masked tokens of a clip of at most so many time blocks."""
     tokens = [block * grid_f for block in range(blocks + 1)]
     visible = [num_visible(count, mask_ratio) for count in tokens]
@@ -107,7 +107,7 @@ def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
     """Writes model.safetensors and config.json, each in one step, into a folder that is made where it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
     write_json(folder / "config.json", config)
 
 
@@ -128,7 +128,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
     config_class: ClassVar[type[MAEASTConfig] | type[SSASTConfig]]
     model_type: ClassVar[str]  # in config.json; also the name of the front end in fbank.py
     patch_embed: nn.Linear
-    encoder: Stack
+    encoder: TransformerStack
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         """Most frames T of a batch."""
         raise NotImplementedError
 
-    def sizes_of(self, lengths: Sequence[int]) -> Sizes:
+    def sizes_of(self, lengths: Sequence[int]) -> TokenCounts:
         """The sizes of a batch whose masks ``forward`` draws.
 
         Args:
@@ -236,9 +236,9 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         config = self.config
         tokens = [int(frames) // config.patch_size[0] * config.grid_f for frames in lengths]
         visible = [num_visible(count, config.mask_ratio) for count in tokens]
-        return Sizes.of(visible, [count - v for count, v in zip(tokens, visible, strict=True)])
+        return TokenCounts.of(visible, [count - v for count, v in zip(tokens, visible, strict=True)])
 
-    def largest_sizes(self, clips: int, longest: int, drawn: bool = True) -> Sizes:
+    def largest_sizes(self, clips: int, longest: int, drawn: bool = True) -> TokenCounts:
         """Sizes that hold every batch of so many clips of at most so many frames, whatever their lengths.
 
         Args:
@@ -249,22 +249,22 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         config = self.config
         blocks = longest // config.patch_size[0]
         tokens = blocks * config.grid_f
-        visible, masked = most_tokens(blocks, config.grid_f, config.mask_ratio) if drawn else (tokens, tokens)
-        return Sizes(clips * visible, clips * masked, visible, masked, tokens, exact=False)
+        visible, masked = max_tokens(blocks, config.grid_f, config.mask_ratio) if drawn else (tokens, tokens)
+        return TokenCounts(clips * visible, clips * masked, visible, masked, tokens, exact=False)
 
     def num_masked(self, frames: Tensor) -> Tensor:
         """Tokens that ``sample_mask`` hides of each clip (B,), int64, where ``frames`` (B,), int64, are."""
         tokens = frames // self.config.patch_size[0] * self.config.grid_f
         return tokens - num_visible(tokens, self.config.mask_ratio)
 
-    def _execution(self, device: torch.device, dtype: torch.dtype) -> Execution:
+    def _execution(self, device: torch.device, dtype: torch.dtype) -> ExecConfig:
         """Resolves the implementation, and draws the seed of this forward's dropout where kernels need one."""
         config = self.config
         impl, _ = resolve_impl(self.impl, device, dtype)
         kernels = impl == "triton" or self.attention == "short"
         rates = config.dropout, config.attention_dropout, config.activation_dropout, config.input_dropout
         drop = self.training and kernels and any(rates)
-        return Execution(impl, self.attention, ops.draw_seed(device) if drop else None, self.recompute)
+        return ExecConfig(impl, self.attention, ops.draw_seed(device) if drop else None, self.recompute)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the stream and of the matrix products: autocast's where it is on, else that of the weights."""
@@ -277,7 +277,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         features: Tensor,
         lengths: Sequence[int] | Tensor | None,
         given: tuple[Tensor, Tensor] | None = None,
-    ) -> Sizes:
+    ) -> TokenCounts:
         """Exact sizes; the host waits for a GPU only where it cannot know them.
 
         Args:
@@ -294,7 +294,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             alive = sizes.masked > 0  # a drawn mask leaves one token visible
         else:
             visible, masked = torch.stack(given).sum(2).tolist()
-            sizes = Sizes.of(visible, masked)
+            sizes = TokenCounts.of(visible, masked)
             alive = any(v and m for v, m in zip(visible, masked, strict=True))
         if not alive:
             kt, kf = self.config.patch_size

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from .. import ops
 from ..devices import send
 from ..ops import reference
-from ..ops.packing import Packing, Sizes, real_tokens
+from ..ops.packing import Packing, TokenCounts, real_tokens
 from .base import Encoded, PretrainingModel, listed_frames
 from .config import MAEASTConfig
 from .transformer import (
     SITES,
-    Execution,
+    ExecConfig,
     Positions,
-    Stack,
+    TransformerStack,
     add_norm,
     call,
     is_fusible_norm,
@@ -160,13 +160,15 @@ class MAEAST(PretrainingModel):
         self.input_norm = InputNorm()
         self.patch_embed = nn.Linear(config.patch_dim, width)
         self.encoder_positions = Positions(width)
-        self.encoder = Stack(width, config.encoder_layers, config.encoder_layerdrop, config, SITES)
+        self.encoder = TransformerStack(width, config.encoder_layers, config.encoder_layerdrop, config, SITES)
         if config.decoder_layers:
             self.encoder_projection = nn.Linear(width, decoder_width) if config.has_projection else None
             self.mask_token = nn.Parameter(torch.rand(decoder_width))
             self.decoder_positions = Positions(decoder_width)
             site = SITES * (1 + config.encoder_layers)
-            self.decoder = Stack(decoder_width, config.decoder_layers, config.decoder_layerdrop, config, site)
+            self.decoder = TransformerStack(
+                decoder_width, config.decoder_layers, config.decoder_layerdrop, config, site
+            )
             self.head = nn.Linear(decoder_width, 2 * config.patch_dim)  # reconstruction, then classification
 
     def forward(
@@ -176,7 +178,7 @@ class MAEAST(PretrainingModel):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
-        sizes: Sizes | None = None,
+        sizes: TokenCounts | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
     ) -> MAEASTOutput:
         """Masked pretraining losses (paper, section 2).
@@ -215,7 +217,7 @@ class MAEAST(PretrainingModel):
         if sizes is None:
             sizes = self.exact_sizes(features, lengths, None if drawn else (seen, hidden))
         rows = sizes.visible + sizes.masked
-        every = Packing.of(real, rows, sizes.most_tokens, sizes.exact)
+        every = Packing.of(real, rows, sizes.max_tokens, sizes.exact)
         visible = Packing.of(seen, sizes.visible, sizes.most_visible, sizes.exact)
         masked = Packing.of(hidden, sizes.masked, sizes.most_masked, sizes.exact)
 
@@ -244,7 +246,7 @@ class MAEAST(PretrainingModel):
         mask: Tensor,
         visible: Packing,
         rows: Packing,
-        run: Execution,
+        run: ExecConfig,
     ) -> MAEASTOutput:
         config = self.config
         used = (visible.counts > 0) & (rows.counts > 0)  # (B,), whether a clip adds to the losses
@@ -323,7 +325,7 @@ class MAEAST(PretrainingModel):
         return Encoded(x, states, every, every.token // config.grid_f, every.token % config.grid_f)
 
     def _encode(
-        self, patches: Tensor, rows: Packing, width: int, run: Execution, layer: int | None = None
+        self, patches: Tensor, rows: Packing, width: int, run: ExecConfig, layer: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Normalised patches (N, P) of clips of at most ``width`` tokens -> output (N, D), and that of every layer."""
         config = self.config
@@ -336,7 +338,7 @@ class MAEAST(PretrainingModel):
             x = add_norm(x, bias, positions, self.encoder.norm, drop, run, site=0, fork=False)
         return self.encoder(reference.drop(x, config.dropout if self.training else 0.0), rows, run, layer)
 
-    def _decode(self, visible: Tensor, mask: Tensor, every: Packing, masked: Packing, run: Execution) -> Tensor:
+    def _decode(self, visible: Tensor, mask: Tensor, every: Packing, masked: Packing, run: ExecConfig) -> Tensor:
         """Encoded visible tokens (Nv, D) -> decoder output of the masked tokens (M, D)."""
         hidden = mask[every.clip, every.token]
         hidden = hidden | ~every.valid  # a row of no clip gets the mask token, and takes no gradient

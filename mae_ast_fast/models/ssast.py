@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..devices import send
-from ..ops.packing import Packing, Sizes, real_tokens
+from ..ops.packing import Packing, TokenCounts, real_tokens
 from .base import Encoded, PretrainingModel, listed_frames
 from .config import SSASTConfig
 from .mae_ast import MAEASTOutput
-from .transformer import SITES, Execution, Stack, call, is_plain, linear
+from .transformer import SITES, ExecConfig, TransformerStack, call, is_plain, linear
 
 CLASS_TOKENS = 2  # of DeiT: class and distillation; nothing is trained on their output
 _SECOND_SEED = 0x5BF03635F0B7A54D  # what the seed of the second pass's mask differs by
@@ -93,7 +93,7 @@ class SSAST(PretrainingModel):
         self.dist_token = nn.Parameter(torch.empty(width))
         self.mask_token = nn.Parameter(torch.empty(width))
         self.positions = nn.Parameter(torch.empty(CLASS_TOKENS + config.num_patches, width))
-        self.encoder = Stack(width, config.layers, 0.0, config, SITES)
+        self.encoder = TransformerStack(width, config.layers, 0.0, config, SITES)
         for module in self.encoder.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
@@ -113,7 +113,7 @@ class SSAST(PretrainingModel):
         mask: Tensor | tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
         *,
-        sizes: Sizes | None = None,
+        sizes: TokenCounts | None = None,
     ) -> MAEASTOutput:
         """Masked pretraining losses (paper, section 2.3).
 
@@ -173,7 +173,7 @@ class SSAST(PretrainingModel):
         blocks = ((frames + kt - 1) // kt).clamp(max=n_t)
         real = real_tokens(blocks, n_t)[:, None, :].expand(-1, grid_f, -1).flatten(1)
         tokens = [min(-(-count // kt), n_t) * grid_f for count in listed]
-        sizes = Sizes.of(tokens, [0] * len(tokens))
+        sizes = TokenCounts.of(tokens, [0] * len(tokens))
         dtype = self._compute_dtype(features.device)
         run = self._execution(features.device, dtype)
         with torch.autocast(features.device.type, enabled=False):
@@ -186,7 +186,7 @@ class SSAST(PretrainingModel):
         return Encoded(x[patches], states, rows, rows.token % n_t, rows.token // n_t)
 
     def _encode(
-        self, features: Tensor, real: Tensor, mask: Tensor, sizes: Sizes, dtype: torch.dtype, run: Execution
+        self, features: Tensor, real: Tensor, mask: Tensor, sizes: TokenCounts, dtype: torch.dtype, run: ExecConfig
     ) -> _Pass:
         """One pass: all rows of ``_embed`` encoded, the output of the masked ones alone."""
         x, every, visible, masked, target = self._embed(features, real, mask, sizes, dtype, run)
@@ -198,7 +198,7 @@ class SSAST(PretrainingModel):
         return _Pass(x, target.detach(), masked, (visible.counts > 0) & (masked.counts > 0))
 
     def _embed(
-        self, features: Tensor, real: Tensor, mask: Tensor, sizes: Sizes, dtype: torch.dtype, run: Execution
+        self, features: Tensor, real: Tensor, mask: Tensor, sizes: TokenCounts, dtype: torch.dtype, run: ExecConfig
     ) -> tuple[Tensor, Packing, Packing, Packing, Tensor]:
         """Visible patches embedded, the mask token for the others, class tokens in front, positions added.
 
@@ -211,7 +211,7 @@ class SSAST(PretrainingModel):
         clips, n_t = len(real), features.shape[1] // kt
         selected = torch.cat((real.new_ones(clips, CLASS_TOKENS), real), 1)
         rows = sizes.visible + sizes.masked + CLASS_TOKENS * clips
-        every = Packing.of(selected, rows, sizes.most_tokens + CLASS_TOKENS, sizes.exact)
+        every = Packing.of(selected, rows, sizes.max_tokens + CLASS_TOKENS, sizes.exact)
         visible = Packing.of(real & ~mask, sizes.visible, sizes.most_visible, sizes.exact)
         masked = Packing.of(mask, sizes.masked, sizes.most_masked, sizes.exact)
 
@@ -243,7 +243,7 @@ class SSAST(PretrainingModel):
         grid = grid.unflatten(0, (self.config.grid_f, self.config.grid_t))[:, :n_t]
         return torch.cat((classes, grid.flatten(0, 1)))
 
-    def _losses(self, passes: list[_Pass], mask: Tensor | tuple[Tensor, Tensor], run: Execution) -> MAEASTOutput:
+    def _losses(self, passes: list[_Pass], mask: Tensor | tuple[Tensor, Tensor], run: ExecConfig) -> MAEASTOutput:
         config = self.config
         ours, theirs = passes[0], passes[-1]  # of InfoNCE and of the MSE: one and the same in a shared pass
         dtype = torch.promote_types(ours.x.dtype, torch.float32)

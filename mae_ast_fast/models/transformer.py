@@ -27,7 +27,7 @@ RECOMPUTE = ("none", "gelu", "layer")  # what the backward may compute again
 
 
 @dataclass
-class Execution:
+class ExecConfig:
     """How the operations of one forward run.
 
     Attributes:
@@ -113,7 +113,7 @@ def add_norm(
     residual: Tensor,
     layer: nn.Module,
     dropout: float,
-    run: Execution,
+    run: ExecConfig,
     *,
     site: int,
     fork: bool,
@@ -211,7 +211,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, residual: Tensor, rows: Packing, run: Execution, only: tuple[Packing, Tensor] | None = None
+        self, x: Tensor, residual: Tensor, rows: Packing, run: ExecConfig, only: tuple[Packing, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(N, D) twice -> (N, D) twice.
 
@@ -241,7 +241,7 @@ class Layer(nn.Module):
         return add_norm(branch, bias, residual, self.ffn_norm, rate, run, site=self.site + 2, fork=True)
 
     def attend(
-        self, x: Tensor, asking: Tensor | None, rows: Packing, run: Execution, only: tuple[Packing, Tensor] | None
+        self, x: Tensor, asking: Tensor | None, rows: Packing, run: ExecConfig, only: tuple[Packing, Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
         """Self-attention and its output projection, as ``linear_without_bias`` gives it."""
         drop = self.config.attention_dropout if self.training else 0.0
@@ -267,7 +267,7 @@ class Layer(nn.Module):
             q = _Select.apply(q, index)
         return q.unflatten(1, (heads, -1)), kv.unflatten(1, (2, heads, -1))
 
-    def feed_forward(self, x: Tensor, run: Execution) -> tuple[Tensor, Tensor | None]:
+    def feed_forward(self, x: Tensor, run: ExecConfig) -> tuple[Tensor, Tensor | None]:
         """Linear, GELU, dropout, Linear; as ``linear_without_bias`` gives the last one."""
         rate = self.config.activation_dropout if self.training else 0.0
         if rate == 0.0 and is_plain(nn.Linear, self.fc1, self.fc2):
@@ -286,7 +286,7 @@ class Layer(nn.Module):
         return activate(h)
 
 
-class Stack(nn.Module):
+class TransformerStack(nn.Module):
     """Transformer stack. Post-norm: LayerNorm before the first layer; pre-norm: after the last.
 
     The entrance (that LayerNorm, and dropout) is left to the caller, who can fuse it with what comes before.
@@ -308,7 +308,7 @@ class Stack(nn.Module):
         self,
         x: Tensor,
         rows: Packing,
-        run: Execution,
+        run: ExecConfig,
         layer: int | None = None,
         only: tuple[Packing, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:

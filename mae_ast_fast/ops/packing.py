@@ -19,7 +19,7 @@ def cumulative(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
-class Sizes(NamedTuple):
+class TokenCounts(NamedTuple):
     """How many rows of each kind a batch is packed into, and the most of one clip: all that the host must know of it.
 
     Either exact, or a bucket that holds the batch (``bucket``): rows past the last clip then belong to none, count in
@@ -30,19 +30,19 @@ class Sizes(NamedTuple):
     masked: int
     most_visible: int
     most_masked: int
-    most_tokens: int
+    max_tokens: int
     exact: bool = True
 
     @classmethod
-    def of(cls, visible: Sequence[int], masked: Sequence[int]) -> Sizes:
+    def of(cls, visible: Sequence[int], masked: Sequence[int]) -> TokenCounts:
         """Of the clips' visible and masked tokens."""
         tokens = [v + m for v, m in zip(visible, masked, strict=True)]
         most = (max(counts, default=0) for counts in (visible, masked, tokens))
         return cls(sum(visible), sum(masked), *most)
 
-    def bucket(self) -> Sizes:
+    def bucket(self) -> TokenCounts:
         """Sizes rounded up, by at most an eighth or 15 rows, so that batches of like lengths share them."""
-        return Sizes(*map(round_up, self[:5]), exact=False)
+        return TokenCounts(*map(round_up, self[:5]), exact=False)
 
 
 def round_up(count: int, least: int = 16) -> int:

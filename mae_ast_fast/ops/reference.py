@@ -270,7 +270,7 @@ class PaddedView:
     """Packed rows (N, ...) laid out as (B, max_seqlen, ...) and back; free of copies where all clips are equal.
 
     Nothing is read back from the device. Rows past the last clip, which there are where ``exact`` is false (see
-    packing.Sizes), are left out, and come back as copies of some row.
+    packing.TokenCounts), are left out, and come back as copies of some row.
 
     Attributes:
         valid: (B, max_seqlen) bool, True where a clip has a row.

@@ -5,7 +5,7 @@ the widths of the presets. For every name of ``kernels/common/configs.py``, widt
 over the launch: each value is halved and doubled (num_stages: one less, one more) as long as that is clearly faster. A
 launch that does not compile, asks for more than the GPU has, or changes the results is skipped, and named.
 
-An operation with ``rivals`` has products whose epilogue does what a kernel of its own could do after cuBLAS's product.
+An operation with ``baselines`` has products whose epilogue does what a separate kernel could do after cuBLAS's product.
 With the launch that was found it is timed against both, in turns, and the ratios are written too: from them
 ``kernels/common/configs.py: epilogue`` decides whether it is used.
 
@@ -30,11 +30,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import write_whole
+from ..files import atomic_write
 
 FASTER = 1.03  # a launch wins that is faster by more than this factor
 SAME = 2e-2  # of the largest value: what another order of summation, rounded to bf16, stays far below
-ROUNDS = 3  # of rivals in turns, so that a clock that changes meets all of them
+ROUNDS = 3  # of baselines in turns, so that a clock that changes meets all of them
 LINE = 120  # characters, as ruff formats the table
 SAME_SHARE = 1e-4  # of integers and booleans: winners between two products that rounding makes equal may change
 # (kernel, bytes an element) -> what stays: in fp32 the loss and its gradient must meet the same products, to the bit.
@@ -104,7 +104,7 @@ class Group:
     before: float = 0.0  # milliseconds, all examples together
     after: float = 0.0
     best: Launch = dataclasses.field(default_factory=dict)
-    rivals: tuple[int, float, float] | None = None  # K; times as fast as the bare product, as product and kernel
+    baselines: tuple[int, float, float] | None = None  # K; times as fast as the bare product, as product and kernel
 
 
 def tune(
@@ -146,10 +146,10 @@ def tune(
     start = time.monotonic()
     for op, groups in planned.items():
         for group in groups:
-            tried += _descend(group, chosen[op], bench, progress)
+            tried += _coordinate_descent(group, chosen[op], bench, progress)
             done += 1
-            if hasattr(chosen[op], "rivals"):
-                _compete(group, chosen[op], bench)
+            if hasattr(chosen[op], "baselines"):
+                _compare_with_baselines(group, chosen[op], bench)
                 progress(_verdict(group))
             spent = time.monotonic() - start
             change = "kept" if group.best == group.present else f"{group.before / group.after:.2f} times as fast"
@@ -157,15 +157,15 @@ def tune(
                 f"[{done}/{count}] {_title(group)}: {change}; {tried / max(spent, 1e-9):.1f} launches/s, "
                 f"about {spent / done * (count - done) / 60:.1f} minutes left"
             )
-        rows, ratios = _rows(groups), [group for group in groups if group.rivals]
+        rows, ratios = _rows(groups), [group for group in groups if group.baselines]
         if not check and (rows or ratios):
             text = path.read_text()
             for kernel, found in rows.items():
                 text = with_rows(text, kernel, bench.arch, found)
             for group in ratios:
-                inner, bare, both = group.rivals
+                inner, bare, both = group.baselines
                 text = with_ratios(text, group.kernel, (bench.arch, inner, group.width, group.size), bare, both)
-            write_whole(path, functools.partial(Path.write_text, data=text))
+            atomic_write(path, functools.partial(Path.write_text, data=text))
             names = dict.fromkeys([*rows, *(group.kernel for group in ratios)])
             progress(f"{path}: rows of {bench.arch} for {', '.join(names)}")
     return [group for groups in planned.values() for group in groups]
@@ -201,7 +201,7 @@ def _plan(op: str, module: Any, dtype: str, arch: str) -> list[Group]:
     return list(groups.values())
 
 
-def _descend(group: Group, module: Any, bench: Bench, progress: Callable[[str], object]) -> int:
+def _coordinate_descent(group: Group, module: Any, bench: Bench, progress: Callable[[str], object]) -> int:
     """Coordinate descent of one row; returns how many launches were tried."""
     examples = list(module.examples(DTYPES[group.dtype], group.example_width, bench.device))
     calls = [examples[number][2] for number in group.examples]
@@ -246,18 +246,18 @@ def _descend(group: Group, module: Any, bench: Bench, progress: Callable[[str], 
     return len(times)
 
 
-def _compete(group: Group, module: Any, bench: Bench) -> None:
-    """Times a row's best launch against its rivals, all three at the same work."""
-    for kernel, inner, *calls in module.rivals(DTYPES[group.dtype], group.example_width, bench.device):
+def _compare_with_baselines(group: Group, module: Any, bench: Bench) -> None:
+    """Times a row's best launch against its baselines, all three at the same work."""
+    for kernel, inner, *calls in module.baselines(DTYPES[group.dtype], group.example_width, bench.device):
         if kernel == group.kernel:
             with _launched_with(kernel, group.best):
                 rounds = [[bench.milliseconds(call) for call in calls] for _ in range(ROUNDS)]
             own, bare, both = (statistics.median(times) for times in zip(*rounds, strict=True))
-            group.rivals = inner, bare / own, both / own
+            group.baselines = inner, bare / own, both / own
 
 
 def _verdict(group: Group) -> str:
-    _, bare, both = group.rivals
+    _, bare, both = group.baselines
     return f"{_title(group)}: {bare:.3f} x the bare product's speed, {both:.3f} x that of product and kernel"
 
 
@@ -440,4 +440,4 @@ def to_text(groups: Sequence[Group]) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *body)]
-    return "\n".join([*lines, *(_verdict(group) for group in groups if group.rivals)])
+    return "\n".join([*lines, *(_verdict(group) for group in groups if group.baselines)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.packing import Sizes
+from ..ops.packing import TokenCounts
 
 if TYPE_CHECKING:
     from .step import Mask
@@ -47,7 +47,7 @@ class Graphs:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.known = GraphCache()
 
-    def __call__(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes) -> Tensor:
+    def __call__(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: TokenCounts) -> Tensor:
         masks = mask if isinstance(mask, tuple) else (mask,)
         inputs = [features, lengths, *masks]
         # A graph reads from where the buffers were; longer positions are another table.

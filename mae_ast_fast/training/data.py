@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import corpus, prepare
-from ..data.audio import Entry
+from ..data.audio import AudioFile
 from ..data.shards import Shards
 from ..ops.fbank import fbank
 from ..ops.packing import real_tokens
@@ -22,12 +22,12 @@ STATISTICS_WINDOWS = 200  # SSAST is normalised by their mean and deviation
 
 
 def open_data(
-    source: str | os.PathLike | Sequence[Entry],
+    source: str | os.PathLike | Sequence[AudioFile],
     cache: str | os.PathLike,
     *,
     min_seconds: float,
     workers: int,
-    split: Callable[[Sequence[Entry]], tuple[np.ndarray, np.ndarray, str]] | None = None,
+    split: Callable[[Sequence[AudioFile]], tuple[np.ndarray, np.ndarray, str]] | None = None,
     progress: bool = True,
 ) -> Shards:
     """Shards to pretrain on: those that ``source`` names, or those that are made of it, once, in ``cache``/shards.

@@ -30,7 +30,7 @@ TIMEOUT = 600.0  # seconds
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """This process among all that train.
 
     Attributes:
@@ -72,7 +72,7 @@ class World:
 
 
 @contextlib.contextmanager
-def world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World]:
+def world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[DistributedContext]:
     """Joins the processes that torchrun started; a process that was started alone is a world of its own.
 
     Args:
@@ -84,7 +84,7 @@ def world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World]:
     """
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World(0, 1, torch.device(kind))
+        yield DistributedContext(0, 1, torch.device(kind))
         return
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     if missing := [name for name in names if name not in os.environ]:
@@ -106,7 +106,7 @@ def world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[World]:
     how = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout), "device_id": bound}
     dist.init_process_group(backend, store=_unused(store, rank, size, timeout), **how)
     try:
-        yield World(rank, size, own)
+        yield DistributedContext(rank, size, own)
     finally:
         dist.destroy_process_group()
 

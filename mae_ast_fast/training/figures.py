@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import write_whole
+from ..files import atomic_write
 from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
 from ..ops.packing import real_tokens
@@ -28,7 +28,7 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=110))
+    atomic_write(path, lambda partial: figure.savefig(partial, dpi=110))
     pyplot().close(figure)
 
 

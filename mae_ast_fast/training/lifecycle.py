@@ -12,7 +12,7 @@ from typing import Any
 OPTIONS, TASK_OPTIONS = "options.json", "task_options.json"  # in folders of pretraining; of probes and fine-tuning
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
     """SIGTERM or Ctrl-C: the run was saved, if ``path`` is not None, and can go on."""
 
     def __init__(self, number: int, path: Path | None) -> None:
@@ -21,14 +21,14 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-class Signals:
+class GracefulShutdown:
     """Takes note of SIGTERM and SIGINT; the loop ends the update that runs, saves and stops.
 
     A second Ctrl-C kills. A second SIGTERM does not: Slurm and torchrun both tell every process. Outside the main
     thread, where Python lets nobody handle signals, none is noted.
     """
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> GracefulShutdown:
         self.received: int | None = None
         own = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
         self._previous = {number: signal.signal(number, self._note) for number in own}
@@ -46,7 +46,7 @@ class Signals:
 
 
 @contextlib.contextmanager
-def only_run(run: Path) -> Iterator[None]:
+def run_lock(run: Path) -> Iterator[None]:
     """Keeps other processes' runs out of the folder while it lasts; a killed holder lets go.
 
     Raises:

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..files import atomic_write
 
 
-class RunLog:
+class MetricsLog:
     """Metrics of one run.
 
     Args:
@@ -26,7 +26,7 @@ class RunLog:
 
         self.path, self.steps = run / "metrics.jsonl", steps
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.is_file() else []
-        write_whole(self.path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        atomic_write(self.path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))
         self._events = SummaryWriter(run / "tensorboard", purge_step=step)
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 

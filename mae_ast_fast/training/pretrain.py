@@ -20,7 +20,7 @@ from ..files import write_json
 from .data import training_shards
 from .distributed import world
 from .evaluation import held_out_set
-from .lifecycle import OPTIONS, TASK_OPTIONS, only_run
+from .lifecycle import OPTIONS, TASK_OPTIONS, run_lock
 from .options import FREE_OPTIONS, PretrainOptions
 from .trainer import Trainer
 
@@ -38,7 +38,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
     run = Path(options.out)
     with world(options.device) as peers, contextlib.ExitStack() as stack:
         if known := peers.first and run.is_dir():
-            stack.enter_context(only_run(run))
+            stack.enter_context(run_lock(run))
         _check_same_run(run, options)
         shards = training_shards(options)
         if len(set(peers.gather(shards.identity))) > 1:
@@ -47,7 +47,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         held_out = held_out_set(trainer.model, shards, options)
         if peers.first:
             if not known:  # made only now: a start that fails leaves nothing
-                stack.enter_context(only_run(run))
+                stack.enter_context(run_lock(run))
             write_json(run / OPTIONS, dataclasses.asdict(options))
             write_json(run / "data_report.json", shards.report)
             print(_headline(options, trainer, len(held_out.names)), flush=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..devices import send
 from ..models.base import PretrainingModel, check_lengths
-from ..ops.packing import Sizes, round_up
+from ..ops.packing import TokenCounts, round_up
 from .cuda_graphs import Graphs
 from .distributed import broadcast, check_parallel, data_parallel, shard
 
@@ -37,7 +37,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Mask = Tensor | tuple[Tensor, ...] | None
 
 
-class Numbers(NamedTuple):
+class StepMetrics(NamedTuple):
     """What an update tells: 0-d fp32 tensors on the device, the losses as in ``MAEASTOutput``."""
 
     loss: Tensor
@@ -47,7 +47,7 @@ class Numbers(NamedTuple):
     grad_norm: Tensor  # before clipping; not finite: the update was skipped
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch: what ``TrainStep.__call__`` takes. Of 0 clips: one that adds nothing to its update."""
 
     features: Tensor
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
 
 @dataclass
-class _Batch:
+class _DeviceBatch:
     """A micro-batch on the device.
 
     Attributes:
@@ -72,11 +72,11 @@ class _Batch:
     features: Tensor
     lengths: Tensor
     draw: dict[str, Any]
-    sizes: Sizes
+    sizes: TokenCounts
     counts: bool
 
 
-class _Told(nn.Module):
+class _LossAndMetrics(nn.Module):
     """A model's loss and, detached, the numbers that it tells (4,): tensors, since DDP looks into no dataclass."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,7 +159,7 @@ class TrainStep:
             capturable=self.device.type == "cuda",
         )
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
-        self.forward: Callable[..., Any] = _Told(torch.compile(model, fullgraph=True) if compile else model)
+        self.forward: Callable[..., Any] = _LossAndMetrics(torch.compile(model, fullgraph=True) if compile else model)
         if parallel == "ddp":
             self.forward = data_parallel(self.forward)
         self.learned = False  # whether DDP knows its graph
@@ -179,7 +179,7 @@ class TrainStep:
         seed: int | Tensor | None = None,
         clip_ids: Tensor | None = None,
         epoch: int = 0,
-    ) -> Numbers:
+    ) -> StepMetrics:
         """One update.
 
         Args:
@@ -202,7 +202,7 @@ class TrainStep:
         """
         if mask is not None and (self.bucketed or self.parallel is not None):
             raise ValueError("compile, graphs and processes draw their masks: expected mask=None, got one")
-        part = Part(features, lengths, seed, clip_ids, epoch)
+        part = MicroBatch(features, lengths, seed, clip_ids, epoch)
         if self.parallel is not None:
             return self.update([part], lr=lr)
         batch = self._prepare(part, drawn=mask is None)
@@ -214,9 +214,9 @@ class TrainStep:
         elif self.device.type == "cpu":
             sizes = None  # the model counts, and complains of a mask that hides another number
         update = self._update if self.graphs is None else self.graphs
-        return Numbers(*update(batch.features, batch.lengths, mask, sizes).unbind())
+        return StepMetrics(*update(batch.features, batch.lengths, mask, sizes).unbind())
 
-    def update(self, parts: Sequence[Part], *, lr: float | None = None) -> Numbers:
+    def update(self, parts: Sequence[MicroBatch], *, lr: float | None = None) -> StepMetrics:
         """One update of several micro-batches; all processes make it together, each with its own and as many.
 
         Masks without a seed, and dropout, are drawn by the state of torch's generator and by the micro-batch's place
@@ -246,13 +246,13 @@ class TrainStep:
         if lr is not None:
             self.lr.fill_(lr)
         rank = dist.get_rank() if self.parallel is not None else 0
-        weights, statistics = self._share(batches)
+        weights, statistics = self._global_weights_and_stats(batches)
         if self.parallel == "ddp" and not self.learned:
-            self._learn_graph(batches[0], statistics)
+            self._warm_up_ddp(batches[0], statistics)
         draw = int(torch.randint(2**62, ())) + rank * len(parts)
         scale, told = self._scale(), torch.zeros(4, device=self.device)
         for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            with self._exchange(last=index + 1 == len(parts)):
+            with self._grad_sync(last=index + 1 == len(parts)):
                 with _generator(draw + index, self.device):
                     loss, numbers = self._loss(batch, statistics)
                 # Gradients are averaged over processes.
@@ -260,20 +260,20 @@ class TrainStep:
             told += weight * numbers
         if self.parallel is not None:
             dist.all_reduce(told)
-        return Numbers(*told.unbind(), self._apply(scale))
+        return StepMetrics(*told.unbind(), self._clip_and_update(scale))
 
     @property
     def tokens(self) -> int:
         """Real tokens so far; at most ``rows``. Reading it waits for the GPU where lengths were on one."""
         return self._tokens + int(self._tokens_on_device)
 
-    def _prepare(self, part: Part, drawn: bool = True, counts: bool = True) -> _Batch:
+    def _prepare(self, part: MicroBatch, drawn: bool = True, counts: bool = True) -> _DeviceBatch:
         """A micro-batch, checked, on its way to the device.
 
         Args:
             part: As the caller gave it.
             drawn: Whether its masks are drawn here.
-            counts: As of ``_Batch``.
+            counts: As of ``_DeviceBatch``.
         """
         features, lengths, seed, clip_ids, epoch = part
         if not isinstance(features, Tensor) or features.dim() != 3 or not len(features):
@@ -292,9 +292,11 @@ class TrainStep:
             sizes = shape.sizes
         self.rows += sizes.visible + sizes.masked
         draw = {"seed": seed, "clip_ids": clip_ids, "epoch": epoch}
-        return _Batch(send(features, self.device), send(frames, self.device), draw, sizes, counts)
+        return _DeviceBatch(send(features, self.device), send(frames, self.device), draw, sizes, counts)
 
-    def _sizes(self, features: Tensor, lengths: Sequence[int] | Tensor | None, drawn: bool) -> tuple[Tensor, Sizes]:
+    def _sizes(
+        self, features: Tensor, lengths: Sequence[int] | Tensor | None, drawn: bool
+    ) -> tuple[Tensor, TokenCounts]:
         """Frames of each clip (B,), int64, where the caller has them, and the sizes of the rows.
 
         Nobody on the host looks at the frames after this.
@@ -310,26 +312,26 @@ class TrainStep:
             return frames, exact
         return frames.clamp(0, longest), self.model.largest_sizes(clips, longest, drawn)
 
-    def _stand_in(self, part: Part) -> _Batch:
+    def _stand_in(self, part: MicroBatch) -> _DeviceBatch:
         """Silence for a micro-batch without clips: it runs as the others do, so that processes stay together."""
         block, limit = self.model.config.patch_size[0], self.model.max_frames
         frames = next(count for count in range(block, limit + 1, block) if self.model.sizes_of([count]).masked)
         features = part.features.new_zeros(1, frames, part.features.shape[2])
-        return self._prepare(Part(features, seed=0), counts=False)
+        return self._prepare(MicroBatch(features, seed=0), counts=False)
 
-    def _update(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: Sizes | None) -> Tensor:
-        """An update of one batch, on the device alone; ``Numbers`` as one tensor (5,)."""
+    def _update(self, features: Tensor, lengths: Tensor, mask: Mask, sizes: TokenCounts | None) -> Tensor:
+        """An update of one batch, on the device alone; ``StepMetrics`` as one tensor (5,)."""
         loss, told = self._forward(features, lengths, mask, sizes)
         scale = self._scale()
         (loss * scale).backward()
-        return torch.cat((told, self._apply(scale)[None]))
+        return torch.cat((told, self._clip_and_update(scale)[None]))
 
     def _forward(
         self,
         features: Tensor,
         lengths: Tensor,
         mask: Mask,
-        sizes: Sizes | None,
+        sizes: TokenCounts | None,
         statistics: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss, and what else is told (4,)."""
@@ -341,7 +343,7 @@ class TrainStep:
     def _scale(self) -> Tensor | float:
         return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
-    def _apply(self, scale: Tensor | float) -> Tensor:
+    def _clip_and_update(self, scale: Tensor | float) -> Tensor:
         """Clipping and AdamW; returns the norm of the gradients, which are ``scale`` times what they should be."""
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
         if self.parallel == "fsdp":
@@ -361,7 +363,7 @@ class TrainStep:
 
     # What several micro-batches, or processes, need.
 
-    def _share(self, batches: list[_Batch]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _global_weights_and_stats(self, batches: list[_DeviceBatch]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What each micro-batch counts in the update (P,), by masked tokens of all, and the statistics of their input.
 
         The host waits for nothing; one exchange tells every process of all micro-batches.
@@ -386,19 +388,19 @@ class TrainStep:
             statistics = mean.to(dtype), factor.to(dtype)
         return counts / every[0].sum(), statistics
 
-    def _loss(self, batch: _Batch, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: _DeviceBatch, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """``_forward`` of a micro-batch, its masks drawn."""
         mask = self.model.sample_mask(batch.lengths, batch.features.shape[1], **batch.draw)
         return self._forward(batch.features, batch.lengths, mask, batch.sizes, statistics)
 
-    def _exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def _grad_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around the forward and backward of a micro-batch: gradients are exchanged in the backward of the last one."""
         if self.parallel == "fsdp":
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
         return self.forward.no_sync() if self.parallel == "ddp" and not last else contextlib.nullcontext()
 
-    def _learn_graph(self, batch: _Batch, statistics: tuple[Tensor, Tensor] | None) -> None:
+    def _warm_up_ddp(self, batch: _DeviceBatch, statistics: tuple[Tensor, Tensor] | None) -> None:
         """DDP learns its static graph in a first backward, in which it ignores ``no_sync``: here one that counts not.
 
         Raises:
@@ -465,15 +467,15 @@ class Shape(NamedTuple):
 
     clips: int
     frames: int
-    sizes: Sizes
+    sizes: TokenCounts
 
     @classmethod
-    def of(cls, model: PretrainingModel, clips: int, longest: int, sizes: Sizes) -> Shape:
+    def of(cls, model: PretrainingModel, clips: int, longest: int, sizes: TokenCounts) -> Shape:
         """Of a batch of so many clips, the longest of so many frames; ``sizes`` hold it."""
         block = model.config.patch_size[0]
         frames = max(longest, min(round_up(-(-longest // block)) * block, model.max_frames))
         full = model.largest_sizes(1, frames)
-        return cls(round_up(clips, least=1), frames, Sizes(*sizes.bucket()[:2], *full[2:]))
+        return cls(round_up(clips, least=1), frames, TokenCounts(*sizes.bucket()[:2], *full[2:]))
 
 
 def _pad(

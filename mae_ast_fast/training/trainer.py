@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints import load as checkpoint
 from ..checkpoints import step_folder
-from ..checkpoints.training import Checkpoints
+from ..checkpoints.training import TrainingCheckpoints
 from ..data.loader import loader
 from ..data.shards import Shards
 from ..devices import pick_precision, send
@@ -25,14 +25,14 @@ from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
 from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
 from .data import log_mel_statistics
-from .distributed import World
+from .distributed import DistributedContext
 from .evaluation import HeldOut, evaluate
 from .figures import plot_loss, plot_reconstruction
-from .lifecycle import Signals, Stopped
-from .metrics_log import RunLog, read_metrics
+from .lifecycle import GracefulShutdown, Interrupted
+from .metrics_log import MetricsLog, read_metrics
 from .options import PretrainOptions
 from .schedule import learning_rate
-from .step import Part, TrainStep
+from .step import MicroBatch, TrainStep
 
 SKIPPED_AT_MOST = 50  # updates in a row of fp16: halved as often, its scale is below any gradient
 FAULTS_LISTED = 1000  # unreadable clips named in summary.json; their count is whole
@@ -45,7 +45,7 @@ class NonFiniteLoss(RuntimeError):
 class Trainer:
     """State of one run: model, optimizer, and the place in the data."""
 
-    def __init__(self, options: PretrainOptions, run: Path, shards: Shards, peers: World) -> None:
+    def __init__(self, options: PretrainOptions, run: Path, shards: Shards, peers: DistributedContext) -> None:
         self.options, self.run, self.shards, self.peers, self.device = options, run, shards, peers, peers.device
         self.precision = pick_precision(options.precision, self.device)
         self.step = 0  # updates done
@@ -54,11 +54,11 @@ class Trainer:
         self.fault_count = 0
         self.pending: list[tuple[dict[str, Any], Tensor, list[str], list[str]]] = []  # numbers are still on the device
         self.skipped = 0  # updates in a row that fp16 left out
-        self.log: RunLog | None = None
+        self.log: MetricsLog | None = None
 
         torch.manual_seed(options.seed)
-        self.checkpoints = Checkpoints(run, options.keep)
-        found = self.checkpoints.peek()
+        self.checkpoints = TrainingCheckpoints(run, options.keep)
+        found = self.checkpoints.latest_valid()
         self.micro_batches = options.micro_batches or (peers.size if found is None else found.state["micro_batches"])
         model = self._new_model(None if found is None else found.config)
         if self.micro_batches % peers.size:
@@ -125,9 +125,9 @@ class Trainer:
         options = self.options
         with contextlib.ExitStack() as stack:
             if self.peers.first:
-                self.log = RunLog(self.run, self.step, options.steps)
+                self.log = MetricsLog(self.run, self.step, options.steps)
                 stack.callback(self.log.close)
-            signals = stack.enter_context(Signals())
+            signals = stack.enter_context(GracefulShutdown())
             stack.callback(self.checkpoints.finish)
             batches = loader(
                 self.shards,
@@ -156,7 +156,7 @@ class Trainer:
                         self.log.row({"step": self.step, "held_out": report})
                 if (number := self.peers.largest(signals.received or 0)) > 0:
                     self.save()
-                    raise Stopped(number, self.checkpoints.finish())
+                    raise Interrupted(number, self.checkpoints.finish())
                 if not self.pending:  # what was saved and evaluated since the flush is no training time
                     self._began = time.perf_counter()
 
@@ -173,7 +173,7 @@ class Trainer:
             number = self.step * self.micro_batches + lane
             epoch = number if self.model.config.masking == "chunk_official" else batch.epoch
             draw = {"seed": options.seed, "clip_ids": batch.ids, "epoch": epoch}
-            parts.append(Part(features, frames, **draw))
+            parts.append(MicroBatch(features, frames, **draw))
             samples += int(batch.lengths.sum())
             names += batch.names
             faults += [f"{name}: {reason}" for name, reason in batch.faults]

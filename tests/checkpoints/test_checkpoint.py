@@ -31,7 +31,7 @@ from mae_ast_fast.checkpoints import step_folder
 from mae_ast_fast.checkpoints import training as resume
 from mae_ast_fast.checkpoints.load import export, load_model
 from mae_ast_fast.checkpoints.step_folder import training_checkpoints
-from mae_ast_fast.checkpoints.training import Checkpoints
+from mae_ast_fast.checkpoints.training import TrainingCheckpoints
 
 SIZES = {"embed_dim": 24, "num_heads": 2}
 SMALL = MAEASTConfig(**SIZES, ffn_dim=36, encoder_layers=2, decoder_embed_dim=20, decoder_layers=1)
@@ -72,7 +72,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 def save(run: Path, update: TrainStep, *steps: int, keep: int = 3) -> Path:
-    checkpoints = Checkpoints(run, keep)
+    checkpoints = TrainingCheckpoints(run, keep)
     for step in steps:
         checkpoints.save(step, update, {**STATE, "step": step})
     path = checkpoints.finish()
@@ -93,8 +93,8 @@ def test_everything_comes_back(tmp_path: Path, config: Any, precision: str) -> N
     update = make(config, updates=3, precision=precision, weight_decay=0.3)
     if update.scaler is not None:
         update.scaler.update(512.0)
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.peek() is None and checkpoints.load(update) is None and checkpoints.finish() is None
+    checkpoints = TrainingCheckpoints(tmp_path, keep=2)
+    assert checkpoints.latest_valid() is None and checkpoints.load(update) is None and checkpoints.finish() is None
     assert not list(tmp_path.iterdir()), "nothing is made before the first save"
     checkpoints.save(3, update, STATE)
     path, expected = checkpoints.newest(), content(update)
@@ -103,8 +103,8 @@ def test_everything_comes_back(tmp_path: Path, config: Any, precision: str) -> N
     fresh = make(config, seed=2, precision=precision)
     for into in (other, fresh):  # with a state of AdamW and without one
         places = {name: tensor.data_ptr() for name, tensor in into.model.state_dict().items()}
-        reader = Checkpoints(tmp_path, keep=2)
-        assert reader.peek() == (path, config, STATE)
+        reader = TrainingCheckpoints(tmp_path, keep=2)
+        assert reader.latest_valid() == (path, config, STATE)
         assert reader.load(into) == (path, STATE)
         assert_equal(content(into), expected)
         assert places == {name: tensor.data_ptr() for name, tensor in into.model.state_dict().items()}
@@ -129,7 +129,7 @@ def test_what_is_saved_is_of_the_moment_of_saving(tmp_path: Path, monkeypatch: p
         return write(*arguments)
 
     monkeypatch.setattr(resume._Writer, "write_data", slow)
-    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints = TrainingCheckpoints(tmp_path, 1)
     checkpoints.save(1, update, state)
     assert not training_checkpoints(tmp_path), "save does not wait for the disk"
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     save(tmp_path, update, 5, keep=1)
     assert names(tmp_path) == ["step-00000005"]
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        Checkpoints(tmp_path, 0)
+        TrainingCheckpoints(tmp_path, 0)
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     update = make(updates=2)
     save(tmp_path, update, 1, keep=1)
     other = make()
-    Checkpoints(tmp_path, 1).load(other)
+    TrainingCheckpoints(tmp_path, 1).load(other)
     assert_equal(content(other), content(update))
     assert names(tmp_path) == ["step-00000001"]
 
@@ -183,12 +183,12 @@ def test_model_and_export(tmp_path: Path, config: Any) -> None:
     assert load_model(tmp_path / "out", recompute="gelu").recompute == "gelu"
     export(path, path)  # beside the shards: both stay readable
     assert_equal(dict(load_model(path).state_dict()), expected)
-    assert Checkpoints(tmp_path / "run", 1).peek().path == path
+    assert TrainingCheckpoints(tmp_path / "run", 1).latest_valid().path == path
 
 
 def test_state_that_is_not_plain(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a state of plain values, got Object of type Tensor"):
-        Checkpoints(tmp_path, 1).save(1, make(updates=1), {"loss": torch.zeros(())})
+        TrainingCheckpoints(tmp_path, 1).save(1, make(updates=1), {"loss": torch.zeros(())})
 
 
 def test_another_model_or_optimizer(tmp_path: Path) -> None:
@@ -199,11 +199,11 @@ def test_another_model_or_optimizer(tmp_path: Path) -> None:
         (wider, r"expected model\..* of \(40.*, got \(36"),
     ):
         with pytest.raises(ValueError, match=words):
-            Checkpoints(tmp_path, 1).load(make(config))
+            TrainingCheckpoints(tmp_path, 1).load(make(config))
     update = make()
     update.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": update.lr})
     with pytest.raises(ValueError, match=r"of another optimizer: expected .*lr.*, got "):
-        Checkpoints(tmp_path, 1).load(update)
+        TrainingCheckpoints(tmp_path, 1).load(update)
 
 
 # ---------------------------------------------------------------- several processes
@@ -233,7 +233,7 @@ def _run(rank: int, folder: Path, phases: tuple[tuple[Any, ...], ...]) -> None:
 def save_sharded(rank: int, folder: Path) -> None:
     """Saves, then meets a full disk in one of the processes, then finds a damaged one."""
     update = make(updates=2, parallel="fsdp")
-    checkpoints = Checkpoints(folder / "two", 3)
+    checkpoints = TrainingCheckpoints(folder / "two", 3)
     with torch.no_grad():
         update.model.eval()(torch.zeros(1, 64, 128))  # leaves weights whole, as an evaluation does
     update.model.train()
@@ -272,10 +272,10 @@ def load_sharded(rank: int, folder: Path, parallel: str | None, sources: list[st
     expected = torch.load(folder / "expected.pt")
     for source in sources:
         update = make(seed=1, parallel=parallel)
-        assert Checkpoints(folder / source, 3).load(update)[1] == STATE
+        assert TrainingCheckpoints(folder / source, 3).load(update)[1] == STATE
         assert_equal(content(update), expected)
     if target is not None:
-        checkpoints = Checkpoints(folder / target, 3)
+        checkpoints = TrainingCheckpoints(folder / target, 3)
         checkpoints.save(3, update, STATE)
         checkpoints.finish()
 
@@ -345,7 +345,7 @@ def test_a_damaged_one_is_named_and_skipped(tmp_path: Path, capsys: pytest.Captu
     newest, expected = save(tmp_path, update, 1, 2), content(update)
     DAMAGES[words](newest)
     other = make(seed=1)
-    assert Checkpoints(tmp_path, 2).load(other)[1]["step"] == 1
+    assert TrainingCheckpoints(tmp_path, 2).load(other)[1]["step"] == 1
     assert_equal(content(other), expected)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("skipped a damaged checkpoint: step-00000002: ")
@@ -357,7 +357,7 @@ def test_a_damaged_one_is_named_and_skipped(tmp_path: Path, capsys: pytest.Captu
             load_model(newest)
     shutil.rmtree(newest.with_name("step-00000001"))
     with pytest.raises(ValueError, match=r"no checkpoint of .* can be read: step-00000002: "):
-        Checkpoints(tmp_path, 2).peek()
+        TrainingCheckpoints(tmp_path, 2).latest_valid()
 
 
 def reseal(folder: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_hole_is_noticed_although_checksums_are_right(tmp_path: Path) -> None:
     save_file(tensors, shard(folder), {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
     reseal(folder)
     with pytest.raises(ValueError, match=r"10 of the 20 values of model.mask_token are there"):
-        Checkpoints(tmp_path, 1).load(make())
+        TrainingCheckpoints(tmp_path, 1).load(make())
     with pytest.raises(ValueError, match=r"10 of the 20 values of model.mask_token are there"):
         load_model(folder)
 
@@ -404,7 +404,7 @@ def test_a_full_disk_leaves_those_before(tmp_path: Path, monkeypatch: pytest.Mon
     update = make(updates=1)
     save(tmp_path, update, 1, keep=1)
     expected = content(update)
-    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints = TrainingCheckpoints(tmp_path, 1)
     with monkeypatch.context() as patch:
         if place == "rename":
             patch.setattr(resume.os, "replace", no_space)
@@ -427,7 +427,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     """The limit is the system's own: the error comes from write()."""
     update = make(updates=1)
     size = shard(save(tmp_path, update, 1, keep=1)).stat().st_size
-    checkpoints, limits = Checkpoints(tmp_path, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints, limits = TrainingCheckpoints(tmp_path, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints.save(2, update, STATE)  # the one that fails is reported by the next save
     checkpoints.finish()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
@@ -437,7 +437,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
             checkpoints.save(4, update, STATE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names(tmp_path) == ["step-00000002"] and checkpoints.peek().state == STATE
+    assert names(tmp_path) == ["step-00000002"] and checkpoints.latest_valid().state == STATE
 
 
 KILLS = """
@@ -542,7 +542,7 @@ def test_a_malicious_pickle_is_not_executed(tmp_path: Path, place: str) -> None:
     folder = save(run, make(updates=1), 1)
     torch.save({"model": Attack(made)}, saved)
     reads = [
-        lambda: Checkpoints(run, 1).load(make()),
+        lambda: TrainingCheckpoints(run, 1).load(make()),
         lambda: load_model(run),
         lambda: export(folder, tmp_path / "out"),
         lambda: MAEAST.from_pretrained(folder),
@@ -638,7 +638,7 @@ def fuzz(pristine: tuple[Path, TrainStep], data: st.DataObject, outcomes: Counte
                     reseal(folder)
             except (ValueError, AttributeError, RecursionError):
                 pass  # no JSON any more
-        for read in (lambda: Checkpoints(run, 1).load(update), lambda: load_model(run)):
+        for read in (lambda: TrainingCheckpoints(run, 1).load(update), lambda: load_model(run)):
             try:
                 read()
                 outcomes["read"] += 1

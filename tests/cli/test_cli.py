@@ -30,7 +30,7 @@ from mae_ast_fast.models.transformer import sinusoid
 from mae_ast_fast.tools import bench, doctor, kernel_report, tune
 from mae_ast_fast.training import pretrain, trainer
 from mae_ast_fast.training.evaluation import HeldOut, evaluate
-from mae_ast_fast.training.lifecycle import Stopped
+from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.options import PretrainOptions
 
 for library in TRAIN_EXTRA:
@@ -383,7 +383,7 @@ def test_a_run_that_learned_nothing_is_said_to_have_failed():
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (Stopped(15, Path("runs/x/checkpoints/step-1")), 143, "stopped by SIGTERM; saved runs/x/checkpoints/"),
+        (Interrupted(15, Path("runs/x/checkpoints/step-1")), 143, "stopped by SIGTERM; saved runs/x/checkpoints/"),
         (trainer.NonFiniteLoss("step 3: loss nan; clips: a.wav"), 1, "error: step 3: loss nan; clips: a.wav"),
         (corpus.CorpusError("no network"), 1, "error: no network To pretrain on audio of your own: --data DIR"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: out of memory: choose a smaller --batch-seconds"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from policy import CODEC_RMS, CODEC_SECONDS, RESAMPLE_ABS, TONE_HZ
 
 from mae_ast_fast.data import audio
-from mae_ast_fast.data.audio import AudioError, Entry, decode, find_audio
+from mae_ast_fast.data.audio import AudioError, AudioFile, decode, find_audio
 from mae_ast_fast.data.splits import split
 
 av, soundfile, soxr = (pytest.importorskip(name) for name in ("av", "soundfile", "soxr"))
@@ -347,7 +347,7 @@ def test_recordings_of_the_test_suite():
 
 def check_split(names, md5=None, **options):
     md5 = list(map(str, md5 or range(len(names))))
-    train, held, how = split([Entry(name, name, group=name.rpartition("/")[0]) for name in names], md5, **options)
+    train, held, how = split([AudioFile(name, name, group=name.rpartition("/")[0]) for name in names], md5, **options)
     assert len(train) and len(held) and isinstance(how, str)
     assert sorted([*train, *held]) == list(range(len(names)))
     assert not {md5[i] for i in train} & {md5[i] for i in held}

@@ -20,10 +20,10 @@ from policy import RESAMPLE_ABS
 from mae_ast_fast import cli
 from mae_ast_fast.data import audio, corpus, npy, prepare
 from mae_ast_fast.data import decoder as data
-from mae_ast_fast.data.audio import Entry, decode, find_audio, to_pcm16
+from mae_ast_fast.data.audio import AudioFile, decode, find_audio, to_pcm16
 from mae_ast_fast.data.npy import lengths_path, prepare_npy
 from mae_ast_fast.data.prepare import prepare_shards
-from mae_ast_fast.files import partial_of
+from mae_ast_fast.files import temp_path
 
 soundfile = pytest.importorskip("soundfile")
 lhotse = pytest.importorskip("lhotse")
@@ -204,7 +204,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return files | {"report": out.with_name(f"{out.name}.report.json").read_bytes()}
 
 
-def mixed_folder(folder: Path) -> list[Entry]:
+def mixed_folder(folder: Path) -> list[AudioFile]:
     """Good, silent, clipped, duplicate and all kinds of bad files."""
     folder.mkdir()
     soundfile.write(folder / "a.wav", tone(0.5), 16000)
@@ -220,7 +220,7 @@ def mixed_folder(folder: Path) -> list[Entry]:
     soundfile.write(folder / "l_none.wav", np.zeros(0), 16000)
     soundfile.write(folder / "m_short.wav", tone(0.1), 16000)
     (folder / "n_truncated.wav").write_bytes((folder / "h_loud.wav").read_bytes()[:20000])
-    return [*find_audio(folder), Entry(str(folder / "gone.wav"), "gone.wav")]
+    return [*find_audio(folder), AudioFile(str(folder / "gone.wav"), "gone.wav")]
 
 
 @pytest.mark.parametrize("form", ["wav", "flac"])
@@ -314,7 +314,7 @@ def test_names_that_no_file_could_have(tmp_path):
     entries = []
     for i, name in enumerate(names):
         write(tmp_path / "in", f"{i}.wav", noise(0.4, i))
-        entries.append(Entry(str(tmp_path / f"in/{i}.wav"), name))
+        entries.append(AudioFile(str(tmp_path / f"in/{i}.wav"), name))
     prepare_shards(entries, tmp_path / "out", progress=False)
     assert {cut.custom["name"] for cut in cuts(tmp_path / "out")} == set(names)
 
@@ -393,7 +393,7 @@ def test_killed_and_started_again_it_goes_on_to_the_same_bytes(tmp_path, monkeyp
     assert not out.exists() and not (tmp_path / "out.report.json").exists()
     shards = sorted(results.glob(whole))
     done = {result["entry"] for path in shards for result in json.loads(path.read_text())}
-    partial_of(results / "000006.json").touch()
+    temp_path(results / "000006.json").touch()
     monkeypatch.setattr(data, "_DECODER_COMMAND", sabotaged_command(log=log))
     capfd.readouterr()
     prepare_shards(tmp_path / "set", out, workers=2)

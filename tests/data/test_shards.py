@@ -25,7 +25,7 @@ from mae_ast_fast.data import loader as loading
 from mae_ast_fast.data import prepare, shards
 from mae_ast_fast.data.audio import find_audio
 from mae_ast_fast.data.loader import loader
-from mae_ast_fast.data.shards import Piece, Shards
+from mae_ast_fast.data.shards import Segment, Shards
 from mae_ast_fast.training.data import open_data
 
 soundfile = pytest.importorskip("soundfile")
@@ -98,7 +98,7 @@ def write_manifests(folder: Path, lengths: list[list[int]], split: str = "train"
 @given(st.integers(1, 60 * RATE), st.sampled_from([RATE // 2, 5 * RATE]), st.integers(0, 2**31), st.integers(0, 99))
 def test_a_piece_is_cut_so_that_every_sample_is_in_one_window(samples, longest, seed, epoch):
     shortest = round(0.3 * RATE)
-    piece = Piece("recording.000000.tar", "x-0-0", "x", "", "", 0, "train", samples, 0, 2 * samples, 0, "wav")
+    piece = Segment("recording.000000.tar", "x-0-0", "x", "", "", 0, "train", samples, 0, 2 * samples, 0, "wav")
     windows = [(window.start, window.samples) for window in piece.windows(longest, shortest, seed, epoch)]
     assert windows == [(window.start, window.samples) for window in piece.windows(longest, shortest, seed, epoch)]
     if samples <= longest:
@@ -114,7 +114,7 @@ def test_a_piece_is_cut_so_that_every_sample_is_in_one_window(samples, longest, 
 
 def test_cuts_move_from_epoch_to_epoch_and_each_piece_has_its_own():
     def phase(name, seed, epoch):
-        piece = Piece("recording.000000.tar", name, "x", "", "", 0, "train", 50 * RATE, 0, 0, 0, "wav")
+        piece = Segment("recording.000000.tar", name, "x", "", "", 0, "train", 50 * RATE, 0, 0, 0, "wav")
         return [window.start for window in piece.windows(10 * RATE, 1, seed, epoch)][-1] % (10 * RATE)
 
     for phases in (

@@ -29,7 +29,7 @@ from mae_ast_fast.downstream.metrics import average_precisions, interval, score
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.downstream.probe import PENALTIES, fit_logistic, probe
 from mae_ast_fast.models.mae_ast import encoder_alone
-from mae_ast_fast.training.lifecycle import Stopped
+from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain
 
@@ -541,7 +541,7 @@ def test_a_signal_where_nothing_can_be_saved(folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(Stopped, match="stopped by SIGINT; nothing could be saved") as stopped:
+    with pytest.raises(Interrupted, match="stopped by SIGINT; nothing could be saved") as stopped:
         finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
     assert stopped.value.exit_code == 130
     assert "No space left on device" in capsys.readouterr().out

@@ -28,12 +28,12 @@ from torch import Tensor
 
 import mae_ast_fast
 from mae_ast_fast import MAEAST, MAEASTConfig, fbank
-from mae_ast_fast.models.transformer import Execution, sinusoid
+from mae_ast_fast.models.transformer import ExecConfig, sinusoid
 from mae_ast_fast.ops import reference
 from mae_ast_fast.ops.masking import num_visible, sample_mask
 from mae_ast_fast.ops.packing import real_tokens
 
-PLAIN = Execution("torch", "sdpa", None)
+PLAIN = ExecConfig("torch", "sdpa", None)
 OFF = {
     "dropout": 0.0,
     "attention_dropout": 0.0,

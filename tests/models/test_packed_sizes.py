@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mae_ast_fast import MAEAST, MAEASTConfig
 from mae_ast_fast.ops.masking import num_visible, sample_mask
-from mae_ast_fast.ops.packing import Packing, Sizes
+from mae_ast_fast.ops.packing import Packing, TokenCounts
 
 OFF = {
     "dropout": 0.0,
@@ -67,7 +67,7 @@ def step(model: MAEAST, *args, **kwargs) -> tuple[object, dict[str, Tensor]]:
 
 @given(st.lists(st.tuples(st.integers(0, 600), st.integers(0, 600)), min_size=1, max_size=20))
 def test_a_bucket_holds_its_batch_and_wastes_little(counts: list[tuple[int, int]]) -> None:
-    exact = Sizes.of([v for v, _ in counts], [m for _, m in counts])
+    exact = TokenCounts.of([v for v, _ in counts], [m for _, m in counts])
     bucket = exact.bucket()
     assert exact.exact and not bucket.exact
     for most, rounded in zip(exact[:5], bucket[:5], strict=True):
@@ -82,7 +82,7 @@ def test_sizes_of_a_batch_are_those_of_its_masks() -> None:
         _, lengths, mask = batch(model, frames)
         tokens = (lengths // model.config.patch_size[0] * model.config.grid_f).cpu()
         masked = mask.sum(1).cpu()
-        expected = Sizes.of((tokens - masked).tolist(), masked.tolist())
+        expected = TokenCounts.of((tokens - masked).tolist(), masked.tolist())
         assert model.sizes_of(frames) == expected == model.sizes_of(lengths.cpu())
         assert expected.visible == int(num_visible(tokens, model.config.mask_ratio).sum())
 

@@ -543,12 +543,12 @@ def test_clips_go_together_with_little_padding(counts: list[int], most: int) -> 
         assert bundle.clips == 1 or size <= clip_attention.BLOCK
         each = len(index) // bundle.clips if real is None else real.sum(1)
         kept = 6 * (each**2 * bundle.clips if real is None else int(each.square().sum()))
-        assert size - kept <= clip_attention.WASTE
+        assert size - kept <= clip_attention.MAX_PADDING
         rows_of[index if real is None else index[real.flatten()]] += 1
     assert (rows_of == 1).all()
 
 
-class Sizes(TorchDispatchMode):
+class TensorSizes(TorchDispatchMode):
     """Elements of every tensor that is made."""
 
     def __init__(self) -> None:
@@ -565,7 +565,7 @@ class Sizes(TorchDispatchMode):
 def test_a_long_clip_needs_its_probabilities_and_a_few_blocks() -> None:
     qkv = rows([2048], heads=1, dim=8, dtype=torch.bfloat16)
     for keep in (False, True):
-        with Sizes() as sizes:
+        with TensorSizes() as sizes:
             out = call(qkv.requires_grad_(keep), [2048], "clips", 0.1)
             if keep:
                 out.sum().backward()

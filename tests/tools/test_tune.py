@@ -387,7 +387,7 @@ def test_an_epilogue_is_timed_with_its_best_launch_against_product_and_kernel(tm
     ]
     assert {group.best["num_stages"] for group in groups} == {4}
     for group in groups:
-        inner, bare, both = group.rivals
+        inner, bare, both = group.baselines
         assert inner == group.width // 4
         assert (bare, both) == ((1.0, 3.0) if group.width == 768 else (0.8, 2.4))
     names = names_of(text)

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
-from mae_ast_fast.training.distributed import World, world
-from mae_ast_fast.training.step import Numbers, Part
+from mae_ast_fast.training.distributed import DistributedContext, world
+from mae_ast_fast.training.step import MicroBatch, StepMetrics
 
 PARTS = 4  # of every update
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 OFF = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0)
 
 
@@ -42,7 +42,7 @@ def ssast() -> SSAST:
     return SSAST(SSASTConfig(**sizes, input_frames=80, mask_patches=20, objective="joint_two_pass")).train()
 
 
-def clips(step: int) -> list[Part]:
+def clips(step: int) -> list[MicroBatch]:
     """The micro-batches of an update: of unequal loudness, of unequally many clips of unequal lengths, some of none."""
     generator = torch.Generator().manual_seed(step)
     parts, first = [], 0
@@ -50,17 +50,17 @@ def clips(step: int) -> list[Part]:
         count = 0 if (step + place) % 5 == 1 else 1 + (2 * step + place) % 3
         frames = torch.randint(16, 81, (count,), generator=generator)
         x = torch.randn(count, int(frames.max()) if count else 0, 32, generator=generator) * (1 + place) - 4 * place
-        parts.append(Part(x, frames, 7, torch.arange(first, first + count), step))
+        parts.append(MicroBatch(x, frames, 7, torch.arange(first, first + count), step))
         first += count
     return parts
 
 
-def one(parts: list[Part]) -> Part:
+def one(parts: list[MicroBatch]) -> MicroBatch:
     """All clips of the parts in one."""
     longest = max(part.features.shape[1] for part in parts)
     x = [nn.functional.pad(part.features, (0, 0, 0, longest - part.features.shape[1])) for part in parts]
     ids = torch.cat([part.clip_ids for part in parts])
-    return Part(torch.cat(x), torch.cat([part.lengths for part in parts]), 7, ids, parts[0].epoch)
+    return MicroBatch(torch.cat(x), torch.cat([part.lengths for part in parts]), 7, ids, parts[0].epoch)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
 
 
-def steps_of(update: TrainStep, here: World, steps: range, whole: bool = False) -> Tensor:
+def steps_of(update: TrainStep, here: DistributedContext, steps: range, whole: bool = False) -> Tensor:
     """What updates tell, (steps, 5), of this process's micro-batches, or of one batch of all their clips."""
     own, told = PARTS // here.size, []
     for step in steps:
@@ -80,7 +80,9 @@ def steps_of(update: TrainStep, here: World, steps: range, whole: bool = False) 
     return torch.stack(told)
 
 
-def run(model: nn.Module, here: World, *, steps: int = 20, whole: bool = False, **how: Any) -> dict[str, Any]:
+def run(
+    model: nn.Module, here: DistributedContext, *, steps: int = 20, whole: bool = False, **how: Any
+) -> dict[str, Any]:
     """What updates tell, the weights and statistics after them, and this process's number of tokens."""
     update = TrainStep(model, 1e-3, **how)
     told = steps_of(update, here, range(steps), whole)
@@ -90,7 +92,7 @@ def run(model: nn.Module, here: World, *, steps: int = 20, whole: bool = False, 
 # ------------------------------------------------------------------------------- what each of several processes does
 
 
-def apart(here: World) -> MAEAST:
+def apart(here: DistributedContext) -> MAEAST:
     """A model whose weights and statistics differ from those of the first process."""
     model = mae_ast()
     with torch.no_grad():
@@ -99,7 +101,7 @@ def apart(here: World) -> MAEAST:
     return model
 
 
-def count_exchanges(here: World) -> list[int]:
+def count_exchanges(here: DistributedContext) -> list[int]:
     """Gradient exchanges of each update."""
     update, counts, made = TrainStep(mae_ast(), parallel="ddp"), [], []
 
@@ -115,7 +117,7 @@ def count_exchanges(here: World) -> list[int]:
     return counts
 
 
-def find_unused(here: World) -> str:
+def find_unused(here: DistributedContext) -> str:
     model = mae_ast()
     model.left_out = nn.Linear(2, 2)
     with pytest.raises(ValueError) as caught:
@@ -123,7 +125,7 @@ def find_unused(here: World) -> str:
     return str(caught.value)
 
 
-def go_on(here: World, parallel: str) -> list[Tensor]:
+def go_on(here: DistributedContext, parallel: str) -> list[Tensor]:
     """Numbers and weights of an update by a run and by two that were begun anew from its state."""
     whole = TrainStep(mae_ast(), 1e-3, parallel=parallel)
     steps_of(whole, here, range(2))
@@ -155,31 +157,31 @@ def go_on(here: World, parallel: str) -> list[Tensor]:
     return found
 
 
-def nobody_has_clips(here: World) -> bool:
+def nobody_has_clips(here: DistributedContext) -> bool:
     update = TrainStep(mae_ast(), 1e-3, parallel="ddp")
     steps_of(update, here, range(1))
     before = copy.deepcopy((update.model.state_dict(), update.optimizer.state_dict()["state"]))
-    told = update.update([Part(torch.zeros(0, 0, 32))] * 2)
+    told = update.update([MicroBatch(torch.zeros(0, 0, 32))] * 2)
     after = update.model.state_dict(), update.optimizer.state_dict()["state"]
     same = [torch.equal(after[0][name], value) for name, value in before[0].items()]
     same += [torch.equal(after[1][i][name], value) for i, kept in before[1].items() for name, value in kept.items()]
     return all(same) and all(number.isnan() for number in told)
 
 
-def tell(here: World) -> tuple[Any, ...]:
+def tell(here: DistributedContext) -> tuple[Any, ...]:
     values = torch.tensor([1 + here.rank, 5], dtype=torch.float64)
     total = here.sum(values)
     assert values.tolist() == [1 + here.rank, 5]  # the caller's own stay
     return here.rank, here.size, here.first, total.tolist(), here.largest(-here.rank), here.gather(f"from {here.rank}")
 
 
-def compiled(here: World) -> dict[str, Any]:
+def compiled(here: DistributedContext) -> dict[str, Any]:
     torch.compile = functools.partial(torch.compile, backend="eager")
     return run(mae_ast(encoder_layers=1), here, steps=1, parallel="ddp", compile=True)
 
 
 DROP = {"dropout": 0.1, "attention_dropout": 0.1, "encoder_layerdrop": 0.3}
-CASES: dict[str, Callable[[World], Any]] = {
+CASES: dict[str, Callable[[DistributedContext], Any]] = {
     "ddp": lambda here: run(apart(here), here, parallel="ddp"),
     "fsdp": lambda here: run(apart(here), here, parallel="fsdp"),
     "ssast ddp": lambda here: run(ssast(), here, steps=6, parallel="ddp"),
@@ -236,7 +238,7 @@ def alone(kind: str, whole: bool = False, **how: Any) -> dict[str, Any]:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], weights: bool = True) -> None:
-    for index, name in enumerate(Numbers._fields):
+    for index, name in enumerate(StepMetrics._fields):
         difference = max_rel(found["told"][:, index], expected["told"][:, index])
         assert difference <= PROCESSES, f"{name}: {difference}"
     assert found["state"].keys() == expected["state"].keys()

@@ -35,7 +35,7 @@ from mae_ast_fast.checkpoints import step_folder
 from mae_ast_fast.cli.parser import TRAIN_EXTRA
 from mae_ast_fast.data.shards import Shards
 from mae_ast_fast.training import trainer as trainer_module
-from mae_ast_fast.training.lifecycle import Stopped
+from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.metrics_log import read_metrics
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain
@@ -435,7 +435,7 @@ def test_sigterm_in_an_evaluation(options: PretrainOptions, whole: Whole, monkey
     options = dataclasses.replace(options, evaluate_every=6)
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "evaluate", evaluate)
-        with pytest.raises(Stopped, match="step-00000006") as stopped:
+        with pytest.raises(Interrupted, match="step-00000006") as stopped:
             pretrain(options)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     pretrain(options)

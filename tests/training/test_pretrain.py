@@ -24,12 +24,12 @@ from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, fbank
 from mae_ast_fast.checkpoints import load as checkpoint
 from mae_ast_fast.checkpoints import step_folder
 from mae_ast_fast.checkpoints import training as resume
-from mae_ast_fast.checkpoints.training import Checkpoints
+from mae_ast_fast.checkpoints.training import TrainingCheckpoints
 from mae_ast_fast.cli.parser import TRAIN_EXTRA
 from mae_ast_fast.data.shards import Shards
 from mae_ast_fast.models.config import SSAST_OBJECTIVES
 from mae_ast_fast.training import trainer as trainer_module
-from mae_ast_fast.training.distributed import World
+from mae_ast_fast.training.distributed import DistributedContext
 from mae_ast_fast.training.metrics_log import read_metrics
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain
@@ -165,7 +165,7 @@ def test_signal_saves_and_exits(options: PretrainOptions, tmp_path: Path, number
     saved = step_folder.training_checkpoints(run)
     assert len(saved) == 1 and str(saved[0]) in errors and "Traceback" not in errors
     assert losses(run)[-1][0] == int(saved[0].name.split("-")[1]) < 500
-    found = Checkpoints(run, 1).peek()
+    found = TrainingCheckpoints(run, 1).latest_valid()
     assert found.state["step"] == losses(run)[-1][0] and isinstance(found.config, MAEASTConfig)
 
 
@@ -412,7 +412,7 @@ def test_an_ssast_run_leaves_the_same_files(options: PretrainOptions) -> None:
     rows = [row for row in read_metrics(Path(ours.out) / "metrics.jsonl") if "loss" in row]
     weighted = [10 * row["loss_reconstruction"] + row["loss_classification"] for row in rows]
     assert weighted == pytest.approx([row["loss"] for row in rows])
-    found = Checkpoints(ours.out, 1).peek()
+    found = TrainingCheckpoints(ours.out, 1).latest_valid()
     assert found.state["step"] == 4 and isinstance(found.config, SSASTConfig)
     assert isinstance(checkpoint.load_model(ours.out), SSAST)
 
@@ -450,10 +450,10 @@ def test_ssast_sees_its_own_front_end_normalised_by_the_training_data(
 def test_ssast_is_normalised_by_the_first_process_statistics(
     options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gather(self: World, value: Any) -> list[Any]:
+    def gather(self: DistributedContext, value: Any) -> list[Any]:
         return [(-5.0, 3.0), value] if isinstance(value, tuple) else [value]
 
-    monkeypatch.setattr(World, "gather", gather)
+    monkeypatch.setattr(DistributedContext, "gather", gather)
     config = pretrain(of_ssast(options, steps=1))["config"]
     assert (config["mean"], config["std"]) == (-5.0, 3.0)
 

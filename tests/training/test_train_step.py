@@ -16,7 +16,7 @@ from policy import BF16_LOSS, BUCKET_SHARE, assert_rounding
 from torch import Tensor, nn
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
-from mae_ast_fast.data.shards import Window, _Budget, bucket_edges
+from mae_ast_fast.data.shards import Crop, _Budget, bucket_edges
 from mae_ast_fast.ops.fbank import SAMPLE_RATE, num_frames
 from mae_ast_fast.tools.doctor import CLIP_SECONDS, count_saved
 from mae_ast_fast.training import cuda_graphs
@@ -445,7 +445,7 @@ def batches_of(seconds: float, shortest: float, longest: float, draw: Callable[[
             bucket.append(samples)
             budget = _Budget(round(seconds * SAMPLE_RATE), edges)
             for window in bucket:
-                budget.add(Window(None, 0, window))
+                budget.add(Crop(None, 0, window))
             if budget.close_to_exceeding():
                 found.append([num_frames(window) for window in bucket])
                 bucket.clear()
@@ -533,9 +533,9 @@ def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], w
 
 def test_a_graph_is_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder(monkeypatch)
-    part = module.Part(features(FRAMES), FRAMES)
+    part = module.MicroBatch(features(FRAMES), FRAMES)
     with pytest.raises(ValueError, match=r"one batch of clips, got parts of \[3, 0\] clips"):
-        graphed(build()).update([part, module.Part(features(FRAMES)[:0])])
+        graphed(build()).update([part, module.MicroBatch(features(FRAMES)[:0])])
 
 
 def test_masks_and_buckets_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,7 +586,7 @@ def test_lengths_on_a_gpu_change_no_loss(monkeypatch: pytest.MonkeyPatch, model:
     assert_same_updates(unknown, known, BATCHES)
     assert unknown.tokens == known.tokens == known.rows
     full = MODELS[model]().sizes_of([55])
-    assert unknown.rows == sum(map(len, BATCHES)) * full.most_tokens > unknown.tokens
+    assert unknown.rows == sum(map(len, BATCHES)) * full.max_tokens > unknown.tokens
 
 
 @pytest.mark.parametrize("model", ["chunk", "ssast"])
@@ -616,9 +616,9 @@ def test_update_with_lengths_on_a_gpu_weighs_parts_by_masked_tokens(
     for where in (list, torch.tensor):
         update = TrainStep(MODELS[model](), 1e-3)
         x = features([55, 17, 33])
-        parts = [module.Part(x, where([55, 0, 33]), seed=1), module.Part(x[:1], where([17]), seed=2)]
+        parts = [module.MicroBatch(x, where([55, 0, 33]), seed=1), module.MicroBatch(x[:1], where([17]), seed=2)]
         if where is torch.tensor:
-            parts.insert(1, module.Part(x[:0]))
+            parts.insert(1, module.MicroBatch(x[:0]))
         found.append(update.update(parts))
     for name, number, value in zip(found[0]._fields, *found, strict=True):
         assert_rounding(value, number, name, grad=True)
@@ -658,7 +658,7 @@ def test_largest_sizes_hold_every_batch(shape: str, ratio: float) -> None:
             assert one[place] == max(sizes[place] for sizes in every[: longest + 1])
         three = model.largest_sizes(3, longest)
         assert three == one._replace(visible=3 * one.visible, masked=3 * one.masked)
-        tokens = one.most_tokens
+        tokens = one.max_tokens
         assert model.largest_sizes(3, longest, drawn=False)[:5] == (3 * tokens, 3 * tokens, tokens, tokens, tokens)
 
 
@@ -669,7 +669,7 @@ def test_a_mask_of_any_count_fits_lengths_on_a_gpu(monkeypatch: pytest.MonkeyPat
         mask = torch.rand(3, 24, generator=torch.Generator().manual_seed(0)) < share
         update = TrainStep(build())
         expected = build()(features(FRAMES), torch.tensor(FRAMES), mask.to(DEVICE)).loss.detach()
-        batch = update._prepare(module.Part(features(FRAMES), torch.tensor(FRAMES, device=DEVICE)), drawn=False)
+        batch = update._prepare(module.MicroBatch(features(FRAMES), torch.tensor(FRAMES, device=DEVICE)), drawn=False)
         found = update._update(batch.features, batch.lengths, mask.to(DEVICE), batch.sizes)[0]
         assert_rounding(found, expected, f"{share}")
 
@@ -702,7 +702,7 @@ def test_update_with_lengths_anywhere_never_waits(where: str) -> None:
     update, x = TrainStep(build()), features(FRAMES)
     lengths = FRAMES if where == "list" else torch.tensor(FRAMES, device=where)
     mask = update.model.sample_mask(torch.tensor(FRAMES), max(FRAMES), seed=0)
-    parts = [module.Part(x, lengths), module.Part(x[:0]), module.Part(x, lengths)]
+    parts = [module.MicroBatch(x, lengths), module.MicroBatch(x[:0]), module.MicroBatch(x, lengths)]
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
         try:
@@ -731,9 +731,9 @@ def test_models_with_lengths_on_the_host_never_wait() -> None:
 def test_an_update_of_parts_never_waits_for_the_gpu(precision: str) -> None:
     update = TrainStep(build(dropout=0.1), precision=precision)
     parts = [
-        module.Part(features(FRAMES), FRAMES, seed=1),
-        module.Part(features(FRAMES)[:0]),
-        module.Part(features([40])),
+        module.MicroBatch(features(FRAMES), FRAMES, seed=1),
+        module.MicroBatch(features(FRAMES)[:0]),
+        module.MicroBatch(features([40])),
     ]
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates

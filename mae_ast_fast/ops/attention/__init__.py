@@ -114,7 +114,7 @@ def attention(
         exact: Whether all N rows belong to a clip (packing.Packing).
 
     Returns:
-        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.Sizes): zeros from ``clips``, ``short``
+        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.TokenCounts): zeros from ``clips``, ``short``
         and FlashAttention, copies of some row from ``sdpa`` and ``math``; no gradient flows to them.
 
     Raises:

@@ -25,11 +25,11 @@ from torch.autograd.function import once_differentiable
 from ..reference import draw_kept
 
 BLOCK = 1 << 20  # elements of a block, unless one row of it is longer; and of the matrices of clips that go together
-WASTE = 1 << 15  # padded elements of a bundle: about what the calls for another bundle cost
+MAX_PADDING = 1 << 15  # padded elements of a bundle: about what the calls for another bundle cost
 
 
 @dataclass
-class Rows:
+class RowIndex:
     """Rows of one kind of a bundle's clips.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rows:
     real: Tensor | None
 
     @classmethod
-    def of(cls, first: list[int], counts: list[int]) -> Rows:
+    def of(cls, first: list[int], counts: list[int]) -> RowIndex:
         """Of clips that begin at these packed rows and have so many."""
         longest = max(counts)
         equal = min(counts) == longest
@@ -76,15 +76,15 @@ class Rows:
 
 
 @dataclass
-class Bundle:
+class LengthGroup:
     """Clips that go together: their number, and the rows that ask and are asked."""
 
     clips: int
-    q: Rows
-    kv: Rows
+    q: RowIndex
+    kv: RowIndex
 
 
-def bundles(cu_q: Tensor, cu_kv: Tensor, heads: int) -> list[Bundle]:
+def bundles(cu_q: Tensor, cu_kv: Tensor, heads: int) -> list[LengthGroup]:
     """Every clip that has queries and keys is in one, the clips with most keys in the first."""
     first_q, first_kv = cu_q.tolist(), cu_kv.tolist()
     counts = enumerate(zip(cu_kv.diff().tolist(), cu_q.diff().tolist(), strict=True))
@@ -95,7 +95,7 @@ def bundles(cu_q: Tensor, cu_kv: Tensor, heads: int) -> list[Bundle]:
         keys, queries, _ = clip
         if groups:
             size = heads * (len(groups[-1]) + 1) * max(most, queries) * groups[-1][0][0]
-            if size <= BLOCK and size - heads * (real + keys * queries) <= WASTE:
+            if size <= BLOCK and size - heads * (real + keys * queries) <= MAX_PADDING:
                 groups[-1].append(clip)
                 most, real = max(most, queries), real + keys * queries
                 continue
@@ -104,8 +104,8 @@ def bundles(cu_q: Tensor, cu_kv: Tensor, heads: int) -> list[Bundle]:
     found = []
     for group in groups:
         keys, queries, index = zip(*group, strict=True)
-        of_q = Rows.of([first_q[clip] for clip in index], list(queries))
-        found.append(Bundle(len(group), of_q, Rows.of([first_kv[clip] for clip in index], list(keys))))
+        of_q = RowIndex.of([first_q[clip] for clip in index], list(queries))
+        found.append(LengthGroup(len(group), of_q, RowIndex.of([first_kv[clip] for clip in index], list(keys))))
     return found
 
 
@@ -155,7 +155,7 @@ class _Scratch:
         return self.memory[: like.numel()].view(like.shape)
 
 
-def _result(shape: torch.Size, like: Tensor, rows: list[Rows]) -> Tensor:
+def _result(shape: torch.Size, like: Tensor, rows: list[RowIndex]) -> Tensor:
     """For the rows of the bundles; zeros where they leave some out."""
     every = sum(of.count for of in rows) == shape[0]
     return like.new_empty(shape) if every else like.new_zeros(shape)
@@ -237,7 +237,7 @@ class _ClipAttention(torch.autograd.Function):
         return d_q, d_kv, None, None, None
 
 
-def _hidden_keys(bundle: Bundle, heads: int, dtype: torch.dtype) -> Tensor | None:
+def _hidden_keys(bundle: LengthGroup, heads: int, dtype: torch.dtype) -> Tensor | None:
     """(G * H, 1, T) to add to the scores: -inf at repeated rows."""
     if bundle.kv.real is None:
         return None
