@@ -373,7 +373,7 @@ class TrainStep:
         counts = torch.stack(masked).double()
         own = [counts]
         if norm is not None and norm.training:
-            measured = [norm.measure(batch.features, batch.lengths * batch.counts) for batch in batches]
+            measured = [norm.batch_stats(batch.features, batch.lengths * batch.counts) for batch in batches]
             own += [torch.stack(values).double() for values in zip(*measured, strict=True)]
         every = torch.stack(own)[None]
         if self.parallel is not None:
@@ -384,7 +384,8 @@ class TrainStep:
         statistics = None
         if len(own) > 1:
             dtype = torch.promote_types(batches[0].features.dtype, torch.float32)
-            mean, factor = norm.learn(*norm.pool(*every[1:]))
+            count, mean, variance = norm.merge_stats(every[1], every[2], every[3])
+            mean, factor = norm.update_running(count, mean, variance)
             statistics = mean.to(dtype), factor.to(dtype)
         return counts / every[0].sum(), statistics
 
