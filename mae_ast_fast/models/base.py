@@ -250,7 +250,14 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         blocks = longest // config.patch_size[0]
         tokens = blocks * config.grid_f
         visible, masked = max_tokens(blocks, config.grid_f, config.mask_ratio) if drawn else (tokens, tokens)
-        return TokenCounts(clips * visible, clips * masked, visible, masked, tokens, exact=False)
+        return TokenCounts(
+            visible=clips * visible,
+            masked=clips * masked,
+            max_visible=visible,
+            max_masked=masked,
+            max_tokens=tokens,
+            has_padding_rows=True,
+        )
 
     def num_masked(self, frames: Tensor) -> Tensor:
         """Tokens that ``sample_mask`` hides of each clip (B,), int64, where ``frames`` (B,), int64, are."""

@@ -246,9 +246,9 @@ class MAEAST(PretrainingModel):
         if sizes is None:
             sizes = self.exact_sizes(features, lengths, None if drawn else (seen, hidden))
         rows = sizes.visible + sizes.masked
-        every = Packing.of(real, rows, sizes.max_tokens, sizes.exact)
-        visible = Packing.of(seen, sizes.visible, sizes.most_visible, sizes.exact)
-        masked = Packing.of(hidden, sizes.masked, sizes.most_masked, sizes.exact)
+        every = Packing.of(real, rows, max_seqlen=sizes.max_tokens, has_padding_rows=sizes.has_padding_rows)
+        visible = Packing.of(seen, sizes.visible, max_seqlen=sizes.max_visible, has_padding_rows=sizes.has_padding_rows)
+        masked = Packing.of(hidden, sizes.masked, max_seqlen=sizes.max_masked, has_padding_rows=sizes.has_padding_rows)
 
         mean, scale = self.input_norm(features, frames) if statistics is None else statistics
         dtype = self._compute_dtype(features.device)
@@ -287,7 +287,7 @@ class MAEAST(PretrainingModel):
             mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=run.impl) * weight
         if config.classification_weight > 0.0:
             lengths = rows.cu_seqlens, rows.max_seqlen
-            nce, hit = ops.info_nce(classification, target, *lengths, impl=run.impl, exact=rows.exact)
+            nce, hit = ops.info_nce(classification, target, *lengths, impl=run.impl, exact=not rows.has_padding_rows)
             nce, hit = torch.where(weight > 0, nce, 0), hit * weight  # of a clip without masked tokens it is undefined
         count = weight.sum().clamp(min=1)
         total = config.reconstruction_weight * mse + config.classification_weight * nce
@@ -343,7 +343,7 @@ class MAEAST(PretrainingModel):
         tokens = (frames + kt - 1) // kt * config.grid_f
         width = features.shape[1] // kt * config.grid_f
         listed = [-(-count // kt) * config.grid_f for count in listed_frames(clips, longest, lengths)]
-        every = Packing.of(real_tokens(tokens, width), sum(listed), max(listed))
+        every = Packing.of(real_tokens(tokens, width), sum(listed), max_seqlen=max(listed))
         mean, scale = self.input_norm(features, frames)
         dtype = self._compute_dtype(features.device)
         run = self._execution(features.device, dtype)

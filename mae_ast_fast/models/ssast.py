@@ -179,7 +179,7 @@ class SSAST(PretrainingModel):
         with torch.autocast(features.device.type, enabled=False):
             x, every, *_ = self._embed(features, real, torch.zeros_like(real), sizes, dtype, run)
             x, states = self.encoder(x, every, run, layer)
-        rows = Packing.of(real, sizes.visible, sizes.most_visible)
+        rows = Packing.of(real, sizes.visible, max_seqlen=sizes.max_visible)
         # The class tokens of a clip are the first of its rows.
         patches = torch.arange(len(rows.clip), device=rows.clip.device) + CLASS_TOKENS * (rows.clip + 1)
         states = [state[patches] for state in states]
@@ -211,9 +211,13 @@ class SSAST(PretrainingModel):
         clips, n_t = len(real), features.shape[1] // kt
         selected = torch.cat((real.new_ones(clips, CLASS_TOKENS), real), 1)
         rows = sizes.visible + sizes.masked + CLASS_TOKENS * clips
-        every = Packing.of(selected, rows, sizes.max_tokens + CLASS_TOKENS, sizes.exact)
-        visible = Packing.of(real & ~mask, sizes.visible, sizes.most_visible, sizes.exact)
-        masked = Packing.of(mask, sizes.masked, sizes.most_masked, sizes.exact)
+        every = Packing.of(
+            selected, rows, max_seqlen=sizes.max_tokens + CLASS_TOKENS, has_padding_rows=sizes.has_padding_rows
+        )
+        visible = Packing.of(
+            real & ~mask, sizes.visible, max_seqlen=sizes.max_visible, has_padding_rows=sizes.has_padding_rows
+        )
+        masked = Packing.of(mask, sizes.masked, max_seqlen=sizes.max_masked, has_padding_rows=sizes.has_padding_rows)
 
         image = features[:, : n_t * kt].transpose(1, 2)
         clip, token = torch.cat((visible.clip, masked.clip)), torch.cat((visible.token, masked.token))
@@ -263,7 +267,7 @@ class SSAST(PretrainingModel):
         if config.classification_weight > 0.0:
             classification, of = _predict(ours.x, self.classification_head), ours
             lengths = of.rows.cu_seqlens, of.rows.max_seqlen
-            how = {"over": "predictions", "impl": run.impl, "exact": of.rows.exact}
+            how = {"over": "predictions", "impl": run.impl, "exact": not of.rows.has_padding_rows}
             loss, hit = ops.info_nce(classification, of.target, *lengths, **how)
             (nce, nce_per_clip), accuracy = means(loss, of), means(hit, of)[0]
         if config.reconstruction_weight > 0.0:

@@ -248,12 +248,12 @@ class Layer(nn.Module):
         if only is None:
             qkv = linear(x, self.qkv).unflatten(1, (3, self.config.num_heads, -1))
             lengths = rows.cu_seqlens, rows.max_seqlen
-            out = attention(qkv, *lengths, drop, run.attention, run.seed, self.site, rows.exact)
+            out = attention(qkv, *lengths, drop, run.attention, run.seed, self.site, not rows.has_padding_rows)
         else:
             q, kv = self.project_queries(x, asking, only[1])
             ask = only[0]
             lengths = ask.cu_seqlens, ask.max_seqlen, rows.cu_seqlens, rows.max_seqlen
-            out = cross_attention(q, kv, *lengths, drop, run.attention, rows.exact)
+            out = cross_attention(q, kv, *lengths, drop, run.attention, exact=not rows.has_padding_rows)
         return linear_without_bias(out.flatten(1), self.out_proj)
 
     def project_queries(self, x: Tensor, asking: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

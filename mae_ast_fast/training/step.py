@@ -281,7 +281,7 @@ class TrainStep:
             raise ValueError(f"features must be a tensor (B, T, F) of at least one clip, got {got}")
         clip_ids = None if clip_ids is None else torch.as_tensor(clip_ids)
         frames, sizes = self._sizes(features, lengths, drawn)
-        if counts and sizes.exact:
+        if counts and not sizes.has_padding_rows:
             self._tokens += sizes.visible + sizes.masked
         elif counts:
             block, grid_f = self.model.config.patch_size[0], self.model.config.grid_f
@@ -475,8 +475,10 @@ class Shape(NamedTuple):
         """Of a batch of so many clips, the longest of so many frames; ``sizes`` hold it."""
         block = model.config.patch_size[0]
         frames = max(longest, min(round_up(-(-longest // block)) * block, model.max_frames))
-        full = model.largest_sizes(1, frames)
-        return cls(round_up(clips, least=1), frames, TokenCounts(*sizes.bucket()[:2], *full[2:]))
+        rounded = sizes.bucket()
+        largest = model.largest_sizes(1, frames)
+        sizes = largest._replace(visible=rounded.visible, masked=rounded.masked)
+        return cls(round_up(clips, min_step=1), frames, sizes)
 
 
 def _pad(

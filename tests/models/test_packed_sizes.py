@@ -69,7 +69,7 @@ def step(model: MAEAST, *args, **kwargs) -> tuple[object, dict[str, Tensor]]:
 def test_a_bucket_holds_its_batch_and_wastes_little(counts: list[tuple[int, int]]) -> None:
     exact = TokenCounts.of([v for v, _ in counts], [m for _, m in counts])
     bucket = exact.bucket()
-    assert exact.exact and not bucket.exact
+    assert not exact.has_padding_rows and bucket.has_padding_rows
     for most, rounded in zip(exact[:5], bucket[:5], strict=True):
         assert most <= rounded <= max(most + 15, most * 9 / 8)
     assert bucket.bucket() == bucket
@@ -96,11 +96,11 @@ def test_sizes_of_a_batch_are_those_of_its_masks() -> None:
 def test_packing_into_more_rows_than_there_are(rows: list[list[bool]], more: int, longer: int) -> None:
     selected = torch.tensor(rows)
     exact = Packing.of(selected)
-    assert exact.exact and exact.valid.all() and exact.max_seqlen == int(selected.sum(1).max())
+    assert not exact.has_padding_rows and exact.valid.all() and exact.max_seqlen == int(selected.sum(1).max())
     clip, token = selected.nonzero(as_tuple=True)
     assert torch.equal(exact.clip, clip) and torch.equal(exact.token, token)
     total = len(clip)
-    wide = Packing.of(selected, total + more, exact.max_seqlen + longer, exact=False)
+    wide = Packing.of(selected, total + more, max_seqlen=exact.max_seqlen + longer, has_padding_rows=True)
     assert len(wide.clip) == len(wide.token) == len(wide.valid) == total + more
     assert torch.equal(wide.clip[:total], clip) and torch.equal(wide.token[:total], token)
     assert torch.equal(wide.cu_seqlens, exact.cu_seqlens)
@@ -183,7 +183,7 @@ def test_one_graph_with_masks_drawn_and_dropout_and_layerdrop(path: str, shape: 
         outs = [graph(features), graph(features, lengths, sizes=sizes.bucket())]
         assert all(out.loss.isfinite() for out in outs)
     assert counter.frame_count == 2, "one for equal clips, one for the bucket"
-    assert outs[1].mask.sum() == sizes.masked and outs[0].mask.sum() == 2 * sizes.most_masked
+    assert outs[1].mask.sum() == sizes.masked and outs[0].mask.sum() == 2 * sizes.max_masked
     outs[1].loss.backward()
 
 

@@ -442,7 +442,7 @@ def test_a_shorter_clip_hides_the_same_share_rounded_up(mask_patches: int) -> No
         assert row.sum() == min(-(-mask_patches * tokens // 60), max(tokens - 1, 0))
         assert not row[:, count // 5 :].any()
     sizes = model.sizes_of(frames.tolist())
-    assert sizes.masked == mask.sum() and sizes.most_masked == mask.sum(1).max()
+    assert sizes.masked == mask.sum() and sizes.max_masked == mask.sum(1).max()
 
 
 def test_masks_are_those_of_mae_ast_in_another_order() -> None:

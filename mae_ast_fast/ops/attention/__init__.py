@@ -114,8 +114,8 @@ def attention(
         exact: Whether all N rows belong to a clip (packing.Packing).
 
     Returns:
-        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.TokenCounts): zeros from ``clips``, ``short``
-        and FlashAttention, copies of some row from ``sdpa`` and ``math``; no gradient flows to them.
+        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.TokenCounts): zeros from ``clips``,
+        ``short`` and FlashAttention, copies of some row from ``sdpa`` and ``math``; no gradient flows to them.
 
     Raises:
         ValueError: The backend is unknown or does not take these clips, or a shape or rate is not as described.

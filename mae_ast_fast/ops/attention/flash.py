@@ -125,8 +125,8 @@ def attend(
         dropout: Rate on the probabilities, in [0, 1).
 
     Returns:
-        (Nq, H, Dh) in the dtype of ``q``. Rows past the last clip (see packing.TokenCounts), which the kernels do not write,
-        are zeros, as are their gradients.
+        (Nq, H, Dh) in the dtype of ``q``. Rows past the last clip (see packing.TokenCounts), which the kernels do not
+        write, are zeros, as are their gradients.
     """
     scale = q.shape[-1] ** -0.5
     if name == "aten":
