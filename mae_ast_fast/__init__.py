@@ -1,10 +1,10 @@
 """Fast, trustworthy pretraining of MAE-AST, the masked autoencoding audio spectrogram transformer."""
 
-from .checkpoints.load import load_fairseq
+from .checkpoint import load_fairseq
 from .models.config import MAEASTConfig, SSASTConfig
 from .models.mae_ast import MAEAST
-from .models.ssast import SSAST
 from .ops.fbank import fbank
+from .ssast import SSAST
 from .training.step import TrainStep
 
 __version__ = "0.1.0"

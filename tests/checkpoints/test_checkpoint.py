@@ -444,7 +444,7 @@ KILLS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from mae_ast_fast.checkpoints.training import Checkpoints
+from mae_ast_fast.checkpoints.training import TrainingCheckpoints
 from test_checkpoint import LARGER, assert_equal, content, make
 
 torch.set_num_threads(1)
@@ -452,7 +452,7 @@ root, case = Path(sys.argv[1]), sys.argv[2]
 updates = {mark: make(LARGER if case == "timed" else {}, updates=mark) for mark in (1, 2)}
 expected = {mark: content(update) for mark, update in updates.items()}
 after = make(LARGER if case == "timed" else {})
-start = Checkpoints(root / "start", 1)
+start = TrainingCheckpoints(root / "start", 1)
 start.save(1, updates[1], {"mark": 1})
 start.finish()
 run, left, rng = root / "run", 0, random.Random(0)
@@ -470,7 +470,7 @@ while killed and len(seen) < (12 if case == "timed" else 1000):
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(root / "start", run)
     if (child := os.fork()) == 0:
-        checkpoints = Checkpoints(run, 1)
+        checkpoints = TrainingCheckpoints(run, 1)
         left = 0 if case == "timed" else len(seen) + 1
         for step in {"new": [2], "again": [1], "timed": range(2, 10**6)}[case]:
             checkpoints.save(step, updates[2], {"mark": 2})
@@ -481,7 +481,7 @@ while killed and len(seen) < (12 if case == "timed" else 1000):
         os.kill(child, signal.SIGKILL)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     partial += any(name.startswith(".partial") for name in os.listdir(run / "checkpoints"))
-    mark = Checkpoints(run, 1).load(after)[1]["mark"]
+    mark = TrainingCheckpoints(run, 1).load(after)[1]["mark"]
     assert_equal(content(after), expected[mark])
     names = os.listdir(run / "checkpoints")
     assert not any(name.startswith(".") for name in names), names

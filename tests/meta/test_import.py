@@ -132,6 +132,17 @@ assert state() == before
     run(tmp_path, code)
 
 
+def test_public_paths_are_attributes_after_import_of_the_package_alone(tmp_path: Path) -> None:
+    code = """
+import mae_ast_fast
+assert mae_ast_fast.load_fairseq is mae_ast_fast.checkpoint.load_fairseq
+assert mae_ast_fast.SSAST is mae_ast_fast.ssast.SSAST
+import mae_ast_fast.checkpoint
+assert mae_ast_fast.load_fairseq is mae_ast_fast.checkpoint.load_fairseq
+"""
+    run(tmp_path, code)
+
+
 def test_names_of_the_package() -> None:
     names = ["MAEAST", "MAEASTConfig", "SSAST", "SSASTConfig", "TrainStep", "fbank", "load_fairseq"]
     assert sorted(mae_ast_fast.__all__) == names

@@ -61,6 +61,7 @@ def test_wheel_and_sdist_hold_the_package(built: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     modules = {path.name for path in (ROOT / "mae_ast_fast").glob("*.py")}
     assert {f"mae_ast_fast/{name}" for name in modules} <= set(names)
+    assert "mae_ast_fast/py.typed" in names, "type checkers then read the annotations"
     assert {"mae_ast_fast/kernels/__init__.py", "mae_ast_fast/data/assets/manifest.tsv.gz"} <= set(names)
     assert "mae_ast_fast/data/assets/tasks/esc14.tsv.gz" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
