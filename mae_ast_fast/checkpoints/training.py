@@ -174,8 +174,8 @@ class TrainingCheckpoints:
         """Reads the checkpoint of ``latest_valid`` into the tensors of ``update``, however they are sharded.
 
         Args:
-            update: Its model has the configuration that ``latest_valid`` reports. The saved state goes into it; numbers
-                that are tensors, such as the rate, are filled, and flags such as ``fused`` stay.
+            update: Step to fill. Its model has the configuration that ``latest_valid`` reports. Tensor numbers,
+                such as the rate, are filled too; flags such as ``fused`` stay.
 
         Returns:
             Path and state, as of ``latest_valid``; None where there is no checkpoint.
