@@ -274,13 +274,13 @@ def write_flac(pcm: list[np.ndarray], folder: Path) -> Path:
     return folder
 
 
-def make_shards(flac: Path, folder: Path, form: str, clips: int) -> Shards:
+def make_shards(flac: Path, folder: Path, codec: str, clips: int) -> Shards:
     """Shards of the files of a folder, none of them held out."""
 
     def everything(usable: Sequence[AudioFile]) -> tuple[np.ndarray, np.ndarray, str]:
         return np.arange(len(usable)), np.arange(0), "nothing is held out"
 
-    report = prepare_shards(flac, folder, form=form, min_seconds=0.0, split=everything, progress=False)
+    report = prepare_shards(flac, folder, codec=codec, min_seconds=0.0, split=everything, progress=False)
     assert report["clips"] == report["pieces"] == clips, f"{report['pieces']} pieces of {clips} clips"
     return Shards(folder)
 
@@ -302,7 +302,7 @@ def check_batches(batches: Iterable[Batch], order: list[list[str]], flac: Path) 
     for batch in batches:
         assert not batch.faults, f"faults: {batch.faults}"
         names.append(batch.names)
-        for row, length, name in zip(batch.waveforms, batch.lengths.tolist(), batch.names, strict=True):
+        for row, length, name in zip(batch.waveforms, batch.num_samples.tolist(), batch.names, strict=True):
             assert torch.equal(row[:length], read_flac(flac / name, "int16")), f"{name}: other samples than in the file"
             assert not row[length:].any(), f"{name}: not zero past its end"
     assert names == order, "other clips, or in another order"
@@ -330,10 +330,10 @@ def feature_columns(
             rows = [read_flac(flac / name, "int16") for name in names]
             yield fbank(pad(rows), torch.tensor(list(map(len, rows))))[0]
 
-    def from_shards(form: str, device: str | torch.device) -> Iterator[Tensor]:
-        for windows in batches[form]:
-            batch = shards[form].read(windows)
-            yield fbank(batch.waveforms.to(device), batch.lengths)[0]
+    def from_shards(codec: str, device: str | torch.device) -> Iterator[Tensor]:
+        for crops in batches[codec]:
+            batch = shards[codec].read(crops)
+            yield fbank(batch.waveforms.to(device), batch.num_samples)[0]
 
     columns = {
         "official": official,
@@ -350,27 +350,27 @@ def bench_loader(clips: str, benchmark: Any, tmp_path: Path) -> None:
     with load_average(benchmark.extra_info), one_thread():
         pcm = many_clips(clips, benchmark)
         flac = write_flac(pcm, tmp_path / "files")
-        shards = {form: make_shards(flac, tmp_path / form, form, len(pcm)) for form in ("wav", "flac")}
-        batches = {form: list(found.batches(**BATCHES)) for form, found in shards.items()}
-        order = [[window.piece.name for window in windows] for windows in batches["wav"]]
+        shards = {codec: make_shards(flac, tmp_path / codec, codec, len(pcm)) for codec in ("wav", "flac")}
+        batches = {codec: list(found.batches(**BATCHES)) for codec, found in shards.items()}
+        order = [[crop.segment.name for crop in crops] for crops in batches["wav"]]
 
-        def read(form: str) -> Iterator[Batch]:
-            return map(shards[form].read, batches[form])
+        def read(codec: str) -> Iterator[Batch]:
+            return map(shards[codec].read, batches[codec])
 
-        def load(form: str) -> Iterator[Batch]:
-            return (batch for batch, _ in itertools.islice(loader(shards[form], **BATCHES), len(order)))
+        def load(codec: str) -> Iterator[Batch]:
+            return (batch for batch, _ in itertools.islice(loader(shards[codec], **BATCHES), len(order)))
 
         features = feature_columns(flac, order, shards, batches)
-        for form in shards:
-            check_batches(read(form), order, flac)
-            check_batches(load(form), order, flac)
+        for codec in shards:
+            check_batches(read(codec), order, flac)
+            check_batches(load(codec), order, flac)
         for name, column in features.items():
             if name != "official":
                 check_features(name, column(), features["official"]())
         columns = {name: lambda column=column: exhaust(column()) for name, column in features.items()}
-        for form, called in (("flac", "FLAC"), ("wav", "PCM16")):
-            columns[f"{called} shards, read"] = lambda form=form: exhaust(read(form))
-            columns[f"{called} shards, loader"] = lambda form=form: exhaust(load(form))
+        for codec, called in (("flac", "FLAC"), ("wav", "PCM16")):
+            columns[f"{called} shards, read"] = lambda codec=codec: exhaust(read(codec))
+            columns[f"{called} shards, loader"] = lambda codec=codec: exhaust(load(codec))
         time_columns(benchmark, columns, pcm)
         benchmark.extra_info["goal"] = ["PCM16 shards, loader", GOAL]
 
@@ -378,11 +378,11 @@ def bench_loader(clips: str, benchmark: Any, tmp_path: Path) -> None:
 def check_plan(batches: Iterable[list[Crop]], clips: int, times: int) -> None:
     """Raises AssertionError where a batch exceeds the budget, or a clip does not come whole and so many times."""
     seen: Counter[str] = Counter()
-    for windows in batches:
-        seconds = sum(window.duration for window in windows)
+    for crops in batches:
+        seconds = sum(crop.duration for crop in crops)
         assert seconds <= BATCHES["batch_seconds"], f"a batch of {seconds:.2f} s"
-        assert all(window.samples == window.piece.samples for window in windows), "a clip in parts"
-        seen.update(window.piece.id for window in windows)
+        assert all(crop.num_samples == crop.segment.num_samples for crop in crops), "a clip in parts"
+        seen.update(crop.segment.id for crop in crops)
     assert len(seen) == clips and set(seen.values()) == {times}, f"{len(seen)} of {clips} clips, {set(seen.values())}"
 
 

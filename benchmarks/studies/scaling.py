@@ -333,12 +333,14 @@ def shard_facts(folder: Path) -> dict[str, float]:
     from mae_ast_fast.data.shards import Shards
 
     sizes = {}
-    for form in ("wav", "flac"):
-        prepare_shards(ROOT / "tests" / "audio", folder / form, form=form, progress=False)
-        pieces = [piece for split in ("train", "held_out") for piece in Shards(folder / form).pieces(split)]
-        sizes[form] = sum(piece.size for piece in pieces) / sum(2 * piece.samples for piece in pieces)
+    for codec in ("wav", "flac"):
+        prepare_shards(ROOT / "tests" / "audio", folder / codec, codec=codec, progress=False)
+        segments = [segment for split in ("train", "held_out") for segment in Shards(folder / codec).segments(split)]
+        sizes[codec] = sum(segment.num_bytes for segment in segments) / sum(
+            2 * segment.num_samples for segment in segments
+        )
     paths = sorted((folder / "wav").glob("cuts.*.jsonl.gz"))
-    manifests, count = sum(path.stat().st_size for path in paths), len(pieces)
+    manifests, count = sum(path.stat().st_size for path in paths), len(segments)
     with gzip.open(paths[0], "rt") as lines:
         cut = json.loads(next(lines))
     many = folder / "many"

@@ -69,7 +69,7 @@ def run_prepare(argv: Sequence[str]) -> int:
             source, split = prepare.default_entries(tell), corpus.held_out
     except corpus.CorpusError as error:
         raise CommandError(str(error)) from error
-    given = {"form": given.pop("format", "wav"), "workers": os.cpu_count() or 1, **given}
+    given = {"codec": given.pop("format", "wav"), "workers": os.cpu_count() or 1, **given}
     found = prepare.prepare_shards(source, out, split=split, **given)
     size = sum(size for _, size in found["shards"]) / 1e6
     print(

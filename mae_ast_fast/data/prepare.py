@@ -1,4 +1,4 @@
-"""Audio decoded once, into Lhotse Shar shards to pretrain on. ``shards.py`` reads them, and so does Lhotse."""
+"""Decoding audio once, into Lhotse Shar shards to pretrain on, which ``shards.py`` and Lhotse read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,54 +29,54 @@ from .decoder import Decoder, Progress
 from .splits import split
 from .storage import file_system, json_lines, list_files
 
-MIN_SECONDS = 0.3  # shorter ones are no clips, as in pretraining
+MIN_SECONDS = 0.3  # shorter clips are skipped, as in pretraining
 _VERSION = 1  # of the shards: raise it when decoding changes the samples
-_PIECE_SECONDS = 120  # a longer recording is cut, so that no member of a shard is huge
-_SHARDS = 256  # as many as there are, where that makes them neither smaller nor larger than ...
-_SHARD_BYTES = (1 << 24, 1 << 30)  # ... this, of source files
+_MAX_SEGMENT_SECONDS = 120  # longer recordings are cut, so that no member of a shard is huge
+_NUM_SHARDS = 256  # where that makes them neither smaller nor larger than ...
+_SHARD_BYTES = (1 << 24, 1 << 30)  # ... these sizes of source files
 _SILENT_PEAK = 1e-3  # the idle noise of G.722, which codes silence, peaks at 4e-4
 _CLIPPED_SHARE = 1e-3  # of the samples at full scale
-_MAX_NAMES = 1000  # names listed for one finding of a report; its count is always whole
+_MAX_NAMES = 1000  # per finding of a report; its count is always complete
+
+Split = Callable[[Sequence[AudioFile]], tuple[np.ndarray, np.ndarray, str]]
 
 
 def default_entries(progress: Callable[[str], object]) -> list[AudioFile]:
     """The clips of the default corpus, fetched where needed.
 
     Raises:
-        CorpusError: It cannot be had here.
+        CorpusError: The corpus is not available here.
     """
     from . import corpus
 
-    found = corpus.fetch(progress=progress)
-    clips, _ = corpus.default_clips(found.cache, found.packages)
+    fetched = corpus.fetch(progress=progress)
+    clips, _ = corpus.default_clips(fetched.cache, fetched.packages)
     return list(clips)
 
 
 # ------------------------------------------------------------------------------------------------------------- shards
 
-Split = Callable[[Sequence[AudioFile]], tuple[np.ndarray, np.ndarray, str]]
-
 
 @dataclasses.dataclass
 class Plan:
-    """What ``write_shards`` is to do.
+    """The input of ``write_shards``.
 
     Attributes:
-        entries: All clips; of a cut, ``path`` is what ``data.serve_cuts`` takes.
-        sizes: Bytes of each, -1 where there is no file.
-        shards: Which entries go into each shard.
-        cuts: The entries are Lhotse's cuts.
-        form: wav or flac.
+        entries: All clips. For a Lhotse cut, ``path`` is a line of input for ``decoder.serve_cuts``.
+        entry_bytes: Size of each entry, -1 where there is no regular file.
+        shards: Indices of the entries of each shard.
+        from_cuts: Whether the entries are Lhotse cuts.
+        codec: ``wav`` or ``flac``.
         min_seconds: Shorter clips are skipped.
-        split: Holds clips out; None: ``data.split``.
-        key: Digest of all that the shards depend on.
+        split: Chooses the held-out clips; None: ``splits.split``.
+        key: Digest of everything that the shards depend on.
     """
 
     entries: Sequence[AudioFile]
-    sizes: list[int]
+    entry_bytes: list[int]
     shards: list[list[int]]
-    cuts: bool
-    form: str
+    from_cuts: bool
+    codec: str
     min_seconds: float
     split: Split | None
     key: str
@@ -86,48 +86,51 @@ def prepare_shards(
     source: str | os.PathLike | Sequence[AudioFile],
     out: str | os.PathLike,
     *,
-    form: str = "wav",
+    codec: str = "wav",
     min_seconds: float = MIN_SECONDS,
     workers: int = 2,
     split: Split | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Decodes a source once into Lhotse Shar shards, 16 kHz mono, which ``CutSet.from_shar(in_dir=out)`` reads.
+    """Decode a source once into Lhotse Shar shards, 16 kHz mono, which ``CutSet.from_shar(in_dir=out)`` reads.
 
-    Recordings are shuffled over the shards, so that these are like each other (cuts of Shar stay in theirs), and one
-    that is longer than 2 minutes is cut into equal pieces. A file that crashes or hangs one of the ``workers``
-    processes is skipped. Killed at any time, the same call goes on with the shards that ``OUT.partial`` lacks; ``out``
-    appears whole or not at all.
+    Recordings are shuffled over the shards, so that shards are similar (cuts of a Shar source stay in their shard). A
+    recording of more than 2 minutes is cut into equal segments. A file that crashes or hangs a worker is skipped. If
+    the process is killed, the same call resumes with the shards missing in ``OUT.partial``. ``out`` appears when it is
+    complete.
 
     Args:
         source: Folder of audio, fairseq ``.tsv``, audio file, CutSet manifest (``.jsonl``, ``.jsonl.gz``), Lhotse Shar
-            folder, a URL of one of the last two, or entries.
-        out: New folder. The report goes beside it, to ``OUT.report.json``: Lhotse takes every file in the folder.
-        form: wav (int16) or flac.
-        min_seconds: Shorter clips are skipped.
-        workers: Processes that decode.
-        split: Of the usable entries; indices to train on, indices to hold out, and a sentence. None: ``data.split``.
-        progress: Says on stderr how far it is.
+            folder, a URL of one of the last two, or a sequence of entries.
+        out: New folder. The report is written next to it, to ``OUT.report.json``, because Lhotse reads every file in
+            the folder.
+        codec: ``wav`` (int16) or ``flac``.
+        min_seconds: Shorter clips are skipped. Default: 0.3.
+        workers: Number of processes that decode.
+        split: Takes the usable entries and returns the indices to train on, the indices to hold out, and a sentence.
+            Default: ``splits.split``.
+        progress: Whether to report progress on stderr.
 
     Returns:
-        The report: ``files``, ``clips``, ``pieces``, ``hours``; ``skipped``: reason -> finding; the findings ``silent``
-        (peak under 1e-3 of full scale), ``clipped`` (at least 0.1 % of the samples at 16 kHz mono reach 0.9999 of full
-        scale) and ``duplicate`` (byte-identical to an earlier file), which are kept; ``split``, a sentence, ``train``
-        and ``held_out``, clips; ``shards``: names and sizes. A finding has ``count`` and up to 1000 ``names``.
+        The report: ``files``, ``clips``, ``pieces`` (segments), ``hours``; ``skipped``: reason -> finding; the findings
+        ``silent`` (peak under 1e-3 of full scale), ``clipped`` (at least 0.1 % of the samples at 16 kHz mono reach
+        0.9999 of full scale) and ``duplicate`` (byte-identical to an earlier file), whose clips are kept; ``split``, a
+        sentence; ``train`` and ``held_out``, numbers of clips; ``shards``: names and sizes. A finding has ``count`` and
+        up to 1000 ``names``.
 
     Raises:
-        ValueError: Nothing usable (the reasons are counted), ``out`` holds something else, or a bad option.
-        FileNotFoundError: No such source.
+        ValueError: No usable clip (the reasons are counted), ``out`` holds other data, or an option is out of range.
+        FileNotFoundError: ``source`` does not exist.
         OSError: ``out`` cannot be written.
     """
-    return write_shards(plan(source, form=form, min_seconds=min_seconds, split=split), out, workers, progress)
+    return write_shards(plan(source, codec=codec, min_seconds=min_seconds, split=split), out, workers, progress)
 
 
-def kind_of(source: str | os.PathLike) -> str:
-    """prepared (by us), shar (by others), cuts (a CutSet manifest) or audio.
+def source_format(source: str | os.PathLike) -> str:
+    """``prepared`` (shards of ``prepare``), ``shar`` (other Lhotse shards), ``cuts`` (a CutSet manifest) or ``audio``.
 
     Raises:
-        FileNotFoundError: A URL under which there is nothing that can be read.
+        FileNotFoundError: Nothing at a URL can be read.
     """
     source = os.fspath(source).rstrip("/")
     if source.lower().endswith((".jsonl", ".jsonl.gz")):
@@ -139,12 +142,12 @@ def kind_of(source: str | os.PathLike) -> str:
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             if "shards" in json.loads(fs.cat_file(f"{root}.report.json")):
                 return "prepared"
-    names = _shar_fields(list_files(fs, root)).get("cuts", ())
-    if not names:
+    manifests = _shar_fields(list_files(fs, root)).get("cuts", ())
+    if not manifests:
         if fs is not None:
             raise FileNotFoundError(f"no Lhotse Shar shards under {source}: expected cuts.*.jsonl.gz, recording.*.tar")
         return "audio"
-    for name in names:
+    for name in manifests:
         with contextlib.suppress(ValueError, OSError, EOFError, StopIteration):
             custom = next(json_lines(f"{source}/{name}")).get("custom") or {}
             return "prepared" if {"name", "split", "offset", "size", "crc32"} <= custom.keys() else "shar"
@@ -163,75 +166,94 @@ def _shar_fields(names: Iterable[str]) -> dict[str, list[str]]:
 def plan(
     source: str | os.PathLike | Sequence[AudioFile],
     *,
-    form: str = "wav",
+    codec: str = "wav",
     min_seconds: float = MIN_SECONDS,
     split: Split | None = None,
 ) -> Plan:
-    """Lists the clips of a source and shares them out; see ``prepare_shards``."""
-    if form not in ("wav", "flac"):
-        raise ValueError(f"the format must be wav or flac, got {form!r}")
-    digest = hashlib.sha256(f"{_VERSION} {form} {min_seconds} {getattr(split, '__qualname__', split)}".encode())
-    kind = kind_of(source) if isinstance(source, (str, os.PathLike)) else "audio"
-    sizes, shards = [], []
-    if kind == "audio":
-        entries = find_audio(source) if isinstance(source, (str, os.PathLike)) else source
+    """List the clips of a source and distribute them over shards; see ``prepare_shards``."""
+    if codec not in ("wav", "flac"):
+        raise ValueError(f"the format must be wav or flac, got {codec!r}")
+    # The name of `split` is part of the key: renaming such a function makes existing shards of a cache useless.
+    digest = hashlib.sha256(f"{_VERSION} {codec} {min_seconds} {getattr(split, '__qualname__', split)}".encode())
+    location = os.fspath(source).rstrip("/") if isinstance(source, (str, os.PathLike)) else None
+    input_format = "audio" if location is None else source_format(location)
+    entries: list[AudioFile] = []
+    entry_bytes: list[int] = []
+    shards: list[list[int]] = []
+    if input_format == "audio":
+        entries = list(find_audio(source) if isinstance(source, (str, os.PathLike)) else source)
         for entry in entries:
-            sizes.append(-1)
+            entry_bytes.append(-1)
             with contextlib.suppress(OSError):
-                found = os.stat(entry.path)
-                sizes[-1] = found.st_size if stat.S_ISREG(found.st_mode) else -1
-                digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode())
+                status = os.stat(entry.path)
+                entry_bytes[-1] = status.st_size if stat.S_ISREG(status.st_mode) else -1
+                digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
             digest.update(os.fsencode(entry.path) + b"\0")
     else:
-        path = os.fspath(source).rstrip("/")
-        path = path if "://" in path else os.path.abspath(os.path.expanduser(path))
-        entries = []
-        for files in [{"cuts": path}] if kind == "cuts" else _shar_shards(path):
+        assert location is not None
+        location = location if "://" in location else os.path.abspath(os.path.expanduser(location))
+        for files in [{"cuts": location}] if input_format == "cuts" else _shar_shards(location):
             shards.append([])
             try:
                 for index, cut in enumerate(json_lines(files["cuts"])):
-                    what = {"cut": cut} if kind == "cuts" else {"shar": files, "index": index}
+                    request = {"cut": cut} if input_format == "cuts" else {"shar": files, "index": index}
                     recording = cut.get("recording") or {}
                     shards[-1].append(len(entries))
                     name = str(cut["id"]).encode("utf-8", "backslashreplace").decode()
-                    entries.append(AudioFile(json.dumps(what), name, group=str(recording.get("id", ""))))
-                    sizes.append(round(2 * SAMPLE_RATE * float(cut.get("duration", 0.0))))
+                    entries.append(AudioFile(json.dumps(request), name, group=str(recording.get("id", ""))))
+                    entry_bytes.append(round(2 * SAMPLE_RATE * float(cut.get("duration", 0.0))))
                     digest.update(entries[-1].path.encode() + b"\0")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, zlib.error) as error:
                 raise ValueError(
-                    f"{files['cuts']}: no Lhotse cut after {len(shards[-1])} of them: {error!r}"
+                    f"{files['cuts']}: expected a Lhotse cut per line, failed after {len(shards[-1])} cuts: {error!r}"
                 ) from error
         if not entries:
-            raise ValueError(f"no cut in {path}")
-    if kind != "shar":  # whose audio can only be read one after the other
-        order = list(range(len(entries)))
-        random.Random(0).shuffle(order)
-        shards = [[]]
-        least, most = _SHARD_BYTES
-        target, filled = min(max(sum(sizes) // _SHARDS, least), most), 0
-        for index in order:
-            if filled >= target:
-                shards.append([])
-                filled = 0
-            shards[-1].append(index)
-            filled += max(sizes[index], 0) + 4096
-    return Plan(entries, sizes, shards, kind != "audio", form, min_seconds, split, digest.hexdigest())
+            raise ValueError(f"no cut in {location}")
+    if input_format != "shar":  # audio of a Shar source can only be read in its order
+        shards = _shuffled_shards(entry_bytes)
+    return Plan(
+        entries=entries,
+        entry_bytes=entry_bytes,
+        shards=shards,
+        from_cuts=input_format != "audio",
+        codec=codec,
+        min_seconds=min_seconds,
+        split=split,
+        key=digest.hexdigest(),
+    )
+
+
+def _shuffled_shards(entry_bytes: Sequence[int]) -> list[list[int]]:
+    """Indices of the entries of each shard: all entries in random order, in shards of similar size."""
+    order = list(range(len(entry_bytes)))
+    random.Random(0).shuffle(order)
+    shards: list[list[int]] = [[]]
+    min_bytes, max_bytes = _SHARD_BYTES
+    target, shard_bytes = min(max(sum(entry_bytes) // _NUM_SHARDS, min_bytes), max_bytes), 0
+    for index in order:
+        if shard_bytes >= target:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(index)
+        shard_bytes += max(entry_bytes[index], 0) + 4096
+    return shards
 
 
 def _shar_shards(path: str) -> list[dict[str, str]]:
     """Manifest and tar file of each shard of a Lhotse Shar folder."""
-    fields = _shar_fields(list_files(*file_system(path)))
+    fs, root = file_system(path)
+    fields = _shar_fields(list_files(fs, root))
     cuts, recordings = fields["cuts"], fields.get("recording", [])
     if len(cuts) != len(recordings):
         raise ValueError(
-            f"{path}: expected a recording.*.tar for each cuts.*.jsonl, got {len(recordings)}, {len(cuts)}"
+            f"{path}: expected a recording.*.tar for each cuts.*.jsonl, got {len(recordings)} and {len(cuts)}"
         )
-    return [{"cuts": f"{path}/{a}", "recording": f"{path}/{b}"} for a, b in zip(cuts, recordings, strict=True)]
+    return [{"cuts": f"{path}/{cut}", "recording": f"{path}/{tar}"} for cut, tar in zip(cuts, recordings, strict=True)]
 
 
 def write_shards(plan: Plan, out: str | os.PathLike, workers: int = 2, progress: bool = True) -> dict[str, Any]:
-    """Writes what is planned; see ``prepare_shards``."""
-    import lhotse  # noqa: F401 (a missing library is to fail here, not in every decoding process)
+    """Write the planned shards; see ``prepare_shards``."""
+    import lhotse  # noqa: F401 (a missing library fails here, not in every decoding process)
     import soundfile  # noqa: F401
     import soxr  # noqa: F401
 
@@ -245,24 +267,24 @@ def write_shards(plan: Plan, out: str | os.PathLike, workers: int = 2, progress:
             return report
         if not (partial / "plan.json").is_file() or json.loads((partial / "plan.json").read_text()) != plan.key:
             if (partial / "plan.json").exists():
-                print(f"{partial} is of other files or options: starting anew", file=sys.stderr, flush=True)
+                print(f"{partial} belongs to other files or options: starting anew", file=sys.stderr, flush=True)
             for name in ("shards", "results"):
                 shutil.rmtree(partial / name, ignore_errors=True)
             write_json(partial / "plan.json", plan.key)
         shutil.rmtree(partial / "work", ignore_errors=True)
         for name in ("shards", "results", "work"):
             (partial / name).mkdir(exist_ok=True)
-        missing = [n for n in range(len(plan.shards)) if not _result_path(partial, n).is_file()]
+        missing = [shard for shard in range(len(plan.shards)) if not _result_path(partial, shard).is_file()]
         if progress:
             done = len(plan.shards) - len(missing)
-            more = f", going on after {done} of {len(plan.shards)} shards" if done else ""
-            print(f"decoding {len(plan.entries):,} clips to 16 kHz mono in {out}{more}", file=sys.stderr, flush=True)
-        _decode_all(plan, partial, missing, workers, progress)
+            resumed = f", resuming after {done} of {len(plan.shards)} shards" if done else ""
+            print(f"decoding {len(plan.entries):,} clips to 16 kHz mono in {out}{resumed}", file=sys.stderr, flush=True)
+        _decode_all(plan, partial, missing, workers=workers, progress=progress)
         report = _write_manifests(plan, partial)
         for reason, finding in report["skipped"].items() if progress else ():
-            some = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
-            print(f"skipped {finding['count']}: {reason}: {some}", file=sys.stderr, flush=True)
-        if out.exists():  # empty, or damaged, and its report says that it was made of the same
+            names = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
+            print(f"skipped {finding['count']}: {reason}: {names}", file=sys.stderr, flush=True)
+        if out.exists():  # empty, or damaged and, by its report, made from the same files and options
             shutil.rmtree(out)
         write_json(report_path, report)
         os.rename(partial / "shards", out)
@@ -271,10 +293,10 @@ def write_shards(plan: Plan, out: str | os.PathLike, workers: int = 2, progress:
 
 
 def _finished(out: Path, report_path: Path, key: str) -> dict[str, Any] | None:
-    """The report of ``out`` if that is there and whole.
+    """The report of ``out`` if the folder is there and complete, otherwise None.
 
     Raises:
-        ValueError: There is something else.
+        ValueError: ``out`` holds other data.
     """
     report: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -282,24 +304,26 @@ def _finished(out: Path, report_path: Path, key: str) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if report.get("key") != key or not out.is_dir():
-        raise ValueError(f"{out} exists and holds something else than these files and options give: name a new folder")
+        raise ValueError(f"{out} exists and was not made from these files and options: choose a new folder")
     sizes = list_files(None, str(out))
-    manifests = sum(name.startswith("cuts.") for name in sizes)
-    whole = manifests == len(report["shards"]) and all(sizes.get(name) == size for name, size in report["shards"])
-    return report if whole else None
+    num_manifests = sum(name.startswith("cuts.") for name in sizes)
+    complete = num_manifests == len(report["shards"]) and all(
+        sizes.get(name) == size for name, size in report["shards"]
+    )
+    return report if complete else None
 
 
-def _decode_all(plan: Plan, partial: Path, missing: Sequence[int], workers: int, progress: bool) -> None:
-    """A tar file in ``partial/shards`` and then a file in ``partial/results`` for each shard that is missing."""
+def _decode_all(plan: Plan, partial: Path, missing: Sequence[int], *, workers: int, progress: bool) -> None:
+    """Write a tar file in ``partial/shards`` and then a file in ``partial/results`` for each missing shard."""
     from lhotse.audio import audio_backend
 
     todo = iter(missing)
     bar = None
     if progress and missing:
-        bar = Progress(len(plan.entries), len(plan.entries) - sum(len(plan.shards[n]) for n in missing))
+        bar = Progress(len(plan.entries), len(plan.entries) - sum(len(plan.shards[shard]) for shard in missing))
     lock, stop = threading.Lock(), threading.Event()
 
-    def tick(result: dict[str, Any]) -> None:
+    def on_result(result: dict[str, Any]) -> None:
         if stop.is_set():
             raise InterruptedError("another worker failed")
         if bar is not None:
@@ -307,18 +331,18 @@ def _decode_all(plan: Plan, partial: Path, missing: Sequence[int], workers: int,
                 bar.add(result.get("samples", 0) / SAMPLE_RATE)
 
     def work(number: int) -> None:
-        decoder = Decoder(partial / "work" / f"decoder-{number}", plan.cuts)
+        decoder = Decoder(partial / "work" / f"decoder-{number}", plan.from_cuts)
         try:
             while not stop.is_set():
                 with lock:
                     shard = next(todo, None)
                 if shard is None:
                     return
-                _write_shard(plan, shard, partial, decoder, tick)
+                _write_shard(plan, shard, partial=partial, decoder=decoder, on_result=on_result)
         finally:
             decoder.close()
 
-    # Of Lhotse's ways to write audio, the one that every installation has and that keeps int16 as it is.
+    # Every installation has this backend of Lhotse, and it keeps int16 as it is.
     with audio_backend("LibsndfileBackend"), ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(work, number) for number in range(workers)]
         try:
@@ -332,60 +356,82 @@ def _result_path(partial: Path, shard: int) -> Path:
     return partial / "results" / f"{shard:06d}.json"
 
 
-def _write_shard(plan: Plan, shard: int, partial: Path, decoder: Decoder, tick: Callable[[dict], None]) -> None:
+def _write_shard(
+    plan: Plan, shard: int, *, partial: Path, decoder: Decoder, on_result: Callable[[dict[str, Any]], None]
+) -> None:
+    """Decode the entries of a shard into its tar file, and write their results as JSON.
+
+    Args:
+        plan: From ``plan``.
+        shard: Index of the shard.
+        partial: Folder of the unfinished shards.
+        decoder: Process that decodes.
+        on_result: Called with the result of each entry.
+    """
     from lhotse import Recording
     from lhotse.audio import AudioSource
     from lhotse.shar import AudioTarWriter
 
-    results, checksums = [], []
+    results: list[dict[str, Any]] = []
+    checksums: list[int] = []
     pattern = str(partial / "work").replace("%", "%%") + "/recording.%06d.tar"
-    with AudioTarWriter(pattern, shard_size=sys.maxsize, format=plan.form, shard_offset=shard) as writer:
-        for index in plan.shards[shard]:
-            entry = plan.entries[index]
-            result = decoder.decode(entry.path) if plan.sizes[index] >= 0 else {"reason": "missing or no regular file"}
+    with AudioTarWriter(pattern, shard_size=sys.maxsize, format=plan.codec, shard_offset=shard) as writer:
+        for entry_index in plan.shards[shard]:
+            entry = plan.entries[entry_index]
+            result: dict[str, Any] = {"reason": "missing or no regular file"}
+            if plan.entry_bytes[entry_index] >= 0:
+                result = decoder.decode(entry.path)
             if "reason" not in result and result["samples"] < max(1.0, plan.min_seconds * SAMPLE_RATE):
                 result = {"reason": f"shorter than {plan.min_seconds:g} s" if result["samples"] else "no samples"}
-            result["entry"] = index
+            result["entry"] = entry_index
             results.append(result)
             if "reason" not in result:
-                samples = result["samples"]
-                number = -(-samples // (_PIECE_SECONDS * SAMPLE_RATE))
-                edges = [samples * k // number for k in range(number + 1)]  # equal: no rest that is too short
+                num_samples = result["samples"]
+                num_segments = -(-num_samples // (_MAX_SEGMENT_SECONDS * SAMPLE_RATE))
+                # Equal lengths: no segment is too short.
+                edges = [num_samples * k // num_segments for k in range(num_segments + 1)]
                 result["pieces"] = []
-                for k, (start, end) in enumerate(itertools.pairwise(edges)):
+                for segment_index, (start, end) in enumerate(itertools.pairwise(edges)):
                     pcm = np.fromfile(decoder.pcm_path, "<i2", end - start, offset=2 * start)
-                    # Of the name, what is a name of a file everywhere; short, for the tar format has room for 100.
-                    key = f"{re.sub('[^A-Za-z0-9_.-]+', '_', entry.name)[-60:].lstrip('.')}-{index}-{k}"
+                    # Characters valid in file names everywhere; short, because the tar format has room for 100.
+                    stem = re.sub("[^A-Za-z0-9_.-]+", "_", entry.name)[-60:].lstrip(".")
+                    key = f"{stem}-{entry_index}-{segment_index}"
                     source = [AudioSource("memory", [0], "")]
                     recording = Recording(key, source, SAMPLE_RATE, pcm.size, pcm.size / SAMPLE_RATE)
                     writer.write(key, pcm[None], SAMPLE_RATE, recording)
                     result["pieces"].append([key, pcm.size])
-                    checksums.append(zlib.crc32(pcm))
-            tick(result)
+                    checksums.append(zlib.crc32(pcm.data))
+            on_result(result)
     if checksums:
         name = f"recording.{shard:06d}.tar"
-        _find_members(partial / "work" / name, plan.form, results, checksums)
+        _locate_members(partial / "work" / name, plan.codec, results, checksums)
         os.rename(partial / "work" / name, partial / "shards" / name)
     write_json(_result_path(partial, shard), results)
 
 
-def _find_members(path: Path, form: str, results: list[dict[str, Any]], checksums: list[int]) -> None:
-    """Adds to each piece where its bytes are (of WAV the samples alone) and their CRC, and checks these samples."""
-    pieces = [piece for result in results for piece in result.get("pieces", ())]
+def _locate_members(path: Path, codec: str, results: list[dict[str, Any]], checksums: list[int]) -> None:
+    """Append offset, size and CRC of its bytes in the tar file to each segment of ``results``, and verify the samples.
+
+    The bytes of a WAV member are its samples without the header.
+    """
+    segments = [segment for result in results for segment in result.get("pieces", ())]
     with tarfile.open(path) as tar:
         members = (member for member in tar if not member.name.endswith(".json"))
-        for piece, checksum, member in zip(pieces, checksums, members, strict=True):
-            content = tar.extractfile(member).read()
-            header = member.size - 2 * piece[1] if form == "wav" else 0
-            crc = zlib.crc32(content[header:])
-            if header < 0 or (form == "wav" and crc != checksum) or Path(member.name).stem != piece[0]:
-                raise OSError(f"{path}: {member.name} does not read as it was written")
-            piece += [member.offset_data + header, member.size - header, crc]
-            tar.members = []  # it keeps all that it has seen
+        for segment, checksum, member in zip(segments, checksums, members, strict=True):
+            key, num_samples = segment
+            file = tar.extractfile(member)
+            assert file is not None
+            content = file.read()
+            header_bytes = member.size - 2 * num_samples if codec == "wav" else 0
+            crc = zlib.crc32(content[header_bytes:])
+            if header_bytes < 0 or (codec == "wav" and crc != checksum) or Path(member.name).stem != key:
+                raise OSError(f"{path}: {member.name} does not read back as it was written")
+            segment += [member.offset_data + header_bytes, member.size - header_bytes, crc]
+            cast(Any, tar).members = []  # otherwise it keeps every member
 
 
 def _write_manifests(plan: Plan, partial: Path) -> dict[str, Any]:
-    """The manifests of all shards, and the report."""
+    """Write the manifests of all shards, and return the report."""
     from lhotse import MonoCut, Recording
     from lhotse.audio import AudioSource
     from lhotse.shar import JsonlShardWriter
@@ -394,43 +440,48 @@ def _write_manifests(plan: Plan, partial: Path) -> dict[str, Any]:
     for shard in range(len(plan.shards)):
         for result in json.loads(_result_path(partial, shard).read_text()):
             results[result.pop("entry")] = {key: value for key, value in result.items() if key != "pieces"}
-    report = _report(plan, [results[index] for index in range(len(plan.entries))])
-    held_out = report.pop("_held_out")
+    report, held_out = _report(plan, [results[index] for index in range(len(plan.entries))])
     report["pieces"] = 0
     placeholder = Recording("", [AudioSource("shar", [0], "")], SAMPLE_RATE, 0, 0.0)
-    common = MonoCut("", 0.0, 0.0, 0, recording=placeholder).to_dict()  # once: it takes Lhotse longer than all the rest
+    common = MonoCut("", 0.0, 0.0, 0, recording=placeholder).to_dict()  # once: it takes longer than everything else
     pattern = str(partial / "shards").replace("%", "%%") + "/cuts.%06d.jsonl.gz"
     for shard in range(len(plan.shards)):
-        found = json.loads(_result_path(partial, shard).read_text())
+        shard_results = json.loads(_result_path(partial, shard).read_text())
         with JsonlShardWriter(pattern, shard_size=sys.maxsize, shard_offset=shard) as writer:
-            for result in found:
+            for result in shard_results:
                 entry = plan.entries[result["entry"]]
-                for number, (key, samples, offset, size, crc32) in enumerate(result.get("pieces", ())):
+                for index, (key, num_samples, offset, size, crc32) in enumerate(result.get("pieces", ())):
                     custom = {
                         "name": entry.name,
                         "kind": entry.kind,
                         "group": entry.group,
-                        "piece": number,
+                        "piece": index,
                         "split": "held_out" if result["entry"] in held_out else "train",
-                        "form": plan.form,
+                        "form": plan.codec,
                         "offset": offset,
                         "size": size,
                         "crc32": crc32,
                     }
-                    length = {"id": key, "duration": samples / SAMPLE_RATE}
-                    recording = {**common["recording"], **length, "num_samples": samples}
-                    writer.write({**common, **length, "recording": recording, "custom": custom})
+                    fields = {"id": key, "duration": num_samples / SAMPLE_RATE}
+                    recording = {**common["recording"], **fields, "num_samples": num_samples}
+                    writer.write({**common, **fields, "recording": recording, "custom": custom})
                     report["pieces"] += 1
         if writer.num_items_total:
             with open(pattern % shard, "r+b") as file:
                 file.seek(4)
-                file.write(bytes(4))  # the time of writing: the same data is to give the same bytes
+                file.write(bytes(4))  # clear gzip's time stamp: the same data gives the same bytes
     sizes = list_files(None, str(partial / "shards"))
     report["shards"] = sorted([name, size] for name, size in sizes.items() if name.startswith("recording."))
     return report
 
 
-def _report(plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(plan: Plan, results: list[dict[str, Any]]) -> tuple[dict[str, Any], set[int]]:
+    """The report without ``pieces`` and ``shards``, and the indices of the held-out entries.
+
+    Raises:
+        ValueError: No entry gives a clip.
+    """
+
     def finding(names: list[str]) -> dict[str, Any]:
         return {"count": len(names), "names": names[:_MAX_NAMES]}
 
@@ -444,24 +495,26 @@ def _report(plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
         reasons = ", ".join(f"{len(names)} x {reason}" for reason, names in sorted(skipped.items()))
         raise ValueError(f"none of {len(entries)} files gives a clip of {plan.min_seconds:g} s or more: {reasons}")
     md5 = [results[i]["md5"] for i in kept]
-    first = dict(zip(reversed(md5), reversed(kept), strict=True))
+    first_with_md5 = dict(zip(reversed(md5), reversed(kept), strict=True))
     usable = [entries[i] for i in kept]
-    if plan.split is None and len(first) < 2:
-        held, how = [], "held out: nothing, for that takes at least two different files"
-    else:
-        _, held, how = split(usable, md5) if plan.split is None else plan.split(usable)
-    loud = {i: results[i]["full_scale"] >= _CLIPPED_SHARE * results[i]["samples"] for i in kept}
-    return {
+    held_out: Sequence[int] | np.ndarray = ()
+    split_summary = "held out: nothing, this needs at least two different files"
+    if plan.split is not None:
+        _, held_out, split_summary = plan.split(usable)
+    elif len(first_with_md5) >= 2:
+        _, held_out, split_summary = split(usable, md5)
+    clipped = [i for i in kept if results[i]["full_scale"] >= _CLIPPED_SHARE * results[i]["samples"]]
+    report = {
         "files": len(entries),
         "clips": len(kept),
         "hours": sum(results[i]["samples"] for i in kept) / SAMPLE_RATE / 3600,
         "skipped": {reason: finding(names) for reason, names in sorted(skipped.items())},
         "silent": finding([entries[i].name for i in kept if results[i]["peak"] < _SILENT_PEAK]),
-        "clipped": finding([entries[i].name for i in kept if loud[i]]),
-        "duplicate": finding([entries[i].name for i in kept if first[results[i]["md5"]] != i]),
-        "split": how,
-        "train": len(kept) - len(held),
-        "held_out": len(held),
+        "clipped": finding([entries[i].name for i in clipped]),
+        "duplicate": finding([entries[i].name for i in kept if first_with_md5[results[i]["md5"]] != i]),
+        "split": split_summary,
+        "train": len(kept) - len(held_out),
+        "held_out": len(held_out),
         "key": plan.key,
-        "_held_out": {kept[i] for i in held},
     }
+    return report, {kept[i] for i in held_out}

@@ -1,8 +1,8 @@
-"""Batches of audio out of Lhotse Shar shards that ``prepare.py`` wrote, on a disk or behind a URL.
+"""Batches of audio from Lhotse Shar shards that ``prepare.py`` wrote, on a disk or behind a URL.
 
-A shard is ``cuts.NUMBER.jsonl.gz``, a cut a line, and ``recording.NUMBER.tar`` with their audio. Lhotse's bucketing
-sampler makes batches under a budget of seconds out of the cuts alone; a batch then reads the bytes of its windows. No
-more than some shards' cuts are in memory at a time, whatever the size of the data.
+A shard is a pair of files: ``cuts.NUMBER.jsonl.gz`` has one line per cut, ``recording.NUMBER.tar`` has their audio.
+Lhotse's bucketing sampler forms batches under a budget of seconds from the cuts alone. Reading a batch then reads the
+bytes of its crops. Memory holds the cuts of a few shards at a time, whatever the size of the data.
 """
 
 from __future__ import annotations
@@ -31,29 +31,45 @@ from .audio import SAMPLE_RATE
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MIXED = 20_000  # windows that are shuffled together, out of whole shards: more than a ten-hour recording gives
-_BUFFER = 2000  # windows that Lhotse's sampler holds; it takes the longer for a batch the more they are
-_MIXED_BATCHES = 256  # that are shuffled together
-_BUCKETS = 20  # of like lengths: a batch is padded by no more than a bucket's width
-_SHARDS_A_LANE = 4  # at least, where lanes take whole shards: fewer would differ much in length
-_LINE = 1 << 20  # bytes of a manifest's line at most
-_RETRIES = 3  # of reading a manifest, or a part of a remote file
-_LONGEST_SECONDS = 3600  # of a piece; ours have two minutes, and memory must not follow what a damaged line says
+_MIXED_CROPS = 20_000  # shuffled together, from whole shards: more than a ten-hour recording gives
+_BUFFER_CROPS = 2000  # held by Lhotse's sampler, which needs more time per batch the more it holds
+_MIXED_BATCHES = 256  # shuffled together
+_BUCKETS = 20  # of similar lengths: padding in a batch is at most the width of a bucket
+_SHARDS_PER_STREAM = 4  # at least, for streams of whole shards: with fewer, streams would differ much in length
+_MAX_LINE_BYTES = 1 << 20  # of a manifest
+_ATTEMPTS = 3  # at reading a manifest, or a byte range of a remote file
+_MAX_SEGMENT_SECONDS = 3600  # `prepare` writes two minutes; a damaged line must not decide how much memory is used
+
+_FIELD_TYPES = {
+    "id": str,
+    "name": str,
+    "kind": str,
+    "group": str,
+    "index": int,
+    "split": str,
+    "num_samples": int,
+    "offset": int,
+    "num_bytes": int,
+    "crc32": int,
+    "codec": str,
+}
 
 
 @dataclass(slots=True)
 class Segment:
-    """A cut: a recording, or one of several pieces of a long one.
+    """A cut of a shard: a whole recording, or one of several equal segments of a long one.
 
     Attributes:
         shard: Name of the tar file.
-        id: The cut's, unique in the data.
+        id: Of the cut, unique in the data.
         name, kind, group: Of the recording; see ``audio.AudioFile``.
-        number: Of the piece in the recording, from 0.
-        split: train or held_out.
-        samples: At 16 kHz.
-        offset, size, crc32: Where its bytes lie in the tar file: int16 samples, or FLAC.
-        form: wav or flac.
+        index: Number of the segment in its recording, from 0.
+        split: ``train`` or ``held_out``.
+        num_samples: Length at 16 kHz.
+        offset: First byte of the audio in the tar file.
+        num_bytes: Size of the audio in the tar file: int16 samples, or a FLAC file.
+        crc32: Checksum of these bytes.
+        codec: ``wav`` or ``flac``.
     """
 
     shard: str
@@ -61,81 +77,104 @@ class Segment:
     name: str
     kind: str
     group: str
-    number: int
+    index: int
     split: str
-    samples: int
+    num_samples: int
     offset: int
-    size: int
+    num_bytes: int
     crc32: int
-    form: str
+    codec: str
 
     @classmethod
-    def of(cls, shard: str, cut: dict[str, Any]) -> Segment:
-        """From a line of a manifest.
+    def from_cut(cls, shard: str, cut: dict[str, Any]) -> Segment:
+        """Parse a line of the manifest of ``shard``.
 
         Raises:
-            KeyError, TypeError, ValueError: The cut is none of ``prepare.py``'s.
+            KeyError, TypeError: ``prepare.py`` did not write this cut.
+            ValueError: A field has another type than expected or a value out of range.
         """
         custom = cut["custom"]
-        words = shard, cut["id"], *(custom[key] for key in ("name", "kind", "group"))
-        numbers = (cut["recording"]["num_samples"], *(custom[key] for key in ("offset", "size", "crc32")))
-        rest = custom["piece"], custom["split"], custom["form"]
-        if [type(value) for value in (*words, *numbers, *rest)] != [str] * 5 + [int] * 5 + [str] * 2:
-            raise ValueError(f"expected names and numbers, got {words}, {numbers} and {rest}"[:1000])
-        most = _LONGEST_SECONDS * SAMPLE_RATE
-        if min(numbers) < 0 or not 0 < numbers[0] <= most or numbers[1] >> 62 or numbers[2] > 2 * most:
-            raise ValueError(f"expected samples and a place in the shard, got {numbers}")
-        return cls(*words, *rest[:2], *numbers, rest[2])
+        fields = {
+            "id": cut["id"],
+            "name": custom["name"],
+            "kind": custom["kind"],
+            "group": custom["group"],
+            "index": custom["piece"],
+            "split": custom["split"],
+            "num_samples": cut["recording"]["num_samples"],
+            "offset": custom["offset"],
+            "num_bytes": custom["size"],
+            "crc32": custom["crc32"],
+            "codec": custom["form"],
+        }
+        for field, value in fields.items():
+            if type(value) is not _FIELD_TYPES[field]:
+                raise ValueError(f"expected {_FIELD_TYPES[field].__name__} for {field}, got {value!r}"[:1000])
+        segment = cls(shard=shard, **fields)
+        max_samples = _MAX_SEGMENT_SECONDS * SAMPLE_RATE
+        if (
+            not 0 < segment.num_samples <= max_samples
+            or not 0 <= segment.offset < 1 << 62
+            or not 0 <= segment.num_bytes <= 2 * max_samples
+            or segment.crc32 < 0
+        ):
+            raise ValueError(
+                f"expected 1 to {max_samples} samples in a byte range of the shard with a checksum, got "
+                f"num_samples={segment.num_samples}, offset={segment.offset}, num_bytes={segment.num_bytes}, "
+                f"crc32={segment.crc32}"
+            )
+        return segment
 
-    def window(self, start: int, samples: int) -> Crop:
-        """A part of the piece, in samples."""
-        return Crop(self, start, samples)
+    def crop(self, start: int, num_samples: int) -> Crop:
+        """``num_samples`` samples of the segment from sample ``start`` on."""
+        return Crop(self, start, num_samples)
 
-    def windows(self, longest: int, shortest: int, seed: int, epoch: int) -> Iterator[Crop]:
-        """The piece, cut where it is longer than ``longest`` samples.
+    def crops(self, max_samples: int, min_samples: int, *, seed: int, epoch: int) -> Iterator[Crop]:
+        """The segment in consecutive crops of ``max_samples``; the first and the last may be shorter.
 
-        The cuts lie at a random phase, drawn for each (seed, epoch, piece), so that every one occurs over the epochs;
-        what is under ``shortest`` is left out.
+        The cuts start at a random phase drawn from (seed, epoch, segment), so that every phase occurs over the epochs.
+        Crops shorter than ``min_samples`` are left out.
         """
         phase = 0
-        if self.samples > longest:
+        if self.num_samples > max_samples:
             digest = hashlib.blake2b(f"{seed}/{epoch}/{self.id}".encode(), digest_size=8).digest()
-            phase = int.from_bytes(digest, "little") % longest
-        edges = [0, *range(phase or longest, self.samples, longest), self.samples]
+            phase = int.from_bytes(digest, "little") % max_samples
+        edges = [0, *range(phase or max_samples, self.num_samples, max_samples), self.num_samples]
         for start, end in itertools.pairwise(edges):
-            if end - start >= shortest:
+            if end - start >= min_samples:
                 yield Crop(self, start, end - start)
 
 
 @dataclass(slots=True)
 class Crop:
-    """``samples`` samples of a piece, from ``start`` on: what Lhotse's sampler sees as a cut."""
+    """``num_samples`` samples of a segment from sample ``start`` on. Lhotse's sampler takes it for a cut."""
 
-    piece: Segment
+    segment: Segment
     start: int
-    samples: int
-    dataloading_info: Any = None  # the sampler's
+    num_samples: int
+    dataloading_info: Any = None  # set by the sampler
 
     @property
     def duration(self) -> float:
-        return self.samples / SAMPLE_RATE
+        """Length in seconds."""
+        return self.num_samples / SAMPLE_RATE
 
 
 class Batch(NamedTuple):
     """The waveforms of a batch.
 
     Attributes:
-        waveforms: int16 (B, S), zero past a length.
-        lengths: int64 (B,), in samples.
-        ids: int64 (B,) in [0, 2^32), one for each (piece, first sample) and the same in every run, for the
+        waveforms: int16 (B, S) at 16 kHz, zero past the end of a clip.
+        num_samples: int64 (B,), the length of each clip.
+        ids: int64 (B,) in [0, 2^32), one for each (segment, first sample) and the same in every run, for the
             ``clip_ids`` of ``masking.sample_mask``.
         names: (B,) of the recordings.
-        faults: (name, reason) of the windows that could not be read and are left out.
-        epoch: Which the batch is of.
+        faults: (name, reason) of the crops that could not be read and are left out.
+        epoch: Number of the epoch that the batch belongs to, from 0.
     """
 
     waveforms: Tensor
-    lengths: Tensor
+    num_samples: Tensor
     ids: Tensor
     names: list[str]
     faults: list[tuple[str, str]]
@@ -143,17 +182,18 @@ class Batch(NamedTuple):
 
 
 class Shards:
-    """Prepared shards in a folder or under a URL (fsspec's).
+    """Prepared shards in a folder or under a URL of fsspec.
 
     Attributes:
         source: The folder or URL.
-        report: What ``prepare`` found, out of ``SOURCE.report.json``; empty if that is not there.
-        identity: Digest of names and sizes of the shards and of the first manifest: other data has another.
-        faults: Manifest -> why its (remaining) cuts are left out, for those read so far.
+        report: Contents of ``SOURCE.report.json``, which ``prepare`` wrote; empty if the file is missing.
+        shards: Names of the tar files, sorted.
+        identity: Digest of names and sizes of the tar files and of the first manifest. Other data has another one.
+        faults: Name of a manifest -> why the rest of it was left out.
 
     Raises:
-        FileNotFoundError: No such folder, or no shard there.
-        ValueError: The shards are not of ``prepare``'s making.
+        FileNotFoundError: There are no Lhotse Shar shards.
+        ValueError: ``prepare`` did not write these shards, or some of them are missing.
     """
 
     def __init__(self, source: str | os.PathLike) -> None:
@@ -161,75 +201,80 @@ class Shards:
         self.faults: dict[str, str] = {}
         self.report: dict[str, Any] = {}
         self._fs, self._root = storage.file_system(self.source)
-        self._process = os.getpid()
+        self._fs_pid = os.getpid()
         with contextlib.suppress(FileNotFoundError, ValueError):
-            report = json.loads(self._whole(f"{self._root}.report.json"))
+            report = json.loads(self._read_bytes(f"{self._root}.report.json"))
             self.report = report if isinstance(report, dict) else {}
-        sizes = dict(self.report.get("shards", ())) if self._fs is not None else {}  # a web server may list nothing
+        # A web server may be unable to list a folder.
+        sizes = dict(self.report.get("shards", ())) if self._fs is not None else {}
         sizes = sizes or storage.list_files(self._fs, self._root)
         self.shards = sorted(name for name in sizes if name.startswith("recording.") and name.endswith(".tar"))
-        wanted = [name for name, _ in self.report.get("shards", ())]
-        wanted += [f"recording.{name.split('.')[1]}.tar" for name in sizes if name.startswith("cuts.")]
-        if self.shards and (absent := sorted(set(wanted) - set(sizes))):
-            raise ValueError(f"{self.source} lacks {len(absent)} of its shards: {', '.join(absent[:20])}")
+        expected = [name for name, _ in self.report.get("shards", ())]
+        expected += [f"recording.{name.split('.')[1]}.tar" for name in sizes if name.startswith("cuts.")]
+        if self.shards and (missing := sorted(set(expected) - set(sizes))):
+            raise ValueError(f"{self.source} lacks {len(missing)} of its shards: {', '.join(missing[:20])}")
         if not self.shards:
             raise FileNotFoundError(f"no Lhotse Shar in {self.source}: expected cuts.*.jsonl.gz, recording.*.tar")
         digest = hashlib.sha256(json.dumps([[name, sizes[name]] for name in self.shards]).encode())
-        first = b""
+        first_manifest = b""
         with contextlib.suppress(OSError):
-            first = self._whole(self._path(_manifest(self.shards[0])))
-        digest.update(first)
+            first_manifest = self._read_bytes(self._path(_manifest_name(self.shards[0])))
+        digest.update(first_manifest)
         self.identity = digest.hexdigest()
         try:
-            with gzip.open(io.BytesIO(first)) as lines:
-                Segment.of(self.shards[0], json.loads(next(lines, b"")))
+            with gzip.open(io.BytesIO(first_manifest)) as lines:
+                Segment.from_cut(self.shards[0], json.loads(next(lines, b"")))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"the shards in {self.source} are none of `prepare`'s: prepare them first") from error
+            raise ValueError(
+                f"{self.source} holds Lhotse Shar shards that `mae-ast-fast prepare` did not write: run "
+                f"`mae-ast-fast prepare {self.source} --out DIR` first"
+            ) from error
         except (ValueError, OSError, EOFError, zlib.error):
-            pass  # one of ours that is damaged: the others may be whole
+            pass  # a damaged shard of ours: the others may be whole
 
-    def _remote(self) -> Any:
-        """fsspec's file system, None for a folder; one of this process, as those of the web do not outlive a fork."""
-        if self._fs is not None and self._process != os.getpid():
+    def _file_system(self) -> Any:
+        """fsspec's file system, opened in this process (those of the web break in a fork); None for a local folder."""
+        if self._fs is not None and self._fs_pid != os.getpid():
             self._fs, _ = storage.file_system(self.source)
-            self._process = os.getpid()
+            self._fs_pid = os.getpid()
         return self._fs
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _whole(self, path: str) -> bytes:
-        if (fs := self._remote()) is not None:
+    def _read_bytes(self, path: str) -> bytes:
+        if (fs := self._file_system()) is not None:
             return fs.cat_file(path)
         with open(path, "rb") as file:
             return file.read()
 
-    def _pieces(self, shard: str) -> Iterator[Segment]:
-        """Of one shard; where its manifest is damaged, those before that."""
-        manifest = _manifest(shard)
+    def _shard_segments(self, shard: str) -> Iterator[Segment]:
+        """The segments of one shard; of a damaged manifest, those before the damage."""
+        manifest = _manifest_name(shard)
+        content = b""
         try:
-            for attempt in range(_RETRIES):
+            for attempt in range(_ATTEMPTS):
                 try:
-                    content = self._whole(self._path(manifest))
+                    content = self._read_bytes(self._path(manifest))
                     break
                 except OSError as error:
-                    if isinstance(error, FileNotFoundError) or attempt == _RETRIES - 1:
+                    if isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS - 1:
                         raise
                     time.sleep(2**attempt)
             with gzip.open(io.BytesIO(content)) as lines:
-                while line := lines.readline(_LINE):
-                    yield Segment.of(shard, json.loads(line))
+                while line := lines.readline(_MAX_LINE_BYTES):
+                    yield Segment.from_cut(shard, json.loads(line))
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             if manifest not in self.faults:
                 self.faults[manifest] = f"{type(error).__name__}: {error}"
                 print(f"{self.source}: left out the rest of {manifest}: {error}", file=sys.stderr, flush=True)
 
-    def pieces(self, split: str) -> Iterator[Segment]:
-        """The pieces of train or held_out, shard after shard."""
+    def segments(self, split: str) -> Iterator[Segment]:
+        """The segments of ``train`` or ``held_out``, shard after shard."""
         for shard in self.shards:
-            for piece in self._pieces(shard):
-                if piece.split == split:
-                    yield piece
+            for segment in self._shard_segments(shard):
+                if segment.split == split:
+                    yield segment
 
     def batches(
         self,
@@ -240,246 +285,261 @@ class Shards:
         seed: int,
         epoch: int = 0,
         skip: int = 0,
-        lane: int = 0,
-        lanes: int = 1,
+        stream: int = 0,
+        num_streams: int = 1,
     ) -> Iterator[list[Crop]]:
-        """The batches of one epoch of train: every sample once, less bits under ``min_seconds``.
+        """The batches of one epoch of ``train``: every sample once, except crops shorter than ``min_seconds``.
 
-        Lhotse's DynamicBucketingSampler groups windows of like lengths; no batch has more than ``batch_seconds``. All
-        of it follows from the data and the arguments.
+        Lhotse's DynamicBucketingSampler groups crops of similar lengths. No batch exceeds ``batch_seconds``. The result
+        depends on the data and the arguments only.
 
         Args:
-            batch_seconds: Of audio in a batch at most.
-            max_seconds: Longer pieces are cut into windows of this length; see ``Segment.windows``.
-            min_seconds: Shorter windows are left out.
-            seed, epoch: Of the order and of the cuts.
-            skip: Batches to pass over.
-            lane, lanes: One of so many equal shares of the epoch; which, changes with the epoch. Whole shards where
-                there are enough of them: then nothing is read of the others.
+            batch_seconds: Maximum seconds of audio per batch.
+            max_seconds: Longer segments are cut into crops of this length; see ``Segment.crops``.
+            min_seconds: Shorter crops are left out.
+            seed: Of the order and of the cuts, together with ``epoch``.
+            epoch: From 0.
+            skip: Number of batches to pass over.
+            stream: Index of the share of the epoch to read, in [0, ``num_streams``).
+            num_streams: Number of equal shares of the epoch. A share is other data in each epoch. It consists of whole
+                shards where there are enough of them; then no other shard is read.
 
         Raises:
             ValueError: ``max_seconds`` exceeds ``batch_seconds``, or ``min_seconds`` exceeds ``max_seconds``.
         """
         from lhotse.dataset import DynamicBucketingSampler
 
-        longest, shortest, budget = (round(s * SAMPLE_RATE) for s in (max_seconds, min_seconds, batch_seconds))
-        shortest = max(shortest, 1)
-        if not shortest <= longest <= budget:
+        max_samples, min_samples, budget = (round(s * SAMPLE_RATE) for s in (max_seconds, min_seconds, batch_seconds))
+        min_samples = max(min_samples, 1)
+        if not min_samples <= max_samples <= budget:
             raise ValueError(
                 f"expected min_seconds <= max_seconds <= batch_seconds, got {min_seconds}, {max_seconds} and "
                 f"{batch_seconds}"
             )
-        edges = bucket_edges(longest)
-        # Twice as much as all buckets hold when each lacks one window to a batch: some bucket is always full.
-        full = sum(budget // max(low, shortest) + 1 for low in [0, *edges[:-1]])
+        edges = bucket_edges(max_samples)
+        # Twice what all buckets hold when each lacks one crop to a full batch: some bucket is always full.
+        num_buffered = sum(budget // max(low, min_samples) + 1 for low in [0, *edges[:-1]])
         sampler = DynamicBucketingSampler(
-            self._windows(longest, shortest, seed, epoch, lane, lanes),
+            self._crops(max_samples, min_samples, seed=seed, epoch=epoch, stream=stream, num_streams=num_streams),
             constraint=_Budget(budget, edges),
             duration_bins=edges[:-1],
-            buffer_size=max(_BUFFER, 2 * full),
+            buffer_size=max(_BUFFER_CROPS, 2 * num_buffered),
             shuffle=True,
             drop_last=False,
-            seed=_number(f"order {seed}/{epoch}/{lane}"),
+            seed=_seed_from(f"order {seed}/{epoch}/{stream}"),
             world_size=1,
             rank=0,
         )
         batches = _full_batches(sampler, _Budget(budget, edges))
-        rng = random.Random(_number(f"batches {seed}/{epoch}/{lane}"))
+        rng = random.Random(_seed_from(f"batches {seed}/{epoch}/{stream}"))
         yield from itertools.islice(_shuffled(batches, rng), skip, None)
 
-    def _windows(self, longest: int, shortest: int, seed: int, epoch: int, lane: int, lanes: int) -> Iterator[Crop]:
-        rng = random.Random(_number(f"shards {seed}/{epoch}"))
-        shards, every = rng.sample(self.shards, len(self.shards)), 1
-        if len(shards) >= _SHARDS_A_LANE * lanes:
-            shards = shards[lane::lanes]
+    def _crops(
+        self, max_samples: int, min_samples: int, *, seed: int, epoch: int, stream: int, num_streams: int
+    ) -> Iterator[Crop]:
+        """The crops of one stream of an epoch, shuffled within some whole shards."""
+        rng = random.Random(_seed_from(f"shards {seed}/{epoch}"))
+        shards, stride = rng.sample(self.shards, len(self.shards)), 1
+        if len(shards) >= _SHARDS_PER_STREAM * num_streams:
+            shards = shards[stream::num_streams]
         else:
-            every = lanes  # each gives every lane some of its pieces
-        rng = random.Random(_number(f"windows {seed}/{epoch}/{lane}"))
+            stride = num_streams  # every shard gives each stream some of its segments
+        rng = random.Random(_seed_from(f"windows {seed}/{epoch}/{stream}"))
         pool: list[Crop] = []
-        for number, shard in enumerate(shards):
-            for index, piece in enumerate(self._pieces(shard), number):
-                if piece.split == "train" and (index - lane) % every == 0:
-                    pool += piece.windows(longest, shortest, seed, epoch)
-            if len(pool) >= _MIXED:
+        for shard_index, shard in enumerate(shards):
+            for index, segment in enumerate(self._shard_segments(shard), shard_index):
+                if segment.split == "train" and (index - stream) % stride == 0:
+                    pool += segment.crops(max_samples, min_samples, seed=seed, epoch=epoch)
+            if len(pool) >= _MIXED_CROPS:
                 rng.shuffle(pool)
                 yield from pool
                 pool = []
         rng.shuffle(pool)
         yield from pool
 
-    def read(self, windows: Sequence[Crop]) -> Batch:
-        """The waveforms of these windows, less those that cannot be read: of these, name and reason."""
+    def read(self, crops: Sequence[Crop]) -> Batch:
+        """The waveforms of ``crops``. Crops that cannot be read are left out and listed in ``Batch.faults``."""
         import torch
 
-        read, faults = [], []
-        for window, payload in zip(windows, self._payloads(windows), strict=True):
+        decoded: list[tuple[Crop, np.ndarray]] = []
+        faults = []
+        for crop, payload in zip(crops, self._payloads(crops), strict=True):
             try:
-                read.append((window, _decode(window, payload)))
-            except _Unreadable as error:
-                faults.append((window.piece.name, str(error)))
-        waveforms = np.zeros((len(read), max((window.samples for window, _ in read), default=0)), np.int16)
-        for row, (window, samples) in zip(waveforms, read, strict=True):
-            row[: window.samples] = samples
-        lengths = torch.tensor([window.samples for window, _ in read], dtype=torch.int64)
-        ids = [zlib.crc32(f"{window.piece.id}@{window.start}".encode()) for window, _ in read]
-        names = [window.piece.name for window, _ in read]
-        return Batch(torch.from_numpy(waveforms), lengths, torch.tensor(ids, dtype=torch.int64), names, faults)
+                decoded.append((crop, _decode(crop, payload)))
+            except _UnreadableCrop as error:
+                faults.append((crop.segment.name, str(error)))
+        waveforms = np.zeros((len(decoded), max((crop.num_samples for crop, _ in decoded), default=0)), np.int16)
+        for row, (crop, samples) in zip(waveforms, decoded, strict=True):
+            row[: crop.num_samples] = samples
+        ids = [zlib.crc32(f"{crop.segment.id}@{crop.start}".encode()) for crop, _ in decoded]
+        return Batch(
+            waveforms=torch.from_numpy(waveforms),
+            num_samples=torch.tensor([crop.num_samples for crop, _ in decoded], dtype=torch.int64),
+            ids=torch.tensor(ids, dtype=torch.int64),
+            names=[crop.segment.name for crop, _ in decoded],
+            faults=faults,
+        )
 
-    def _payloads(self, windows: Sequence[Crop]) -> list[bytes | Exception]:
-        """The bytes of each window, or why there are none."""
-        ranges = [_byte_range(window) for window in windows]
-        if (fs := self._remote()) is not None:
-            return self._fetch(fs, [self._path(window.piece.shard) for window in windows], ranges)
-        found: list[bytes | Exception] = []
+    def _payloads(self, crops: Sequence[Crop]) -> list[bytes | Exception]:
+        """The bytes to read for each crop, or the error of reading them."""
+        ranges = [_byte_range(crop) for crop in crops]
+        if (fs := self._file_system()) is not None:
+            return self._fetch(fs, [self._path(crop.segment.shard) for crop in crops], ranges)
+        payloads: list[bytes | Exception] = []
         with contextlib.ExitStack() as stack:
-            files: dict[str, int] = {}
-            for window, (start, size) in zip(windows, ranges, strict=True):
-                shard = window.piece.shard
+            descriptors: dict[str, int] = {}
+            for crop, (start, num_bytes) in zip(crops, ranges, strict=True):
+                shard = crop.segment.shard
                 try:
-                    if shard not in files:
-                        files[shard] = os.open(self._path(shard), os.O_RDONLY)
-                        stack.callback(os.close, files[shard])
-                    found.append(os.pread(files[shard], size, start))
+                    if shard not in descriptors:
+                        descriptors[shard] = os.open(self._path(shard), os.O_RDONLY)
+                        stack.callback(os.close, descriptors[shard])
+                    payloads.append(os.pread(descriptors[shard], num_bytes, start))
                 except OSError as error:
-                    found.append(error)
-        return found
+                    payloads.append(error)
+        return payloads
 
     @staticmethod
     def _fetch(fs: Any, paths: list[str], ranges: list[tuple[int, int]]) -> list[bytes | Exception]:
-        """Byte ranges of remote files, all in one call; what fails for a moment is asked for again."""
-        found: list[Any] = [None] * len(paths)
+        """Byte ranges of remote files, all in one request; those that fail are requested again."""
+        payloads: list[Any] = [None] * len(paths)
         todo = list(range(len(paths)))
-        for attempt in range(_RETRIES):
+        for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(2.0 ** (attempt - 1))
-            first, end = [ranges[i][0] for i in todo], [sum(ranges[i]) for i in todo]
-            parts = fs.cat_ranges([paths[i] for i in todo], first, end, on_error="return")
-            for i, part in zip(todo, parts, strict=True):
-                start, size = ranges[i]
-                # A web server that knows no ranges (Python's own) sends the whole file each time.
-                found[i] = part[start : start + size] if isinstance(part, bytes) and len(part) > size else part
-            todo = [i for i in todo if isinstance(found[i], Exception) and not isinstance(found[i], FileNotFoundError)]
+            starts, ends = [ranges[i][0] for i in todo], [sum(ranges[i]) for i in todo]
+            replies = fs.cat_ranges([paths[i] for i in todo], starts, ends, on_error="return")
+            for i, reply in zip(todo, replies, strict=True):
+                start, num_bytes = ranges[i]
+                # A web server without support for ranges (Python's own) sends the whole file each time.
+                whole_file = isinstance(reply, bytes) and len(reply) > num_bytes
+                payloads[i] = reply[start : start + num_bytes] if whole_file else reply
+            todo = [
+                i for i in todo if isinstance(payloads[i], Exception) and not isinstance(payloads[i], FileNotFoundError)
+            ]
             if not todo:
                 break
-        return found
+        return payloads
 
 
-def bucket_edges(longest: int) -> list[int]:
-    """The longest window of each bucket of like lengths, ascending, in samples; ``longest`` is that of all."""
-    return sorted({-(-longest * k // _BUCKETS) for k in range(1, _BUCKETS + 1)})
+def bucket_edges(max_samples: int) -> list[int]:
+    """The longest crop of each bucket of similar lengths, ascending, in samples; the last is ``max_samples``."""
+    return sorted({-(-max_samples * k // _BUCKETS) for k in range(1, _BUCKETS + 1)})
 
 
-class _Unreadable(Exception):
-    """A window that cannot be read; the message says why."""
+class _UnreadableCrop(Exception):
+    """A crop that cannot be read; the message says why."""
 
 
 class _Budget:
-    """Tells Lhotse's sampler when a batch is full: when another window of its bucket might exceed the budget.
+    """Tells Lhotse's sampler when a batch is full: when another crop of its bucket might exceed the budget.
 
-    Lhotse's TimeConstraint counts the longest window times their number; nothing is padded in our steps.
+    Lhotse's TimeConstraint counts the longest crop times the number of crops, but our steps pad nothing.
 
     Args:
-        samples: In a batch at most.
-        edges: The longest window of each bucket, ascending.
+        max_samples: Maximum per batch.
+        edges: The longest crop of each bucket in samples, ascending.
     """
 
-    def __init__(self, samples: int, edges: list[int]) -> None:
-        self.samples, self.edges = samples, edges
+    def __init__(self, max_samples: int, edges: list[int]) -> None:
+        self.max_samples, self.edges = max_samples, edges
         self.reset()
 
     def reset(self) -> None:
         self.current = self.next = 0
 
     def copy(self) -> _Budget:
-        return _Budget(self.samples, self.edges)
+        return _Budget(self.max_samples, self.edges)
 
-    def measure_length(self, window: Crop) -> int:
-        return window.samples
+    def measure_length(self, crop: Crop) -> int:
+        return crop.num_samples
 
     def select_bucket(self, buckets: list[int], example: Crop) -> int:
-        return bisect_left(buckets, example.samples)
+        return bisect_left(buckets, example.num_samples)
 
-    def add(self, window: Crop) -> None:
+    def add(self, crop: Crop) -> None:
         if not self.current:
-            self.next = self.edges[bisect_left(self.edges, window.samples)]
-        self.current += window.samples
+            self.next = self.edges[bisect_left(self.edges, crop.num_samples)]
+        self.current += crop.num_samples
 
     def exceeded(self) -> bool:
-        return self.current > self.samples
+        return self.current > self.max_samples
 
     def close_to_exceeding(self) -> bool:
-        return self.current + self.next > self.samples
+        return self.current + self.next > self.max_samples
 
 
 def _full_batches(batches: Iterable[Iterable[Crop]], budget: _Budget) -> Iterator[list[Crop]]:
-    """Full batches as they come; what the buckets have left at the end goes into batches of all lengths."""
+    """Full batches as they come. The crops left in the buckets at the end form batches of mixed lengths."""
     rest: list[Crop] = []
     for batch in batches:
-        windows, count = list(batch), budget.copy()
-        for window in windows:
-            count.add(window)
-        if count.close_to_exceeding():
-            yield windows
+        crops, filled_budget = list(batch), budget.copy()
+        for crop in crops:
+            filled_budget.add(crop)
+        if filled_budget.close_to_exceeding():
+            yield crops
         else:
-            rest += windows
-    rest.sort(key=lambda window: window.samples)
-    first = filled = 0
-    for index, window in enumerate(rest):
-        if filled + window.samples > budget.samples:
+            rest += crops
+    rest.sort(key=lambda crop: crop.num_samples)
+    first = num_samples = 0
+    for index, crop in enumerate(rest):
+        if num_samples + crop.num_samples > budget.max_samples:
             yield rest[first:index]
-            first, filled = index, 0
-        filled += window.samples
+            first, num_samples = index, 0
+        num_samples += crop.num_samples
     if rest:
         yield rest[first:]
 
 
 def _shuffled(batches: Iterable[list[Crop]], rng: random.Random) -> Iterator[list[Crop]]:
-    """In random order within some hundreds: towards the end of an epoch the sampler has long windows left alone."""
+    """Batches in random order within a few hundred: near the end of an epoch, the sampler has only long crops left."""
     pool: list[list[Crop]] = []
     for batch in batches:
         pool.append(batch)
         if len(pool) > _MIXED_BATCHES:
-            place = rng.randrange(len(pool))
-            pool[place], pool[-1] = pool[-1], pool[place]
+            index = rng.randrange(len(pool))
+            pool[index], pool[-1] = pool[-1], pool[index]
             yield pool.pop()
     rng.shuffle(pool)
     yield from pool
 
 
-def _manifest(shard: str) -> str:
+def _manifest_name(shard: str) -> str:
     return f"cuts.{shard.split('.')[1]}.jsonl.gz"
 
 
-def _number(text: str) -> int:
+def _seed_from(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-def _byte_range(window: Crop) -> tuple[int, int]:
-    """First byte and number of bytes to read of the tar file."""
-    piece = window.piece
-    if piece.form == "wav":
-        return piece.offset + 2 * window.start, 2 * window.samples
-    return piece.offset, piece.size
+def _byte_range(crop: Crop) -> tuple[int, int]:
+    """First byte in the tar file and number of bytes to read for a crop."""
+    segment = crop.segment
+    if segment.codec == "wav":
+        return segment.offset + 2 * crop.start, 2 * crop.num_samples
+    return segment.offset, segment.num_bytes
 
 
-def _decode(window: Crop, payload: bytes | Exception) -> np.ndarray:
-    """int16 (window.samples,)."""
-    piece = window.piece
+def _decode(crop: Crop, payload: bytes | Exception) -> np.ndarray:
+    """int16 (crop.num_samples,)."""
+    segment = crop.segment
     if isinstance(payload, Exception):
-        raise _Unreadable(f"{piece.shard} cannot be read: {type(payload).__name__}: {payload}")
-    size = _byte_range(window)[1]
-    if len(payload) != size:
-        raise _Unreadable(f"{piece.shard} is cut short: {len(payload)} of {size} bytes")
-    if size == piece.size and zlib.crc32(payload) != piece.crc32:
-        raise _Unreadable(f"{piece.shard} is damaged: wrong checksum")
-    if piece.form == "wav":
+        raise _UnreadableCrop(f"{segment.shard} cannot be read: {type(payload).__name__}: {payload}")
+    num_bytes = _byte_range(crop)[1]
+    if len(payload) != num_bytes:
+        raise _UnreadableCrop(f"{segment.shard} is cut short: {len(payload)} of {num_bytes} bytes")
+    if num_bytes == segment.num_bytes and zlib.crc32(payload) != segment.crc32:
+        raise _UnreadableCrop(f"{segment.shard} is damaged: wrong checksum")
+    if segment.codec == "wav":
         return np.frombuffer(payload, "<i2")
     import soundfile
 
     try:
         samples, _ = soundfile.read(io.BytesIO(payload), dtype="int16")
     except soundfile.LibsndfileError as error:
-        raise _Unreadable(f"{piece.shard} is damaged: {error}") from error
-    if samples.shape != (piece.samples,):
-        raise _Unreadable(f"{piece.shard} is damaged: {samples.shape} samples and not {piece.samples}")
-    return samples[window.start : window.start + window.samples]
+        raise _UnreadableCrop(f"{segment.shard} is damaged: {error}") from error
+    if samples.shape != (segment.num_samples,):
+        raise _UnreadableCrop(
+            f"{segment.shard} is damaged: expected {segment.num_samples} samples, got shape {samples.shape}"
+        )
+    return samples[crop.start : crop.start + crop.num_samples]

@@ -48,41 +48,41 @@ class Waveforms:
         report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers)
         self._shards = Shards(folder / plan.key[:24])
         self.identity = self._shards.identity
-        pieces: dict[str, list[Segment]] = {}
-        for piece in self._shards.pieces("train"):
-            pieces.setdefault(piece.name, []).append(piece)
+        segments: dict[str, list[Segment]] = {}
+        for segment in self._shards.segments("train"):
+            segments.setdefault(segment.name, []).append(segment)
         reasons = {name: reason for reason, found in report["skipped"].items() for name in found["names"]}
         self.missing: dict[int, str] = {}
-        self._pieces: list[list[Crop]] = []
+        self._crops: list[list[Crop]] = []
         for i, clip in enumerate(task.clips):
-            found = sorted(pieces.get(clip.path, ()), key=lambda piece: piece.number)
-            end = round(clip.end * SAMPLE_RATE) if clip.end else sum(piece.samples for piece in found)
-            parts = _cut(found, round(clip.start * SAMPLE_RATE), end)
-            self._pieces.append(parts)
-            if sum(part.samples for part in parts) < WINDOW:
+            found = sorted(segments.get(clip.path, ()), key=lambda segment: segment.index)
+            end = round(clip.end * SAMPLE_RATE) if clip.end else sum(segment.num_samples for segment in found)
+            crops = _cut(found, round(clip.start * SAMPLE_RATE), end)
+            self._crops.append(crops)
+            if sum(crop.num_samples for crop in crops) < WINDOW:
                 self.missing[i] = reasons.get(clip.path, "no audio of 25 ms there" if found else "cannot be read")
-        self.seconds = np.array([sum(part.samples for part in parts) for parts in self._pieces]) / SAMPLE_RATE
+        self.seconds = np.array([sum(crop.num_samples for crop in crops) for crops in self._crops]) / SAMPLE_RATE
 
     def windows(self, clip: int, max_seconds: float) -> list[tuple[float, Crop]]:
         """A clip in windows of ``max_seconds``, the last one shorter, and where in it each starts, in seconds.
 
-        Those of a recording of over two minutes do not cross its pieces.
+        Those of a recording of over two minutes do not cross its segments.
         """
         longest, before, found = round(max_seconds * SAMPLE_RATE), 0, []
-        for part in self._pieces[clip]:
-            for a, b in itertools.pairwise([*range(0, part.samples, longest), part.samples]):
+        for crop in self._crops[clip]:
+            for a, b in itertools.pairwise([*range(0, crop.num_samples, longest), crop.num_samples]):
                 if b - a >= WINDOW:
-                    found.append(((before + a) / SAMPLE_RATE, part.piece.window(part.start + a, b - a)))
-            before += part.samples
+                    found.append(((before + a) / SAMPLE_RATE, crop.segment.crop(crop.start + a, b - a)))
+            before += crop.num_samples
         return found
 
     def crop(self, clip: int, max_seconds: float, rng: random.Random) -> Crop:
         """A random stretch of ``max_seconds`` of a clip, or all of a shorter one."""
         longest = round(max_seconds * SAMPLE_RATE)
-        parts = self._pieces[clip]
-        part = rng.choices(parts, [part.samples for part in parts])[0]
-        start = rng.randint(0, max(0, part.samples - longest))
-        return part.piece.window(part.start + start, min(longest, part.samples))
+        crops = self._crops[clip]
+        crop = rng.choices(crops, [crop.num_samples for crop in crops])[0]
+        start = rng.randint(0, max(0, crop.num_samples - longest))
+        return crop.segment.crop(crop.start + start, min(longest, crop.num_samples))
 
     def read(self, windows: Sequence[Crop]) -> tuple[Tensor, Tensor]:
         """int16 (B, S) and lengths (B,) of windows.
@@ -93,24 +93,24 @@ class Waveforms:
         batch: Batch = self._shards.read(windows)
         if batch.faults:
             raise ValueError(f"{self._shards.source} is damaged, delete it: {batch.faults[0]}")
-        return batch.waveforms, batch.lengths
+        return batch.waveforms, batch.num_samples
 
 
-def _cut(pieces: Sequence[Segment], start: int, end: int) -> list[Crop]:
-    """The windows that make up samples ``start`` to ``end`` of a recording in pieces."""
+def _cut(segments: Sequence[Segment], start: int, end: int) -> list[Crop]:
+    """The windows that make up samples ``start`` to ``end`` of a recording in segments."""
     found, offset = [], 0
-    for piece in pieces:
-        first, last = max(start, offset), min(end, offset + piece.samples)
+    for segment in segments:
+        first, last = max(start, offset), min(end, offset + segment.num_samples)
         if last - first >= WINDOW:
-            found.append(piece.window(first - offset, last - first))
-        offset += piece.samples
+            found.append(segment.crop(first - offset, last - first))
+        offset += segment.num_samples
     return found
 
 
 def batches(windows: Sequence[Crop], batch_seconds: float) -> Iterator[list[int]]:
     """Indices of windows of like lengths, ``batch_seconds`` of padded audio at a time, the longest first."""
-    order = sorted(range(len(windows)), key=lambda i: -windows[i].samples)
+    order = sorted(range(len(windows)), key=lambda i: -windows[i].num_samples)
     while order:
-        size = max(1, int(batch_seconds * SAMPLE_RATE / windows[order[0]].samples))
+        size = max(1, int(batch_seconds * SAMPLE_RATE / windows[order[0]].num_samples))
         yield order[:size]
         order = order[size:]

@@ -18,7 +18,7 @@ from ..ops.fbank import fbank
 from ..ops.packing import real_tokens
 from .options import PretrainOptions
 
-STATISTICS_WINDOWS = 200  # SSAST is normalised by their mean and deviation
+STATISTICS_CROPS = 200  # SSAST is normalised by their mean and deviation
 
 
 def open_data(
@@ -41,7 +41,7 @@ def open_data(
         ValueError: Nothing usable, or nothing can be held out.
     """
     try:
-        if isinstance(source, (str, os.PathLike)) and prepare.kind_of(source) == "prepared":
+        if isinstance(source, (str, os.PathLike)) and prepare.source_format(source) == "prepared":
             return Shards(source)
         plan = prepare.plan(source, min_seconds=min_seconds, split=split)
     except (OSError, ImportError) as error:
@@ -77,24 +77,24 @@ def training_shards(options: PretrainOptions) -> Shards:
 
 
 def log_mel_statistics(shards: Shards, options: PretrainOptions) -> tuple[float, float]:
-    """Mean and standard deviation of the log-mel values of the first windows, by SSAST's front end, to four decimals.
+    """Mean and standard deviation of the log-mel values of the first crops, by SSAST's front end, to four decimals.
 
     Its recipe normalises by such statistics of the whole data set (arXiv 2110.09784, official code).
     """
     lengths = {"max_seconds": options.max_seconds, "min_seconds": options.min_seconds}
     batches = shards.batches(batch_seconds=options.batch_seconds, **lengths, seed=options.seed)
-    windows = list(itertools.islice(itertools.chain.from_iterable(batches), STATISTICS_WINDOWS))
+    crops = list(itertools.islice(itertools.chain.from_iterable(batches), STATISTICS_CROPS))
     count, total, squares = 0, 0.0, 0.0
-    for start in range(0, len(windows), 16):
-        batch = shards.read(windows[start : start + 16])
+    for start in range(0, len(crops), 16):
+        batch = shards.read(crops[start : start + 16])
         if not batch.names:
             continue
-        features, frames = fbank(batch.waveforms, batch.lengths, frontend="ssast")
+        features, frames = fbank(batch.waveforms, batch.num_samples, frontend="ssast")
         values = features[real_tokens(frames, features.shape[1])].double()
         count += values.numel()
         total += float(values.sum())
         squares += float(values.square().sum())
     if not count:
-        raise ValueError(f"none of the first {len(windows)} clips of {shards.source} can be read")
+        raise ValueError(f"none of the first {len(crops)} clips of {shards.source} can be read")
     mean = total / count
     return round(mean, 4), round(math.sqrt(max(0.0, squares / count - mean**2)), 4)

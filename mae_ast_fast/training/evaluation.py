@@ -306,23 +306,23 @@ def held_out_set(model: MAEAST | SSAST, shards: Shards, options: PretrainOptions
     Raises:
         ValueError: The shards hold none out, or none that can be read.
     """
-    pieces = [piece for piece in itertools.islice(shards.pieces("held_out"), CANDIDATES) if piece.number == 0]
-    if not pieces:
+    segments = [s for s in itertools.islice(shards.segments("held_out"), CANDIDATES) if s.index == 0]
+    if not segments:
         raise ValueError(f"{shards.source} holds no clip out to evaluate on: expected cuts with split=held_out")
     silent = set(shards.report.get("silent", {}).get("names", ()))
-    pieces = [piece for piece in pieces if piece.name not in silent] or pieces
-    samples = np.array([piece.samples for piece in pieces])
-    least = min(2 * SAMPLE_RATE, np.quantile(samples, 0.5))
+    segments = [segment for segment in segments if segment.name not in silent] or segments
+    num_samples = np.array([segment.num_samples for segment in segments])
+    least = min(2 * SAMPLE_RATE, np.quantile(num_samples, 0.5))
     by_kind: dict[str, list] = {}
-    for piece in sorted(pieces, key=lambda piece: piece.name):
-        if piece.samples >= least:
-            by_kind.setdefault(piece.kind, []).append(piece)
+    for segment in sorted(segments, key=lambda segment: segment.name):
+        if segment.num_samples >= least:
+            by_kind.setdefault(segment.kind, []).append(segment)
     share = HELD_OUT_CLIPS // len(by_kind)
     chosen = [kind[round(i)] for kind in by_kind.values() for i in np.linspace(0, len(kind) - 1, min(share, len(kind)))]
     longest = round(options.max_seconds * SAMPLE_RATE)
-    batch = shards.read([piece.window(0, min(longest, piece.samples)) for piece in chosen])
+    batch = shards.read([segment.crop(0, min(longest, segment.num_samples)) for segment in chosen])
     if not batch.names:
         raise ValueError(f"none of the held-out clips of {shards.source} can be read: {batch.faults}")
-    kinds = {piece.name: piece.kind for piece in chosen}
-    features, frames = model.features(batch.waveforms, batch.lengths)
+    kinds = {segment.name: segment.kind for segment in chosen}
+    features, frames = model.features(batch.waveforms, batch.num_samples)
     return HeldOut.of(model, features, frames, batch.names, [kinds[name] for name in batch.names])

@@ -135,7 +135,7 @@ class Trainer:
                 max_seconds=options.max_seconds,
                 min_seconds=options.min_seconds,
                 seed=options.seed,
-                positions=self.places,
+                cursors=self.places,
                 micro_batches=self.micro_batches,
                 rank=self.peers.rank,
                 world_size=self.peers.size,
@@ -168,13 +168,13 @@ class Trainer:
             began = time.perf_counter()
             batch, self.places[lane] = next(batches)
             waited += time.perf_counter() - began
-            features, frames = self.model.features(send(batch.waveforms, self.device), batch.lengths)
+            features, frames = self.model.features(send(batch.waveforms, self.device), batch.num_samples)
             # The paper's own strategy draws one mask a batch and ignores clip ids: every batch needs another.
             number = self.step * self.micro_batches + lane
             epoch = number if self.model.config.masking == "chunk_official" else batch.epoch
             draw = {"seed": options.seed, "clip_ids": batch.ids, "epoch": epoch}
             parts.append(MicroBatch(features, frames, **draw))
-            samples += int(batch.lengths.sum())
+            samples += int(batch.num_samples.sum())
             names += batch.names
             faults += [f"{name}: {reason}" for name, reason in batch.faults]
         torch.manual_seed(options.seed * 1_000_003 + self.step)  # dropout: a function of the step, nothing to save

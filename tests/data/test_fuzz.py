@@ -145,7 +145,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @examples(150, 1500)
 def test_manifests_of_shards(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int) -> None:
-    """Read, and what they list read from the tar file: windows and faults, or a clear refusal."""
+    """Read, and what they list read from the tar file: crops and faults, or a clear refusal."""
     out = Path(shutil.copytree(shards, tmp_path / "out"))
     (path,) = out.glob("cuts.*")
     packed = path.read_bytes()
@@ -166,10 +166,10 @@ def test_manifests_of_shards(shards: Path, tmp_path: Path, capfd: pytest.Capture
         try:
             found = Shards(out)
             read = faults = 0
-            for windows in found.batches(**options):
-                batch = found.read(windows)
+            for crops in found.batches(**options):
+                batch = found.read(crops)
                 read, faults = read + len(batch.names), faults + len(batch.faults)
-                assert len(batch.names) + len(batch.faults) == len(windows)
+                assert len(batch.names) + len(batch.faults) == len(crops)
         except ValueError as error:
             assert "prepare" in str(error), error
             return "refused"

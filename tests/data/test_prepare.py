@@ -223,10 +223,10 @@ def mixed_folder(folder: Path) -> list[AudioFile]:
     return [*find_audio(folder), AudioFile(str(folder / "gone.wav"), "gone.wav")]
 
 
-@pytest.mark.parametrize("form", ["wav", "flac"])
-def test_lhotse_reads_what_was_decoded_bit_for_bit(tmp_path, form, capfd):
+@pytest.mark.parametrize("codec", ["wav", "flac"])
+def test_lhotse_reads_what_was_decoded_bit_for_bit(tmp_path, codec, capfd):
     entries = mixed_folder(tmp_path / "set")
-    report = prepare_shards(entries, tmp_path / "100% out", form=form)
+    report = prepare_shards(entries, tmp_path / "100% out", codec=codec)
     assert "decoding: 14/14 files" in capfd.readouterr().err
     assert json.loads((tmp_path / "100% out.report.json").read_text()) == report
     found = cuts(tmp_path / "100% out")
@@ -255,7 +255,7 @@ def test_lhotse_reads_what_was_decoded_bit_for_bit(tmp_path, form, capfd):
 
 
 def test_long_recordings_become_equal_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_PIECE_SECONDS", 2)
+    monkeypatch.setattr(prepare, "_MAX_SEGMENT_SECONDS", 2)
     wave = write(tmp_path / "in", "deep/er/long one (é).wav", noise(5, 0))
     for name, seconds in (("two.wav", 2.0), ("more.wav", 2.001)):
         write(tmp_path / "in", name, noise(seconds, 1))
@@ -274,16 +274,16 @@ def test_long_recordings_become_equal_pieces(tmp_path, monkeypatch):
     assert cut.custom["group"] == "deep/er"
 
 
-@pytest.mark.parametrize("form", ["wav", "flac"])
-def test_each_cut_says_where_its_bytes_are(tmp_path, form):
+@pytest.mark.parametrize("codec", ["wav", "flac"])
+def test_each_cut_says_where_its_bytes_are(tmp_path, codec):
     clips = {f"{i}.wav": write(tmp_path / "in", f"{i}.wav", noise(0.3 + i / 10, i)) for i in range(5)}
-    prepare_shards(tmp_path / "in", tmp_path / "out", form=form, progress=False)
+    prepare_shards(tmp_path / "in", tmp_path / "out", codec=codec, progress=False)
     tar = (tmp_path / "out/recording.000000.tar").read_bytes()
     for cut in cuts(tmp_path / "out"):
         custom = cut.custom
         content = tar[custom["offset"] : custom["offset"] + custom["size"]]
         assert prepare.zlib.crc32(content) == custom["crc32"]
-        if form == "wav":
+        if codec == "wav":
             assert content == clips[custom["name"]].tobytes()
         else:
             assert content.startswith(b"fLaC")
@@ -397,7 +397,7 @@ def test_killed_and_started_again_it_goes_on_to_the_same_bytes(tmp_path, monkeyp
     monkeypatch.setattr(data, "_DECODER_COMMAND", sabotaged_command(log=log))
     capfd.readouterr()
     prepare_shards(tmp_path / "set", out, workers=2)
-    assert f"going on after {len(shards)} of " in capfd.readouterr().err
+    assert f"resuming after {len(shards)} of " in capfd.readouterr().err
     names = [entry.name for entry in find_audio(tmp_path / "set")]
     assert sorted(log.read_text().split()) == sorted(set(names) - {names[i] for i in done}) and done
     assert contents(out) == contents(tmp_path / "whole")
@@ -456,19 +456,19 @@ def test_what_is_there_is_kept_if_it_is_the_same_and_never_replaced_by_something
         assert prepare_shards(source, out, progress=False) == report and contents(out) == before
         with pytest.raises(RuntimeError, match="does not start"):
             prepare_shards(source, tmp_path / "other", progress=False)
-    for change in ({"min_seconds": 0.45}, {"form": "flac"}):
-        with pytest.raises(ValueError, match="holds something else"):
+    for change in ({"min_seconds": 0.45}, {"codec": "flac"}):
+        with pytest.raises(ValueError, match="was not made from these"):
             prepare_shards(source, out, **change, progress=False)
     (tar,) = out.glob("*.tar")
     tar.write_bytes(tar.read_bytes()[:-5000])  # damaged since: made anew
     assert prepare_shards(source, out, progress=False) == report and contents(out) == before
     os.utime(source / "1.wav", ns=(0, 10**18))
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="was not made from these"):
         prepare_shards(source, out, progress=False)
     assert contents(out) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("all of it")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="was not made from these"):
         prepare_shards(source, tmp_path / "mine", progress=False)
     assert (tmp_path / "mine/thesis.txt").exists()
 
@@ -477,7 +477,7 @@ def test_half_of_other_data_is_not_gone_on_with(tmp_path, monkeypatch, capfd):
     write(tmp_path / "a", "1.wav", noise(0.5, 0))
     write(tmp_path / "b", "2.wav", noise(0.5, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write_manifests", lambda *_: 1 / 0)
+        patch.setattr(prepare, "_write_manifests", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare_shards(tmp_path / "a", tmp_path / "out", progress=False)
     prepare_shards(tmp_path / "b", tmp_path / "out", progress=False)
@@ -493,7 +493,7 @@ def test_no_usable_clip_counts_the_reasons(tmp_path):
         prepare_shards(find_audio(tmp_path), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="wav or flac, got 'mp3'"):
-        prepare_shards(find_audio(tmp_path), tmp_path / "out", form="mp3")
+        prepare_shards(find_audio(tmp_path), tmp_path / "out", codec="mp3")
 
 
 def test_the_split_is_the_callers_where_he_has_one(tmp_path):
@@ -587,14 +587,14 @@ def foreign_shar(tmp_path: Path) -> Path:
 @pytest.mark.ci
 def test_shar_by_others(tmp_path, recordings_44k):
     shar = foreign_shar(tmp_path)
-    assert prepare.kind_of(shar) == "shar"
+    assert prepare.source_format(shar) == "shar"
     report = prepare_shards(shar, tmp_path / "out", workers=1, progress=False)
     assert (report["files"], report["clips"], report["skipped"]) == (6, 6, {})
     assert len(report["shards"]) == 3
     for name, samples in samples_of(cuts(tmp_path / "out")).items():
         wave = recordings_44k[int(name.split("/")[1].split("-")[0])][:, 0]
         assert_close(samples, resampled(wave))
-    assert prepare.kind_of(tmp_path / "out") == "prepared"
+    assert prepare.source_format(tmp_path / "out") == "prepared"
     assert {cut.custom["group"].split("/")[0] for cut in cuts(tmp_path / "out")} == {f"speaker{i}" for i in range(5)}
 
 
@@ -612,17 +612,17 @@ def test_damaged_shar_by_others_loses_what_is_damaged(tmp_path, recordings_44k):
 @pytest.mark.ci
 def test_shar_and_manifest_behind_a_url(tmp_path, recordings_44k):
     url = f"file://{foreign_shar(tmp_path)}"
-    assert prepare.kind_of(url) == "shar"
+    assert prepare.source_format(url) == "shar"
     assert prepare_shards(url, tmp_path / "out", workers=1, progress=False)["clips"] == 6
     found = lhotse.CutSet.from_cuts([lhotse.Recording.from_file(tmp_path / "in/0.wav").to_cut()])
     found.to_file(tmp_path / "cuts.jsonl.gz")
     url = f"file://{tmp_path}/cuts.jsonl.gz"
     assert prepare_shards(url, tmp_path / "other", workers=1, progress=False)["clips"] == 1
-    assert prepare.kind_of(f"file://{tmp_path}/other") == "prepared"
+    assert prepare.source_format(f"file://{tmp_path}/other") == "prepared"
     with pytest.raises(FileNotFoundError, match="no Lhotse Shar"):
-        prepare.kind_of(f"file://{tmp_path}/in")
+        prepare.source_format(f"file://{tmp_path}/in")
     with pytest.raises(ValueError, match="nosuch"):
-        prepare.kind_of("nosuch://bucket/shards")
+        prepare.source_format("nosuch://bucket/shards")
 
 
 @pytest.mark.parametrize("text", ["{}\n", "no json\n", "[1]\n", ""])
@@ -647,7 +647,7 @@ def test_the_command_makes_shards(recordings, tmp_path, capsys, monkeypatch):
     assert len(cuts(out)) == 14 == len(clips) + 1
     assert cli.main(command) == 0  # nothing to do
     assert cli.main([*command[:-1], "0.3"]) == 1
-    assert "holds something else" in capsys.readouterr().err
+    assert "was not made from these" in capsys.readouterr().err
     for wrong in (["--seed", "1"], ["--npy", str(tmp_path / "a.npy")]):
         assert cli.main([*command, *wrong]) == 2
     assert cli.main(["prepare", str(folder), "--npy", str(tmp_path / "a.npy"), "--workers", "3"]) == 2

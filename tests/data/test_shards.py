@@ -1,4 +1,4 @@
-"""shards.py: windows and batches, their order whoever reads them, and what becomes of damage and of workers."""
+"""shards.py: crops and batches, their order for any number of readers, damaged data, failing workers."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def source(tmp_path_factory) -> dict[str, np.ndarray]:
     return {"": folder, **clips}
 
 
-def prepared(source, out: Path, form: str = "wav") -> Path:
-    """Several shards, and recordings of more than 3 s in pieces."""
+def prepared(source, out: Path, codec: str = "wav") -> Path:
+    """Several shards, and recordings of more than 3 s in segments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_SHARD_BYTES", (300_000, 300_000))
-        patch.setattr(prepare, "_PIECE_SECONDS", 3)
-        prepare.prepare_shards(source[""], out, form=form, progress=False)
+        patch.setattr(prepare, "_MAX_SEGMENT_SECONDS", 3)
+        prepare.prepare_shards(source[""], out, codec=codec, progress=False)
     return out
 
 
@@ -70,7 +70,7 @@ def own_folder(source, folder, tmp_path) -> Path:
 
 
 def keys(batches) -> list[list[tuple]]:
-    return [[(window.piece.id, window.start, window.samples) for window in batch] for batch in batches]
+    return [[(crop.segment.id, crop.start, crop.num_samples) for crop in batch] for batch in batches]
 
 
 def epoch_of(data: Shards, **options) -> list[list[tuple]]:
@@ -78,7 +78,7 @@ def epoch_of(data: Shards, **options) -> list[list[tuple]]:
 
 
 def write_manifests(folder: Path, lengths: list[list[int]], split: str = "train") -> Shards:
-    """Shards whose audio is not there: the lengths of the pieces of each."""
+    """Shards whose audio is not there: the lengths of the segments of each."""
     folder.mkdir()
     number = itertools.count()
     for shard, samples in enumerate(lengths):
@@ -91,31 +91,51 @@ def write_manifests(folder: Path, lengths: list[list[int]], split: str = "train"
     return Shards(folder)
 
 
-# ------------------------------------------------------------------------------------------------- windows and batches
+def segment_of(cut_id: str, num_samples: int) -> Segment:
+    """A WAV segment without audio."""
+    return Segment(
+        shard="recording.000000.tar",
+        id=cut_id,
+        name="x",
+        kind="",
+        group="",
+        index=0,
+        split="train",
+        num_samples=num_samples,
+        offset=0,
+        num_bytes=2 * num_samples,
+        crc32=0,
+        codec="wav",
+    )
+
+
+# ------------------------------------------------------------------------------------------------- crops and batches
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 60 * RATE), st.sampled_from([RATE // 2, 5 * RATE]), st.integers(0, 2**31), st.integers(0, 99))
 def test_a_piece_is_cut_so_that_every_sample_is_in_one_window(samples, longest, seed, epoch):
     shortest = round(0.3 * RATE)
-    piece = Segment("recording.000000.tar", "x-0-0", "x", "", "", 0, "train", samples, 0, 2 * samples, 0, "wav")
-    windows = [(window.start, window.samples) for window in piece.windows(longest, shortest, seed, epoch)]
-    assert windows == [(window.start, window.samples) for window in piece.windows(longest, shortest, seed, epoch)]
+    segment = segment_of("x-0-0", samples)
+    crops = [(crop.start, crop.num_samples) for crop in segment.crops(longest, shortest, seed=seed, epoch=epoch)]
+    assert crops == [
+        (crop.start, crop.num_samples) for crop in segment.crops(longest, shortest, seed=seed, epoch=epoch)
+    ]
     if samples <= longest:
-        assert windows == ([(0, samples)] if samples >= shortest else [])
+        assert crops == ([(0, samples)] if samples >= shortest else [])
         return
-    ends = [start + size for start, size in windows]
-    assert all(shortest <= size <= longest for _, size in windows)
-    assert [start for start, _ in windows[1:]] == ends[:-1]  # consecutive
-    assert all(size == longest for start, size in windows if start and start + size < samples)
-    if windows:
-        assert windows[0][0] < shortest and samples - ends[-1] < shortest  # only short ends are left out
+    ends = [start + size for start, size in crops]
+    assert all(shortest <= size <= longest for _, size in crops)
+    assert [start for start, _ in crops[1:]] == ends[:-1]  # consecutive
+    assert all(size == longest for start, size in crops if start and start + size < samples)
+    if crops:
+        assert crops[0][0] < shortest and samples - ends[-1] < shortest  # only short ends are left out
 
 
 def test_cuts_move_from_epoch_to_epoch_and_each_piece_has_its_own():
     def phase(name, seed, epoch):
-        piece = Segment("recording.000000.tar", name, "x", "", "", 0, "train", 50 * RATE, 0, 0, 0, "wav")
-        return [window.start for window in piece.windows(10 * RATE, 1, seed, epoch)][-1] % (10 * RATE)
+        segment = segment_of(name, 50 * RATE)
+        return [crop.start for crop in segment.crops(10 * RATE, 1, seed=seed, epoch=epoch)][-1] % (10 * RATE)
 
     for phases in (
         {phase("a", 0, epoch) for epoch in range(40)},
@@ -129,9 +149,9 @@ def test_an_epoch_holds_every_window_once_within_the_budget(folder):
     data = Shards(folder)
     assert len(data.shards) > 5
     expected = collections.Counter(
-        (window.piece.id, window.start, window.samples)
-        for piece in data.pieces("train")
-        for window in piece.windows(2 * RATE, round(0.3 * RATE), 1, 3)
+        (crop.segment.id, crop.start, crop.num_samples)
+        for segment in data.segments("train")
+        for crop in segment.crops(2 * RATE, round(0.3 * RATE), seed=1, epoch=3)
     )
     batches = epoch_of(data, epoch=3)
     assert collections.Counter(itertools.chain.from_iterable(batches)) == expected
@@ -148,7 +168,7 @@ def test_the_order_follows_seed_and_epoch_alone(folder):
     code = (
         "import sys, hashlib; from mae_ast_fast.data.shards import Shards; "
         f"batches = Shards(sys.argv[1]).batches(**{OPTIONS}); "
-        "print([[(w.piece.id, w.start, w.samples) for w in batch] for batch in batches])"
+        "print([[(w.segment.id, w.start, w.num_samples) for w in batch] for batch in batches])"
     )
     env = {**os.environ, "PYTHONHASHSEED": "12", "RANK": "3", "WORLD_SIZE": "4"}  # Lhotse looks at these two by itself
     assert subprocess.check_output([sys.executable, "-c", code, str(folder)], text=True, env=env).strip() == str(base)
@@ -173,7 +193,7 @@ def test_batches_are_full_and_pad_little_and_mixed(tmp_path):
     means = np.array([np.mean([samples for *_, samples in batch]) for batch in batches])
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.2  # no run from short to long
     assert abs(means[: len(means) // 2].mean() / means[len(means) // 2 :].mean() - 1) < 0.2
-    order = [int(piece.split("-")[0]) for batch in batches for piece, *_ in batch]
+    order = [int(segment.split("-")[0]) for batch in batches for segment, *_ in batch]
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1
 
 
@@ -201,16 +221,16 @@ def test_options_out_of_range(folder, tmp_path):
 
 
 def test_memory_does_not_follow_the_size_of_the_data(tmp_path, monkeypatch):
-    for name, size in {"_MIXED": 200, "_MIXED_BATCHES": 16, "_BUFFER": 200}.items():
+    for name, size in {"_MIXED_CROPS": 200, "_MIXED_BATCHES": 16, "_BUFFER_CROPS": 200}.items():
         monkeypatch.setattr(shards, name, size)
     peaks = []
     for count in (1, 5, 20):  # the first: what is imported and cached once
         data = write_manifests(tmp_path / str(count), [[RATE] * 200 for _ in range(count)])
         tracemalloc.start()
-        windows = sum(len(batch) for batch in data.batches(**{**OPTIONS, "batch_seconds": 10.0}))
+        crops = sum(len(batch) for batch in data.batches(**{**OPTIONS, "batch_seconds": 10.0}))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert windows == 200 * count
+        assert crops == 200 * count
     peaks = peaks[1:]
     assert peaks[1] < 1.3 * peaks[0], peaks
 
@@ -218,49 +238,47 @@ def test_memory_does_not_follow_the_size_of_the_data(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("form", ["wav", "flac"])
-def test_reading_gives_the_samples_bit_for_bit(source, folder, form, tmp_path):
-    data = Shards(folder if form == "wav" else prepared(source, tmp_path / "out", "flac"))
-    starts = {}  # of each piece in its recording
-    for piece in sorted([*data.pieces("train"), *data.pieces("held_out")], key=lambda piece: piece.number):
-        starts[piece.id] = starts.get(piece.name, 0)
-        starts[piece.name] = starts[piece.id] + piece.samples
+@pytest.mark.parametrize("codec", ["wav", "flac"])
+def test_reading_gives_the_samples_bit_for_bit(source, folder, codec, tmp_path):
+    data = Shards(folder if codec == "wav" else prepared(source, tmp_path / "out", "flac"))
+    starts = {}  # of each segment in its recording
+    for segment in sorted([*data.segments("train"), *data.segments("held_out")], key=lambda segment: segment.index):
+        starts[segment.id] = starts.get(segment.name, 0)
+        starts[segment.name] = starts[segment.id] + segment.num_samples
     assert {name: len(source[name]) for name in source if name} == {n: s for n, s in starts.items() if n in source}
     seen = {}
     for epoch in (0, 0, 1):
-        for windows in data.batches(**{**OPTIONS, "epoch": epoch}):
-            batch = data.read(windows)
-            assert batch.waveforms.dtype == torch.int16 and batch.lengths.dtype == batch.ids.dtype == torch.int64
-            assert batch.waveforms.shape == (len(windows), max(window.samples for window in windows))
-            assert batch.lengths.tolist() == [window.samples for window in windows] and not batch.faults
-            for row, window, name, number in zip(
-                batch.waveforms, windows, batch.names, batch.ids.tolist(), strict=True
-            ):
-                first = starts[window.piece.id] + window.start
-                assert name == window.piece.name
-                assert np.array_equal(row[: window.samples], source[name][first : first + window.samples])
-                assert not row[window.samples :].any() and 0 <= number < 2**32
-                assert seen.setdefault((window.piece.id, window.start), number) == number
+        for crops in data.batches(**{**OPTIONS, "epoch": epoch}):
+            batch = data.read(crops)
+            assert batch.waveforms.dtype == torch.int16 and batch.num_samples.dtype == batch.ids.dtype == torch.int64
+            assert batch.waveforms.shape == (len(crops), max(crop.num_samples for crop in crops))
+            assert batch.num_samples.tolist() == [crop.num_samples for crop in crops] and not batch.faults
+            for row, crop, name, number in zip(batch.waveforms, crops, batch.names, batch.ids.tolist(), strict=True):
+                first = starts[crop.segment.id] + crop.start
+                assert name == crop.segment.name
+                assert np.array_equal(row[: crop.num_samples], source[name][first : first + crop.num_samples])
+                assert not row[crop.num_samples :].any() and 0 <= number < 2**32
+                assert seen.setdefault((crop.segment.id, crop.start), number) == number
     assert len(set(seen.values())) == len(seen) > 60
 
 
 def test_pieces_say_what_prepare_knew(folder):
     data = Shards(folder)
-    held = list(data.pieces("held_out"))
-    assert len({piece.name for piece in held}) == data.report["held_out"] > 0
-    assert len({piece.name for piece in data.pieces("train")}) == data.report["train"]
-    window = held[0].window(5, 100)
-    batch = data.read([window])
-    assert torch.equal(batch.waveforms[0], data.read([held[0].window(0, held[0].samples)]).waveforms[0, 5:105])
-    assert window.duration == 100 / RATE
+    held = list(data.segments("held_out"))
+    assert len({segment.name for segment in held}) == data.report["held_out"] > 0
+    assert len({segment.name for segment in data.segments("train")}) == data.report["train"]
+    crop = held[0].crop(5, 100)
+    batch = data.read([crop])
+    assert torch.equal(batch.waveforms[0], data.read([held[0].crop(0, held[0].num_samples)]).waveforms[0, 5:105])
+    assert crop.duration == 100 / RATE
 
 
 def test_shards_travel_to_other_processes(folder):
     data = Shards(folder)
     packed = pickle.dumps(data)
-    windows = next(data.batches(**OPTIONS))
+    crops = next(data.batches(**OPTIONS))
     assert len(packed) < 20_000
-    assert torch.equal(pickle.loads(packed).read(windows).waveforms, data.read(windows).waveforms)
+    assert torch.equal(pickle.loads(packed).read(crops).waveforms, data.read(crops).waveforms)
 
 
 def copy_to_memory(folder: Path, name: str, report: bool = True) -> str:
@@ -308,17 +326,17 @@ def test_a_file_system_that_does_not_outlive_a_fork(folder, monkeypatch):
 
 def test_a_server_that_sends_whole_files(folder):
     remote = Shards(copy_to_memory(folder, "whole"))
-    windows = next(Shards(folder).batches(**OPTIONS))
-    whole = [(folder / window.piece.shard).read_bytes() for window in windows]
+    crops = next(Shards(folder).batches(**OPTIONS))
+    whole = [(folder / crop.segment.shard).read_bytes() for crop in crops]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(remote._fs), "cat_ranges", lambda *_, **options: whole)
-        batch = remote.read(windows)
-    assert torch.equal(batch.waveforms, Shards(folder).read(windows).waveforms) and not batch.faults
+        batch = remote.read(crops)
+    assert torch.equal(batch.waveforms, Shards(folder).read(crops).waveforms) and not batch.faults
 
 
 def test_what_fails_for_a_moment_is_read_again(folder, monkeypatch):
     remote = Shards(copy_to_memory(folder, "moment"))
-    windows = next(Shards(folder).batches(**OPTIONS))
+    crops = next(Shards(folder).batches(**OPTIONS))
     memory, asked = type(remote._fs), []
     cat_ranges = memory.cat_ranges
 
@@ -330,11 +348,11 @@ def test_what_fails_for_a_moment_is_read_again(folder, monkeypatch):
     monkeypatch.setattr(memory, "cat_ranges", failing)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     failures = 1
-    assert torch.equal(remote.read(windows).waveforms, Shards(folder).read(windows).waveforms)
-    assert asked == [len(windows), 1]
+    assert torch.equal(remote.read(crops).waveforms, Shards(folder).read(crops).waveforms)
+    assert asked == [len(crops), 1]
     failures = 99
-    batch = remote.read(windows)
-    assert len(batch.names) == len(windows) - 1 and "reset" in batch.faults[0][1]
+    batch = remote.read(crops)
+    assert len(batch.names) == len(crops) - 1 and "reset" in batch.faults[0][1]
 
 
 def test_identity_follows_the_data(source, folder, own_folder, tmp_path):
@@ -350,61 +368,63 @@ def test_identity_follows_the_data(source, folder, own_folder, tmp_path):
 
 def test_damaged_audio_is_left_out_and_named(own_folder):
     data = Shards(own_folder)
-    clean = {piece.id: data.read([piece.window(0, piece.samples)]).waveforms for piece in data.pieces("train")}
-    pieces = list(data.pieces("train"))
-    flipped, part = (next(piece for piece in pieces if piece.shard == shard) for shard in data.shards[:2])
-    for piece in (flipped, part):
-        with open(own_folder / piece.shard, "r+b") as file:
-            file.seek(piece.offset + 1000)
+    clean = {
+        segment.id: data.read([segment.crop(0, segment.num_samples)]).waveforms for segment in data.segments("train")
+    }
+    segments = list(data.segments("train"))
+    flipped, part = (next(segment for segment in segments if segment.shard == shard) for shard in data.shards[:2])
+    for segment in (flipped, part):
+        with open(own_folder / segment.shard, "r+b") as file:
+            file.seek(segment.offset + 1000)
             file.write(b"\x55\xaa\x55")
     cut = data.shards[2]
-    last = [piece for piece in pieces if piece.shard == cut][-1]
+    last = [segment for segment in segments if segment.shard == cut][-1]
     with open(own_folder / cut, "r+b") as file:
-        file.truncate(last.offset + last.size - 2)
+        file.truncate(last.offset + last.num_bytes - 2)
     (own_folder / data.shards[3]).unlink()
     bad = {flipped.id: "wrong checksum", part.id: "wrong checksum", last.id: "cut short"}
-    bad |= {piece.id: "cannot be read" for piece in pieces if piece.shard == data.shards[3]}
-    batch = data.read([piece.window(0, piece.samples) for piece in pieces])
-    kept = [piece for piece in pieces if piece.id not in bad]
-    assert batch.names == [piece.name for piece in kept]
-    for row, piece in zip(batch.waveforms, kept, strict=True):
-        assert torch.equal(row[: piece.samples], clean[piece.id][0])
-    assert [name for name, _ in batch.faults] == [piece.name for piece in pieces if piece.id in bad]
-    for (_, reason), piece in zip(batch.faults, [piece for piece in pieces if piece.id in bad], strict=True):
-        assert bad[piece.id] in reason and piece.shard in reason
-    empty = data.read([last.window(last.samples - 100, 100)])
-    assert len(empty.names) == len(empty.lengths) == len(empty.ids) == len(empty.waveforms) == 0
+    bad |= {segment.id: "cannot be read" for segment in segments if segment.shard == data.shards[3]}
+    batch = data.read([segment.crop(0, segment.num_samples) for segment in segments])
+    kept = [segment for segment in segments if segment.id not in bad]
+    assert batch.names == [segment.name for segment in kept]
+    for row, segment in zip(batch.waveforms, kept, strict=True):
+        assert torch.equal(row[: segment.num_samples], clean[segment.id][0])
+    assert [name for name, _ in batch.faults] == [segment.name for segment in segments if segment.id in bad]
+    for (_, reason), segment in zip(batch.faults, [segment for segment in segments if segment.id in bad], strict=True):
+        assert bad[segment.id] in reason and segment.shard in reason
+    empty = data.read([last.crop(last.num_samples - 100, 100)])
+    assert len(empty.names) == len(empty.num_samples) == len(empty.ids) == len(empty.waveforms) == 0
     assert empty.waveforms.dtype == torch.int16 and empty.waveforms.dim() == 2 and len(empty.faults) == 1
-    assert data.read([last.window(0, 100)]).names == [last.name]  # before the damage
+    assert data.read([last.crop(0, 100)]).names == [last.name]  # before the damage
     found = [fault for batch, _ in itertools.islice(loader(data, **OPTIONS, workers=1), 40) for fault in batch.faults]
     assert found  # and the loader goes on
 
 
 def test_damaged_flac(source, tmp_path):
     data = Shards(prepared(source, tmp_path / "out", "flac"))
-    piece = next(data.pieces("train"))
-    content = bytearray((tmp_path / "out" / piece.shard).read_bytes())
-    content[piece.offset + piece.size // 2] ^= 255
-    (tmp_path / "out" / piece.shard).write_bytes(content)
-    ((name, reason),) = data.read([piece.window(10, 100)]).faults
-    assert name == piece.name and "wrong checksum" in reason
+    segment = next(data.segments("train"))
+    content = bytearray((tmp_path / "out" / segment.shard).read_bytes())
+    content[segment.offset + segment.num_bytes // 2] ^= 255
+    (tmp_path / "out" / segment.shard).write_bytes(content)
+    ((name, reason),) = data.read([segment.crop(10, 100)]).faults
+    assert name == segment.name and "wrong checksum" in reason
     for lie in ("crc32", "samples"):  # the manifest lies
-        crc = prepare.zlib.crc32(content[piece.offset : piece.offset + piece.size])
-        other = pickle.loads(pickle.dumps(piece))
+        crc = prepare.zlib.crc32(content[segment.offset : segment.offset + segment.num_bytes])
+        other = pickle.loads(pickle.dumps(segment))
         other.crc32 = crc
         if lie == "samples":
-            other = next(itertools.islice(data.pieces("train"), 1, None))
-            other.samples += 1
-        assert "damaged" in data.read([other.window(0, 50)]).faults[0][1]
+            other = next(itertools.islice(data.segments("train"), 1, None))
+            other.num_samples += 1
+        assert "damaged" in data.read([other.crop(0, 50)]).faults[0][1]
 
 
 @pytest.mark.parametrize("damage", ["gzip", "cut off", "json", "no place", "negative", "gone", "empty"])
 def test_a_broken_manifest_loses_what_comes_after(folder, own_folder, damage, capfd):
     intact = Shards(folder)
-    expected = {piece.id for piece in intact.pieces("train")}
+    expected = {segment.id for segment in intact.segments("train")}
     for shard in (intact.shards[0], intact.shards[3]):
-        first, *others = intact._pieces(shard)
-        expected -= {piece.id for piece in others}
+        first, *others = intact._shard_segments(shard)
+        expected -= {segment.id for segment in others}
         if damage in ("gzip", "gone", "empty"):
             expected.discard(first.id)
         path = own_folder / shard.replace("recording", "cuts").replace("tar", "jsonl.gz")
@@ -425,7 +445,7 @@ def test_a_broken_manifest_loses_what_comes_after(folder, own_folder, damage, ca
         if damage == "gone":
             path.unlink()
     data = Shards(own_folder)
-    assert {piece for batch in epoch_of(data) for piece, *_ in batch} == expected
+    assert {segment for batch in epoch_of(data) for segment, *_ in batch} == expected
     if damage != "empty":  # which is a shard without a cut
         assert sorted(data.faults) == ["cuts.000000.jsonl.gz", "cuts.000003.jsonl.gz"]
         assert "left out the rest of cuts.000003.jsonl.gz" in capfd.readouterr().err
@@ -439,7 +459,7 @@ def test_what_is_no_shards(tmp_path):
     with gzip.open(tmp_path / "cuts.000000.jsonl.gz", "wt") as file:
         file.write('{"id": "a", "recording": {"num_samples": 5}}\n')
     (tmp_path / "recording.000000.tar").touch()
-    with pytest.raises(ValueError, match="none of `prepare`'s"):
+    with pytest.raises(ValueError, match="`mae-ast-fast prepare` did not write"):
         Shards(tmp_path)
 
 
@@ -466,39 +486,41 @@ def test_the_same_batches_for_any_number_of_workers(folder):
 
 @pytest.mark.parametrize("least", [1, 4], ids=["whole shards", "parts of each shard"])
 def test_processes_and_restarts_share_one_order(folder, monkeypatch, least):
-    monkeypatch.setattr(shards, "_SHARDS_A_LANE", least)
+    monkeypatch.setattr(shards, "_SHARDS_PER_STREAM", least)
     data = Shards(folder)
     assert len(data.shards) >= 4
-    count = 4 * (max(len(epoch_of(data, lane=lane, lanes=4)) for lane in range(4)) + 3)  # across an end of each epoch
+    count = 4 * (
+        max(len(epoch_of(data, stream=stream, num_streams=4)) for stream in range(4)) + 3
+    )  # past the end of every epoch
     base = taken(loader(data, **OPTIONS, micro_batches=4), count)
     for begun, world_size in ((0, 2), (4, 4), (count - 12, 2), (count - 8, 1)):
-        positions = [item[-1] for item in base[begun - 4 : begun]]
+        cursors = [item[-1] for item in base[begun - 4 : begun]]
         share = 4 // world_size
         ranks = [
-            loader(data, **OPTIONS, micro_batches=4, positions=positions, rank=rank, world_size=world_size)
+            loader(data, **OPTIONS, micro_batches=4, cursors=cursors, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         found = []
         while begun + len(found) < count:
             found += [item for rank in ranks for item in taken(rank, share)]
         assert found == base[begun:]
-    with pytest.raises(ValueError, match="a position for each of 4 micro_batches, got 1"):
-        next(loader(data, **OPTIONS, micro_batches=4, positions=[(0, 0)]))
+    with pytest.raises(ValueError, match="a cursor for each of 4 micro_batches, got 1"):
+        next(loader(data, **OPTIONS, micro_batches=4, cursors=[(0, 0)]))
 
 
 @pytest.mark.parametrize("least", [1, 4], ids=["whole shards", "parts of each shard"])
 def test_lanes_share_an_epoch_out(folder, monkeypatch, least):
-    """Every window once in one of the lanes, and another share in the next epoch."""
-    monkeypatch.setattr(shards, "_SHARDS_A_LANE", least)
+    """Every crop once in one of the lanes, and another share in the next epoch."""
+    monkeypatch.setattr(shards, "_SHARDS_PER_STREAM", least)
     data = Shards(folder)
     shares = {}
     for epoch in (0, 1):
-        whole = sorted(window for batch in epoch_of(data, epoch=epoch) for window in batch)
-        for lane in range(3):
-            lanes = epoch_of(data, epoch=epoch, lane=lane, lanes=3)
-            shares[epoch, lane] = sorted(window for batch in lanes for window in batch)
-        assert sorted(window for lane in range(3) for window in shares[epoch, lane]) == whole
-    names = {key: {name for name, *_ in windows} for key, windows in shares.items()}
+        whole = sorted(crop for batch in epoch_of(data, epoch=epoch) for crop in batch)
+        for stream in range(3):
+            crops = epoch_of(data, epoch=epoch, stream=stream, num_streams=3)
+            shares[epoch, stream] = sorted(crop for batch in crops for crop in batch)
+        assert sorted(crop for stream in range(3) for crop in shares[epoch, stream]) == whole
+    names = {key: {name for name, *_ in crops} for key, crops in shares.items()}
     assert names[0, 0] != names[1, 0]
 
 
@@ -528,9 +550,9 @@ class Sabotaged(Shards):
         super().__init__(folder)
         self.marks, self.name, self.how, self.times = marks, name, how, times
 
-    def read(self, windows):
+    def read(self, crops):
         worker = torch.utils.data.get_worker_info()
-        if worker is not None and any(window.piece.name == self.name for window in windows):
+        if worker is not None and any(crop.segment.name == self.name for crop in crops):
             done = len(list(self.marks.iterdir()))
             if done < self.times:
                 (self.marks / str(done)).touch()
@@ -539,7 +561,7 @@ class Sabotaged(Shards):
                 if self.how == "kill":
                     os.kill(os.getpid(), 9)
                 time.sleep(60)
-        return super().read(windows)
+        return super().read(crops)
 
 
 @pytest.mark.parametrize("how,times", [("die", 2), ("kill", 1), ("hang", 1)])
@@ -575,7 +597,7 @@ def test_open_data_prepares_once(source, tmp_path, monkeypatch):
     options = {"min_seconds": 0.3, "workers": 2, "progress": False}
     first = open_data(source[""], tmp_path / "cache", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_decode_all", lambda *_: 1 / 0)
+        patch.setattr(prepare, "_decode_all", lambda *_, **__: 1 / 0)
         again = open_data(source[""], tmp_path / "cache", **options)
         assert again.identity == first.identity and again.report == first.report and again.report["clips"] == 50
         assert open_data(first.source, tmp_path / "nowhere", **options).identity == first.identity
@@ -583,7 +605,7 @@ def test_open_data_prepares_once(source, tmp_path, monkeypatch):
             open_data(source[""], tmp_path / "cache", **{**options, "min_seconds": 0.5})
     entries = find_audio(source[""])[:10]
     data = open_data(entries, tmp_path / "cache", **options, split=lambda e: (np.arange(9), np.array([9]), "the last"))
-    assert {piece.name for piece in data.pieces("held_out")} == {"09.wav"} and data.report["split"] == "the last"
+    assert {segment.name for segment in data.segments("held_out")} == {"09.wav"} and data.report["split"] == "the last"
     with pytest.raises(ValueError, match="at least two different files"):
         open_data(source[""] / "00.wav", tmp_path / "cache", **options)
     with pytest.raises(FileNotFoundError, match="no such folder or file"):

@@ -304,17 +304,17 @@ def test_crops_are_anywhere_in_the_clip(recordings, audio):
     rng = random.Random(0)
     starts = [audio.crop(0, 1.0, rng).start for _ in range(200)]
     assert min(starts) < 0.1 * RATE < 1.4 * RATE < max(starts) <= 1.5 * RATE
-    assert {audio.crop(0, 1.0, rng).samples for _ in range(20)} == {RATE}
+    assert {audio.crop(0, 1.0, rng).num_samples for _ in range(20)} == {RATE}
     inner = [audio.crop(2, 0.5, rng) for _ in range(100)]
     assert min(w.start for w in inner) >= RATE // 2
-    assert max(w.start + w.samples for w in inner) <= RATE * 5 // 4
-    assert audio.crop(1, 5.0, rng).samples == RATE
+    assert max(w.start + w.num_samples for w in inner) <= RATE * 5 // 4
+    assert audio.crop(1, 5.0, rng).num_samples == RATE
 
 
 def test_a_long_recording_in_pieces(tmp_path, monkeypatch):
     from mae_ast_fast.data import prepare
 
-    monkeypatch.setattr(prepare, "_PIECE_SECONDS", 1)
+    monkeypatch.setattr(prepare, "_MAX_SEGMENT_SECONDS", 1)
     wave = (0.3 * np.random.default_rng(1).standard_normal(RATE * 5 // 2)).astype(np.float32)
     for name in "ab":
         soundfile.write(tmp_path / f"{name}.wav", wave, RATE, "PCM_16")
@@ -343,7 +343,7 @@ def test_batches_take_every_window_once_and_few_seconds(audio):
     windows = [window for i in (0, 1, 2) for _, window in audio.windows(i, 0.3)]
     found = list(batches(windows, 0.9))
     assert sorted(i for batch in found for i in batch) == list(range(len(windows)))
-    assert all(len(batch) * max(windows[i].samples for i in batch) <= 0.9 * RATE for batch in found)
+    assert all(len(batch) * max(windows[i].num_samples for i in batch) <= 0.9 * RATE for batch in found)
 
 
 def test_nothing_to_hear(tmp_path):

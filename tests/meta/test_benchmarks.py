@@ -223,19 +223,19 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shards]:
 
 def test_other_batches_than_of_the_files_are_not_timed(sound: tuple[Path, Shards]) -> None:
     flac, shards = sound
-    windows = next(shards.batches(**bench_data.BATCHES))
-    names = [window.piece.name for window in windows]
-    right = shards.read(windows)
+    crops = next(shards.batches(**bench_data.BATCHES))
+    names = [crop.segment.name for crop in crops]
+    right = shards.read(crops)
     bench_data.check_batches([right], [names], flac)
-    assert right.lengths[0] < right.waveforms.shape[1]
+    assert right.num_samples[0] < right.waveforms.shape[1]
 
     def changed(place: int) -> Batch:
         waveforms = right.waveforms.clone()
         waveforms[0, place] += 1
         return right._replace(waveforms=waveforms)
 
-    shifted = shards.read([windows[0].piece.window(1, windows[0].samples - 1), *windows[1:]])
-    fewer, one = shards.read(windows[1:]), [shards.read([window]) for window in windows]
+    shifted = shards.read([crops[0].segment.crop(1, crops[0].num_samples - 1), *crops[1:]])
+    fewer, one = shards.read(crops[1:]), [shards.read([crop]) for crop in crops]
     faults = [("x", "damaged")]
     for batches, order, message in (
         ([changed(9)], [names], "other samples"),
@@ -256,7 +256,7 @@ def test_other_features_than_the_official_ones_are_not_timed(
 ) -> None:
     flac, shards = sound
     batches = list(shards.batches(**bench_data.BATCHES))
-    order = [[window.piece.name for window in windows] for windows in batches]
+    order = [[crop.segment.name for crop in crops] for crops in batches]
     columns = bench_data.feature_columns(
         flac, order, {"wav": shards, "flac": shards}, {"wav": batches, "flac": batches}
     )
@@ -283,13 +283,13 @@ def test_other_features_than_the_official_ones_are_not_timed(
 def test_a_sampler_that_loses_clips_is_not_timed(sound: tuple[Path, Shards]) -> None:
     _, shards = sound
     plan = list(shards.batches(**bench_data.BATCHES))
-    piece = plan[0][0].piece
+    segment = plan[0][0].segment
     bench_data.check_plan(plan, 4, 1)
     bench_data.check_plan([*plan, *plan], 4, 2)
     for wrong, message in (
         ([plan[0][1:]], "3 of 4 clips"),
         ([*plan, plan[0][:1]], r"4 of 4 clips, \{1, 2\}"),
-        ([[*plan[0][1:], piece.window(0, 5)]], "in parts"),
+        ([[*plan[0][1:], segment.crop(0, 5)]], "in parts"),
         ([plan[0] * 100], r"a batch of 2\d\d\.\d\d s"),
     ):
         with pytest.raises(AssertionError, match=message):

@@ -244,8 +244,12 @@ def test_an_epoch_is_every_window_once(whole: Whole, audio: Path) -> None:
     assert len(complete_epochs) > 3
     data = Shards(folder)
     for epoch in complete_epochs:
-        windows = [w for p in data.pieces("train") for w in p.windows(3 * RATE, round(0.4 * RATE), 0, epoch)]
-        assert found[epoch] == collections.Counter(data.read(windows).ids.tolist())
+        crops = [
+            crop
+            for segment in data.segments("train")
+            for crop in segment.crops(3 * RATE, round(0.4 * RATE), seed=0, epoch=epoch)
+        ]
+        assert found[epoch] == collections.Counter(data.read(crops).ids.tolist())
         assert set(found[epoch].values()) == {1}
 
 
@@ -357,8 +361,8 @@ SLOW_PREPARE = """
 from mae_ast_fast.data import prepare
 prepare._SHARD_BYTES = (60_000, 60_000)
 write = prepare._write_shard
-def slow(*arguments):
-    write(*arguments)
+def slow(*arguments, **options):
+    write(*arguments, **options)
     time.sleep(0.3)
 prepare._write_shard = slow
 """
@@ -418,7 +422,7 @@ def test_sigterm_while_shards_are_made(
     monkeypatch.setattr(prepare, "_SHARD_BYTES", (60_000, 60_000))
     write = prepare._write_shard
     monkeypatch.setattr(
-        prepare, "_write_shard", lambda plan, shard, *rest: written.append(shard) or write(plan, shard, *rest)
+        prepare, "_write_shard", lambda plan, shard, **rest: written.append(shard) or write(plan, shard, **rest)
     )
     pretrain(options)
     assert not {f"{shard:06d}.json" for shard in written} & before and len(written) + len(before) > 20
@@ -455,8 +459,8 @@ def test_damage_while_training(options: PretrainOptions, tmp_path: Path, monkeyp
     data = Shards(folder)
     assert len(data.shards) > 8
     by_shard = collections.defaultdict(list)
-    for piece in data.pieces("train"):
-        by_shard[piece.shard].append(piece)
+    for segment in data.segments("train"):
+        by_shard[segment.shard].append(segment)
     cut, flipped, lost = [shard for shard in data.shards if len(by_shard[shard]) > 1][:3]
     last, hurt = by_shard[cut][-1], by_shard[flipped][0]
     manifest = folder / f"cuts.{lost.split('.')[1]}.jsonl.gz"
@@ -464,9 +468,9 @@ def test_damage_while_training(options: PretrainOptions, tmp_path: Path, monkeyp
 
     def update(trainer: Trainer, batches: Any) -> None:
         if trainer.step == 3:
-            os.truncate(folder / cut, last.offset + last.size // 2)
+            os.truncate(folder / cut, last.offset + last.num_bytes // 2)
             content = bytearray((folder / flipped).read_bytes())
-            content[hurt.offset + hurt.size // 2] ^= 16
+            content[hurt.offset + hurt.num_bytes // 2] ^= 16
             (folder / flipped).write_bytes(content)
             content = bytearray(manifest.read_bytes())
             content[len(content) // 2] ^= 16
