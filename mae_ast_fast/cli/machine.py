@@ -50,8 +50,8 @@ def run_bench(argv: Sequence[str]) -> int:
         arguments.preset,
         arguments.clips,
         arguments.device,
-        arguments.seconds,
-        say=functools.partial(print, file=sys.stderr, flush=True),
+        seconds=arguments.seconds,
+        progress=functools.partial(print, file=sys.stderr, flush=True),
     )
     tell_report(report, bench.to_text, arguments.json)
     return 0
@@ -90,7 +90,7 @@ def run_kernels(argv: Sequence[str]) -> int:
             print(f"\r{done} of {of} compiled", end="" if done < of else "\n", file=sys.stderr, flush=True)
 
     try:
-        report = kernel_report.examine(
+        report = kernel_report.collect(
             archs=None if arguments.arch is None else arguments.arch.split(","),
             ops=None if arguments.op is None else arguments.op.split(","),
             dump=arguments.dump,

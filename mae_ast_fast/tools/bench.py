@@ -1,14 +1,15 @@
-"""``mae-ast-fast bench``: what a training step costs on this machine, in about a minute.
+"""``mae-ast-fast bench``: time a training step on this machine, in about a minute.
 
-Three ways to do a step take turns, so that a machine that slows down meanwhile slows all of them down:
+Three implementations of a step take turns, so a machine that slows down slows all of them down:
 
     reference    MAEAST(impl="torch", attention="sdpa") in plain PyTorch: autocast, clip_grad_norm_, AdamW
     fast         this library's step: TrainStep, on a GPU with impl="triton"
     ssast        SSAST, whose encoder runs over masked tokens too, in the same TrainStep
 
-on clips of 10 s of noise, 75 % masked (SSAST: 400 of 512 tokens), dropout 0.1 (SSAST has none), no layerdrop. Before
-anything is timed, an update of TrainStep must tell the loss and the gradient's norm that plain PyTorch has on the same
-mask, for both of our models, and a first update must move every matrix. ``pytest benchmarks`` measures more.
+The input is 10 s clips of noise, 75 % masked (SSAST: 400 of 512 tokens), dropout 0.1 (SSAST has none), no layerdrop.
+Before anything is timed, two checks must pass. For both of our models, an update of TrainStep must report the loss and
+gradient norm of plain PyTorch on the same mask. The first update must change every matrix. ``pytest benchmarks``
+measures more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +32,23 @@ from ..models.ssast import SSAST
 from ..ops.fbank import SAMPLE_RATE, num_frames
 from ..training.step import PRECISIONS, TrainStep
 
-SECONDS = 10.0  # of a clip
+SECONDS = 10.0  # length of a clip
 LR = 1e-4
 SIZES = ("base", "small", "tiny")
-SAME_LOSS = {"fp32": 1e-4, "bf16": 2e-2}  # relative; tests/common/policy.py holds the implementations to far less
-SAME_NORM = {"fp32": 1e-3, "bf16": 5e-2}  # the same for the gradient's norm
+SAME_LOSS = {"fp32": 1e-4, "bf16": 2e-2}  # relative; the tolerances of tests/common/policy.py are far tighter
+SAME_NORM = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of the gradient norm
 
 
 @dataclasses.dataclass
 class Column:
-    """One way to do a step.
+    """One implementation of a training step.
 
     Attributes:
-        name: In the table.
-        model: What it trains.
-        step: Does one update and returns the loss.
-        seconds: Of each round.
-        peak_bytes: Largest memory of a step over what lies there anyway; None where nobody counts it.
+        name: Name of the column in the report.
+        model: The model that ``step`` trains.
+        step: Makes one update and returns the loss.
+        seconds: Time of the step in each round.
+        peak_bytes: Peak memory of a step above the memory used before it; None if it cannot be measured.
     """
 
     name: str
@@ -61,58 +62,61 @@ def bench(
     preset: str | None = None,
     clips: int | None = None,
     device: str = "auto",
+    *,
     seconds: float = 60.0,
-    say: Callable[[str], object] = print,
+    progress: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Times the columns on the largest model whose rounds fit into ``seconds``.
+    """Time the columns on the largest model whose rounds fit into ``seconds``.
 
     Args:
-        preset: Model sizes, {patch,frame}_{base,small,tiny}; None: chosen by one step of the smallest.
-        clips: Clips of 10 s in a batch. None: 4 on a CPU, 64 on a GPU.
-        device: cpu, cuda, or auto.
-        seconds: To spend, about.
-        say: Takes lines of progress.
+        preset: Model sizes, {patch,frame}_{base,small,tiny}. None: the largest that fits, judged by one step of tiny.
+        clips: Number of 10 s clips per batch, at least 1. None: 4 on a CPU, 64 on a GPU.
+        device: "cpu", "cuda", or "auto" (CUDA if available).
+        seconds: Approximate time budget. At least three rounds are run.
+        progress: Called with each line of progress.
 
     Returns:
-        ``preset``, ``clips``, ``device``, ``precision``, ``threads``, ``torch``, ``rounds``, ``loss_difference`` and
-        ``columns``, name -> seconds of each round, clips_per_second (median), peak_bytes_a_clip, parameters.
+        ``preset``, ``clips``, ``clip_seconds``, ``device``, ``precision``, ``threads``, ``torch``, ``rounds``,
+        ``loss_difference`` and ``columns``: name -> ``seconds`` of each round, ``clips_per_second`` (median),
+        ``peak_bytes_a_clip``.
 
     Raises:
-        ValueError: An unknown preset, no clips, a device that is not there, or a column computes something else.
+        ValueError: The preset is unknown, ``clips`` is below 1, the device is missing, or the losses or gradient norms
+            of the columns differ.
     """
-    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: PyTorch sees no CUDA device here")
+    torch_device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: PyTorch finds no CUDA device")
     if clips is not None and clips < 1:
         raise ValueError(f"clips must be at least 1, got {clips}")
-    began = time.perf_counter()
-    clips = clips or (64 if place.type == "cuda" else 4)
-    precision = pick_precision("auto", place)
+    started = time.perf_counter()
+    clips = clips or (64 if torch_device.type == "cuda" else 4)
+    precision = pick_precision("auto", torch_device)
     if preset is None:
-        preset = f"patch_{_largest(place, precision, clips, seconds)}"
-        say(f"{preset}: the largest model whose rounds fit into {seconds:g} s here")
-    columns, difference = make_columns(preset, clips, place, precision)
+        preset = f"patch_{_largest(torch_device, precision, clips, seconds)}"
+        progress(f"{preset}: the largest model whose rounds fit into {seconds:g} s")
+    columns, difference = make_columns(preset, clips, torch_device, precision)
     for column in columns:
-        _moves(column)
-        column.peak_bytes = peak_bytes(column.step, place)
-        say(f"{column.name}: warmed up")
+        _check_first_update(column)
+        column.peak_bytes = peak_bytes(column.step, torch_device)
+        progress(f"{column.name}: warmed up")
     rounds = 0
-    while rounds < 3 or (time.perf_counter() - began) * (rounds + 1) / rounds < seconds:
+    while rounds < 3 or (time.perf_counter() - started) * (rounds + 1) / rounds < seconds:
         for column in columns:
-            _wait(place)
+            _wait(torch_device)
             start = time.perf_counter()
             loss = column.step()
-            _wait(place)
+            _wait(torch_device)
             column.seconds.append(time.perf_counter() - start)
             if not loss.isfinite():
-                raise ValueError(f"{column.name}: the loss became {float(loss)}")
+                raise ValueError(f"{column.name}: the loss is {float(loss)}")
         rounds += 1
-        say(f"round {rounds}: " + ", ".join(f"{column.name} {column.seconds[-1]:.2f} s" for column in columns))
+        progress(f"round {rounds}: " + ", ".join(f"{column.name} {column.seconds[-1]:.2f} s" for column in columns))
     return {
         "preset": preset,
         "clips": clips,
         "clip_seconds": SECONDS,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu",
         "precision": precision,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -130,10 +134,10 @@ def bench(
 
 
 def make_columns(preset: str, clips: int, device: torch.device, precision: str) -> tuple[list[Column], float]:
-    """The columns, and the relative distance between the losses of reference and fast."""
+    """The columns, and the relative difference between the losses of reference and fast."""
     config = MAEASTConfig.preset(preset, encoder_layerdrop=0.0)
     torch.manual_seed(0)
-    frames = num_frames(round(SECONDS * SAMPLE_RATE))
+    frames = int(num_frames(round(SECONDS * SAMPLE_RATE)))
     log_mel = (torch.randn(clips, frames, config.num_mel_bins) * 4.0 - 6.0).to(device)
     reference = MAEAST(config, impl="torch", attention="sdpa").to(device).train()
     model = MAEAST(config, impl="triton" if device.type == "cuda" else "torch").to(device).train()
@@ -141,24 +145,24 @@ def make_columns(preset: str, clips: int, device: torch.device, precision: str) 
     plain = SSAST(SSASTConfig.preset(preset), impl="torch", attention="sdpa").to(device).train()
     ssast = SSAST(SSASTConfig.preset(preset), impl=model.impl).to(device).train()
     ssast.load_state_dict(plain.state_dict())
-    fast, baseline = (TrainStep(each, LR, precision=precision) for each in (model, ssast))
-    normal = ssast.normalize(log_mel)
-    difference = check("fast", fast, reference, log_mel, precision)
-    check("ssast", baseline, plain, normal, precision)
+    fast, baseline = (TrainStep(trained, LR, precision=precision) for trained in (model, ssast))
+    normalized = ssast.normalize(log_mel)
+    difference = check("fast", fast, reference, log_mel, precision=precision)
+    check("ssast", baseline, plain, normalized, precision=precision)
     return [
         Column("reference", reference, _plain(reference, log_mel, precision)),
         Column("fast", model, lambda: fast(log_mel).loss),
-        Column("ssast", ssast, lambda: baseline(normal).loss),
+        Column("ssast", ssast, lambda: baseline(normalized).loss),
     ], difference
 
 
-def _plain(model: PretrainingModel, features: Tensor, precision: str) -> Callable[[], Tensor]:
+def _plain(model: PretrainingModel, log_mel: Tensor, precision: str) -> Callable[[], Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
     dtype = PRECISIONS[precision]
 
     def step() -> Tensor:
-        with torch.autocast(features.device.type, dtype, enabled=dtype is not None):
-            loss = model(features).loss
+        with torch.autocast(log_mel.device.type, dtype, enabled=dtype is not None):
+            loss = model(log_mel).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
@@ -168,71 +172,88 @@ def _plain(model: PretrainingModel, features: Tensor, precision: str) -> Callabl
     return step
 
 
-def check(name: str, step: TrainStep, plain: PretrainingModel, features: Tensor, precision: str) -> float:
-    """Relative distance of an update's loss from that of the plain model with the same weights, mask, and no dropout.
+def check(name: str, step: TrainStep, reference: PretrainingModel, log_mel: Tensor, *, precision: str) -> float:
+    """Compare one update with plain PyTorch on the same weights and mask, without dropout.
 
-    The update has a rate of 0; weights, rate and AdamW's moments are afterwards as before.
+    The learning rate of the update is 0. Weights, learning rate and AdamW's moments are restored afterwards.
+
+    Args:
+        name: Name of the column in error messages.
+        step: Training step to check.
+        reference: Model with the same weights, run in plain PyTorch.
+        log_mel: Input, (clips, frames, mel bins).
+        precision: "fp32" or "bf16"; selects autocast and the tolerances ``SAME_LOSS`` and ``SAME_NORM``.
+
+    Returns:
+        Relative difference of the losses.
 
     Raises:
-        ValueError: It is too large, or that of the gradient's norm.
+        ValueError: The loss or the gradient norm differs by more than the tolerance.
     """
-    clips, frames = features.shape[:2]
-    mask = step.model.sample_mask(torch.full((clips,), frames, device=features.device), frames, seed=0)
-    for model in (plain, step.model):
+    clips, frames = log_mel.shape[:2]
+    model = cast(PretrainingModel, step.model)
+    mask = model.sample_mask(torch.full((clips,), frames, device=log_mel.device), frames, seed=0)
+    for model in (reference, step.model):
         model.eval()
-    loss, norm = _plain_update(plain, features, mask, precision)
-    told = step(features, mask=mask, lr=0.0)
-    for model in (plain, step.model):
+    expected_loss, expected_norm = _plain_update(reference, log_mel, mask, precision)
+    metrics = step(log_mel, mask=mask, lr=0.0)
+    for model in (reference, step.model):
         model.train()
     for state in step.optimizer.state.values():
         for moment in state.values():
             moment.zero_()
     step.lr.fill_(LR)
-    allowed = {"loss": SAME_LOSS, "gradient's norm": SAME_NORM}
-    found = zip(allowed, (float(told.loss), float(told.grad_norm)), (loss, norm), strict=True)
-    for what, ours, theirs in found:
-        if not abs(ours / theirs - 1.0) <= allowed[what][precision]:
-            raise ValueError(f"{name} computes the {what} {ours}, reference {theirs}: nothing is timed")
-    return abs(float(told.loss) / loss - 1.0)
+    tolerances = {"loss": SAME_LOSS, "gradient norm": SAME_NORM}
+    comparisons = zip(
+        tolerances, (float(metrics.loss), float(metrics.grad_norm)), (expected_loss, expected_norm), strict=True
+    )
+    for quantity, actual, expected in comparisons:
+        if not abs(actual / expected - 1.0) <= tolerances[quantity][precision]:
+            raise ValueError(f"{name} computes the {quantity} {actual}, expected {expected}: nothing is timed")
+    return abs(float(metrics.loss) / expected_loss - 1.0)
 
 
-def _plain_update(model: PretrainingModel, features: Tensor, mask: Tensor, precision: str) -> tuple[float, float]:
-    """Loss and gradient's norm; leaves no gradient."""
+def _plain_update(model: PretrainingModel, log_mel: Tensor, mask: Tensor, precision: str) -> tuple[float, float]:
+    """Loss and gradient norm of one backward pass; clears the gradients."""
     dtype = PRECISIONS[precision]
-    with torch.autocast(features.device.type, dtype, enabled=dtype is not None):
-        loss = model(features, mask=mask).loss
+    with torch.autocast(log_mel.device.type, dtype, enabled=dtype is not None):
+        loss = model(log_mel, mask=mask).loss
     loss.backward()
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
-    return float(loss), float(norm)
+    return float(loss), float(grad_norm)
 
 
-def _moves(column: Column) -> None:
-    """The first update, after which every matrix must be another one.
+def _check_first_update(column: Column) -> None:
+    """Make the first update and check that it changes every matrix.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A matrix is unchanged.
     """
-    before = {n: p.detach().clone() for n, p in column.model.named_parameters() if p.dim() > 1}
+    old_values = {
+        name: parameter.detach().clone() for name, parameter in column.model.named_parameters() if parameter.dim() > 1
+    }
     column.step()
-    still = [name for name, x in before.items() if torch.equal(x, column.model.get_parameter(name))]
-    if still:
-        raise ValueError(f"{column.name}: an update does not move {', '.join(still)}: nothing is timed")
+    unchanged = [
+        name for name, old_value in old_values.items() if torch.equal(old_value, column.model.get_parameter(name))
+    ]
+    if unchanged:
+        raise ValueError(f"{column.name}: the first update does not change {', '.join(unchanged)}: nothing is timed")
 
 
 def _largest(device: torch.device, precision: str, clips: int, seconds: float) -> str:
-    """The largest of ``SIZES`` of which some ten rounds fit into ``seconds``, judged by one of the smallest."""
+    """The largest of ``SIZES`` of which about ten rounds fit into ``seconds``, estimated from one round of tiny."""
     if device.type == "cuda":
         return SIZES[0]
     columns, _ = make_columns("patch_tiny", clips, device, precision)
     start = time.perf_counter()
     for column in columns:
         column.step()
-    spent = time.perf_counter() - start
-    tiny = MAEASTConfig.preset("patch_tiny").embed_dim
+    tiny_seconds = time.perf_counter() - start
+    tiny_width = MAEASTConfig.preset("patch_tiny").embed_dim
     for size in SIZES:
-        # Products grow with the width's square; attention and what lies between them with the width.
-        if spent * (MAEASTConfig.preset(f"patch_{size}").embed_dim / tiny) ** 2 * 10 <= seconds:
+        # Matrix products scale with the square of the width; attention and elementwise operations with the width.
+        if tiny_seconds * (MAEASTConfig.preset(f"patch_{size}").embed_dim / tiny_width) ** 2 * 10 <= seconds:
             return size
     return SIZES[-1]
 
@@ -242,17 +263,17 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Largest memory of ``run`` over what lies there anyway; None where nobody counts it."""
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Peak memory of ``function`` above the memory used before it, in bytes; None if it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run()
+        function()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the run finds memory that others freed but the process kept
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, which the call could reuse uncounted
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forgets the peak so far
+            file.write("5")  # resets the peak
     except OSError:
         return None
 
@@ -261,24 +282,25 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
     before = status("VmRSS:")
-    run()
+    function()
     return status("VmHWM:") - before
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """The report as a table, and what it means."""
+    """The report as a table."""
     columns = report["columns"]
-    where = report["device"] if report["device"] != "cpu" else f"CPU, {report['threads']} threads"
+    hardware = report["device"] if report["device"] != "cpu" else f"CPU, {report['threads']} threads"
     lines = [
         "",
-        f"{report['preset']}, {report['clips']} clips of {report['clip_seconds']:g} s a step, {report['precision']}, "
-        f"{where}, torch {report['torch']}; medians of {report['rounds']} rounds",
+        f"{report['preset']}, {report['clips']} clips of {report['clip_seconds']:g} s per step, {report['precision']}, "
+        f"{hardware}, torch {report['torch']}; medians of {report['rounds']} rounds",
         "",
-        f"{'':<10} {'s a step':>9} {'clips/s':>9} {'hours/hour':>11} {'MB a clip':>10} {'against ssast':>14}",
+        f"{'':<10} {'s/step':>9} {'clips/s':>9} {'x real time':>11} {'MB/clip':>10} {'vs. ssast':>14}",
     ]
-    pairs = {
+    speedups = {
         name: statistics.median(
-            theirs / ours for theirs, ours in zip(columns["ssast"]["seconds"], column["seconds"], strict=True)
+            ssast_seconds / column_seconds
+            for ssast_seconds, column_seconds in zip(columns["ssast"]["seconds"], column["seconds"], strict=True)
         )
         for name, column in columns.items()
     }
@@ -287,9 +309,9 @@ def to_text(report: dict[str, Any]) -> str:
         memory = "" if peak is None else f"{peak / 1e6:.0f}"
         lines.append(
             f"{name:<10} {statistics.median(column['seconds']):>9.3f} {rate:>9.2f} "
-            f"{rate * report['clip_seconds']:>11.1f} {memory:>10} {pairs[name]:>12.2f} x"
+            f"{rate * report['clip_seconds']:>11.1f} {memory:>10} {speedups[name]:>12.2f} x"
         )
-    best = columns["fast"]["clips_per_second"]
-    million = 1_000_000 / best / 3600
-    lines += ["", f"A million clips of {report['clip_seconds']:g} s take {million:,.1f} hours here."]
+    clips_per_second = columns["fast"]["clips_per_second"]
+    hours = 1_000_000 / clips_per_second / 3600
+    lines += ["", f"A million clips of {report['clip_seconds']:g} s take {hours:,.1f} hours on this machine."]
     return "\n".join(lines)

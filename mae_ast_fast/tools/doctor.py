@@ -1,4 +1,4 @@
-"""What this machine has, what the model will use on it and why, and how large a batch fits. Base dependencies only."""
+"""Report the machine, the implementations that "auto" selects on it, and the largest batch. Base dependencies only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import platform
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,7 @@ OPERATIONS = (
     "masked_mse",
     "info_nce",
 )
-PACKAGES = {  # distribution -> what it is there for
+PACKAGES = {  # distribution -> the extra that needs it
     "torch": "base",
     "triton": "base (Linux)",
     "numpy": "base",
@@ -51,29 +51,30 @@ PACKAGES = {  # distribution -> what it is there for
 }
 CLIP_SECONDS = 10.0
 BYTES_A_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
-# Beside what autograd keeps, a step holds passing buffers (4 % of it by a memory profile of a CPU step), and the C
-# library's allocator holds what it cannot give back. Counted bytes with this margin and reserve came out 1 to 25 %
-# above the peak resident memory of three steps, for tiny, small and base, 8 to 32 clips, fp32 and bf16, with dropout
-# and without (Linux, glibc). PyTorch's own allocator on CUDA wastes less; its margin is not measured.
+# In addition to the activations that autograd saves, a step holds temporary buffers (4 % of the activations in a memory
+# profile of a CPU step), and the C library's allocator holds memory that it cannot return. The estimate with this
+# margin and reserve was 1 to 25 % above the peak resident memory of three steps, for tiny, small and base, 8 to 32
+# clips, fp32 and bf16, with and without dropout (Linux, glibc). PyTorch's CUDA allocator wastes less; its margin is
+# not measured.
 MARGIN = {"cpu": 1.5, "cuda": 1.2}
-RESERVE = 300e6  # bytes of libraries' own buffers after the first step: 200 MB measured on a CPU
+RESERVE = 300e6  # bytes of the libraries' buffers after the first step: 200 MB measured on a CPU
 
 
 def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[str, Any]:
-    """The whole report, plain values only.
+    """The whole report, as values that JSON can hold.
 
     Args:
-        preset: Model whose largest batch is asked for.
-        checkpoint: The same for the model of a checkpoint; takes the place of ``preset``.
+        preset: Model sizes for the estimate of the largest batch, {patch,frame}_{base,small,tiny}.
+        checkpoint: Checkpoint whose model is used instead of ``preset``.
 
     Raises:
-        ValueError: An unknown preset, or no checkpoint there.
+        ValueError: The preset is unknown, or the checkpoint does not exist.
     """
     from ..training.options import PretrainOptions
 
-    # As the pretrain command would train it: its own defaults come on top of the preset.
+    # The model of the pretrain command: its defaults override those of the preset.
     if checkpoint is None:
-        config = PretrainOptions(preset=preset).model_config()
+        config = cast(MAEASTConfig, PretrainOptions(preset=preset).model_config())
     else:
         config = load_mae_ast(checkpoint, "doctor").config
     devices, problems = cuda_devices()
@@ -96,20 +97,20 @@ def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[s
         report["training"] |= largest_batch(
             config, torch.device(kind), report["uses"][kind]["precision"]["choice"], available
         )
-    except (RuntimeError, MemoryError) as error:  # a driver that breaks on use, or no memory for two clips
+    except (RuntimeError, MemoryError) as error:  # a driver that fails in use, or no memory for two clips
         problems.append(f"the memory of a training step could not be measured on {kind}: {_first_line(error)}")
     return report
 
 
 def packages() -> dict[str, str | None]:
-    """Installed version of each package, None where it is missing; nothing is imported."""
-    found: dict[str, str | None] = {}
+    """Installed version of each package, None if it is missing. No package is imported."""
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def machine() -> dict[str, Any]:
@@ -137,12 +138,13 @@ def _cpu_name() -> str:
 
 
 def memory(root: Path = Path("/")) -> dict[str, Any]:
-    """Bytes of main memory: ``total``, ``available`` to this process, its control group's ``limit``; None: unknown.
+    """Main memory in bytes: ``total``, ``available`` to this process, ``limit`` of its control groups.
 
-    Available is what the system calls so, and no more than the control groups of the process leave it.
+    ``available`` is the system's figure, but at most what the control groups of the process leave free. A value is None
+    if it is unknown; ``limit`` also if there is none.
 
     Args:
-        root: Where /proc and /sys are.
+        root: Folder that contains ``proc`` and ``sys``.
     """
     total = available = None
     with contextlib.suppress(OSError, ValueError):
@@ -150,19 +152,19 @@ def memory(root: Path = Path("/")) -> dict[str, Any]:
         fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
         total, available = fields.get("MemTotal"), fields.get("MemAvailable")
     if total is None:
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # macOS knows the first, Windows neither
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # macOS has only the total, Windows neither
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, left = _control_group(root)
-    if left is not None:
-        available = left if available is None else min(available, left)
+    limit, free = _control_group(root)
+    if free is not None:
+        available = free if available is None else min(available, free)
     return {"total": total, "available": available, "limit": limit}
 
 
 def _control_group(root: Path) -> tuple[int | None, int | None]:
-    """The tightest memory limit over the process and what is left under it, of cgroups 2 and 1; None: no limit."""
+    """Lowest memory limit and least free memory of the control groups (versions 1 and 2) in bytes; None: no limit."""
     limits: list[int] = []
-    left: list[int] = []
+    free: list[int] = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -176,7 +178,7 @@ def _control_group(root: Path) -> tuple[int | None, int | None]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # A container may see its own group at the mount and a path that is not there: what exists counts.
+        # In a container the group may be mounted at the root and the path missing: read the folders that exist.
         folder = mount / path.strip("/")
         for group in [folder, *folder.parents]:
             if mount not in (group, *group.parents):
@@ -184,14 +186,14 @@ def _control_group(root: Path) -> tuple[int | None, int | None]:
             with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
                 limit = int((group / names[0]).read_text())
                 used = int((group / names[1]).read_text())
-                if limit < 1 << 60:  # version 1 writes no limit as a number near 2^63
+                if limit < 1 << 60:  # version 1 writes "no limit" as a number near 2^63
                     limits.append(limit)
-                    left.append(max(0, limit - used + _reclaimable(group / "memory.stat", names[2])))
-    return min(limits, default=None), min(left, default=None)
+                    free.append(max(0, limit - used + _reclaimable(group / "memory.stat", names[2])))
+    return min(limits, default=None), min(free, default=None)
 
 
 def _reclaimable(path: Path, name: str) -> int:
-    """Bytes of file cache that count as used and go when they are needed."""
+    """Bytes of file cache that count as used but are freed on demand."""
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
             if line.startswith(f"{name} "):
@@ -200,7 +202,7 @@ def _reclaimable(path: Path, name: str) -> int:
 
 
 def cuda_devices() -> tuple[list[dict[str, Any]], list[str]]:
-    """CUDA (or ROCm) devices as PyTorch sees them, and what went wrong in looking; a broken driver raises nothing."""
+    """CUDA (or ROCm) devices that PyTorch finds, and problems in finding them. A broken driver raises nothing."""
     devices: list[dict[str, Any]] = []
     problems: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -212,7 +214,7 @@ def cuda_devices() -> tuple[list[dict[str, Any]], list[str]]:
                 free, total = torch.cuda.mem_get_info(index)
                 capability = f"sm_{properties.major}{properties.minor}"
                 devices.append({"name": properties.name, "capability": capability, "free": free, "total": total})
-        except Exception as error:  # drivers fail with whatever they like; the report is there to say so
+        except Exception as error:  # drivers raise any type; the report shows the message
             problems.append(f"CUDA does not work: {_first_line(error)}")
             devices = []
     problems += [f"CUDA: {_first_line(warning.message)}" for warning in caught]
@@ -225,34 +227,42 @@ def _first_line(error: object) -> str:
 
 
 def choices(device: torch.device, arch: str) -> dict[str, Any]:
-    """What ``auto`` stands for on a device, each with the reason: operations, attention, precision.
+    """What "auto" selects on a device, each with the reason: operations, attention, precision.
 
-    ``epilogues`` is what impl="triton" does on the architecture: GELU inside products, or not.
+    ``epilogues`` tells whether impl="triton" computes GELU inside the matrix products on the architecture.
     """
     from ..devices import native_bf16
     from ..kernels.common.configs import epilogues
 
-    def entry(choice: str, why: str) -> dict[str, str]:
-        return {"choice": choice, "why": why}
+    def entry(selected: tuple[str, str]) -> dict[str, str]:
+        choice, reason = selected
+        return {"choice": choice, "why": reason}
 
     bf16 = native_bf16(device)
     return {
-        "operations": {name: entry(*resolve_impl("auto", device)) for name in OPERATIONS},
-        "epilogues": entry(*epilogues(arch)),
-        "attention": entry(*choose_backend("auto", device, dtype=torch.bfloat16 if bf16 else torch.float32)),
-        "precision": entry(
-            "bf16" if bf16 else "fp32", f"{device} {'computes' if bf16 else 'does not compute'} bf16 products natively"
-        ),
+        "operations": {name: entry(resolve_impl("auto", device)) for name in OPERATIONS},
+        "epilogues": entry(epilogues(arch)),
+        "attention": entry(choose_backend("auto", device, dtype=torch.bfloat16 if bf16 else torch.float32)),
+        "precision": {
+            "choice": "bf16" if bf16 else "fp32",
+            "why": f"{device} {'computes' if bf16 else 'does not compute'} bf16 products natively",
+        },
     }
 
 
 def largest_batch(config: MAEASTConfig, device: torch.device, precision: str, available: int | None) -> dict[str, Any]:
-    """How many 10-second clips a training step can take, from measured bytes.
+    """Number of 10-second clips that fit into a training step, from measured bytes.
+
+    Args:
+        config: The model.
+        device: Device on which a few small steps are run.
+        precision: "fp32" or "bf16".
+        available: Free memory in bytes; None if unknown.
 
     Returns:
-        ``parameters``; ``fixed_bytes`` (weights, gradients, AdamW, copies of the weights that a step keeps, and a
-        reserve); ``bytes_per_clip`` that autograd keeps, ``margin`` to multiply it with, ``available_bytes`` and
-        ``clips`` (None where the memory is unknown).
+        ``precision``; ``parameters``; ``fixed_bytes`` (weights, gradients, AdamW, copies of the weights that a step
+        keeps, and a reserve); ``bytes_per_clip`` that autograd saves; ``margin`` by which they are multiplied;
+        ``available_bytes``; ``clips`` (None if the memory is unknown).
     """
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in MAEAST(config).parameters())
@@ -272,64 +282,67 @@ def largest_batch(config: MAEASTConfig, device: torch.device, precision: str, av
 
 
 def measure_activations(config: MAEASTConfig, device: torch.device, precision: str) -> tuple[int, int]:
-    """Bytes that autograd keeps for the backward pass of a step on 10-second clips: in any case, and for each clip.
+    """Bytes that autograd saves for the backward pass of a step on 10-second clips: fixed, and per clip.
 
-    Real steps of two and four clips are run with one and with two encoder layers; every further encoder layer keeps
-    what the second does, so that the rest need not be run.
+    Forward passes of two and four clips are run with one and with two encoder layers. Every further encoder layer saves
+    as much as the second, so the others need not be run.
     """
-    lines = []
+    fits = []
     for layers in (1, 2):
         model = MAEAST(dataclasses.replace(config, encoder_layers=layers)).to(device).train()
-        two, four = (count_saved(model, batch, precision) for batch in (2, 4))
-        slope = (four - two) // 2
-        lines.append((two - 2 * slope, slope))
+        two_clips, four_clips = (count_saved(model, batch, precision) for batch in (2, 4))
+        per_clip = (four_clips - two_clips) // 2
+        fits.append((two_clips - 2 * per_clip, per_clip))
         del model
         gc.collect()
-    first, second = lines
-    further = config.encoder_layers - 1
-    kept, per_clip = (a + further * (b - a) for a, b in zip(first, second, strict=True))
-    return kept, per_clip
+    with_one, with_two = fits
+    extra_layers = config.encoder_layers - 1
+    saved, saved_per_clip = (
+        one_layer + extra_layers * (two_layers - one_layer)
+        for one_layer, two_layers in zip(with_one, with_two, strict=True)
+    )
+    return saved, saved_per_clip
 
 
 def count_saved(model: MAEAST, batch: int, precision: str) -> int:
-    """Bytes that the forward pass keeps for backward: every storage once, parameters not counted."""
+    """Bytes that the forward pass saves for the backward pass: each storage once, without parameters and buffers."""
     device = next(model.parameters()).device
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    parameter_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameter_storages:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     generator = torch.Generator().manual_seed(0)
-    frames = num_frames(round(CLIP_SECONDS * SAMPLE_RATE))
-    features = torch.randn(batch, frames, model.config.num_mel_bins, generator=generator).to(device)
+    frames = int(num_frames(round(CLIP_SECONDS * SAMPLE_RATE)))
+    log_mel = torch.randn(batch, frames, model.config.num_mel_bins, generator=generator).to(device)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
-        out = model(features)  # alive until the count: a storage that is freed could lend its address to another
+        out = model(log_mel)  # kept until the count: another storage could reuse the address of a freed one
     total = sum(saved.values())
     del out
     return total
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """The report for reading."""
+    """The report as text."""
     host, cuda, memory_, training = (report[name] for name in ("machine", "cuda", "memory", "training"))
     lines = [f"mae-ast-fast {report['mae_ast_fast']}, Python {host['python']}", "", "Packages"]
     for name, version in report["packages"].items():
         lines.append(f"  {name:<16} {version or 'missing':<14} {PACKAGES[name]}")
     if any(version is None and PACKAGES[name] == "train" for name, version in report["packages"].items()):
-        lines.append('  pretrain, features and reconstruct need those of "train": pip install "mae-ast-fast[train]"')
+        lines.append('  pretrain, features and reconstruct need the extra "train": pip install "mae-ast-fast[train]"')
     lines += [
         "",
         "Machine",
         f"  {host['os']}",
-        f"  {host['cpu']}: {host['cores']} cores, {host['usable_cores']} usable, {host['torch_threads']} threads of "
-        f"PyTorch, bf16 {'native' if host['native_bf16'] else 'not native'}",
+        f"  {host['cpu']}: {host['cores']} cores, {host['usable_cores']} usable, {host['torch_threads']} PyTorch "
+        f"threads, bf16 {'native' if host['native_bf16'] else 'not native'}",
         f"  memory {_size(memory_['total'])}, available {_size(memory_['available'])}"
         + (f", limited to {_size(memory_['limit'])} by the control group" if memory_["limit"] else ""),
     ]
@@ -339,12 +352,12 @@ def to_text(report: dict[str, Any]) -> str:
             f"free {_size(device['free'])}"
         )
     if not cuda["devices"]:
-        built = f"built for CUDA {cuda['built_for']}" if cuda["built_for"] else "built without CUDA"
-        lines.append(f"  no CUDA device (PyTorch is {built})")
+        build = f"built for CUDA {cuda['built_for']}" if cuda["built_for"] else "built without CUDA"
+        lines.append(f"  no CUDA device (PyTorch is {build})")
     for kind, uses in report["uses"].items():
         lines += ["", f"Used on {kind}"]
-        rows = {**uses["operations"], **{name: uses[name] for name in ("epilogues", "attention", "precision")}}
-        lines += [f"  {name:<16} {row['choice']:<8} {row['why']}" for name, row in rows.items()]
+        entries = {**uses["operations"], **{name: uses[name] for name in ("epilogues", "attention", "precision")}}
+        lines += [f"  {name:<16} {entry['choice']:<8} {entry['why']}" for name, entry in entries.items()]
     if "bytes_per_clip" in training:
         lines += ["", *_training_lines(training)]
     if report["problems"]:
@@ -355,7 +368,7 @@ def to_text(report: dict[str, Any]) -> str:
 def _training_lines(training: dict[str, Any]) -> list[str]:
     clips = training["clips"]
     if clips is None:
-        fits = "unknown: the available memory is not known on this system"
+        fits = "unknown: this system does not report its available memory"
     elif clips == 0:
         fits = "not even one clip"
     else:
@@ -363,12 +376,12 @@ def _training_lines(training: dict[str, Any]) -> list[str]:
     return [
         f"Largest batch in training: {training['model']}, {training['precision']} on {training['device']}, "
         f"dropout {training['dropout']:g}, clips of {CLIP_SECONDS:g} s",
-        f"  a clip           {_size(training['bytes_per_clip'])}, measured: what autograd keeps for the backward pass",
-        f"  in any case      {_size(training['fixed_bytes'])}: weights, gradients and AdamW of "
+        f"  per clip         {_size(training['bytes_per_clip'])}, measured: activations that autograd saves",
+        f"  fixed            {_size(training['fixed_bytes'])}: weights, gradients and AdamW of "
         f"{training['parameters'] / 1e6:.1f} M parameters, libraries",
         f"  available        {_size(training['available_bytes'])}",
         f"  fits             {fits}",
-        f"                   (a margin of {training['margin'] - 1:.0%} on each clip, for passing buffers and the "
+        f"                   (with a margin of {training['margin'] - 1:.0%} per clip for temporary buffers and the "
         "allocator)",
     ]
 

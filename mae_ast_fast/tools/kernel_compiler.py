@@ -1,4 +1,4 @@
-"""Kernels compiled without a GPU, each in a process of its own, their figures read and cached."""
+"""Compile kernels without a GPU, one process per kernel; read and cache their resource figures."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from typing import Any
 
 from .kernel_hardware import ARCHS
 
-KEPT_DAYS = 30  # figures in the cache that no run has asked for in this time are removed
-EXCERPT = 6  # lines of a compiler's message
+KEPT_DAYS = 30  # cached figures that no run has read for this long are removed
+EXCERPT = 6  # lines of a compiler message to show
 
 
 def _target(arch: str) -> Any:
@@ -38,7 +38,7 @@ def _target(arch: str) -> Any:
 
 @functools.cache
 def compiler_backend(arch: str) -> Any:
-    """Triton's compiler for an architecture; None where this Triton has none."""
+    """Triton's compiler for an architecture; None if this Triton version has none."""
     from triton.backends import backends
 
     target = _target(arch)
@@ -53,10 +53,10 @@ def _binder(function: Any, arch: str) -> Any:
 
 
 def specialised(function: Any, arguments: Sequence[Any], constants: dict[str, Any], arch: str) -> dict[str, Any]:
-    """What the JIT would compile for a launch: its own steps (JITFunction.run), with an architecture named."""
-    given = {**constants, "debug": False}
-    bound = _binder(function, arch)(*arguments, **given)
-    options, signature, constexprs, attributes = function._pack_args(compiler_backend(arch), given, *bound)
+    """What the JIT would compile for a launch on ``arch``, by the steps of ``JITFunction.run``."""
+    keywords = {**constants, "debug": False}
+    bound = _binder(function, arch)(*arguments, **keywords)
+    options, signature, constexprs, attributes = function._pack_args(compiler_backend(arch), keywords, *bound)
     return {
         "function": function,
         "signature": signature,
@@ -69,7 +69,7 @@ def specialised(function: Any, arguments: Sequence[Any], constants: dict[str, An
 
 @functools.cache
 def _tools(arch: str) -> str:
-    """What figures depend on beside the kernel: the compilers, what steers them, and how this file reads them."""
+    """What figures depend on besides the kernel: compiler versions, their environment variables, and this file."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
@@ -78,63 +78,67 @@ def _tools(arch: str) -> str:
 
 
 def cache_key(source: dict[str, Any]) -> str:
-    parts = [_tools(source["arch"]), _code(source["function"])]
-    parts += [source[name] for name in ("signature", "constants", "attributes", "options")]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    """Hash of everything that the figures of a launch depend on."""
+    inputs = [_tools(source["arch"]), _code(source["function"])]
+    inputs += [source[name] for name in ("signature", "constants", "attributes", "options")]
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
 @functools.cache
 def _code(function: Any) -> str:
-    """Syntax trees of a jit function and of those that it calls, and values of the globals that they name.
+    """Syntax trees of a jit function and of those that it calls, and values of the globals that they use.
 
-    Trees, so that comments and line numbers do not count. Triton's own functions are as old as its version.
+    Trees leave out comments and line numbers. Triton's own functions are left out: its version covers them.
     """
     from triton.language import constexpr
     from triton.runtime.jit import JITCallable
 
-    parts, todo = {}, [function]
+    sources: dict[Any, list[str]] = {}
+    unread = [function]
 
-    def value(node: ast.expr, names: dict[str, Any]) -> Any:
+    def resolve(node: ast.expr, names: dict[str, Any]) -> Any:
         if isinstance(node, ast.Name):
             return names.get(node.id)
-        owner = value(node.value, names) if isinstance(node, ast.Attribute) else None
+        if not isinstance(node, ast.Attribute):
+            return None
+        owner = resolve(node.value, names)
         return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
 
-    while todo:
-        function = todo.pop()
-        if function in parts or function.fn.__module__.startswith("triton."):
+    while unread:
+        function = unread.pop()
+        if function in sources or function.fn.__module__.startswith("triton."):
             continue
         tree = ast.parse(function.src)
         names = {**function.fn.__globals__, **inspect.getclosurevars(function.fn).nonlocals}
-        parts[function] = [ast.dump(tree), str(getattr(function, "noinline", None))]
+        sources[function] = [ast.dump(tree), str(getattr(function, "noinline", None))]
         for node in ast.walk(tree):
-            found = value(node, names) if isinstance(node, ast.Name | ast.Attribute) else None
-            if isinstance(found, JITCallable):
-                todo.append(found)
-            elif isinstance(found, bool | int | float | str | tuple | constexpr):
-                parts[function].append(f"{ast.unparse(node)} = {found!r}")
-    return repr(list(parts.values()))
+            referenced = resolve(node, names) if isinstance(node, ast.Name | ast.Attribute) else None
+            if isinstance(referenced, JITCallable):
+                unread.append(referenced)
+            elif isinstance(referenced, bool | int | float | str | tuple | constexpr):
+                sources[function].append(f"{ast.unparse(node)} = {referenced!r}")
+    return repr(list(sources.values()))
 
 
-def _work(source: dict[str, Any], folder: Path, files: Path | None) -> None:
-    """In a process of its own: writes ``result.json`` into ``folder``, and all that is printed into ``log``."""
-    log = open(folder / "log", "w", buffering=1)  # noqa: SIM115  (stays open until the process ends)
+def _work(source: dict[str, Any], folder: Path, output: Path | None) -> None:
+    """Body of a compiler process: write ``result.json`` and all output (``log``) into ``folder``."""
+    log = open(folder / "log", "w", buffering=1)  # noqa: SIM115  (open until the process ends)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
-    os.environ["TRITON_CACHE_DIR"] = str(folder)  # Triton's own cache would keep the compiler's messages from us
+    os.environ["TRITON_CACHE_DIR"] = str(folder)  # a hit in Triton's own cache would print no compiler messages
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     try:
-        result = _figures(source, folder, files)
+        result = _figures(source, folder, output)
     except Exception as error:
         log.flush()
-        told = [line for line in (folder / "log").read_text().splitlines() if "error:" in line]
-        result = {"error": "\n".join([*told[:2], first_lines(error)])}
+        compiler_errors = [line for line in (folder / "log").read_text().splitlines() if "error:" in line]
+        result = {"error": "\n".join([*compiler_errors[:2], first_lines(error)])}
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def _figures(source: dict[str, Any], folder: Path, files: Path | None) -> dict[str, Any]:
-    """Compiles, and reads the figures from what the compiler leaves; ``files``: where its output goes, less suffix."""
+def _figures(source: dict[str, Any], folder: Path, output: Path | None) -> dict[str, Any]:
+    """Compile, and read the figures from the compiler's output, which is copied to ``output`` (path without suffix)."""
     import triton
     from triton.compiler import ASTSource
 
@@ -144,22 +148,22 @@ def _figures(source: dict[str, Any], folder: Path, files: Path | None) -> dict[s
         options=source["options"],
     )
     sys.stdout.flush()
-    metadata, dots = compiled.metadata, re.search(r"\btt\.dot", compiled.asm["ttir"]) is not None
+    metadata, has_dot = compiled.metadata, re.search(r"\btt\.dot", compiled.asm["ttir"]) is not None
     listings = {}
     if "ptx" in compiled.asm:
         listings["ptx"] = compiled.asm["ptx"]
         figures = read_ptxas((folder / "log").read_text())
-        if dots or files:
+        if has_dot or output:
             listings["sass"] = _disassembled(compiled.asm["cubin"], folder)
-        matrix = sass_matrix(listings["sass"]) if dots else "-"
+        matrix = sass_matrix(listings["sass"]) if has_dot else "-"
     else:
         listings["amdgcn"] = compiled.asm["amdgcn"]
         figures = read_amdgcn(listings["amdgcn"])
-        matrix = amdgcn_matrix(listings["amdgcn"]) if dots else "-"
-    if files:
-        files.parent.mkdir(parents=True, exist_ok=True)
+        matrix = amdgcn_matrix(listings["amdgcn"]) if has_dot else "-"
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         for suffix, text in listings.items():
-            files.with_name(f"{files.name}.{suffix}").write_text(text)
+            output.with_name(f"{output.name}.{suffix}").write_text(text)
     return {
         **figures,
         "shared": metadata.shared,
@@ -179,57 +183,57 @@ def _disassembled(cubin: bytes, folder: Path) -> str:
 
 
 def read_ptxas(log: str) -> dict[str, int]:
-    """``registers`` and ``spill`` (bytes stored and loaded) of a thread, from what ``ptxas -v`` prints."""
-    used = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
-    if not used:
+    """``registers`` and ``spill`` (bytes stored and loaded) per thread, from the output of ``ptxas -v``."""
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    if not registers:
         raise ValueError(f"expected the messages of ptxas -v, got {log[:200]!r}")
     return {
-        "registers": max(used),
+        "registers": max(registers),
         "spill": sum(int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)),
     }
 
 
 def read_amdgcn(assembly: str) -> dict[str, int]:
-    """The same from the metadata in AMD's assembly: VGPRs (with accumulators), and 4 bytes a spilled one."""
+    """``registers`` (VGPRs with accumulators) and ``spill`` (4 bytes per spilled VGPR) from AMD assembly metadata."""
 
     def count(name: str) -> int:
-        if not (found := re.findall(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)):
+        if not (counts := re.findall(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)):
             raise ValueError(f"expected .{name} in the assembly")
-        return max(map(int, found))
+        return max(map(int, counts))
 
     return {"registers": count("vgpr_count"), "spill": 4 * count("vgpr_spill_count")}
 
 
 def sass_matrix(sass: str) -> str:
-    """The kind of a kernel's matrix instructions: HMMA, HGMMA, UTCHMMA, ...; FFMA where it multiplies without any.
+    """Matrix instructions of a kernel: HMMA, HGMMA, UTCHMMA, ...; FFMA if it multiplies without them.
 
-    With the suffix .TF32 where fp32 is rounded to it.
+    The suffix .TF32 marks instructions that round fp32 to TF32.
     """
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    kinds = Counter(
-        name + (".TF32" if "TF32" in rest else "")
-        for name, _, rest in (opcode.partition(".") for opcode in opcodes)
+    instructions = Counter(
+        name + (".TF32" if "TF32" in modifiers else "")
+        for name, _, modifiers in (opcode.partition(".") for opcode in opcodes)
         if name.endswith("MMA")
     )
-    if kinds:
-        return "+".join(kind for kind, _ in kinds.most_common())
+    if instructions:
+        return "+".join(instruction for instruction, _ in instructions.most_common())
     return "FFMA" if any(opcode.startswith("FFMA") for opcode in opcodes) else "-"
 
 
 def amdgcn_matrix(assembly: str) -> str:
-    """MFMA, or FMA where a kernel multiplies matrices without."""
+    """MFMA, or FMA if a kernel multiplies matrices without matrix instructions."""
     return "MFMA" if "v_mfma_" in assembly else "FMA"
 
 
 def first_lines(error: BaseException) -> str:
-    """What is wrong, and then, where Triton's frontend says it, the lines of the kernel that lead there."""
-    chain = [error]
+    """Type and message of the root cause and, for errors of Triton's frontend, the kernel lines that it names."""
+    chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    what = getattr(chain[-1], "error_message", None) or str(chain[-1])
-    lines = f"{type(chain[-1]).__name__}: {what}".splitlines()[:EXCERPT]
-    for located in [error for error in chain if hasattr(error, "error_message")][-1:]:
-        lines += str(located).splitlines()[-EXCERPT:]
+    message = getattr(chain[-1], "error_message", None) or str(chain[-1])
+    lines = f"{type(chain[-1]).__name__}: {message}".splitlines()[:EXCERPT]
+    for frontend_error in [error for error in chain if hasattr(error, "error_message")][-1:]:
+        lines += str(frontend_error).splitlines()[-EXCERPT:]
     return "\n".join(line for line in lines if line.strip())
 
 
@@ -237,48 +241,57 @@ def compile_kernels(
     sources: dict[str, tuple[dict[str, Any], Path | None]],
     workers: int,
     progress: Callable[[int, int], object],
-    keep: Callable[[dict[str, dict[str, Any]]], object],
+    store: Callable[[dict[str, dict[str, Any]]], object],
 ) -> dict[str, dict[str, Any]]:
-    """Key -> figures, or ``error`` and what the compiler said. Each in a process of its own, ``workers`` at a time.
+    """Compile each kernel in a separate process.
 
-    ``keep`` gets each as it comes, so that a run that is stopped has not worked in vain.
+    Args:
+        sources: Key -> result of ``specialised``, and path without suffix for listings (None: not written).
+        workers: Number of processes at a time.
+        progress: Called with the numbers of finished and of all kernels.
+        store: Called with each result at once, so that an interrupted run loses none.
+
+    Returns:
+        Key -> figures, or ``error`` with the compiler's message.
     """
     from triton.runtime.cache import triton_key
 
     if not sources:
         return {}
-    triton_key()  # takes half a second: once, and not in every process
-    fork = multiprocessing.get_context("fork")  # what is imported here need not be imported again
-    pending, running, results = list(sources), {}, {}
-    with tempfile.TemporaryDirectory(prefix="mae-ast-fast-kernels-") as folder:
+    triton_key()  # takes 0.5 s: compute it once, before the processes fork
+    fork = multiprocessing.get_context("fork")  # inherits the imported modules
+    pending, results = list(sources), {}
+    running: dict[Any, tuple[str, Path, multiprocessing.process.BaseProcess]] = {}
+    with tempfile.TemporaryDirectory(prefix="mae-ast-fast-kernels-") as temp_folder:
         while pending or running:
             while pending and len(running) < workers:
                 key = pending.pop(0)
-                place = Path(folder) / key
-                place.mkdir()
-                process = fork.Process(target=_work, args=(sources[key][0], place, sources[key][1]), daemon=True)
+                job_folder = Path(temp_folder) / key
+                job_folder.mkdir()
+                process = fork.Process(target=_work, args=(sources[key][0], job_folder, sources[key][1]), daemon=True)
                 process.start()
-                running[process.sentinel] = key, place, process
+                running[process.sentinel] = key, job_folder, process
             for sentinel in wait(list(running)):
-                key, place, process = running.pop(sentinel)
+                key, job_folder, process = running.pop(sentinel)
                 process.join()
-                results[key] = _result(place, process.exitcode)
-                shutil.rmtree(place)  # some MB each, hundreds of them
-                keep({key: results[key]})
+                results[key] = _result(job_folder, process.exitcode)
+                shutil.rmtree(job_folder)  # some MB per kernel, hundreds of kernels
+                store({key: results[key]})
                 progress(len(results), len(sources))
     return results
 
 
-def _result(place: Path, code: int) -> dict[str, Any]:
+def _result(folder: Path, exit_code: int | None) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        return json.loads((place / "result.json").read_text())
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    log = (place / "log").read_text(errors="replace") if (place / "log").exists() else ""
+        return json.loads((folder / "result.json").read_text())
+    cause = signal.Signals(-exit_code).name if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
+    log = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
     lines = [line for line in log.splitlines() if line.strip()][:EXCERPT]
-    return {"error": "\n".join([f"the compiler died of {how}:", *lines])}
+    return {"error": "\n".join([f"the compiler died with {cause}:", *lines])}
 
 
 def read_cache(folder: Path, key: str) -> dict[str, Any] | None:
+    """Cached figures, or None; marks the file as used."""
     path = folder / f"{key}.json"
     try:
         figures = json.loads(path.read_text())
@@ -289,7 +302,7 @@ def read_cache(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def write_cache(folder: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Errors are not kept: a full disk makes some too."""
+    """Write figures, and remove old ones. Errors are not cached, since a full disk causes some too."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for key, figures in results.items():
@@ -298,10 +311,10 @@ def write_cache(folder: Path, results: dict[str, dict[str, Any]]) -> None:
                 partial.write_text(json.dumps(figures))
                 partial.replace(folder / f"{key}.json")
         for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another run removes them too
+            with contextlib.suppress(FileNotFoundError):  # another run may remove it first
                 if path.stat().st_mtime < time.time() - 86400 * KEPT_DAYS:
                     path.unlink()
     except OSError as error:
         raise OSError(
-            f"cannot write the cache {folder} (MAE_AST_FAST_CACHE sets another one, --no-cache does without): {error}"
+            f"cannot write the cache {folder}: {error} (MAE_AST_FAST_CACHE sets another folder, --no-cache uses none)"
         ) from error

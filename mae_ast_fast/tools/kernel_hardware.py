@@ -1,4 +1,4 @@
-"""GPU architectures, their limits, and the occupancy that follows."""
+"""GPU architectures, their limits, and the occupancy of a kernel."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import NamedTuple
 
 
 class Arch(NamedTuple):
-    """An architecture: how Triton calls it, and the limits that decide occupancy (NVIDIA's tuning guides, CDNA 3 ISA).
+    """An architecture: Triton's names, and the limits that decide occupancy (NVIDIA's tuning guides, CDNA 3 ISA).
 
-    The registers of a multiprocessor (AMD: compute unit) lie in four equal parts, each with warps of its own.
+    The registers of a multiprocessor (AMD: compute unit) are divided into four equal quarters, each with its own warps.
     """
 
     backend: str
     name: str | int
-    warp: int  # threads
-    block_shared: int  # bytes of shared memory that a block may have
-    shared: int  # bytes of a multiprocessor
-    shared_unit: int  # a block's bytes are rounded up to this,
-    shared_taken: int  # and the system takes so many more for itself
-    registers: int  # 32-bit registers of a part
-    register_unit: int  # a warp's registers are rounded up to this
-    warps: int  # that a multiprocessor holds
-    blocks: int
-    required: bool  # a kernel that does not compile fails the command even where the architecture was not asked for
+    warp: int  # threads per warp
+    block_shared: int  # bytes of shared memory that a block may use
+    shared: int  # bytes of shared memory per multiprocessor
+    shared_unit: int  # a block's shared memory is rounded up to a multiple of this many bytes
+    shared_taken: int  # bytes of shared memory that the system reserves per block
+    registers: int  # 32-bit registers per quarter
+    register_unit: int  # a warp's registers are rounded up to a multiple of this
+    warps: int  # most warps per multiprocessor
+    blocks: int  # most blocks per multiprocessor
+    required: bool  # a kernel that does not compile fails the command even if the architecture was not requested
 
 
 ARCHS = {
@@ -31,33 +31,34 @@ ARCHS = {
     "sm_100": Arch("cuda", 100, 32, 227 << 10, 228 << 10, 128, 1024, 16384, 256, 64, 32, True),
     "gfx942": Arch("hip", "gfx942", 64, 64 << 10, 64 << 10, 512, 0, 512 * 64, 8 * 64, 32, 32, False),
 }
-TENSOR_MEMORY = 512  # columns of sm_100's tensor memory
+TENSOR_MEMORY = 512  # columns of tensor memory on sm_100
 
 
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def occupancy(arch: str, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> float:
-    """Share of a multiprocessor's warps that are at work when it holds as many blocks as fit.
+def occupancy(arch: str, *, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> float:
+    """Share of a multiprocessor's warp slots in use when it holds as many blocks as fit, 0 to 1.
 
-    blocks = min(blocks of the architecture, warps that fit // warps, shared memory // that of a block rounded up),
-    warps that fit = min(warps of the architecture, 4 * (registers of a part // registers of a warp rounded up)), and on
-    sm_100 512 columns of tensor memory // those of a block; occupancy = blocks * warps / warps of the architecture.
+    max_warps = min(warps of the architecture, 4 * (registers per quarter // registers per warp, rounded up)).
+    blocks = min(blocks of the architecture, max_warps // warps, shared memory // shared memory per block, rounded up);
+    on sm_100 also at most 512 // tensor memory columns per block. occupancy = blocks * warps / warps of the
+    architecture.
 
     Args:
-        arch: A name in ``ARCHS``.
-        registers: Of a thread.
-        shared: Bytes of a block.
-        warps: Of a block.
-        tensor_memory: Columns of a block.
+        arch: Name in ``ARCHS``.
+        registers: Registers per thread.
+        shared: Bytes of shared memory per block.
+        warps: Warps per block.
+        tensor_memory: Columns of tensor memory per block.
     """
     limits = ARCHS[arch]
-    of_warp = _round_up(registers * limits.warp, limits.register_unit)
-    fit = min(limits.warps, 4 * (limits.registers // max(of_warp, 1)))
-    blocks = min(limits.blocks, fit // warps)
-    if of_block := _round_up(shared, limits.shared_unit) + limits.shared_taken:
-        blocks = min(blocks, limits.shared // of_block)
+    warp_registers = _round_up(registers * limits.warp, limits.register_unit)
+    max_warps = min(limits.warps, 4 * (limits.registers // max(warp_registers, 1)))
+    blocks = min(limits.blocks, max_warps // warps)
+    if block_shared := _round_up(shared, limits.shared_unit) + limits.shared_taken:
+        blocks = min(blocks, limits.shared // block_shared)
     if tensor_memory:
         blocks = min(blocks, TENSOR_MEMORY // tensor_memory)
     return blocks * warps / limits.warps

@@ -1,15 +1,16 @@
-"""``mae-ast-fast tune``: measures launches on the GPU at hand and writes the rows of its architecture into the table.
+"""``mae-ast-fast tune``: measure kernel launches on this GPU and write its architecture's rows into the launch table.
 
-Offline and seldom: nothing is tuned while a model runs. What is timed are the ``examples`` of each kernel module, at
-the widths of the presets. For every name of ``kernels/common/configs.py``, width and element size, coordinate descent
-over the launch: each value is halved and doubled (num_stages: one less, one more) as long as that is clearly faster. A
-launch that does not compile, asks for more than the GPU has, or changes the results is skipped, and named.
+Tuning is offline; nothing is tuned while a model runs. It times the ``examples`` of each kernel module, at the widths
+of the presets. For every kernel name of ``kernels/common/configs.py``, width and element size, it runs coordinate
+descent over the launch parameters: each value is halved and doubled (num_stages: minus and plus one) while that is
+faster by the factor ``MIN_SPEEDUP``. A launch that does not compile, exceeds the GPU's resources or changes the results
+is skipped and reported.
 
-An operation with ``baselines`` has products whose epilogue does what a separate kernel could do after cuBLAS's product.
-With the launch that was found it is timed against both, in turns, and the ratios are written too: from them
-``kernels/common/configs.py: epilogue`` decides whether it is used.
+An operation with ``baselines`` computes in the epilogue of a product what a separate kernel could compute after
+cuBLAS's product. Its best launch is timed against the bare product, and against product and kernel, in turns. The
+ratios are written too; ``kernels/common/configs.py: epilogue`` uses them to turn the epilogue on or off.
 
-The table is a text that people review, so only the rows of one architecture are changed in it, in place.
+People review the table as text, so tuning edits only the rows of one architecture, in place.
 """
 
 from __future__ import annotations
@@ -32,29 +33,34 @@ from torch import Tensor
 
 from ..files import atomic_write
 
-FASTER = 1.03  # a launch wins that is faster by more than this factor
-SAME = 2e-2  # of the largest value: what another order of summation, rounded to bf16, stays far below
-ROUNDS = 3  # of baselines in turns, so that a clock that changes meets all of them
-LINE = 120  # characters, as ruff formats the table
-SAME_SHARE = 1e-4  # of integers and booleans: winners between two products that rounding makes equal may change
-# (kernel, bytes an element) -> what stays: in fp32 the loss and its gradient must meet the same products, to the bit.
+MIN_SPEEDUP = 1.03  # smallest speed ratio at which a launch replaces the best one
+MAX_ERROR = 2e-2  # relative to the largest value; another summation order, rounded to bf16, stays far below
+ROUNDS = 3  # baselines take turns, so that a change of the GPU clock affects all of them
+LINE = 120  # characters per line of the table, as in ruff's configuration
+MAX_CHANGED_SHARE = 1e-4  # of integers and booleans: rounding may change which of two nearly equal products is larger
+# (kernel, bytes per element) -> parameters to keep: in fp32, forward and backward must compute bit-identical products.
 FIXED = {(f"info_nce_{way}", 4): ("BM", "BN") for way in ("forward", "backward")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Launch = dict[str, int]
 
 
 class Bench(Protocol):
-    """Where calls run and are timed; ``arch`` is its name in the table, ``device`` where its tensors lie."""
+    """Runs and times calls.
+
+    Attributes:
+        arch: Name of the architecture in the table.
+        device: Device of the examples' tensors.
+    """
 
     arch: str
     device: str
 
     def results(self, call: Callable[[], object]) -> list[Tensor]:
-        """The tensors that a call returns, computed in memory filled with NaN."""
+        """Tensors that a call returns, computed in memory filled with NaN."""
         ...
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """The median time of a call."""
+        """Median time of a call in milliseconds."""
         ...
 
 
@@ -62,26 +68,26 @@ class Gpu:
     """The current CUDA device.
 
     Raises:
-        ValueError: There is none.
+        ValueError: PyTorch finds no CUDA device.
     """
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
-            raise ValueError("tune measures on a GPU, and PyTorch sees no CUDA device here")
+            raise ValueError("tune measures on a GPU, but PyTorch finds no CUDA device")
         from ..kernels.common.launch import architecture
 
         self.device = "cuda"
         self.arch = architecture(torch.device("cuda"))
 
     def results(self, call: Callable[[], Any]) -> list[Tensor]:
-        # What a launch leaves unwritten must not be the right values of the launch before it.
+        # Unwritten memory is filled with NaN; otherwise it could hold the correct values of an earlier launch.
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            found = call()
+            results = call()
             torch.cuda.synchronize()
         finally:
             torch.use_deterministic_algorithms(False)
-        return [found] if isinstance(found, Tensor) else list(found)
+        return [results] if isinstance(results, Tensor) else list(results)
 
     def milliseconds(self, call: Callable[[], object]) -> float:
         from triton.testing import do_bench
@@ -91,88 +97,98 @@ class Gpu:
 
 @dataclasses.dataclass
 class Group:
-    """What one row of the table decides: the examples of an operation that ask for it."""
+    """One row of the table, and the examples of an operation that use it."""
 
     op: str
     kernel: str
     width: int
-    size: int
+    size: int  # bytes per element
     dtype: str
     example_width: int
     present: Launch
-    examples: list[int]  # their numbers, in the order of examples()
-    before: float = 0.0  # milliseconds, all examples together
-    after: float = 0.0
+    examples: list[int]  # indices into examples()
+    before: float = 0.0  # milliseconds of all examples with the present launch
+    after: float = 0.0  # milliseconds of all examples with the best launch
     best: Launch = dataclasses.field(default_factory=dict)
-    baselines: tuple[int, float, float] | None = None  # K; times as fast as the bare product, as product and kernel
+    baselines: tuple[int, float, float] | None = None  # K; speed relative to the bare product, to product and kernel
 
 
 def tune(
     ops: Sequence[str] | None = None,
     dtype: str = "bf16",
+    *,
     check: bool = False,
     bench: Bench | None = None,
     path: str | os.PathLike | None = None,
     progress: Callable[[str], object] = print,
 ) -> list[Group]:
-    """Tunes operations and writes the table after each of them, so that an interrupted run leaves what it found.
+    """Tune operations, and write the table after each one, so that an interrupted run keeps its results.
 
     Args:
-        ops: Files in kernels/ (None: all).
-        dtype: Of the examples, "bf16" or "fp32"; rows hold for elements of at most that size.
-        check: Measure, and write nothing.
-        bench: Where calls run (None: the current CUDA device).
-        path: The table (None: kernels/common/configs.py).
-        progress: Gets lines of text.
+        ops: Names of files in kernels/. None: all.
+        dtype: Dtype of the examples, "bf16" or "fp32". A row applies to elements of at most its size.
+        check: Measure, but write nothing.
+        bench: Runs and times calls. None: the current CUDA device.
+        path: The table. None: kernels/common/configs.py.
+        progress: Called with each line of progress.
 
     Returns:
-        What was measured, by operation, in the order of the table's names.
+        Measured groups, in the order of operations and of the table.
 
     Raises:
-        ValueError: No CUDA device; an unknown operation or dtype; a table that is not laid out as expected.
+        ValueError: There is no CUDA device, an operation or the dtype is unknown, or the table has an unexpected
+            layout.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     bench = bench or Gpu()
     from ..kernels.common import configs as table
 
-    path = Path(path or table.__file__)
+    table_path = Path(path or table.__file__)
     modules = _modules()
     if unknown := sorted(set(ops or ()) - set(modules)):
         raise ValueError(f"operations must be among {', '.join(modules)}, got {', '.join(unknown)}")
-    chosen = {op: modules[op] for op in modules if ops is None or op in ops}
-    planned = {op: _plan(op, module, dtype, bench.arch) for op, module in chosen.items()}
-    count, done, tried = sum(map(len, planned.values())), 0, 0
-    start = time.monotonic()
-    for op, groups in planned.items():
+    selected = {op: modules[op] for op in modules if ops is None or op in ops}
+    groups_by_op = {op: _plan(op, module, dtype, bench.arch) for op, module in selected.items()}
+    num_groups, num_done, num_tried = sum(map(len, groups_by_op.values())), 0, 0
+    started = time.monotonic()
+    for op, groups in groups_by_op.items():
         for group in groups:
-            tried += _coordinate_descent(group, chosen[op], bench, progress)
-            done += 1
-            if hasattr(chosen[op], "baselines"):
-                _compare_with_baselines(group, chosen[op], bench)
+            num_tried += _coordinate_descent(group, selected[op], bench, progress)
+            num_done += 1
+            if hasattr(selected[op], "baselines"):
+                _compare_with_baselines(group, selected[op], bench)
                 progress(_verdict(group))
-            spent = time.monotonic() - start
+            elapsed = time.monotonic() - started
             change = "kept" if group.best == group.present else f"{group.before / group.after:.2f} times as fast"
             progress(
-                f"[{done}/{count}] {_title(group)}: {change}; {tried / max(spent, 1e-9):.1f} launches/s, "
-                f"about {spent / done * (count - done) / 60:.1f} minutes left"
+                f"[{num_done}/{num_groups}] {_title(group)}: {change}; "
+                f"{num_tried / max(elapsed, 1e-9):.1f} launches/s, "
+                f"about {elapsed / num_done * (num_groups - num_done) / 60:.1f} minutes left"
             )
         rows, ratios = _rows(groups), [group for group in groups if group.baselines]
         if not check and (rows or ratios):
-            text = path.read_text()
-            for kernel, found in rows.items():
-                text = with_rows(text, kernel, bench.arch, found)
+            text = table_path.read_text()
+            for kernel, kernel_rows in rows.items():
+                text = with_rows(text, kernel, bench.arch, kernel_rows)
             for group in ratios:
-                inner, bare, both = group.baselines
-                text = with_ratios(text, group.kernel, (bench.arch, inner, group.width, group.size), bare, both)
-            atomic_write(path, functools.partial(Path.write_text, data=text))
+                assert group.baselines is not None
+                inner, product_ratio, product_and_kernel_ratio = group.baselines
+                text = with_ratios(
+                    text,
+                    group.kernel,
+                    (bench.arch, inner, group.width, group.size),
+                    product_ratio=product_ratio,
+                    product_and_kernel_ratio=product_and_kernel_ratio,
+                )
+            atomic_write(table_path, functools.partial(Path.write_text, data=text))
             names = dict.fromkeys([*rows, *(group.kernel for group in ratios)])
-            progress(f"{path}: rows of {bench.arch} for {', '.join(names)}")
-    return [group for groups in planned.values() for group in groups]
+            progress(f"{table_path}: rows of {bench.arch} for {', '.join(names)}")
+    return [group for groups in groups_by_op.values() for group in groups]
 
 
 def _modules() -> dict[str, Any]:
-    """Operation -> module, of those with ``examples``."""
+    """Operation -> module, for those with ``examples``."""
     from .. import kernels
 
     names = sorted(info.name for info in pkgutil.iter_modules(kernels.__path__))
@@ -181,93 +197,106 @@ def _modules() -> dict[str, Any]:
 
 
 def _plan(op: str, module: Any, dtype: str, arch: str) -> list[Group]:
-    """The rows that an operation's examples ask for, found on the meta device; an operation without dtypes has fp32."""
+    """Table rows that an operation's examples use, recorded on meta tensors; fp32 without dtypes."""
     from ..kernels.common.launch import record
 
     groups: dict[tuple[str, int, int], Group] = {}
     for width in module.WIDTHS:
-        name, found = dtype, list(module.examples(DTYPES[dtype], width))
-        if not found:
-            name, found = "fp32", list(module.examples(torch.float32, width))
-        for number, (_, _, call) in enumerate(found):
+        dtype_name, examples = dtype, list(module.examples(DTYPES[dtype], width))
+        if not examples:
+            dtype_name, examples = "fp32", list(module.examples(torch.float32, width))
+        for index, (_, _, call) in enumerate(examples):
             with record(arch) as recorder:
                 call()
-            for kernel, asked_width, size, present in recorder.asked:
-                key = kernel, asked_width, size
-                if key not in groups:
-                    groups[key] = Group(op, kernel, asked_width, size, name, width, dict(present), [])
-                if number not in groups[key].examples:
-                    groups[key].examples.append(number)
+            for kernel, table_width, size, launch in recorder.asked:
+                group_key = kernel, table_width, size
+                if group_key not in groups:
+                    groups[group_key] = Group(
+                        op=op,
+                        kernel=kernel,
+                        width=table_width,
+                        size=size,
+                        dtype=dtype_name,
+                        example_width=width,
+                        present=dict(launch),
+                        examples=[],
+                    )
+                if index not in groups[group_key].examples:
+                    groups[group_key].examples.append(index)
     return list(groups.values())
 
 
 def _coordinate_descent(group: Group, module: Any, bench: Bench, progress: Callable[[str], object]) -> int:
-    """Coordinate descent of one row; returns how many launches were tried."""
+    """Find the best launch of one row by coordinate descent; returns the number of launches tried."""
     examples = list(module.examples(DTYPES[group.dtype], group.example_width, bench.device))
-    calls = [examples[number][2] for number in group.examples]
+    calls = [examples[index][2] for index in group.examples]
     group.best = dict(group.present)
     with _launched_with(group.kernel, group.present):
-        expected = [bench.results(call) for call in calls]
+        expected_results = [bench.results(call) for call in calls]
         group.before = sum(bench.milliseconds(call) for call in calls)
     times = {tuple(group.present.items()): group.before}
     group.after = group.before
 
-    def time_of(launch: Launch) -> float:
-        """Milliseconds; infinite where the launch fails, or is found slower before its examples are through."""
-        key = tuple(launch.items())
-        if key not in times:
-            times[key] = float("inf")
+    def time_of(candidate: Launch) -> float:
+        """Milliseconds; infinite if the launch fails or its first examples already take too long."""
+        candidate_key = tuple(candidate.items())
+        if candidate_key not in times:
+            times[candidate_key] = float("inf")
             total = 0.0
             try:
-                with _launched_with(group.kernel, launch):
-                    for call, want in zip(calls, expected, strict=True):
-                        _check_same(bench.results(call), want)
+                with _launched_with(group.kernel, candidate):
+                    for call, expected_result in zip(calls, expected_results, strict=True):
+                        _check_same(bench.results(call), expected_result)
                         total += bench.milliseconds(call)
-                        if total * FASTER >= group.after:
-                            return times[key]
-            except Exception as error:  # a compiler raises all sorts, and one launch must not stop the search
+                        if total * MIN_SPEEDUP >= group.after:
+                            return times[candidate_key]
+            except Exception as error:  # compilers raise any type; one launch must not stop the search
                 reason = (str(error).strip().splitlines() or [""])[0]
-                progress(f"{_title(group)}: skipped {launch}: {type(error).__name__} {reason}"[:300])
-                return times[key]
-            times[key] = total
-        return times[key]
+                progress(f"{_title(group)}: skipped {candidate}: {type(error).__name__} {reason}"[:300])
+                return times[candidate_key]
+            times[candidate_key] = total
+        return times[candidate_key]
 
-    free = [key for key in group.present if key not in FIXED.get((group.kernel, group.size), ())]
+    tunable = [key for key in group.present if key not in FIXED.get((group.kernel, group.size), ())]
     improved = True
     while improved:
         improved = False
-        for key in free:
-            for step in (_less, _more):
-                while (value := step(key, group.best[key])) is not None:
-                    launch = {**group.best, key: value}
-                    if time_of(launch) * FASTER >= group.after:
+        for parameter in tunable:
+            for step in (_smaller, _larger):
+                while (parameter_value := step(parameter, group.best[parameter])) is not None:
+                    candidate = {**group.best, parameter: parameter_value}
+                    if time_of(candidate) * MIN_SPEEDUP >= group.after:
                         break
-                    group.best, group.after, improved = launch, time_of(launch), True
+                    group.best, group.after, improved = candidate, time_of(candidate), True
     return len(times)
 
 
 def _compare_with_baselines(group: Group, module: Any, bench: Bench) -> None:
-    """Times a row's best launch against its baselines, all three at the same work."""
+    """Time a row's best launch against its baselines on the same input."""
     for kernel, inner, *calls in module.baselines(DTYPES[group.dtype], group.example_width, bench.device):
         if kernel == group.kernel:
             with _launched_with(kernel, group.best):
-                rounds = [[bench.milliseconds(call) for call in calls] for _ in range(ROUNDS)]
-            own, bare, both = (statistics.median(times) for times in zip(*rounds, strict=True))
-            group.baselines = inner, bare / own, both / own
+                round_times = [[bench.milliseconds(call) for call in calls] for _ in range(ROUNDS)]
+            fused_ms, product_ms, product_and_kernel_ms = (
+                statistics.median(times) for times in zip(*round_times, strict=True)
+            )
+            group.baselines = inner, product_ms / fused_ms, product_and_kernel_ms / fused_ms
 
 
 def _verdict(group: Group) -> str:
-    _, bare, both = group.baselines
-    return f"{_title(group)}: {bare:.3f} x the bare product's speed, {both:.3f} x that of product and kernel"
+    assert group.baselines is not None
+    _, product_ratio, product_and_kernel_ratio = group.baselines
+    speeds = f"{product_ratio:.3f} x the speed of the bare product, {product_and_kernel_ratio:.3f} x product and kernel"
+    return f"{_title(group)}: {speeds}"
 
 
-def _less(key: str, value: int) -> int | None:
+def _smaller(key: str, value: int) -> int | None:
     if key == "num_stages":
         return value - 1 if value > 1 else None
     return value // 2 if value > 1 else None
 
 
-def _more(key: str, value: int) -> int | None:
+def _larger(key: str, value: int) -> int | None:
     if key == "num_stages":
         return value + 1 if value < 5 else None
     return value * 2 if key != "num_warps" or value < 32 else None
@@ -275,7 +304,7 @@ def _more(key: str, value: int) -> int | None:
 
 @contextlib.contextmanager
 def _launched_with(kernel: str, launch: Launch) -> Iterator[None]:
-    """Lets a kernel be launched with one choice, whatever the width and dtype."""
+    """Launch a kernel with ``launch`` at every width and dtype."""
     from ..kernels.common.configs import TABLE
 
     rows = TABLE[kernel]
@@ -286,25 +315,30 @@ def _launched_with(kernel: str, launch: Launch) -> Iterator[None]:
         TABLE[kernel] = rows
 
 
-def _check_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Raises ValueError where results differ by more than another order of summation makes."""
-    for x, want in zip(found, expected, strict=True):
-        if x.shape != want.shape or x.dtype != want.dtype:
-            raise ValueError(f"gives {tuple(x.shape)} {x.dtype}, expected {tuple(want.shape)} {want.dtype}")
-        if x.numel() == 0:
+def _check_same(results: Sequence[Tensor], expected_results: Sequence[Tensor]) -> None:
+    """Compare results with tolerance for another order of summation.
+
+    Raises:
+        ValueError: Shapes, dtypes or values differ.
+    """
+    for result, expected_result in zip(results, expected_results, strict=True):
+        if result.shape != expected_result.shape or result.dtype != expected_result.dtype:
+            shape, expected_shape = tuple(result.shape), tuple(expected_result.shape)
+            raise ValueError(f"returned {shape} {result.dtype}, expected {expected_shape} {expected_result.dtype}")
+        if result.numel() == 0:
             continue
-        if not x.is_floating_point():
-            share = (x != want).double().mean().item()
-            if share > SAME_SHARE:
-                raise ValueError(f"gives other results: {100 * share:.2g} % of the values differ")
+        if not result.is_floating_point():
+            changed_share = (result != expected_result).double().mean().item()
+            if changed_share > MAX_CHANGED_SHARE:
+                raise ValueError(f"wrong results: {100 * changed_share:.2g} % of the values differ")
             continue
-        finite = want.isfinite()
-        if not torch.equal(x.isfinite(), finite):
-            raise ValueError("gives other results: not finite at other places")
-        largest = want.abs().where(finite, 0).max().item()
-        error = (x.float() - want.float()).abs().where(finite, 0).max().item()
-        if error > SAME * largest:
-            raise ValueError(f"gives other results: off by {error:.3g} where the largest value is {largest:.3g}")
+        finite = expected_result.isfinite()
+        if not torch.equal(result.isfinite(), finite):
+            raise ValueError("wrong results: other elements are not finite")
+        largest = expected_result.abs().where(finite, 0).max().item()
+        error = (result.float() - expected_result.float()).abs().where(finite, 0).max().item()
+        if error > MAX_ERROR * largest:
+            raise ValueError(f"wrong results: off by {error:.3g}, the largest value is {largest:.3g}")
 
 
 def _title(group: Group) -> str:
@@ -315,96 +349,105 @@ def _title(group: Group) -> str:
 
 
 def _rows(groups: Iterable[Group]) -> dict[str, list[tuple[int, int, Launch]]]:
-    """Kernel -> (widest, largest, launch), of kernels for which anything was found.
+    """Kernel -> (widest, largest, launch), for kernels with at least one new launch.
 
-    All widths then, also those that keep their launch: a row for wider ones would else hold for them too.
+    These get rows for all widths, also for those that keep their launch. Otherwise the row of a wider one would apply.
     """
-    rows: dict[str, list[tuple[int, int, Launch]]] = {}
+    rows_by_kernel: dict[str, list[tuple[int, int, Launch]]] = {}
     groups = list(groups)
     changed = {group.kernel for group in groups if group.best != group.present}
     for group in groups:
         if group.kernel in changed:
-            rows.setdefault(group.kernel, []).append((group.width, group.size, group.best))
-    return rows
+            rows_by_kernel.setdefault(group.kernel, []).append((group.width, group.size, group.best))
+    return rows_by_kernel
 
 
 def with_rows(text: str, kernel: str, arch: str, rows: Iterable[tuple[int, int, Launch]]) -> str:
-    """The table's text with rows of an architecture put in, or in the place of those for the same width and size.
+    """The table's text with rows of an architecture added, or replaced if width and element size are equal.
 
-    They stand before the kernel's rows for "any", small elements and widths first; neighbours that differ by their
-    width alone become one. Nothing else changes.
+    The rows are placed before the kernel's rows for "any", small elements and widths first. Neighbours with the same
+    element size and launch are merged. Nothing else changes.
 
     Args:
-        text: Of kernels/common/configs.py.
+        text: Text of kernels/common/configs.py.
         kernel: Name in the table.
-        arch: Architecture, "sm_90".
-        rows: (widest, largest element in bytes, launch).
+        arch: Architecture, for example "sm_90".
+        rows: (largest width, largest element size in bytes, launch).
 
     Raises:
-        ValueError: The text has no such kernel, none of its rows is for "any", or rows share lines.
+        ValueError: The table does not contain the kernel, no row of the kernel is for "any", or two rows share a line.
     """
     lines = text.splitlines(keepends=True)
     entry = _entry(text, kernel)
     spans = [(row.lineno - 1, row.end_lineno or row.lineno) for row in entry.elts]
-    edges = [entry.lineno - 1, *(place for span in spans for place in span), (entry.end_lineno or 0) - 1]
+    edges = [entry.lineno - 1, *(line_index for span in spans for line_index in span), (entry.end_lineno or 0) - 1]
     if not (edges[0] < edges[1] and edges == sorted(edges)):
-        raise ValueError(f"{kernel}: expected each row of the table on lines of its own")
-    present = [eval(compile(ast.Expression(row), kernel, "eval")) for row in entry.elts]  # 1 << 30 is no literal
-    first = next((place for place, row in enumerate(present) if row[0] == "any"), None)
+        raise ValueError(f"{kernel}: expected each row of the table on separate lines")
+    old_rows = [eval(compile(ast.Expression(row), kernel, "eval")) for row in entry.elts]  # 1 << 30 is not a literal
+    first = next((line_index for line_index, row in enumerate(old_rows) if row[0] == "any"), None)
     if first is None:
         raise ValueError(f'{kernel}: expected a row for "any"')
-    mine = [(row, span) for row, span in zip(present, spans, strict=True) if row[0] == arch]
-    own = {(row[2], row[1]): "".join(lines[slice(*span)]) for row, span in mine}
-    launches = {(row[2], row[1]): row[3] for row, _ in mine}
+    arch_rows = [(row, span) for row, span in zip(old_rows, spans, strict=True) if row[0] == arch]
+    arch_lines = {(row[2], row[1]): "".join(lines[slice(*span)]) for row, span in arch_rows}
+    launches = {(row[2], row[1]): row[3] for row, _ in arch_rows}
     for widest, largest, launch in rows:
         if launches.get((largest, widest)) != launch:
-            own[largest, widest] = _line(arch, widest, largest, launch)
+            arch_lines[largest, widest] = _line(arch, widest, largest, launch)
             launches[largest, widest] = launch
-    order = sorted(own)
-    order = [
+    keys = sorted(arch_lines)
+    keys = [
         key
-        for key, after in zip(order, [*order[1:], None], strict=True)
-        if after is None or after[0] != key[0] or launches[after] != launches[key]
+        for key, following in zip(keys, [*keys[1:], None], strict=True)
+        if following is None or following[0] != key[0] or launches[following] != launches[key]
     ]
-    where = spans[first][0]
-    while where - 1 > entry.lineno - 1 and lines[where - 1].lstrip().startswith("#"):
-        where -= 1
-    gone = {line for _, span in mine for line in range(*span)}
-    before = [line for place, line in enumerate(lines[:where]) if place not in gone]
-    after = [line for place, line in enumerate(lines[where:], where) if place not in gone]
-    return "".join([*before, *(own[key] for key in order), *after])
+    insert_at = spans[first][0]
+    while insert_at - 1 > entry.lineno - 1 and lines[insert_at - 1].lstrip().startswith("#"):
+        insert_at -= 1
+    removed = {line for _, span in arch_rows for line in range(*span)}
+    before = [line for line_index, line in enumerate(lines[:insert_at]) if line_index not in removed]
+    following = [line for line_index, line in enumerate(lines[insert_at:], insert_at) if line_index not in removed]
+    return "".join([*before, *(arch_lines[key] for key in keys), *following])
 
 
-def with_ratios(text: str, kernel: str, key: tuple[str, int, int, int], bare: float, both: float) -> str:
-    """The table's text with a row of ``EPILOGUES`` put in, or in the place of that for the same key. Rows are sorted.
+def with_ratios(
+    text: str,
+    kernel: str,
+    key: tuple[str, int, int, int],
+    *,
+    product_ratio: float,
+    product_and_kernel_ratio: float,
+) -> str:
+    """The table's text with a row of ``EPILOGUES`` added, or replaced if the key is equal. Rows are sorted by key.
 
     Args:
-        text: Of kernels/common/configs.py.
+        text: Text of kernels/common/configs.py.
         kernel: Name in ``EPILOGUES``.
-        key: (architecture, K, outputs, bytes an element).
-        bare: Times as fast as the bare product.
-        both: Times as fast as product and kernel one after the other.
+        key: (architecture, K, outputs, bytes per element).
+        product_ratio: Speed relative to the bare product.
+        product_and_kernel_ratio: Speed relative to the product followed by the kernel.
 
     Raises:
-        ValueError: The text has no such kernel, or rows share lines.
+        ValueError: The table does not contain the kernel, or two rows share a line.
     """
     lines = text.splitlines(keepends=True)
     entry = _entry(text, kernel, "EPILOGUES")
     spans = [(row.lineno - 1, row.end_lineno or row.lineno) for row in entry.elts]
-    edges = [entry.lineno - 1, *(place for span in spans for place in span), (entry.end_lineno or 0) - 1]
+    edges = [entry.lineno - 1, *(line_index for span in spans for line_index in span), (entry.end_lineno or 0) - 1]
     if not (edges[0] < edges[1] and edges == sorted(edges)):
-        raise ValueError(f"{kernel}: expected each row of EPILOGUES on lines of its own")
-    present = zip(entry.elts, spans, strict=True)
-    rows = {tuple(ast.literal_eval(row)[:4]): "".join(lines[slice(*span)]) for row, span in present}
+        raise ValueError(f"{kernel}: expected each row of EPILOGUES on separate lines")
+    old_rows = zip(entry.elts, spans, strict=True)
+    rows = {tuple(ast.literal_eval(row)[:4]): "".join(lines[slice(*span)]) for row, span in old_rows}
     arch, *sizes = key
-    rows[key] = f'        ("{arch}", {", ".join(map(str, sizes))}, {bare:.3f}, {both:.3f}),\n'
-    gone = {line for span in spans for line in range(*span)}
-    before = [line for place, line in enumerate(lines[: edges[-1]]) if place not in gone]
+    rows[key] = (
+        f'        ("{arch}", {", ".join(map(str, sizes))}, {product_ratio:.3f}, {product_and_kernel_ratio:.3f}),\n'
+    )
+    removed = {line for span in spans for line in range(*span)}
+    before = [line for line_index, line in enumerate(lines[: edges[-1]]) if line_index not in removed]
     return "".join([*before, *(rows[key] for key in sorted(rows)), *lines[edges[-1] :]])
 
 
 def _entry(text: str, kernel: str, name: str = "TABLE") -> ast.List:
-    """The list of a kernel's rows in the table's text."""
+    """Syntax tree of a kernel's list of rows in the table's text."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == name:
             assert isinstance(node.value, ast.Dict)
@@ -419,12 +462,12 @@ def _line(arch: str, widest: int, largest: int, launch: Launch) -> str:
     line = f'        ("{arch}", {widest}, {largest}, {{{options}}}),\n'
     if len(line) <= LINE + 1:
         return line
-    parts = f'"{arch}"', str(widest), str(largest), f"{{{options}}}"
-    return "".join(["        (\n", *(f"            {part},\n" for part in parts), "        ),\n"])
+    fields = f'"{arch}"', str(widest), str(largest), f"{{{options}}}"
+    return "".join(["        (\n", *(f"            {value},\n" for value in fields), "        ),\n"])
 
 
 def to_text(groups: Sequence[Group]) -> str:
-    """A table of what was measured: microseconds of all examples of a row together, before and after."""
+    """Table of the measurements: microseconds of all examples of a row together, before and after."""
     head = ("kernel", "width", "bytes", "before", "after", "times", "launch")
     body = [
         (

@@ -143,7 +143,7 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(probe, "probe", reached)
     monkeypatch.setattr(AudioClassifier, "from_pretrained", reached)
     monkeypatch.setattr(doctor, "examine", reached)
-    monkeypatch.setattr(kernel_report, "examine", reached)
+    monkeypatch.setattr(kernel_report, "collect", reached)
     monkeypatch.setattr(npy, "prepare_npy", reached)
     monkeypatch.setattr(prepare, "prepare_shards", reached)
     monkeypatch.setattr(small_tasks, "build", reached)

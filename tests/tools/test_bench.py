@@ -1,4 +1,4 @@
-"""The bench command: columns that take turns, on a model that fits, and no time of a wrong result."""
+"""The bench command: its columns, the choice of the model, and the rejection of wrong updates."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mae_ast_fast.tools import bench
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets that take milliseconds."""
     for name in _SIZES:
         monkeypatch.setitem(_SIZES, name, (16, 32, 2))
     monkeypatch.setattr(bench, "SECONDS", 1.0)
 
 
-def test_the_command_times_three_columns(small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_cli_reports_three_columns(small_presets: None, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"preset": "frame_tiny", "clips": "2", "device": "cpu", "seconds": "0.1"}
     assert main(["bench", "--json", *(f"--{name}={value}" for name, value in options.items())]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -33,11 +33,11 @@ def test_the_command_times_three_columns(small: None, capsys: pytest.CaptureFixt
         assert len(column["seconds"]) == report["rounds"]
         assert column["clips_per_second"] == pytest.approx(2 / statistics.median(column["seconds"]))
     table = bench.to_text(report)
-    assert "frame_tiny, 2 clips of 1 s a step" in table and "A million clips" in table
+    assert "frame_tiny, 2 clips of 1 s per step" in table and "A million clips" in table
     assert next(line for line in table.splitlines() if line.startswith("ssast")).endswith(" 1.00 x")
 
 
-def test_ratios_are_medians_over_the_rounds() -> None:
+def test_to_text_speedup_is_median_of_round_ratios() -> None:
     def column(*seconds: float) -> dict:
         return {"seconds": list(seconds), "clips_per_second": 1.0, "peak_bytes_a_clip": None}
 
@@ -47,48 +47,50 @@ def test_ratios_are_medians_over_the_rounds() -> None:
     assert [line.split()[-2] for line in table.splitlines() if line.endswith(" x")] == ["2.00", "2.00", "1.00"]
 
 
-def half(step: bench.TrainStep, update: Any, features: Any, mask: Any = None, **more: Any) -> Any:
-    return update(features[::2], mask=None if mask is None else mask[::2], **more)
+def half_batch(step: bench.TrainStep, update: Any, features: Any, mask: Any = None, **options: Any) -> Any:
+    return update(features[::2], mask=None if mask is None else mask[::2], **options)
 
 
-def still(step: bench.TrainStep, update: Any, *inputs: Any, **more: Any) -> Any:
+def skipped_optimizer(step: bench.TrainStep, update: Any, *inputs: Any, **options: Any) -> Any:
     step.optimizer.step = lambda: None
-    return update(*inputs, **more)
+    return update(*inputs, **options)
 
 
-def scaled(step: bench.TrainStep, update: Any, *inputs: Any, **more: Any) -> Any:
-    numbers = update(*inputs, **more)
-    return numbers._replace(grad_norm=numbers.grad_norm * 1.1)
+def scaled_grad_norm(step: bench.TrainStep, update: Any, *inputs: Any, **options: Any) -> Any:
+    metrics = update(*inputs, **options)
+    return metrics._replace(grad_norm=metrics.grad_norm * 1.1)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("wrong_update", "message"),
     [
-        (half, r"fast computes the (loss|gradient's norm)"),
-        (scaled, r"fast computes the gradient's norm"),
-        (still, "fast: an update does not move"),
+        (half_batch, r"fast computes the (loss|gradient norm)"),
+        (scaled_grad_norm, r"fast computes the gradient norm"),
+        (skipped_optimizer, "fast: the first update does not change"),
     ],
 )
-def test_another_update_is_not_timed(
-    small: None, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any], message: str
+def test_bench_rejects_wrong_update(
+    small_presets: None, monkeypatch: pytest.MonkeyPatch, wrong_update: Callable[..., Any], message: str
 ) -> None:
     class Wrong(bench.TrainStep):
-        def __call__(self, *inputs: Any, **more: Any) -> Any:
-            return wrong(self, super().__call__, *inputs, **more)
+        def __call__(self, *inputs: Any, **options: Any) -> Any:
+            return wrong_update(self, super().__call__, *inputs, **options)
 
     monkeypatch.setattr(bench, "TrainStep", Wrong)
     with pytest.raises(ValueError, match=message):
-        bench.bench("patch_tiny", 2, "cpu", 0.1, say=lambda line: None)
+        bench.bench("patch_tiny", 2, "cpu", seconds=0.1, progress=lambda line: None)
 
 
-@pytest.mark.parametrize(("spent", "size"), [(0.01, "base"), (0.6, "small"), (5.0, "tiny")])
-def test_the_model_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, spent: float, size: str) -> None:
+@pytest.mark.parametrize(("round_seconds", "size"), [(0.01, "base"), (0.6, "small"), (5.0, "tiny")])
+def test_largest_picks_largest_model_within_budget(
+    monkeypatch: pytest.MonkeyPatch, round_seconds: float, size: str
+) -> None:
     """Ten rounds in 60 s, sixteen times the work in base and four times in small."""
-    now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
 
     def step() -> torch.Tensor:
-        now[0] += spent / 3
+        clock[0] += round_seconds / 3
         return torch.zeros(())
 
     column = bench.Column("x", torch.nn.Identity(), step)
@@ -97,7 +99,7 @@ def test_the_model_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, spe
     assert MAEASTConfig.preset(f"patch_{size}").embed_dim in (192, 384, 768)
 
 
-def test_what_cannot_be_timed_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, words in ((["--clips", "0"], "at least 1, got 0"), (["--preset", "patch_huge"], "preset must be")):
+def test_bench_cli_invalid_option_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in ((["--clips", "0"], "at least 1, got 0"), (["--preset", "patch_huge"], "preset must be")):
         assert main(["bench", "--device", "cpu", *arguments]) == 1
-        assert words in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The doctor: what it counts is what there is, and nothing missing or broken stops it."""
+"""The doctor command: memory counts, devices and the report, also with missing packages and a broken driver."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 # ----------------------------------------------------------------------------------------------- bytes of a step
 
 
-class Stub(nn.Module):
-    """Its backward pass needs x (once, for two products), exp's result and a parameter, and no more."""
+class SavedTensorsStub(nn.Module):
+    """A model whose backward pass needs only x (once, for two products), the result of exp, and a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class Stub(nn.Module):
         return (x * self.weight + x * self.other + (self.weight * self.table).exp()).sum()
 
 
-def test_every_storage_counts_once_and_parameters_do_not():
-    assert doctor.count_saved(Stub(), 3, "fp32") == 3 * 998 * 128 * 4 + 128 * 4
+def test_count_saved_counts_each_storage_once_without_parameters():
+    assert doctor.count_saved(SavedTensorsStub(), 3, "fp32") == 3 * 998 * 128 * 4 + 128 * 4
 
 
-def test_storages_that_are_freed_are_not_counted():
-    class Unused(Stub):
+def test_count_saved_ignores_freed_storages():
+    class Unused(SavedTensorsStub):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return ((x + 1) + self.weight).sum()  # a sum needs nothing
 
@@ -60,31 +60,31 @@ def test_storages_that_are_freed_are_not_counted():
         ("fp32", {"patch_size": (2, 128), "masking": "random", "encoder_layers": 1}),
     ],
 )
-def test_the_measurement_on_few_layers_gives_the_bytes_of_the_whole_model(precision, fields):
+def test_measure_activations_two_layers_match_whole_model(precision, fields):
     config = dataclasses.replace(CONFIG, **fields)
     kept, per_clip = doctor.measure_activations(config, CPU, precision)
     model = MAEAST(config).train()
     assert kept + 3 * per_clip == doctor.count_saved(model, 3, precision)
 
 
-def test_the_largest_batch_follows_from_the_bytes(monkeypatch):
+def test_largest_batch_follows_from_measured_bytes(monkeypatch):
     monkeypatch.setattr(doctor, "measure_activations", lambda config, device, precision: (10**7, 10**8))
-    found = doctor.largest_batch(CONFIG, CPU, "fp32", None)
-    assert found["clips"] is None
+    estimate = doctor.largest_batch(CONFIG, CPU, "fp32", None)
+    assert estimate["clips"] is None
     parameters = sum(parameter.numel() for parameter in MAEAST(CONFIG).parameters())
-    assert found["parameters"] == parameters
-    assert found["bytes_per_clip"] == 10**8
-    assert found["fixed_bytes"] == 16 * parameters + 10**7 + doctor.RESERVE
-    exact = found["fixed_bytes"] + found["margin"] * 7 * found["bytes_per_clip"]
-    assert doctor.largest_batch(CONFIG, CPU, "fp32", int(exact) + 1)["clips"] == 7
-    assert doctor.largest_batch(CONFIG, CPU, "fp32", int(exact) - 1)["clips"] == 6
+    assert estimate["parameters"] == parameters
+    assert estimate["bytes_per_clip"] == 10**8
+    assert estimate["fixed_bytes"] == 16 * parameters + 10**7 + doctor.RESERVE
+    exact_bytes = estimate["fixed_bytes"] + estimate["margin"] * 7 * estimate["bytes_per_clip"]
+    assert doctor.largest_batch(CONFIG, CPU, "fp32", int(exact_bytes) + 1)["clips"] == 7
+    assert doctor.largest_batch(CONFIG, CPU, "fp32", int(exact_bytes) - 1)["clips"] == 6
     assert doctor.largest_batch(CONFIG, CPU, "fp32", 1000)["clips"] == 0
 
 
 # --------------------------------------------------------------------------------------------------------- memory
 
 
-def write(root: Path, name: str, text: object) -> None:
+def write_file(root: Path, name: str, text: object) -> None:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{text}\n")
@@ -93,40 +93,40 @@ def write(root: Path, name: str, text: object) -> None:
 MEMINFO = "MemTotal:       8000 kB\nMemFree:         100 kB\nMemAvailable:   5000 kB"
 
 
-def test_memory_of_a_machine_without_control_groups(tmp_path):
-    write(tmp_path, "proc/meminfo", MEMINFO)
+def test_memory_without_control_groups_is_meminfo(tmp_path):
+    write_file(tmp_path, "proc/meminfo", MEMINFO)
     assert doctor.memory(tmp_path) == {"total": 8000 * 1024, "available": 5000 * 1024, "limit": None}
 
 
-def test_memory_under_control_groups_2(tmp_path):
-    write(tmp_path, "proc/meminfo", MEMINFO)
-    write(tmp_path, "proc/self/cgroup", "0::/outer/inner")
+def test_memory_cgroup_v2_applies_tightest_limit(tmp_path):
+    write_file(tmp_path, "proc/meminfo", MEMINFO)
+    write_file(tmp_path, "proc/self/cgroup", "0::/outer/inner")
     groups = tmp_path / "sys/fs/cgroup"
-    write(groups, "outer/inner/memory.max", "max")
-    write(groups, "outer/inner/memory.current", 1_000_000)
+    write_file(groups, "outer/inner/memory.max", "max")
+    write_file(groups, "outer/inner/memory.current", 1_000_000)
     assert doctor.memory(tmp_path)["limit"] is None
-    # The limit of the group above holds too; file cache that nobody needs is no use of it.
-    write(groups, "outer/memory.max", 3_000_000)
-    write(groups, "outer/memory.current", 2_000_000)
-    write(groups, "outer/memory.stat", "anon 1500000\ninactive_file 400000\nactive_file 7")
+    # The parent group's limit applies too; inactive file cache does not count as used.
+    write_file(groups, "outer/memory.max", 3_000_000)
+    write_file(groups, "outer/memory.current", 2_000_000)
+    write_file(groups, "outer/memory.stat", "anon 1500000\ninactive_file 400000\nactive_file 7")
     assert doctor.memory(tmp_path) == {"total": 8000 * 1024, "available": 1_400_000, "limit": 3_000_000}
-    write(groups, "outer/memory.max", 2_000_000_000)  # more than the machine has
+    write_file(groups, "outer/memory.max", 2_000_000_000)  # more than the machine's memory
     assert doctor.memory(tmp_path)["available"] == 5000 * 1024
 
 
-def test_memory_under_control_groups_1_seen_from_a_container(tmp_path):
-    write(tmp_path, "proc/meminfo", MEMINFO)
-    write(tmp_path, "proc/self/cgroup", "11:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n0::/")
-    groups = tmp_path / "sys/fs/cgroup/memory"  # the path of the host is not there
-    write(groups, "memory.limit_in_bytes", 2_000_000)
-    write(groups, "memory.usage_in_bytes", 1_900_000)
-    write(groups, "memory.stat", "cache 5\ninactive_file 7\ntotal_inactive_file 200000")
+def test_memory_cgroup_v1_in_container_applies_limit(tmp_path):
+    write_file(tmp_path, "proc/meminfo", MEMINFO)
+    write_file(tmp_path, "proc/self/cgroup", "11:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n0::/")
+    groups = tmp_path / "sys/fs/cgroup/memory"  # the host's path does not exist here
+    write_file(groups, "memory.limit_in_bytes", 2_000_000)
+    write_file(groups, "memory.usage_in_bytes", 1_900_000)
+    write_file(groups, "memory.stat", "cache 5\ninactive_file 7\ntotal_inactive_file 200000")
     assert doctor.memory(tmp_path) == {"total": 8000 * 1024, "available": 300_000, "limit": 2_000_000}
-    write(groups, "memory.limit_in_bytes", 9223372036854771712)
+    write_file(groups, "memory.limit_in_bytes", 9223372036854771712)
     assert doctor.memory(tmp_path)["limit"] is None
 
 
-def test_memory_that_the_system_does_not_tell(tmp_path, monkeypatch):
+def test_memory_unsupported_system_is_none(tmp_path, monkeypatch):
     def sysconf(name):
         if name == "SC_AVPHYS_PAGES":
             raise ValueError("unrecognized configuration name")
@@ -138,16 +138,16 @@ def test_memory_that_the_system_does_not_tell(tmp_path, monkeypatch):
     assert doctor.memory(tmp_path) == {"total": None, "available": None, "limit": None}
 
 
-def test_memory_here():
-    found = doctor.memory()
+def test_memory_this_machine_is_plausible():
+    memory = doctor.memory()
     if sys.platform == "linux":
-        assert 0 < found["available"] <= found["total"]
+        assert 0 < memory["available"] <= memory["total"]
 
 
 # -------------------------------------------------------------------------------------------------------- devices
 
 
-def test_a_broken_driver_is_a_problem_and_no_crash(monkeypatch):
+def test_cuda_devices_broken_driver_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
@@ -172,7 +172,7 @@ class Properties:
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch):
+def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
@@ -180,13 +180,15 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
 
 
-def test_a_gpu_is_listed_and_measured_for(pretended_gpu, monkeypatch):
-    asked = []
+def test_examine_gpu_is_listed_and_measured(fake_gpu, monkeypatch):
+    measured = []
     monkeypatch.setattr(
-        doctor, "measure_activations", lambda config, device, precision: asked.append((device, precision)) or (0, 10**8)
+        doctor,
+        "measure_activations",
+        lambda config, device, precision: measured.append((device, precision)) or (0, 10**8),
     )
     report = doctor.examine("patch_base")
-    assert asked == [(torch.device("cuda"), "bf16")]
+    assert measured == [(torch.device("cuda"), "bf16")]
     assert report["cuda"]["devices"] == [
         {"name": "NVIDIA H100 80GB HBM3", "capability": "sm_90", "free": 70 * 10**9, "total": 80 * 10**9}
     ]
@@ -198,7 +200,7 @@ def test_a_gpu_is_listed_and_measured_for(pretended_gpu, monkeypatch):
     assert list(report["uses"]) == ["cuda", "cpu"]
 
 
-def test_a_gpu_that_fails_in_use_is_a_problem_and_no_crash(pretended_gpu, monkeypatch):
+def test_examine_gpu_failing_in_use_is_reported(fake_gpu, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("CUDA error: device-side assert triggered\nand so on")
 
@@ -219,15 +221,15 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
-def test_the_report_says_what_auto_stands_for(checkpoint):
+def test_examine_reports_auto_choices(checkpoint):
     report = doctor.examine(checkpoint=checkpoint)
     uses = report["uses"]["cpu"]
     for name in doctor.OPERATIONS:
-        assert hasattr(reference, name) or hasattr(masking, name), f"{name} is no operation"
-        choice, why = resolve_impl("auto", CPU)
-        assert uses["operations"][name] == {"choice": choice, "why": why}
-    choice, why = attention.choose_backend("auto", CPU)
-    assert uses["attention"] == {"choice": choice, "why": why}
+        assert hasattr(reference, name) or hasattr(masking, name), f"{name} is not an operation"
+        choice, reason = resolve_impl("auto", CPU)
+        assert uses["operations"][name] == {"choice": choice, "why": reason}
+    choice, reason = attention.choose_backend("auto", CPU)
+    assert uses["attention"] == {"choice": choice, "why": reason}
     assert uses["precision"]["choice"] == ("bf16" if native_bf16(CPU) else "fp32") == report["training"]["precision"]
     text = doctor.to_text(report)
     for name in (*doctor.OPERATIONS, "attention", "precision", *doctor.PACKAGES, checkpoint):
@@ -235,19 +237,19 @@ def test_the_report_says_what_auto_stands_for(checkpoint):
     assert json.loads(json.dumps(report)) == report
 
 
-def test_the_model_of_a_preset_is_the_one_that_the_pretrain_command_trains(monkeypatch):
-    asked = []
+def test_examine_preset_uses_model_of_pretrain(monkeypatch):
+    measured = []
     monkeypatch.setattr(
-        doctor, "measure_activations", lambda config, device, precision: asked.append(config) or (0, 10**8)
+        doctor, "measure_activations", lambda config, device, precision: measured.append(config) or (0, 10**8)
     )
     report = doctor.examine("frame_tiny")
-    assert asked == [PretrainOptions(preset="frame_tiny").model_config()]
-    assert f"dropout {asked[0].dropout:g}, clips of 10 s" in doctor.to_text(report)
+    assert measured == [PretrainOptions(preset="frame_tiny").model_config()]
+    assert f"dropout {measured[0].dropout:g}, clips of 10 s" in doctor.to_text(report)
 
 
-def test_packages_are_those_installed(monkeypatch):
-    found = doctor.packages()
-    assert found["torch"] == torch.__version__.split("+")[0]
+def test_packages_reports_installed_versions(monkeypatch):
+    versions = doctor.packages()
+    assert versions["torch"] == torch.__version__.split("+")[0]
     monkeypatch.setitem(doctor.PACKAGES, "no-such-package-x", "train")
     monkeypatch.setattr(doctor, "measure_activations", lambda config, device, precision: (10**7, 10**8))
     report = doctor.examine("patch_tiny")
@@ -257,25 +259,25 @@ def test_packages_are_those_installed(monkeypatch):
     assert 'pip install "mae-ast-fast[train]"' in text
 
 
-def test_unknown_memory_is_said_to_be_unknown(checkpoint, monkeypatch):
+def test_to_text_unknown_memory_is_unknown(checkpoint, monkeypatch):
     monkeypatch.setattr(doctor, "memory", lambda: {"total": None, "available": None, "limit": None})
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: ([], []))  # a GPU's memory would be known
+    monkeypatch.setattr(doctor, "cuda_devices", lambda: ([], []))  # the memory of a GPU would be known
     text = doctor.to_text(doctor.examine(checkpoint=checkpoint))
     assert "memory unknown, available unknown" in text
     assert "fits             unknown" in text
 
 
-def test_it_runs_on_base_dependencies(checkpoint):
+def test_doctor_cli_runs_on_base_dependencies(checkpoint):
     blocked = (
-        "torchaudio soundfile soxr av tensorboard jsonargparse matplotlib triton lhotse"  # the Hub's library has tqdm
+        "torchaudio soundfile soxr av tensorboard jsonargparse matplotlib triton lhotse"  # huggingface_hub needs tqdm
     )
     program = f"""
 import sys
-sys.modules.update(dict.fromkeys({blocked.split()!r}))  # None: as if it were not installed
+sys.modules.update(dict.fromkeys({blocked.split()!r}))  # None: as if not installed
 from mae_ast_fast.cli import main
 sys.exit(main(["doctor", "--json", "--checkpoint", {checkpoint!r}]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
     assert report["training"]["bytes_per_clip"] > 0

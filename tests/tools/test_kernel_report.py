@@ -1,7 +1,7 @@
-"""The kernels command: what it reads from compilers, what it calls a problem, and what it compiles again.
+"""The kernels command: reading compiler output, problems, the allow list, and the cache.
 
-Kernels are compiled in processes of their own, where Triton's interpreter is off. Toys are modules that stand in for
-those of mae_ast_fast.kernels.
+Kernels are compiled in subprocesses, where Triton's interpreter is off. Toys are modules that replace those of
+mae_ast_fast.kernels.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mae_ast_fast.kernels.spill_allowlist import Allowed
 from mae_ast_fast.tools import kernel_compiler, kernel_report
 from mae_ast_fast.tools.kernel_compiler import amdgcn_matrix, read_amdgcn, read_ptxas, sass_matrix
 from mae_ast_fast.tools.kernel_hardware import ARCHS, occupancy
-from mae_ast_fast.tools.kernel_report import judge
+from mae_ast_fast.tools.kernel_report import check
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _interpreted_kernels() -> None:
-    """Imports them while the interpreter is on: a test here turns it off, and other tests use what was imported."""
+def _import_interpreted_kernels() -> None:
+    """Import the kernels while the interpreter is on: a test here turns it off, and other tests reuse the modules."""
     for path in (ROOT / "kernels").glob("*.py"):
         importlib.import_module(f"mae_ast_fast.kernels.{path.stem}")
 
@@ -141,33 +141,36 @@ for step in json.loads(sys.argv[2]):
 """
 
 
-def python(*argv: str, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | more
+def run_python(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | variables
     return subprocess.run(
         [sys.executable, *argv], check=False, capture_output=True, text=True, env=environment, timeout=3000
     )
 
 
-def run(folder: Path, *steps: dict[str, Any]) -> list[list[Any]]:
-    """[exit code, report] of ``mae-ast-fast kernels`` on toys; one process for all steps."""
+def run_kernels(folder: Path, *steps: dict[str, Any]) -> list[list[Any]]:
+    """[exit code, report] of ``mae-ast-fast kernels`` on toys, for each step; one process runs all steps."""
     (folder / "toys").mkdir(exist_ok=True)
-    done = python("-c", STEPS, str(folder / "toys"), json.dumps(steps), MAE_AST_FAST_CACHE=str(folder / "cache"))
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    process = run_python("-c", STEPS, str(folder / "toys"), json.dumps(steps), MAE_AST_FAST_CACHE=str(folder / "cache"))
+    assert process.returncode == 0, process.stderr
+    results = [json.loads(line) for line in process.stdout.splitlines()]
     return [[code, json.loads(out) if out.startswith("{") else out] for code, out in results]
 
 
-def titles(found: list[dict[str, str]]) -> list[str]:
-    return [f"{x['op']}.{x['kernel']} {x['variant']} {x['arch']}: {x['message']}" for x in found]
+def problem_lines(problems: list[dict[str, str]]) -> list[str]:
+    return [
+        f"{problem['op']}.{problem['kernel']} {problem['variant']} {problem['arch']}: {problem['message']}"
+        for problem in problems
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- the whole command
 
 
-def test_a_report_of_every_architecture_and_what_is_compiled_again(tmp_path):
+def test_kernels_cli_reports_all_archs_and_recompiles_only_changes(tmp_path):
     all_json = ["--json"]
     edited = GOOD.replace("y = tl.dot", "# as it was\n    y  =  tl.dot")
-    first, again, comment, copy, constant, helper, dump, nothing = run(
+    first, unchanged, comment_edited, copy_edited, constant_edited, helper_edited, dump, no_match = run_kernels(
         tmp_path,
         {"argv": all_json, "write": {"good": GOOD}},
         {"argv": all_json},
@@ -179,11 +182,11 @@ def test_a_report_of_every_architecture_and_what_is_compiled_again(tmp_path):
         {"argv": ["--dump", "_product a b fp32 48"]},
     )
     code, report = first
-    assert titles(report["problems"] + report["notes"]) == []
+    assert problem_lines(report["problems"] + report["notes"]) == []
     assert code == 0
-    kinds = [("_product", f"a b {name}") for name in ("bf16 64", "fp32 64")] + [("_copy", "copy fp32 64")]
+    variants = [("_product", f"a b {name}") for name in ("bf16 64", "fp32 64")] + [("_copy", "copy fp32 64")]
     rows = {(row["kernel"], row["variant"], row["arch"]): row for row in report["rows"]}
-    assert set(rows) == {(*kind, arch) for kind in kinds for arch in ARCHS}
+    assert set(rows) == {(*kind, arch) for kind in variants for arch in ARCHS}
     assert len(rows) == len(report["rows"]) == 12
     assert all(0 < row["occupancy"] <= 1 and row["registers"] > 0 and row["spill"] == 0 for row in rows.values())
     matrix = {
@@ -203,11 +206,11 @@ def test_a_report_of_every_architecture_and_what_is_compiled_again(tmp_path):
     assert rows["_product", "a b bf16 64", "sm_90"]["bytes_per_row"] == 2 * (64 + 64)  # x and y
     assert rows["_copy", "copy fp32 64", "sm_90"]["bytes_per_row"] == 4 * (64 + 64 / 16)  # the second is one row
     assert (report["compiled"], report["cached"]) == (12, 0)
-    assert (again[1]["compiled"], again[1]["cached"]) == (0, 12)
-    assert again[1]["rows"] == report["rows"]
-    assert comment[1]["compiled"] == 0
-    # Only the kernel that changed, or whose constant or helper did.
-    assert [step[1]["compiled"] for step in (copy, constant, helper)] == [1, 2, 2]
+    assert (unchanged[1]["compiled"], unchanged[1]["cached"]) == (0, 12)
+    assert unchanged[1]["rows"] == report["rows"]
+    assert comment_edited[1]["compiled"] == 0
+    # Only the kernel that changed, or whose constant or helper changed.
+    assert [step[1]["compiled"] for step in (copy_edited, constant_edited, helper_edited)] == [1, 2, 2]
     code, text = dump
     assert code == 0
     stem = tmp_path / "dump" / "good._product-a-b-fp32-64-sm_90"
@@ -215,13 +218,13 @@ def test_a_report_of_every_architecture_and_what_is_compiled_again(tmp_path):
     assert ".entry _product" in Path(f"{stem}.ptx").read_text()
     assert "FFMA" in Path(f"{stem}.sass").read_text()
     assert len(list((tmp_path / "dump").iterdir())) == 2
-    told = 'nothing to dump: expected a part of "op.kernel variant arch"'
-    assert nothing == [1, f"mae-ast-fast kernels: error: {told}, got '_product a b fp32 48'\n"]
+    message = 'nothing to dump: expected a part of "op.kernel variant arch"'
+    assert no_match == [1, f"mae-ast-fast kernels: error: {message}, got '_product a b fp32 48'\n"]
 
 
-def test_kernel_report_with_another_triton_notes_spills_and_does_not_fail(tmp_path):
+def test_kernels_cli_other_triton_notes_spills_without_failing(tmp_path):
     spills = {"argv": ["--json", "--op", "spills", "--arch", "sm_90"], "write": {"spills": SPILLS}}
-    ((code, report),) = run(tmp_path, {**spills, "triton": "0.1"})
+    ((code, report),) = run_kernels(tmp_path, {**spills, "triton": "0.1"})
     assert (code, report["problems"]) == (0, [])
     (note,) = report["notes"]
     version = report["versions"]["triton"]
@@ -229,20 +232,20 @@ def test_kernel_report_with_another_triton_notes_spills_and_does_not_fail(tmp_pa
     assert (note["kind"], note["message"]) == ("spill", expected)
 
 
-def test_problems_and_what_the_allow_list_does_about_them(tmp_path):
+def test_kernels_cli_reports_problems_and_applies_allow_list(tmp_path):
     spills = {"argv": ["--json", "--op", "spills", "--arch", "sm_90"]}
     entry = ["spills._large", "large fp32 64", "sm_90", 10**6, "a toy"]
-    gone = ["good._copy", "copy fp32 64", "sm_90", 16, "spilled once"]
+    unused = ["good._copy", "copy fp32 64", "sm_90", 16, "spilled once"]
     good = {"argv": ["--json", "--op", "good", "--arch", "sm_90"]}
     write = {"good": GOOD, "spills": SPILLS, "shared": SHARED, "broken": BROKEN, "unfinished": "def examples(:"}
-    plain, allowed, small, text, stale, elsewhere, shared, broken, rest = run(
+    plain, allowed, small_entry, text, stale, other_arch, shared, broken, all_archs = run_kernels(
         tmp_path,
         {**spills, "write": write},
         {**spills, "allowed": [entry]},
         {**spills, "allowed": [[*entry[:3], 4, "too small"]]},
         {"argv": ["--op", "spills", "--arch", "sm_90"]},
-        {**good, "allowed": [gone, ["good._copied", *gone[1:]]]},
-        {**good, "allowed": [entry, [*gone[:2], "sm_80", *gone[3:]]]},
+        {**good, "allowed": [unused, ["good._copied", *unused[1:]]]},
+        {**good, "allowed": [entry, [*unused[:2], "sm_80", *unused[3:]]]},
         {"argv": ["--json", "--op", "shared", "--arch", "sm_90"]},
         {"argv": ["--json", "--op", "broken", "--arch", "sm_90,gfx942"], "allowed": [["broken._odd", *entry[1:]]]},
         {"argv": ["--json", "--op", "broken,unfinished"]},
@@ -251,31 +254,33 @@ def test_problems_and_what_the_allow_list_does_about_them(tmp_path):
     (row,) = report["rows"]
     assert row["spill"] > 100
     assert code == 1
-    assert titles(report["problems"]) == [f"spills._large large fp32 64 sm_90: spills {row['spill']} bytes"]
+    assert problem_lines(report["problems"]) == [f"spills._large large fp32 64 sm_90: spills {row['spill']} bytes"]
     code, report = allowed
     assert (code, report["problems"], report["rows"][0]["allowed"]) == (0, [], "a toy")
-    assert small[0] == 1
-    assert small[1]["problems"][0]["message"] == f"spills {row['spill']} bytes, kernels/spill_allowlist.py allows 4"
+    assert small_entry[0] == 1
+    assert (
+        small_entry[1]["problems"][0]["message"] == f"spills {row['spill']} bytes, kernels/spill_allowlist.py allows 4"
+    )
     assert text[0] == 1
     assert re.search(r"^  large fp32 64 +sm_90 .* <- spill$", text[1], re.MULTILINE)
     assert f"\nProblems:\n  spills._large large fp32 64 sm_90: spills {row['spill']} bytes\n" in text[1]
     assert text[1].endswith("1 kernel in 1 variant for sm_90: 0 compiled, 1 from the cache; 1 problem, exit code 1\n")
     assert max(map(len, text[1].splitlines())) <= 160
     assert stale[0] == 1
-    assert titles(stale[1]["problems"]) == [
-        "good._copy copy fp32 64 sm_90: spills nothing any more: remove the entry from kernels/spill_allowlist.py",
-        "good._copied copy fp32 64 sm_90: there is no such variant: remove the entry from kernels/spill_allowlist.py",
+    assert problem_lines(stale[1]["problems"]) == [
+        "good._copy copy fp32 64 sm_90: no longer spills: remove the entry from kernels/spill_allowlist.py",
+        "good._copied copy fp32 64 sm_90: no such variant: remove the entry from kernels/spill_allowlist.py",
     ]
-    assert elsewhere[0] == 0  # entries of what was not asked for
+    assert other_arch[0] == 0  # entries for other operations and architectures do not count
     code, report = shared
     (row,) = report["rows"]
     assert (code, row["occupancy"]) == (1, 0.0)
-    told = f"needs {row['shared']} bytes of shared memory, a block on sm_90 has 232448"
-    assert titles(report["problems"]) == [f"shared._wide wide bf16 32 sm_90: {told}"]
+    message = f"needs {row['shared']} bytes of shared memory, a block on sm_90 has 232448"
+    assert problem_lines(report["problems"]) == [f"shared._wide wide bf16 32 sm_90: {message}"]
     code, report = broken
     assert code == 1
-    lines = titles(report["problems"])
-    for arch in ("sm_90", "gfx942"):  # asked for by name
+    lines = problem_lines(report["problems"])
+    for arch in ("sm_90", "gfx942"):  # requested by name
         for width in (32, 64):
             (line,) = [line for line in lines if line.startswith(f"broken._odd odd bf16 {width} {arch}: does not comp")]
             assert "tl.arange(0, 48)" in line
@@ -283,9 +288,9 @@ def test_problems_and_what_the_allow_list_does_about_them(tmp_path):
         assert f"broken.  {arch}: examples(fp32, 64) fails: RuntimeError: no fp32 here" in lines
         assert any("the example 'idle' launches nothing" in line for line in lines)
     assert not any("spill_allowlist.py" in line for line in lines)
-    code, report = rest
+    code, report = all_archs
     assert code == 1
-    assert any("unfinished" in line and "SyntaxError" in line for line in titles(report["problems"]))
+    assert any("unfinished" in line and "SyntaxError" in line for line in problem_lines(report["problems"]))
     assert {problem["arch"] for problem in report["problems"] if problem["kind"] == "compile"} == set(ARCHS) - {
         "gfx942"
     }
@@ -310,11 +315,11 @@ for arch in ("sm_90", "gfx942"):
 """
 
 
-def test_what_is_compiled_is_what_the_jit_would_compile(tmp_path):
+def test_specialised_matches_jit(tmp_path):
     (tmp_path / "specialised.py").write_text(SPECIALISED)
-    done = python(str(tmp_path / "specialised.py"))
-    assert done.returncode == 0, done.stderr
-    nvidia, amd = map(json.loads, done.stdout.splitlines())
+    process = run_python(str(tmp_path / "specialised.py"))
+    assert process.returncode == 0, process.stderr
+    nvidia, amd = map(json.loads, process.stdout.splitlines())
     signature = [
         "*bf16",
         "*bf16",
@@ -330,13 +335,19 @@ def test_what_is_compiled_is_what_the_jit_would_compile(tmp_path):
         "constexpr",
     ]
     constants = {"3": None, "5": 1, "11": 64}
-    divisible, small = "tt.divisibility", "tt.pointer_range"
-    assert nvidia == [signature, {place: [divisible] for place in ("0", "2", "6", "8")}, constants, 8]
-    marks = {"0": [divisible, small], "1": [small], "2": [divisible, small], "6": [divisible], "8": [divisible]}
+    divisible, pointer_range = "tt.divisibility", "tt.pointer_range"
+    assert nvidia == [signature, {index: [divisible] for index in ("0", "2", "6", "8")}, constants, 8]
+    marks = {
+        "0": [divisible, pointer_range],
+        "1": [pointer_range],
+        "2": [divisible, pointer_range],
+        "6": [divisible],
+        "8": [divisible],
+    }
     assert amd == [signature, marks, constants, 8]
 
 
-def test_where_nothing_can_be_compiled(capsys, monkeypatch):
+def test_kernels_cli_cannot_compile_fails(capsys, monkeypatch):
     def fails(*argv: str) -> str:
         assert main(["kernels", *argv]) == 1
         captured = capsys.readouterr()
@@ -352,7 +363,7 @@ def test_where_nothing_can_be_compiled(capsys, monkeypatch):
     assert "needs the package triton" in fails()
 
 
-def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
+def test_compile_kernels_killed_compiler_is_one_error(monkeypatch):
     def work(source, folder, files):
         if source["dies"]:
             (folder / "log").write_text("LLVM ERROR: out of luck\n")
@@ -360,13 +371,15 @@ def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
         (folder / "result.json").write_text('{"registers": 1}')
 
     monkeypatch.setattr(kernel_compiler, "_work", work)
-    seen, kept = [], []
+    progress, stored = [], []
     sources = {str(index): ({"dies": index == 1}, None) for index in range(4)}
-    results = kernel_compiler.compile_kernels(sources, 2, lambda done, of: seen.append((done, of)), kept.append)
-    assert [len(each) for each in kept] == [1] * 4, "each as it comes"
-    assert results.pop("1") == {"error": "the compiler died of SIGKILL:\nLLVM ERROR: out of luck"}
+    results = kernel_compiler.compile_kernels(
+        sources, 2, lambda done, total: progress.append((done, total)), stored.append
+    )
+    assert [len(results_stored) for results_stored in stored] == [1] * 4, "each result is stored at once"
+    assert results.pop("1") == {"error": "the compiler died with SIGKILL:\nLLVM ERROR: out of luck"}
     assert results == {name: {"registers": 1} for name in "023"}
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.mark.timeout(3000)
@@ -374,16 +387,16 @@ def test_a_compiler_that_dies_takes_nothing_with_it(monkeypatch):
     "archs",
     [
         pytest.param(("sm_80", "sm_90", "sm_100"), marks=pytest.mark.ci),
-        pytest.param(("gfx942",), marks=pytest.mark.long),  # a quarter of the time for what only has notes to show
+        pytest.param(("gfx942",), marks=pytest.mark.long),  # a quarter of the time, but only notes
     ],
     ids="-".join,
 )
-def test_every_kernel_compiles_for_every_architecture_within_its_limits(archs):
-    done = python("-m", "mae_ast_fast", "kernels", "--json", "--no-cache", "--arch", ",".join(archs))
-    assert done.stdout.startswith("{"), (done.returncode, done.stderr)
-    report = json.loads(done.stdout)
-    assert titles(report["problems"]) == []
-    assert done.returncode == 0
+def test_kernels_cli_all_kernels_compile_within_limits(archs):
+    process = run_python("-m", "mae_ast_fast", "kernels", "--json", "--no-cache", "--arch", ",".join(archs))
+    assert process.stdout.startswith("{"), (process.returncode, process.stderr)
+    report = json.loads(process.stdout)
+    assert problem_lines(report["problems"]) == []
+    assert process.returncode == 0
     assert report["cached"] == 0
     ops = {path.stem for path in (ROOT / "kernels").glob("*.py") if "\ndef examples(" in path.read_text()}
     assert "add_layer_norm" in ops
@@ -400,40 +413,41 @@ print(json.dumps([variant.width for variant in kernel_report._variants("sample_m
 """
 
 
-def test_every_width_of_an_operation_without_dtypes_is_compiled():
-    done = python("-c", ROWS)
-    assert done.returncode == 0, done.stderr
-    assert sorted(json.loads(done.stdout)) == [512, 512, 1024, 1024, 4096, 4096, 8192, 8192]
+def test_variants_operation_without_dtypes_covers_every_width():
+    process = run_python("-c", ROWS)
+    assert process.returncode == 0, process.stderr
+    assert sorted(json.loads(process.stdout)) == [512, 512, 1024, 1024, 4096, 4096, 8192, 8192]
 
 
-# -------------------------------------------------------------------------------------------------------- the parts
+# -------------------------------------------------------------------------------------------------------- functions
 
 
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "warps", "tensor_memory", "share"),
     [
-        # A warp takes 72 * 32 = 2304 registers, 9 units of 256; of 16384 in a quarter 7 fit: 28 warps, 7 blocks.
+        # A warp takes 72 * 32 = 2304 registers, 9 units of 256; of 16384 7 fit in a quarter: 28 warps, 7 blocks.
         ("sm_90", 72, 4096, 4, 0, 28 / 64),
-        ("sm_80", 255, 0, 8, 0, 8 / 64),  # 8192 a warp: 2 in a quarter, one block of 8
+        ("sm_80", 255, 0, 8, 0, 8 / 64),  # 8192 per warp: 2 in a quarter, one block of 8
         ("sm_80", 33, 0, 4, 0, 48 / 64),  # 1056 become 1280: 12 in a quarter
         ("sm_90", 32, 0, 1, 0, 32 / 64),  # 32 blocks at most
         ("sm_80", 32, 81920, 8, 0, 16 / 64),  # 81920 + 1024 of 167936: two blocks
-        ("sm_80", 32, 82945, 8, 0, 8 / 64),  # rounded up to 83072: two blocks no longer
-        ("sm_90", 32, 232448, 8, 0, 8 / 64),  # the largest block, with what the system takes
+        ("sm_80", 32, 82945, 8, 0, 8 / 64),  # rounded up to 83072: one block
+        ("sm_90", 32, 232448, 8, 0, 8 / 64),  # the largest block, plus the reserved bytes
         ("sm_90", 32, 232449, 8, 0, 0.0),
         ("sm_100", 32, 0, 4, 256, 8 / 64),  # two blocks share 512 columns
-        ("sm_80", 255, 0, 16, 0, 0.0),  # more registers than there are
+        ("sm_80", 255, 0, 16, 0, 0.0),  # more registers than available
         ("gfx942", 128, 0, 4, 0, 16 / 32),  # 4 of 512 / 128 in a quarter
         ("gfx942", 129, 0, 4, 0, 12 / 32),  # 136: 3
         ("gfx942", 24, 32769, 4, 0, 4 / 32),  # one block of 64 KB
         ("gfx942", 24, 0, 4, 0, 32 / 32),
     ],
 )
-def test_occupancy_by_hand(arch, registers, shared, warps, tensor_memory, share):
-    assert occupancy(arch, registers, shared, warps, tensor_memory) == share
+def test_occupancy_matches_hand_computation(*, arch, registers, shared, warps, tensor_memory, share):
+    figures = {"registers": registers, "shared": shared, "warps": warps, "tensor_memory": tensor_memory}
+    assert occupancy(arch, **figures) == share
 
 
-def test_limits_of_a_block():
+def test_archs_block_shared_matches_vendor_limits():
     assert {name: arch.block_shared for name, arch in ARCHS.items()} == {
         "sm_80": 166912,
         "sm_90": 232448,
@@ -442,7 +456,7 @@ def test_limits_of_a_block():
     }
 
 
-def test_reading_ptxas():
+def test_read_ptxas_returns_registers_and_spill():
     log = """
 ptxas-blackwell info    : 11 bytes gmem
 ptxas-blackwell info    : Compiling entry function '_forward' for 'sm_100a'
@@ -455,7 +469,7 @@ ptxas-blackwell info    : Used 71 registers, used 1 barriers, 24 bytes cumulativ
         read_ptxas("nothing")
 
 
-def test_reading_amd_assembly():
+def test_read_amdgcn_returns_registers_and_spill():
     assembly = """
 	.set .L_forward.num_vgpr, 90
 amdhsa.kernels:
@@ -478,7 +492,7 @@ SASS = """
 
 
 @pytest.mark.parametrize(
-    ("opcodes", "kind"),
+    ("opcodes", "instructions"),
     [
         ([], "FFMA"),
         (["HMMA.16816.F32.BF16"], "HMMA"),
@@ -488,20 +502,22 @@ SASS = """
         (["WARPGROUP.ARRIVE", "MUFU.EX2"], "FFMA"),
     ],
 )
-def test_matrix_instructions_in_sass(opcodes, kind):
-    lines = [f"        /*{place:04x}*/          {opcode} R4, R8 ;   /* HMMA */" for place, opcode in enumerate(opcodes)]
-    assert sass_matrix(SASS + "\n".join(lines)) == kind
+def test_sass_matrix_names_matrix_instructions(opcodes, instructions):
+    lines = [
+        f"        /*{address:04x}*/          {opcode} R4, R8 ;   /* HMMA */" for address, opcode in enumerate(opcodes)
+    ]
+    assert sass_matrix(SASS + "\n".join(lines)) == instructions
     assert sass_matrix("        /*0000*/  MOV R1, R2 ;  /* FFMA */") == "-"
 
 
-def test_judgement_of_tensor_memory_and_a_broken_operation():
+def test_check_reports_tensor_memory_and_skips_broken_operation():
     row = {"op": "a", "kernel": "_k", "variant": "v", "arch": "sm_100", "shared": 0, "spill": 0, "tensor_memory": 1024}
-    (problem,) = judge([row], [])
+    (problem,) = check([row], [])
     assert (problem["kind"], problem["message"]) == (
         "tensor_memory",
         "needs 1024 columns of tensor memory, there are 512",
     )
     entry = Allowed("a._k", "v", "sm_100", 8, "reason")
     row["tensor_memory"] = 512
-    assert [problem["kind"] for problem in judge([row], [entry])] == ["allowed"]
-    assert judge([row], [entry], {"a"}) == []
+    assert [problem["kind"] for problem in check([row], [entry])] == ["allowed"]
+    assert check([row], [entry], {"a"}) == []
