@@ -1,1 +1,1 @@
-"""Checkpoints: the official ones, the library's own, and those of a training run."""
+"""Checkpoints: official ones, the library's own, and those of a training run."""

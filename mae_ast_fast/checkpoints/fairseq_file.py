@@ -1,11 +1,11 @@
 """PyTorch checkpoint files, read without executing anything from them.
 
-A torch file is a zip of one pickle and raw tensor data. A pickle is a program: loading it calls whatever it names. So
-the pickle is neither loaded nor restricted here, it is read: ``_read_pickle`` walks its opcodes, builds dicts, lists
-and numbers, and turns every class and every call into an inert ``_Object`` with the dotted name and the arguments.
-Nothing named in the file is imported or called. torch's own loader, which also runs TorchScript archives and knows a
-legacy format, is not used. Only weights and options are read: the optimizer state, twice the size of the weights, is
-not even read from disk.
+A torch file is a zip of one pickle and raw tensor data. A pickle is a program: loading it calls whatever it names. The
+pickle is therefore neither loaded nor restricted here, but parsed. ``_read_pickle`` walks its opcodes and builds dicts,
+lists and numbers. Every class and every call becomes an inert ``_Object`` with the dotted name and the arguments.
+Nothing named in the file is imported or called. torch's own loader is not used: it also runs TorchScript archives and
+reads a legacy format. Only weights and options are read from disk, not the optimizer state, which is twice the size of
+the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Opcodes whose argument is the value.
+# Opcodes whose operand is the value.
 _NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
 _STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -38,16 +38,16 @@ _STORAGE_DTYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-_MAX_NESTING = 64  # of the options; a real file has about ten levels
+_MAX_NESTING = 64  # levels of the options; a real file has about ten
 
 
 class _Object:
-    """What a pickle says about a class, a function or the result of calling one. It does nothing.
+    """Inert description of a class, a function or the result of calling one, as a pickle names it.
 
     Attributes:
         name: Dotted name of the class or function.
-        args: Arguments of the call, None for the class or function itself.
-        state: What the pickle would have given to ``__setstate__``.
+        args: Arguments of the call; None: the class or function itself.
+        state: Argument that unpickling would pass to ``__setstate__``.
     """
 
     __slots__ = ("args", "name", "state")
@@ -62,11 +62,11 @@ class _Object:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the weights and options of a fairseq checkpoint; nothing in the file is executed.
+    """Read the weights and options of a fairseq checkpoint. Nothing in the file is executed.
 
     Args:
-        path: A file written by ``torch.save`` (torch >= 1.6, the zip format) that holds a dict with ``model`` and, for
-            its options, ``cfg`` or (older) ``args``: plain dicts, ``argparse.Namespace`` or OmegaConf containers.
+        path: File written by ``torch.save`` (torch >= 1.6, the zip format). It holds a dict with ``model`` and, for its
+            options, ``cfg`` or (older) ``args``: plain dicts, ``argparse.Namespace`` or OmegaConf containers.
 
     Returns:
         ``model``: official parameter name -> CPU tensor, in the file's dtype. ``cfg`` and ``args``, where the file has
@@ -74,23 +74,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         shows its name; ``fairseq_config`` reports it if it needs it. The file's other entries are left out.
 
     Raises:
-        ValueError: Not a torch file, a damaged one, not a checkpoint, or weights that are not plain tensors.
+        ValueError: The file is no torch file, is damaged or holds no checkpoint, or weights are not plain tensors.
         OSError: The file cannot be opened.
     """
     return _read_file(path, _read_checkpoint)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads a file that is a state dict and nothing else, such as SSAST's; nothing in the file is executed.
+    """Read a file that holds a state dict alone, such as SSAST's. Nothing in the file is executed.
 
     Args:
-        path: A file written by ``torch.save(model.state_dict(), path)`` (torch >= 1.6, the zip format).
+        path: File written by ``torch.save(model.state_dict(), path)`` (torch >= 1.6, the zip format).
 
     Returns:
         Parameter name -> CPU tensor, in the file's dtype.
 
     Raises:
-        ValueError: Not a torch file, a damaged one, or something else than plain tensors by name.
+        ValueError: The file is no torch file, is damaged, or holds anything but plain tensors by name.
         OSError: The file cannot be opened.
     """
 
@@ -102,19 +102,26 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _read_file(path: str | os.PathLike[str], read: Callable[[zipfile.ZipFile], dict[str, Any]]) -> dict[str, Any]:
+    """Result of ``read`` on the archive at ``path``; its errors become ValueErrors that name the file."""
     try:
         with open(path, "rb") as file:
             try:
                 _check_zip(file)
                 with zipfile.ZipFile(file) as archive:
                     return read(archive)
-            except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:  # OSError: seeks to nowhere
+            except (
+                zipfile.BadZipFile,
+                EOFError,
+                NotImplementedError,
+                OSError,
+            ) as error:  # OSError: a seek outside the file
                 raise ValueError(f"damaged file: {error}") from error
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def _check_zip(file: Any) -> None:
+    """Raise a ValueError that describes the file if it is no complete zip file."""
     head = file.read(16)
     if not head:
         raise ValueError("expected a torch checkpoint, found an empty file")
@@ -130,11 +137,11 @@ def _check_zip(file: Any) -> None:
 
 
 def _read_content(archive: zipfile.ZipFile) -> tuple[str, Any]:
-    """The folder inside the archive, and what its pickle describes."""
+    """The folder inside the archive (ends in "/"), and the value that its pickle describes."""
     pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        found = reprlib.repr(archive.namelist())
-        raise ValueError(f"expected a torch checkpoint, found a zip file without one */data.pkl: {found}")
+        names = reprlib.repr(archive.namelist())
+        raise ValueError(f"expected a torch checkpoint, found a zip file without one */data.pkl: {names}")
     root = pickles[0].removesuffix("data.pkl")
     if root + "byteorder" in archive.namelist():
         order = _read_record(archive, root + "byteorder").decode("ascii", "replace")
@@ -144,16 +151,23 @@ def _read_content(archive: zipfile.ZipFile) -> tuple[str, Any]:
     return root, _read_pickle(_read_record(archive, pickles[0]))
 
 
-def _read_weights(archive: zipfile.ZipFile, root: str, weights: Any, where: str) -> dict[str, Tensor]:
-    """The tensors that a dict describes, by name; ``where`` it stands, in words."""
+def _read_weights(archive: zipfile.ZipFile, root: str, weights: Any, source: str) -> dict[str, Tensor]:
+    """The tensors that the dict ``weights`` describes, by name.
+
+    Args:
+        archive: Open zip file.
+        root: Folder inside the archive.
+        weights: Parameter name -> description of a tensor; anything else is an error.
+        source: Name of ``weights`` in error messages.
+    """
     if not isinstance(weights, dict):
-        raise ValueError(f"expected {where} to be a dict of tensors, found {describe(weights)}")
-    storages: dict[str, Tensor] = {}  # several tensors may share one
+        raise ValueError(f"expected {source} to be a dict of tensors, found {describe(weights)}")
+    storages: dict[str, Tensor] = {}  # several tensors may share one storage
     model = {}
     for name, value in weights.items():
         if not isinstance(name, str):
-            raise ValueError(f"expected parameter names in {where}, found the key {reprlib.repr(name)}")
-        model[name] = _read_tensor(archive, root, storages, name, value)
+            raise ValueError(f"expected parameter names in {source}, found the key {reprlib.repr(name)}")
+        model[name] = _read_tensor(archive, root, name, value, storages=storages)
     return model
 
 
@@ -164,11 +178,11 @@ def _read_checkpoint(archive: zipfile.ZipFile) -> dict[str, Any]:
     if "model" not in content:
         raise ValueError(f"expected a checkpoint (a dict with 'model'), found the keys {reprlib.repr(list(content))}")
     checkpoint: dict[str, Any] = {"model": _read_weights(archive, root, content["model"], "'model'")}
-    for section in ("cfg", "args"):  # one of them is None
-        options = _plain(content.get(section), {}, 0)
+    for section in ("cfg", "args"):  # fairseq sets one of them to None
+        options = _plain(content.get(section), {}, depth=0)
         if options is not None:
             if section == "args" and "cfg" in checkpoint and not isinstance(options, dict):
-                continue  # newer files leave something of their own there
+                continue  # files with cfg may hold another object here
             if not isinstance(options, dict):
                 raise ValueError(f"expected {section!r} to hold options by name, found {describe(options)}")
             checkpoint[section] = options
@@ -177,7 +191,7 @@ def _read_checkpoint(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 def _read_record(archive: zipfile.ZipFile, name: str) -> bytes:
     info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # a compressed one could unfold to any size
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # a compressed record could expand to any size
         raise ValueError(f"damaged file: expected a plain record, found the compressed or encrypted {name!r}")
     return archive.read(info)
 
@@ -185,12 +199,13 @@ def _read_record(archive: zipfile.ZipFile, name: str) -> bytes:
 def _read_pickle(data: bytes) -> Any:
     """The value that a pickle describes, with an ``_Object`` for every class, function, call and tensor storage.
 
-    Covers what ``pickle`` writes in protocols 2 to 5. Sets become lists, since hashing what a file brings is unsafe:
-    the hash of a deeply nested tuple overflows the C stack.
+    Covers the opcodes that ``pickle`` writes in protocols 2 to 5. Sets become lists, because hashing a file's values is
+    unsafe: the hash of a deeply nested tuple overflows the C stack.
     """
     stack: list[Any] = []
     outer: list[list[Any]] = []  # the stacks below each open mark
     memo: dict[int, Any] = {}
+    operand: Any  # its type depends on the opcode
 
     def pop_mark() -> list[Any]:
         nonlocal stack
@@ -198,20 +213,20 @@ def _read_pickle(data: bytes) -> Any:
         return items
 
     try:
-        for opcode, arg, _ in pickletools.genops(data):
+        for opcode, operand, _ in pickletools.genops(data):
             match opcode.name:
                 case name if name in _NUMBERS or name in _STRINGS:
-                    stack.append(arg)
+                    stack.append(operand)
                 case name if name in _CONSTANTS:
                     stack.append(_CONSTANTS[name])
                 case "PROTO" | "FRAME":
                     pass
                 case "BINPUT" | "LONG_BINPUT":
-                    memo[arg] = stack[-1]
+                    memo[operand] = stack[-1]
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[arg])
+                    stack.append(memo[operand])
                 case "MARK":
                     outer.append(stack)
                     stack = []
@@ -247,21 +262,21 @@ def _read_pickle(data: bytes) -> Any:
                     items = pop_mark()
                     _set_items(stack[-1], items)
                 case "GLOBAL":
-                    stack.append(_Object(arg.replace(" ", ".")))
+                    stack.append(_Object(operand.replace(" ", ".")))
                 case "STACK_GLOBAL":
                     attribute, module = stack.pop(), stack.pop()
-                    stack.append(_Object(f"{_name(module)}.{_name(attribute)}"))
+                    stack.append(_Object(f"{_check_name(module)}.{_check_name(attribute)}"))
                 case "REDUCE" | "NEWOBJ":
                     args = stack.pop()
-                    stack.append(_called(stack.pop(), args))
+                    stack.append(_call_result(stack.pop(), args))
                 case "NEWOBJ_EX":
                     keywords, args = stack.pop(), stack.pop()
-                    stack.append(_called(stack.pop(), (args, keywords)))
+                    stack.append(_call_result(stack.pop(), (args, keywords)))
                 case "BINPERSID":
                     stack.append(_Object("persistent id", stack.pop()))
                 case "BUILD":
                     state = stack.pop()
-                    if isinstance(stack[-1], _Object):  # else the attributes of an OrderedDict
+                    if isinstance(stack[-1], _Object):  # otherwise the attributes of an OrderedDict
                         stack[-1].state = state
                 case "STOP":
                     return stack.pop()
@@ -272,13 +287,13 @@ def _read_pickle(data: bytes) -> Any:
     raise ValueError("damaged pickle: no end")
 
 
-def _name(value: Any) -> str:
+def _check_name(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"damaged pickle: a class named by {describe(value)}")
     return value
 
 
-def _called(function: Any, args: Any) -> Any:
+def _call_result(function: Any, args: Any) -> Any:
     if not isinstance(function, _Object):
         raise ValueError(f"damaged pickle: it calls {describe(function)}")
     if function.name == "collections.OrderedDict" and args == ():
@@ -289,7 +304,7 @@ def _called(function: Any, args: Any) -> Any:
 def _append_items(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif not isinstance(target, _Object):  # the items of a list of an unknown class are of no use
+    elif not isinstance(target, _Object):  # the items of a list of an unknown class are not needed
         raise ValueError(f"damaged pickle: it appends to {describe(target)}")
 
 
@@ -298,13 +313,14 @@ def _set_items(target: Any, items: list[Any]) -> None:
         raise ValueError("damaged pickle: a key without a value")
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Any other key is never looked up and must not be hashed.
+            # A key of any other type is never looked up and must not be hashed.
             target[key if isinstance(key, (str, int, float, bytes, type(None))) else object()] = value
     elif not isinstance(target, _Object):
         raise ValueError(f"damaged pickle: it sets items of {describe(target)}")
 
 
 def describe(value: Any) -> str:
+    """Short text of a value for error messages: its class or function, its repr, or its type."""
     if isinstance(value, _Object):
         return f"the class or function {value.name}" if value.args is None else f"an object of {value.name}"
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -312,26 +328,34 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _read_tensor(archive: zipfile.ZipFile, root: str, storages: dict[str, Tensor], name: str, value: Any) -> Tensor:
-    """Builds one tensor of ``model`` from the arguments of torch's rebuild function."""
-    parameter = isinstance(value, _Object) and value.name == "torch._utils._rebuild_parameter"
-    tensor = value.args[0] if parameter and isinstance(value.args, tuple) and value.args else value
+def _read_tensor(archive: zipfile.ZipFile, root: str, name: str, value: Any, *, storages: dict[str, Tensor]) -> Tensor:
+    """Build one tensor of ``model`` from the arguments of torch's rebuild function.
+
+    Args:
+        archive: Open zip file.
+        root: Folder inside the archive.
+        name: Parameter name, for messages.
+        value: Description of the tensor.
+        storages: Storages read so far, by key; a new one is added.
+    """
+    is_parameter = isinstance(value, _Object) and value.name == "torch._utils._rebuild_parameter"
+    tensor = value.args[0] if is_parameter and isinstance(value.args, tuple) and value.args else value
     if not isinstance(tensor, _Object) or tensor.name != "torch._utils._rebuild_tensor_v2":
         raise ValueError(f"expected model entry {name!r} to be a tensor, found {describe(tensor)}")
     damaged = f"damaged pickle: model entry {name!r}"
     try:
         storage, offset, size, stride = tensor.args[:4]
-        kind, storage_type, key, _, numel = storage.args
+        tag, storage_type, key, _, numel = storage.args
         dtype = _STORAGE_DTYPES.get(storage_type.name)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(damaged) from error
     if dtype is None:
         raise ValueError(f"expected model entry {name!r} to be a plain tensor, found {describe(storage_type)}")
-    if storage.name != "persistent id" or kind != "storage" or not isinstance(key, str):
+    if storage.name != "persistent id" or tag != "storage" or not isinstance(key, str):
         raise ValueError(damaged)
     if not (isinstance(size, tuple) and all(isinstance(n, int) and n >= 0 for n in (numel, offset, *size))):
         raise ValueError(damaged)
-    if math.prod(size) > numel:  # a view may repeat a storage's values and so claim any size
+    if math.prod(size) > numel:  # a forged view could repeat a storage's values to any size
         raise ValueError(f"{damaged}: size {reprlib.repr(size)} of {numel} stored values")
 
     if key not in storages:
@@ -340,34 +364,40 @@ def _read_tensor(archive: zipfile.ZipFile, root: str, storages: dict[str, Tensor
         except KeyError as error:
             raise ValueError(f"damaged file: the data of model entry {name!r} is missing") from error
         storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    stored = storages[key]
-    if stored.dtype != dtype or stored.numel() != numel:
-        raise ValueError(f"{damaged}: expected {numel} values {dtype}, found {stored.numel()} values {stored.dtype}")
+    values = storages[key]
+    if values.dtype != dtype or values.numel() != numel:
+        raise ValueError(f"{damaged}: expected {numel} values {dtype}, found {values.numel()} values {values.dtype}")
     try:
-        return torch.as_strided(stored, size, stride, offset)
-    except (RuntimeError, TypeError) as error:  # torch checks that strides and offset stay inside
+        return torch.as_strided(values, size, stride, offset)
+    except (RuntimeError, TypeError) as error:  # torch checks that the view stays inside the storage
         raise ValueError(f"{damaged}: {error}") from error
 
 
-def _plain(value: Any, done: dict[int, Any], depth: int) -> Any:
-    """Options as plain dicts, lists and values; objects of other classes than the known containers stay as they are."""
+def _plain(value: Any, converted: dict[int, Any], *, depth: int) -> Any:
+    """Options as plain dicts, lists and values.
+
+    Args:
+        value: A container or a value. Objects of other classes than Namespace and OmegaConf's stay as they are.
+        converted: Identity of a container -> its result. A container that is referenced 2^n times is walked once.
+        depth: Nesting level of ``value``.
+    """
     if depth > _MAX_NESTING:
         raise ValueError(f"expected options, found values nested more than {_MAX_NESTING} deep")
     if not isinstance(value, (dict, list, tuple, _Object)):
         return value
-    if id(value) in done:  # a container that is referred to 2^n times is walked once
-        return done[id(value)]
+    if id(value) in converted:
+        return converted[id(value)]
     result: Any = value
     if isinstance(value, dict):
-        result = {key: _plain(item, done, depth + 1) for key, item in value.items()}
+        result = {key: _plain(item, converted, depth=depth + 1) for key, item in value.items()}
     elif isinstance(value, (list, tuple)):
-        result = [_plain(item, done, depth + 1) for item in value]
+        result = [_plain(item, converted, depth=depth + 1) for item in value]
     elif isinstance(value.state, dict):
         if value.name == "argparse.Namespace":
-            result = _plain(value.state, done, depth + 1)
-        elif value.name.startswith("omegaconf."):  # _parent closes a cycle, _metadata says nothing of use
+            result = _plain(value.state, converted, depth=depth + 1)
+        elif value.name.startswith("omegaconf."):  # _parent closes a cycle, _metadata holds no options
             for attribute in ("_content", "_val"):
                 if attribute in value.state:
-                    result = _plain(value.state[attribute], done, depth + 1)
-    done[id(value)] = result
+                    result = _plain(value.state[attribute], converted, depth=depth + 1)
+    converted[id(value)] = result
     return result

@@ -1,7 +1,7 @@
-"""Models out of checkpoints: the paper's own (fairseq), ours, and those of a training run.
+"""Models from checkpoints: the paper's own (fairseq), ours, and those of a training run.
 
-A run folder holds ``model.safetensors`` and ``config.json`` of its last state, and ``checkpoints/step-N/`` with what a
-run needs to go on (checkpoints/training.py).
+A run folder holds ``model.safetensors`` and ``config.json`` of its last state, and ``checkpoints/step-N/`` with the
+state that resumes the run (checkpoints/training.py).
 """
 
 from __future__ import annotations
@@ -9,26 +9,31 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..models.base import PretrainingModel
 from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
 from . import fairseq_file
-from .step_folder import training_checkpoints
+from .step_folder import load_weights, training_checkpoints
 
 
 def load_fairseq(path: str | os.PathLike[str], **init: Any) -> MAEAST:
-    """Reads a checkpoint of the paper's own code, without fairseq and without executing anything from the file.
+    """Read a checkpoint of the paper's own code, without fairseq and without executing anything from the file.
 
     Options, weights, normalisation statistics and, where present, the position table come from the file.
 
     Args:
-        path: The ``.pt`` file.
+        path: ``.pt`` file.
         **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
+    Returns:
+        The model in fp32 on the CPU, in evaluation mode.
+
     Raises:
-        ValueError: No such checkpoint, unsupported options, or weights missing or unexpected, all listed.
+        ValueError: The file is no such checkpoint, an option is unsupported, or weights are missing or unexpected. The
+            message lists all of them.
+        OSError: The file cannot be opened.
     """
     checkpoint = fairseq_file.read_checkpoint(path)
     options = checkpoint.get("cfg") or checkpoint.get("args")
@@ -38,16 +43,19 @@ def load_fairseq(path: str | os.PathLike[str], **init: Any) -> MAEAST:
 
 
 def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
-    """Reads a model from wherever it is: a folder, a run folder, an official file, or a Hub repository.
-
-    Official files are those of MAE-AST, ``.pt``, and of SSAST, ``.pth``.
+    """Read a model from a folder, a run folder, an official file or a Hub repository.
 
     Args:
-        source: Folder, file or name.
+        source: Folder with model.safetensors and config.json, run folder, ``step-N`` of a run, official file of MAE-AST
+            (``.pt``) or SSAST (``.pth``), or ``owner/name`` on the Hub. A run folder whose last state is not written
+            yet gives its newest checkpoint.
         **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
+    Returns:
+        The model in evaluation mode.
+
     Raises:
-        ValueError: Nothing of the kind is there, with what was found instead.
+        ValueError: ``source`` is none of these, or a file is damaged. The message says what was found instead.
     """
     path = Path(source)
     if path.is_file():
@@ -58,29 +66,32 @@ def load_model(source: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
         if not (path / "config.json").is_file() and (steps := training_checkpoints(path)):
             path = steps[-1]
         if (path / "trainer.json").is_file():
-            from .step_folder import load_weights
-
             return load_weights(path, **init)
-        return PretrainingModel.from_pretrained(path, **init)
+        return _from_pretrained(path, **init)
     expected = "a folder with config.json and model.safetensors, or an official file (.pt of MAE-AST, .pth of SSAST)"
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) is not None
     if not is_hub_name or path.parent.is_dir():
         raise ValueError(f"no checkpoint at {source}: expected {expected}")
     try:
-        return PretrainingModel.from_pretrained(str(source), **init)
+        return _from_pretrained(str(source), **init)
     except OSError as error:
         raise ValueError(f"no checkpoint at {source}: neither {expected}, nor on the Hub ({error})") from None
 
 
+def _from_pretrained(source: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
+    """``PretrainingModel.from_pretrained``, which returns the model that config.json names."""
+    return cast("MAEAST | SSAST", PretrainingModel.from_pretrained(source, **init))
+
+
 def load_mae_ast(source: str | os.PathLike[str], purpose: str) -> MAEAST:
-    """As ``load_model``, for what SSAST cannot be used for.
+    """Read a model as ``load_model`` does, and refuse SSAST.
 
     Args:
-        source: As there.
-        purpose: What needs a MAE-AST, for the message.
+        source: Folder, file or name, as ``load_model`` takes it.
+        purpose: Command or library that needs a MAE-AST, for the message.
 
     Raises:
-        ValueError: As there, or it is an SSAST.
+        ValueError: As ``load_model``, or the model is an SSAST.
     """
     model = load_model(source)
     if not isinstance(model, MAEAST):
@@ -89,13 +100,13 @@ def load_mae_ast(source: str | os.PathLike[str], purpose: str) -> MAEAST:
 
 
 def export(source: str | os.PathLike[str], folder: str | os.PathLike[str], **init: Any) -> MAEAST | SSAST:
-    """Writes model.safetensors and config.json of whatever ``load_model`` reads, and returns the model.
+    """Read a model as ``load_model`` does, write its model.safetensors and config.json, and return it.
 
     A checkpoint of a run is read without a process group, however many processes wrote it.
 
     Args:
-        source: As of ``load_model``.
-        folder: Folder, made where it does not exist.
+        source: Folder, file or name, as ``load_model`` takes it.
+        folder: Folder to write to, created if it does not exist.
         **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
     Raises:

@@ -10,49 +10,55 @@ from torch import Tensor
 from ..models.config import SSASTConfig
 from ..models.ssast import CLASS_TOKENS
 
-_UNUSED = re.compile(r"v\.head(_dist)?\.(weight|bias)")  # timm's classifiers, of which SSAST makes no use
+_UNUSED = re.compile(r"v\.head(_dist)?\.(weight|bias)")  # timm's classifiers, which SSAST does not use
 
 
 def convert_official(
     state_dict: Mapping[str, Tensor], num_heads: int | None = None
 ) -> tuple[SSASTConfig, dict[str, Tensor]]:
-    """Our configuration and weights, in fp32, from official ones; see ``SSAST.from_official``.
+    """Convert official options and weights to ours.
+
+    Args:
+        state_dict: Official name -> tensor, with or without the prefix ``module.``.
+        num_heads: Attention heads, which the file does not hold; None: one per 64 dimensions of the width.
+
+    Returns:
+        The configuration, and our name -> tensor in fp32.
 
     Raises:
-        ValueError: As there.
+        ValueError: The weights are not those of SSAST's pretraining. The message lists all problems.
     """
     prefix = "module."
     if state_dict and all(name.startswith(prefix) for name in state_dict):
         state_dict = {name[len(prefix) :]: tensor for name, tensor in state_dict.items()}
 
-    def size(name: str, dims: int) -> tuple[int, ...]:
+    def shape_of(name: str, num_dims: int) -> tuple[int, ...]:
         if name not in state_dict:
             raise ValueError(f"no SSAST pretraining checkpoint: it has no {name}")
-        if state_dict[name].dim() != dims:
-            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(state_dict[name].shape)}")
+        if state_dict[name].dim() != num_dims:
+            raise ValueError(f"{name} must have {num_dims} dimensions, got shape {tuple(state_dict[name].shape)}")
         return tuple(state_dict[name].shape)
 
-    def number(name: str) -> int:
-        size(name, 0)
+    def integer(name: str) -> int:
+        shape_of(name, 0)
         if state_dict[name].is_floating_point():
             raise ValueError(f"{name} must be an integer, got {state_dict[name].dtype}")
         return int(state_dict[name])
 
-    width, channels, kf, kt = size("v.patch_embed.proj.weight", 4)
-    bins, frames = number("p_input_fdim"), number("p_input_tdim")
-    tokens = size("v.pos_embed", 3)[1] - CLASS_TOKENS
+    width, channels, kf, kt = shape_of("v.patch_embed.proj.weight", 4)
+    bins, frames = integer("p_input_fdim"), integer("p_input_tdim")
+    tokens = shape_of("v.pos_embed", 3)[1] - CLASS_TOKENS
     if channels != 1 or min(kf, kt) < 1 or tokens != (bins // kf) * (frames // kt):
         raise ValueError(
-            f"expected v.pos_embed of {CLASS_TOKENS} class tokens and one for every patch of {kt} frames x {kf} bins "
-            f"in {frames} frames x {bins} bins that do not overlap, got {tokens + CLASS_TOKENS} positions, and "
+            f"expected v.pos_embed of {CLASS_TOKENS} class tokens and one position for every patch of {kt} frames x "
+            f"{kf} bins in {frames} frames x {bins} bins without overlap, got {tokens + CLASS_TOKENS} positions and "
             f"{channels} channels"
         )
-    blocks = {m[1] for name in state_dict if (m := re.match(r"v\.blocks\.(\d+)\.", name))}
+    blocks = {match[1] for name in state_dict if (match := re.match(r"v\.blocks\.(\d+)\.", name))}
     heads = width // 64 if num_heads is None else num_heads
     if heads < 1:
-        raise ValueError(
-            f"num_heads must be at least 1, got {heads}{f' (width {width} // 64)' if num_heads is None else ''}"
-        )
+        origin = f" (width {width} // 64)" if num_heads is None else ""
+        raise ValueError(f"num_heads must be at least 1, got {heads}{origin}")
     config = SSASTConfig(
         patch_size=(kt, kf),
         embed_dim=width,
@@ -65,8 +71,8 @@ def convert_official(
     layout = _layout(config)
     expected = {name: shape for name, shape, _ in layout.values()}
     problems = [f"missing {name}" for name in expected if name not in state_dict]
-    known = {*expected, "p_input_fdim", "p_input_tdim"}
-    problems += [f"unexpected {name}" for name in state_dict if name not in known and not _UNUSED.fullmatch(name)]
+    accepted = {*expected, "p_input_fdim", "p_input_tdim"}
+    problems += [f"unexpected {name}" for name in state_dict if name not in accepted and not _UNUSED.fullmatch(name)]
     for name, shape in expected.items():
         if name in state_dict and tuple(state_dict[name].shape) != shape:
             problems.append(f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}")
@@ -78,10 +84,10 @@ def convert_official(
 
 
 def _layout(config: SSASTConfig) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Our name -> the official name, its shape, and ours."""
+    """Our name -> (official name, official shape, our shape)."""
     width, (kt, kf), tokens = config.embed_dim, config.patch_size, CLASS_TOKENS + config.num_patches
     layout = {
-        # A kernel of the convolution, read row by row, is a patch in its order f * kt + t.
+        # A kernel of the convolution, flattened row by row, orders a patch's values by f * kt + t.
         "patch_embed.weight": ("v.patch_embed.proj.weight", (width, 1, kf, kt), (width, kf * kt)),
         "patch_embed.bias": ("v.patch_embed.proj.bias", (width,), (width,)),
         "cls_token": ("v.cls_token", (1, 1, width), (width,)),

@@ -1,4 +1,4 @@
-"""The folder of a training checkpoint, ``step-N``: its files, their checks, and reading them."""
+"""The folder ``step-N`` of a training checkpoint: its files, how they are checked, and how they are read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..models.config import MAEASTConfig, SSASTConfig
 from ..models.mae_ast import MAEAST
@@ -26,48 +29,55 @@ _STEP = re.compile(r"step-(\d{8})")
 
 
 def training_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Folders of the complete checkpoints of the run folder ``run``, oldest first."""
     folder = run / "checkpoints"
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: path.name)
+    paths = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(paths, key=lambda path: path.name)
 
 
 class SavedState(NamedTuple):
-    """A checkpoint whose files are all there and undamaged."""
+    """A checkpoint whose files are complete and undamaged."""
 
     path: Path
     config: MAEASTConfig | SSASTConfig
-    state: dict[str, Any]  # as it was given to ``TrainingCheckpoints.save``, through JSON
+    state: dict[str, Any]  # the ``state`` of ``TrainingCheckpoints.save``, after a round trip through JSON
 
 
 def load_weights(folder: Path, **init: Any) -> MAEAST | SSAST:
-    """The model of a checkpoint, in evaluation mode; needs no process group, however many processes wrote it.
+    """Read the model of a checkpoint, in evaluation mode.
+
+    Needs no process group, however many processes wrote the checkpoint.
 
     Args:
         folder: ``step-N``.
         **init: ``impl``, ``attention`` and ``recompute`` of the model.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The checkpoint is damaged.
     """
     config = check_folder(folder).config
-    kind = next(kind for kind in MODELS.values() if kind.config_class is type(config))
+    model_class: Callable[..., MAEAST | SSAST] = next(
+        cls for cls in MODELS.values() if cls.config_class is type(config)
+    )
     sizes = {name: size for name, size in tensor_sizes(folder).items() if name.startswith("model.")}
-    # Before anything is allocated: who wrote the configuration may have asked for more than this machine has.
+    # Checked before anything is allocated: a forged configuration may ask for more memory than this machine has.
     if max(value for name, value in config.to_dict().items() if name.endswith("layers")) > len(sizes):
-        raise ValueError(f"{folder} is of another model: {config} has more layers than the {len(sizes)} tensors there")
+        raise ValueError(
+            f"{folder} holds another model: {config} has more layers than the {len(sizes)} tensors of the checkpoint"
+        )
     try:
         with torch.device("meta"):
-            expected = named_tensors(kind(config))
+            expected = named_tensors(model_class(config))
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder} is of no possible model: {error}") from error
+        raise ValueError(f"{folder} holds no possible model: {error}") from error
     compare_tensors(folder, sizes, expected)
-    model = kind(config, **init)
-    read_tensors(folder, sizes, named_tensors(model), None)
+    model = model_class(config, **init)
+    read_tensors(folder, sizes, named_tensors(model), group=None)
     return model.eval()
 
 
 def crc32(path: Path) -> int:
+    """CRC-32 of a file's bytes, as an unsigned 32-bit integer."""
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -76,21 +86,28 @@ def crc32(path: Path) -> int:
 
 
 def checksum(content: dict[str, Any]) -> int:
-    """Of values, not of how they are written."""
+    """CRC-32 of the values of ``content``, whatever the order of keys and the layout of the file."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def cause_of(error: CheckpointException) -> tuple[BaseException, str]:
-    """What went wrong in which process; a full disk rather than what followed from it."""
+    """The exception that made a checkpoint fail, and `` by process N`` for the message (empty for process 0).
+
+    An OSError such as a full disk wins over the failures that followed from it.
+    """
     failures = sorted(error.failures.items(), key=lambda item: not isinstance(item[1][0], OSError))
     rank, (failure, _) = failures[0]
     return failure, f" by process {rank}" if rank else ""
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """Weights and the optimizer's state by name: the tensors themselves, so that to read into them is to load."""
+    """The tensors of model and optimizer by name.
+
+    These are the tensors themselves, not copies: reading a checkpoint into them loads it.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if optimizer is not None:  # after state_dict(), which sharded the parameters that a forward left whole
+    # After state_dict(): it shards the parameters that the last forward left whole.
+    if optimizer is not None:
         for name, parameter in model.named_parameters():
             for slot, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{slot}"] = value
@@ -108,83 +125,116 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
+    """Content of ``trainer.json``: ``files``, ``param_groups``, ``scaler`` and ``state``.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
     content = _read_json(folder / TRAINER)
     try:
-        expected, found = content.pop("checksum", None), checksum(content)
+        expected, actual = content.pop("checksum", None), checksum(content)
     except RecursionError as error:
         raise ValueError(f"{TRAINER}: {error}") from None
-    if expected != found:
-        raise ValueError(f"{TRAINER} is damaged: expected the checksum {expected!r}, got {found}")
-    for name, kind in (("files", dict), ("param_groups", list), ("scaler", dict), ("state", dict)):
-        if not isinstance(content.get(name), kind):
-            raise ValueError(f"{TRAINER}: expected {name}, a {kind.__name__}, got {content.get(name)!r:.80}")
+    if expected != actual:
+        raise ValueError(f"{TRAINER} is damaged: expected the checksum {expected!r}, got {actual}")
+    for name, value_type in (("files", dict), ("param_groups", list), ("scaler", dict), ("state", dict)):
+        if not isinstance(content.get(name), value_type):
+            raise ValueError(f"{TRAINER}: expected {name}, a {value_type.__name__}, got {content.get(name)!r:.80}")
     return content
 
 
-def check_folder(folder: Path, part: int = 0, parts: int = 1) -> SavedState:
-    """Reads the small files and the checksums of all, or of every ``parts``-th of them from ``part`` on.
+def check_folder(folder: Path, rank: int = 0, world_size: int = 1) -> SavedState:
+    """Read the JSON files of a checkpoint and compare the checksums of its files.
+
+    Args:
+        folder: ``step-N``.
+        rank: Index of the calling process, in [0, ``world_size``).
+        world_size: Number of processes that share the checksums: each process computes those of every
+            ``world_size``-th file.
 
     Raises:
         ValueError: A file is missing, unexpected or damaged.
-        OSError: It cannot be read.
+        OSError: A file cannot be read.
     """
     content = read_trainer(folder)
-    files = content["files"]
-    present = [*(folder / SHARDS).glob("*.safetensors"), *folder.glob(CONFIG)]
-    found = {path.relative_to(folder).as_posix() for path in present}
-    if found != set(files):
-        missing, more = sorted(set(files) - found), sorted(found - set(files))
-        raise ValueError(f"expected the files of {TRAINER}: {missing or 'none'} missing, {more or 'none'} unexpected")
-    for name in sorted(files)[part::parts]:
-        if files[name] != (crc := crc32(folder / name)):
-            raise ValueError(f"{name} is damaged: expected the checksum {files[name]!r}, got {crc}")
+    checksums = content["files"]
+    paths = [*(folder / SHARDS).glob("*.safetensors"), *folder.glob(CONFIG)]
+    present = {path.relative_to(folder).as_posix() for path in paths}
+    if present != set(checksums):
+        missing, unexpected = sorted(set(checksums) - present), sorted(present - set(checksums))
+        raise ValueError(
+            f"expected the files that {TRAINER} lists: {missing or 'none'} missing, {unexpected or 'none'} unexpected"
+        )
+    for name in sorted(checksums)[rank::world_size]:
+        if checksums[name] != (crc := crc32(folder / name)):
+            raise ValueError(f"{name} is damaged: expected the checksum {checksums[name]!r}, got {crc}")
     fields = _read_json(folder / CONFIG)
-    if (model_type := fields.pop("model_type", None)) not in list(MODELS):  # in a list, because it may be anything
+    if (model_type := fields.pop("model_type", None)) not in list(MODELS):  # list: a forged value may be unhashable
         raise ValueError(f"{CONFIG}: expected model_type {' or '.join(map(repr, MODELS))}, got {model_type!r:.80}")
     config = MODELS[model_type].config_class.from_dict(fields)
     return SavedState(folder, config, content["state"])
 
 
 def tensor_sizes(folder: Path) -> dict[str, torch.Size]:
-    """Names and sizes of the tensors of a checkpoint, all of whose values are there.
+    """Name -> size of every tensor of a checkpoint, after a check that the shards hold all values of each.
 
     Raises:
-        ValueError: Some are not, or a file is not as ``_Writer`` makes it.
+        ValueError: Values are missing, or a file is not in the format that ``_Writer`` writes.
     """
+    sizes: dict[str, torch.Size] = {}
     try:
-        saved = HuggingFaceStorageReader(str(folder / SHARDS)).read_metadata().state_dict_metadata
-        for name, tensor in saved.items():
-            there, size = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.size)
-            if there != size:
-                raise ValueError(f"{there} of the {size} values of {name} are there")
-    except Exception as error:  # whatever a header with a right checksum and wrong content leads to
+        metadata = HuggingFaceStorageReader(str(folder / SHARDS)).read_metadata().state_dict_metadata
+        for name, tensor in metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            num_stored, num_values = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.size)
+            if num_stored != num_values:
+                raise ValueError(f"expected the {num_values} values of {name}, got {num_stored}")
+            sizes[name] = tensor.size
+    except Exception as error:  # a header with a right checksum and wrong content leads to any exception
         raise ValueError(f"{folder} is damaged: {error!r}") from error
-    return {name: tensor.size for name, tensor in saved.items()}
+    return sizes
 
 
 def compare_tensors(folder: Path, sizes: dict[str, torch.Size], tensors: dict[str, Tensor]) -> None:
-    """Raises a ValueError where the tensors of a checkpoint are not those that are to be read."""
-    missing, more = sorted(tensors.keys() - sizes.keys()), sorted(sizes.keys() - tensors.keys())
-    if missing or more:
+    """Check that a checkpoint holds the tensors to read, with their shapes.
+
+    Args:
+        folder: ``step-N``, for the message.
+        sizes: Name -> size of the checkpoint's tensors.
+        tensors: Name -> tensor to read into.
+
+    Raises:
+        ValueError: A tensor is missing, unexpected or of another shape.
+    """
+    missing, unexpected = sorted(tensors.keys() - sizes.keys()), sorted(sizes.keys() - tensors.keys())
+    if missing or unexpected:
         raise ValueError(
-            f"{folder} is of another model: {missing or 'nothing'} missing, {more or 'nothing'} unexpected"
+            f"{folder} holds another model: {missing or 'nothing'} missing, {unexpected or 'nothing'} unexpected"
         )
     for name, tensor in tensors.items():
         if tensor.shape != sizes[name]:
-            got = f"expected {name} of {tuple(tensor.shape)}, got {tuple(sizes[name])}"
-            raise ValueError(f"{folder} is of another model: {got}")
+            shapes = f"expected {name} of {tuple(tensor.shape)}, got {tuple(sizes[name])}"
+            raise ValueError(f"{folder} holds another model: {shapes}")
 
 
-def read_tensors(folder: Path, sizes: dict[str, torch.Size], tensors: dict[str, Tensor], group: Any) -> None:
-    """Reads a checkpoint that ``check_folder`` found whole, and whose tensors have these sizes, into those of a model.
+def read_tensors(
+    folder: Path, sizes: dict[str, torch.Size], tensors: dict[str, Tensor], *, group: dist.ProcessGroup | None
+) -> None:
+    """Read a checkpoint, checked by ``check_folder``, into the tensors of a model.
+
+    Args:
+        folder: ``step-N``.
+        sizes: Name -> size of the checkpoint's tensors, from ``tensor_sizes``.
+        tensors: Name -> tensor to fill in place, from ``named_tensors``.
+        group: Processes that read together; None: this process alone.
 
     Raises:
-        ValueError: They are not the same.
+        ValueError: The tensors differ in name or shape, or a file cannot be read.
     """
     compare_tensors(folder, sizes, tensors)
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:
         dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        failure, by = cause_of(error)
-        raise ValueError(f"{folder} cannot be read{by}: {failure}") from error
+        failure, process = cause_of(error)
+        raise ValueError(f"{folder} cannot be read{process}: {failure}") from error

@@ -1,13 +1,13 @@
 """Checkpoints of a training run: written in the background by all processes, read by any number of them.
 
-    run/checkpoints/step-00001000/shards/*.safetensors   weights and AdamW's state, a file of each process
-                                  config.json            the model's
-                                  trainer.json           what the trainer gave, and a checksum of every file
+    run/checkpoints/step-00001000/shards/*.safetensors   weights and AdamW's state, one file per process
+                                  config.json            configuration of the model
+                                  trainer.json           the trainer's state, and a checksum of every file
 
-``torch.distributed.checkpoint`` shards and reshards. Its safetensors storage is used, because reading its usual one
-unpickles: nothing here can execute what a file brings. A checkpoint is written under another name, flushed to the disk
-and renamed when all processes are done, so that a process killed at any instant leaves either the whole of it or
-nothing that is taken for it. All processes must see the same run folder.
+``torch.distributed.checkpoint`` shards and reshards. Its default storage is unpickled when it is read, so its
+safetensors storage is used instead: nothing here can execute what a file contains. A checkpoint is written under a
+temporary name, flushed to disk, and renamed when all processes are done. A process killed at any instant therefore
+leaves either a complete checkpoint or nothing that is taken for one. All processes must see the same run folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,16 +49,16 @@ if TYPE_CHECKING:
     from ..training.step import TrainStep
 
 
-# One process without a group is what most runs are.
+# Most runs are one process without a process group, where this warning does not apply.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class TrainingCheckpoints:
-    """The checkpoints of a run. Every method is called by all processes.
+    """The checkpoints of a run. All processes call every method.
 
     Args:
-        run: Run folder; nothing is made in it before the first ``save``.
-        keep: Checkpoints to keep, at least 1.
+        run: Run folder. Nothing is created in it before the first ``save``.
+        keep: Number of checkpoints to keep, at least 1. ``save`` removes older ones.
 
     Raises:
         ValueError: ``keep`` is less than 1.
@@ -68,73 +68,85 @@ class TrainingCheckpoints:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.run, self.keep = Path(run), keep
-        self.rank, self.world, self.group = 0, 1, None
+        self.rank, self.world_size = 0, 1
+        self.group: dist.ProcessGroup | None = None
         if dist.is_available() and dist.is_initialized():
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.rank == 0:
-            _tidy(self.run / "checkpoints")
+            _clean_up(self.run / "checkpoints")
         if dist.is_available() and dist.is_initialized():
-            # Of its own: the background talks in it while the training talks in the others. After _tidy: it waits.
-            self.group = dist.new_group(backend="gloo")
-        self._writing: tuple[Path, Any] | None = None
-        self._found: SavedState | None = None
+            # A group of its own: the background thread communicates in it while training uses the other groups.
+            # Created after _clean_up, because creating it waits for the first process.
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.group = group
+        self._pending: tuple[Path, Future[Any]] | None = None
+        self._latest: SavedState | None = None
 
-    def save(self, step: int, update: TrainStep, state: dict[str, Any]) -> None:
-        """Copies everything to the host, and lets it be written in the background; waits for the save before.
+    def save(self, step: int, train_step: TrainStep, state: dict[str, Any]) -> None:
+        """Copy everything to the host and start writing it in the background. Waits for the previous save first.
 
         Args:
-            step: Updates done.
-            update: Its model, AdamW's state and numbers, and the scale of fp16 are saved, however they are sharded.
-            state: What else the run needs: plain values that JSON can hold. That of the first process is kept.
+            step: Number of updates done, which names the checkpoint.
+            train_step: Its model, AdamW's state and hyperparameters, and the scale of fp16 are saved, however they are
+                sharded.
+            state: Other values that the run needs to resume; JSON must be able to hold them. The first process's
+                ``state`` is saved.
 
         Raises:
-            ValueError: ``state`` holds something else.
-            OSError: The save before failed.
+            ValueError: ``state`` holds a value that JSON cannot hold.
+            OSError: The previous save failed.
         """
         self.finish()
-        model = update.model
+        model = train_step.model
         try:
-            content = json.loads(json.dumps({**_plain(update), "state": state}))  # a copy, too: the trainer goes on
+            # The round trip through JSON also copies: the trainer keeps changing its state.
+            content = json.loads(json.dumps({**_optimizer_numbers(train_step), "state": state}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"expected a state of plain values, got {error}") from None
         config = {"model_type": model.model_type, **model.config.to_dict()}
-        final = self.run / "checkpoints" / f"step-{step:08d}"
-        writing = dcp.async_save(
-            named_tensors(model, update.optimizer),
-            storage_writer=_Writer(final, content, config, self.keep),
+        folder = self.run / "checkpoints" / f"step-{step:08d}"
+        future = dcp.async_save(
+            named_tensors(model, train_step.optimizer),
+            storage_writer=_Writer(folder, content, config, self.keep),
             process_group=self.group,
             no_dist=self.group is None,
         )
-        self._writing, self._found = (final, writing), None
+        assert isinstance(future, Future)
+        self._pending, self._latest = (folder, future), None
 
     def finish(self) -> Path | None:
-        """Waits until what is being written is on the disk under its name, and returns its path; None: nothing was.
+        """Wait until the checkpoint being written has its final name.
+
+        Returns:
+            Its folder; None: no checkpoint was being written.
 
         Raises:
-            OSError: It could not be written, for example because the disk is full; those before it are untouched.
-            RuntimeError: Another process is gone.
+            OSError: The checkpoint could not be written, for example because the disk is full. Earlier checkpoints are
+                untouched.
+            RuntimeError: Writing failed for another reason, for example because another process is gone.
         """
-        if self._writing is None:
+        if self._pending is None:
             return None
-        final, writing = self._writing
-        wait([writing])  # if Ctrl-C ends this, somebody can wait again
-        self._writing = None
+        folder, future = self._pending
+        wait([future])  # before _pending is cleared: after a Ctrl-C here the next call waits again
+        self._pending = None
         try:
-            writing.result()
+            future.result()
         except CheckpointException as error:
             if self.rank == 0:
-                shutil.rmtree(_partial(final), ignore_errors=True)
+                shutil.rmtree(_partial_path(folder), ignore_errors=True)
             if self.group is not None:
-                dist.barrier(self.group)  # nobody begins that folder again before it is gone
-            failure, by = cause_of(error)
+                dist.barrier(self.group)  # no process may start that folder again before it is removed
+            failure, process = cause_of(error)
             if not isinstance(failure, OSError):
-                raise RuntimeError(f"{final} could not be written{by}: {failure!r}") from error
-            message = f"{failure.strerror or failure}: {final} could not be written{by}"
+                raise RuntimeError(f"{folder} could not be written{process}: {failure!r}") from error
+            message = f"{failure.strerror or failure}: {folder} could not be written{process}"
             raise OSError(failure.errno, message) from error
-        return final
+        return folder
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, after what is being written is; None: there is none.
+        """Folder of the newest checkpoint, once the one being written is complete; None: the run has none.
 
         Raises:
             OSError: As ``finish``.
@@ -143,117 +155,132 @@ class TrainingCheckpoints:
         return max(training_checkpoints(self.run), default=None)
 
     def latest_valid(self) -> SavedState | None:
-        """The newest checkpoint that is whole, None where the run has none; damaged ones are named on stdout.
+        """The newest undamaged checkpoint; None: the run has no checkpoints. Prints the damaged ones that it skips.
 
         Raises:
-            ValueError: There are checkpoints, and none is whole.
+            ValueError: The run has checkpoints, and all are damaged.
         """
         self.finish()
-        if self._found is not None:
-            return self._found
+        if self._latest is not None:
+            return self._latest
         damaged = []
-        for path in self._all_know(list(reversed(training_checkpoints(self.run))))[0]:
-            found = problem = None
+        newest_first = list(reversed(training_checkpoints(self.run)))
+        for path in self._gather(newest_first)[0]:
+            saved = problem = None
             try:
-                found = check_folder(path, self.rank, self.world)
+                saved = check_folder(path, self.rank, self.world_size)
             except (ValueError, OSError) as error:
                 problem = f"{path.name}: {error}".splitlines()[0]
-            problems = [text for text in self._all_know(problem) if text is not None]
+            problems = [text for text in self._gather(problem) if text is not None]
             if not problems:
-                self._found = found
+                self._latest = saved
                 break
             damaged.append(problems[0])
-        if damaged and self._found is None:
+        if damaged and self._latest is None:
             raise ValueError(f"no checkpoint of {self.run} can be read: {'; '.join(damaged)}")
         if self.rank == 0:
             for problem in damaged:
                 print(f"skipped a damaged checkpoint: {problem}")
-        return self._found
+        return self._latest
 
-    def load(self, update: TrainStep) -> tuple[Path, dict[str, Any]] | None:
-        """Reads the checkpoint of ``latest_valid`` into the tensors of ``update``, however they are sharded.
+    def load(self, train_step: TrainStep) -> tuple[Path, dict[str, Any]] | None:
+        """Read the checkpoint of ``latest_valid`` into the tensors of ``train_step``, however they are sharded.
 
         Args:
-            update: Step to fill. Its model has the configuration that ``latest_valid`` reports. Tensor numbers,
-                such as the rate, are filled too; flags such as ``fused`` stay.
+            train_step: Step to fill. Its model has the configuration that ``latest_valid`` reports. Hyperparameters
+                that are tensors, such as the learning rate, are filled in place; flags such as ``fused`` stay.
 
         Returns:
-            Path and state, as of ``latest_valid``; None where there is no checkpoint.
+            Folder and state of the checkpoint; None: the run has no checkpoints.
 
         Raises:
-            ValueError: As ``latest_valid``, or it is of another model or optimizer; the weights are then undefined.
+            ValueError: As ``latest_valid``, or the checkpoint holds another model or optimizer. The weights are then
+                undefined.
         """
-        found = self.latest_valid()
-        if found is None:
+        saved = self.latest_valid()
+        if saved is None:
             return None
-        sizes = tensor_sizes(found.path)
-        _make_state(update.model, update.optimizer, set(sizes))
-        read_tensors(found.path, sizes, named_tensors(update.model, update.optimizer), self.group)
-        _set_plain(update, read_trainer(found.path), found.path)
-        return found.path, found.state
+        model, optimizer = train_step.model, train_step.optimizer
+        sizes = tensor_sizes(saved.path)
+        _make_optimizer_state(model, optimizer, set(sizes))
+        read_tensors(saved.path, sizes, named_tensors(model, optimizer), group=self.group)
+        _restore_optimizer_numbers(train_step, read_trainer(saved.path), saved.path)
+        return saved.path, saved.state
 
-    def _all_know(self, mine: Any) -> list[Any]:
-        """What every process has, in the order of their ranks."""
+    def _gather(self, value: Any) -> list[Any]:
+        """The ``value`` of every process, in the order of ranks."""
         if self.group is None:
-            return [mine]
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return everyone
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes the shards; ``finish``, in the first process alone and after all have written, makes them a checkpoint."""
+    """Writes the shards; ``finish`` then makes them a checkpoint.
 
-    def __init__(self, final: Path, content: dict[str, Any], config: dict[str, Any], keep: int) -> None:
-        super().__init__(str(_partial(final) / SHARDS), save_distributed=True)
-        self.final, self.content, self.config, self.keep = final, content, config, keep
+    ``finish`` runs in the first process alone, after all processes have written.
+
+    Args:
+        folder: Final ``step-N``.
+        content: Content of trainer.json without checksums.
+        config: Content of config.json.
+        keep: Number of checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, content: dict[str, Any], config: dict[str, Any], keep: int) -> None:
+        super().__init__(str(_partial_path(folder) / SHARDS), save_distributed=True)
+        self.folder, self.content, self.config, self.keep = folder, content, config, keep
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """As of the base, but results in the name and checksum of each file."""
-        written = super().write_data(plan, planner).wait()
-        names = sorted({result.storage_data.relative_path for result in written})
+        """Write the tensors as the base class does, but return name and checksum of each file."""
+        results = super().write_data(plan, planner).wait()
+        names = sorted({result.storage_data.relative_path for result in results})
         future: torch.futures.Future[Any] = torch.futures.Future()
         future.set_result([(name, crc32(Path(self.path) / name)) for name in names])
         return future
 
-    def finish(self, metadata: Metadata, results: list[list[tuple[str, int]]]) -> None:
-        partial = _partial(self.final)
-        files = {f"{SHARDS}/{name}": crc for of_process in results for name, crc in of_process}
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        """Write the JSON files and rename the folder; ``results`` holds (name, checksum) per process and file."""
+        partial = _partial_path(self.folder)
+        checksums = {f"{SHARDS}/{name}": crc for process_results in results for name, crc in process_results}
         (partial / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
-        content = {"files": {**files, CONFIG: crc32(partial / CONFIG)}, **self.content}
+        content = {"files": {**checksums, CONFIG: crc32(partial / CONFIG)}, **self.content}
         (partial / TRAINER).write_text(json.dumps({"checksum": checksum(content), **content}, indent=2) + "\n")
         for path in (partial / CONFIG, partial / TRAINER, partial / SHARDS, partial):
-            _flush(path)
-        if self.final.exists():  # damaged, or a run that stopped before its first update
-            os.replace(self.final, _replaced(self.final))
-        os.replace(partial, self.final)
-        _flush(self.final.parent)
-        shutil.rmtree(_replaced(self.final), ignore_errors=True)
-        # Newer ones, that the run could not read, are left for a person to look at.
-        done = [path for path in training_checkpoints(self.final.parent.parent) if path.name <= self.final.name]
-        for old in done[: -self.keep]:
-            os.replace(old, _partial(old))  # under its own name it is either whole or gone
-            shutil.rmtree(_partial(old), ignore_errors=True)
+            _fsync(path)
+        if self.folder.exists():  # damaged, or left by a run that stopped before its first update
+            os.replace(self.folder, _replaced_path(self.folder))
+        os.replace(partial, self.folder)
+        _fsync(self.folder.parent)
+        shutil.rmtree(_replaced_path(self.folder), ignore_errors=True)
+        # Newer checkpoints, which this run could not read, are left for a person to look at.
+        complete = [path for path in training_checkpoints(self.folder.parent.parent) if path.name <= self.folder.name]
+        for path in complete[: -self.keep]:
+            os.replace(path, _partial_path(path))  # under its own name a checkpoint is either complete or absent
+            shutil.rmtree(_partial_path(path), ignore_errors=True)
 
 
-def _partial(final: Path) -> Path:
-    return final.with_name(f".partial-{final.name}")
+def _partial_path(folder: Path) -> Path:
+    """Temporary name of a checkpoint that is being written or removed."""
+    return folder.with_name(f".partial-{folder.name}")
 
 
-def _replaced(final: Path) -> Path:
-    return final.with_name(f".replaced-{final.name}")
+def _replaced_path(folder: Path) -> Path:
+    """Temporary name of a checkpoint that is being replaced by one of the same step."""
+    return folder.with_name(f".replaced-{folder.name}")
 
 
-def _tidy(folder: Path) -> None:
-    """Removes what a killed process left, and brings back what it was about to replace."""
-    for path in folder.glob(".replaced-*"):
-        with contextlib.suppress(OSError):  # its successor is there
-            os.replace(path, folder / path.name.removeprefix(".replaced-"))
-    for path in [*folder.glob(".partial-*"), *folder.glob(".replaced-*")]:
+def _clean_up(checkpoints: Path) -> None:
+    """Remove the partial checkpoints of a killed process and bring back one that it was about to replace."""
+    for path in checkpoints.glob(".replaced-*"):
+        with contextlib.suppress(OSError):  # The new checkpoint was already moved into place.
+            os.replace(path, checkpoints / path.name.removeprefix(".replaced-"))
+    for path in [*checkpoints.glob(".partial-*"), *checkpoints.glob(".replaced-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -261,13 +288,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _plain(update: TrainStep) -> dict[str, Any]:
-    """The numbers of AdamW and of fp16's scaler."""
-    scaler = {} if update.scaler is None else update.scaler.state_dict()
-    return {"param_groups": [_numbers(group) for group in update.optimizer.param_groups], "scaler": scaler}
+def _optimizer_numbers(train_step: TrainStep) -> dict[str, Any]:
+    """Hyperparameters of AdamW's parameter groups and the state of fp16's scaler, as plain numbers."""
+    scaler = {} if train_step.scaler is None else train_step.scaler.state_dict()
+    return {"param_groups": [_group_numbers(group) for group in train_step.optimizer.param_groups], "scaler": scaler}
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+def _group_numbers(group: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a parameter group, without its parameters and flags."""
     plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
     return {name: value for name, value in plain.items() if _is_number(value) or _is_numbers(value)}
@@ -281,9 +308,15 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_number(item) for item in value)
 
 
-def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> None:
-    """Gives AdamW the state that was saved, as it makes it itself in its first step."""
-    model.state_dict()  # see named_tensors
+def _make_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> None:
+    """Give AdamW the state tensors that a checkpoint holds, made as AdamW makes them in its first update.
+
+    Args:
+        model: Its parameters are those of ``optimizer``.
+        optimizer: AdamW. Missing tensors are added as zeros, and those that the checkpoint lacks are removed.
+        names: Names of the checkpoint's tensors.
+    """
+    model.state_dict()  # shards the parameters that the last forward left whole, as in named_tensors
     for name, parameter in model.named_parameters():
         slots = {slot for slot in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{slot}" in names}
         state = optimizer.state[parameter]
@@ -291,33 +324,38 @@ def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, names: set[s
             del state[slot]
         for slot in sorted(slots - set(state)):
             if slot == "step":
-                fast = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-                state[slot] = torch.zeros((), device=parameter.device if fast else "cpu")
+                on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+                state[slot] = torch.zeros((), device=parameter.device if on_device else "cpu")
             else:
                 state[slot] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
-def _set_plain(update: TrainStep, saved: dict[str, Any], folder: Path) -> None:
-    """Puts saved numbers back; into tensors, where the optimizer has tensors."""
-    own = _plain(update)
-    if update.scaler is None or not saved["scaler"]:  # this run, or the one before, is not in fp16
-        own["scaler"] = saved["scaler"] = {}
-    groups = own["param_groups"]
-    if _form([*saved["param_groups"], saved["scaler"]]) != _form([*groups, own["scaler"]]):
-        raise ValueError(f"{folder} is of another optimizer: expected {own}, got {saved['param_groups']}")
-    for group, numbers in zip(update.optimizer.param_groups, saved["param_groups"], strict=True):
+def _restore_optimizer_numbers(train_step: TrainStep, saved: dict[str, Any], folder: Path) -> None:
+    """Put the saved hyperparameters back, in place where the optimizer holds tensors.
+
+    Raises:
+        ValueError: The checkpoint in ``folder`` is of an optimizer with other hyperparameters.
+    """
+    current = _optimizer_numbers(train_step)
+    if train_step.scaler is None or not saved["scaler"]:  # this run, or the one that saved, is not in fp16
+        current["scaler"] = saved["scaler"] = {}
+    if _structure([*saved["param_groups"], saved["scaler"]]) != _structure(
+        [*current["param_groups"], current["scaler"]]
+    ):
+        raise ValueError(f"{folder} holds another optimizer: expected {current}, got {saved['param_groups']}")
+    for group, numbers in zip(train_step.optimizer.param_groups, saved["param_groups"], strict=True):
         for name, value in numbers.items():
             if isinstance(group[name], Tensor):
                 group[name].fill_(value)
             else:
                 group[name] = tuple(value) if isinstance(value, list) else value
-    if saved["scaler"]:
-        update.scaler.load_state_dict(saved["scaler"])
-    update.restore()
+    if train_step.scaler is not None and saved["scaler"]:
+        train_step.scaler.load_state_dict(saved["scaler"])
+    train_step.restore()
 
 
-def _form(groups: list[Any]) -> list[Any]:
-    """Names of the numbers, and how many each has."""
+def _structure(groups: list[Any]) -> list[Any]:
+    """Per group: name -> length of a list of numbers, -1 for a number, 0 for anything else; None: no dict."""
     return [
         {name: len(value) if _is_numbers(value) else -_is_number(value) for name, value in group.items()}
         if isinstance(group, dict)

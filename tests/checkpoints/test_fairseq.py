@@ -1,4 +1,4 @@
-"""Official checkpoints: the same numbers whatever form the options have, strict names, and nothing executed."""
+"""Official checkpoints: options in every form, strict names of weights, damaged files, and nothing executed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def golden(name="mae_ast_patch_small"):
 
 
 def nested(options):
-    """The golden's flat keys as a checkpoint's ``cfg``, with other sections beside them."""
+    """The golden's flat keys as a checkpoint's ``cfg``, with other sections added."""
     cfg = {section: {} for section in SECTIONS}
     for key, value in options.items():
         if key.startswith("cfg/"):
@@ -51,7 +51,7 @@ def flat(options):
 
 
 def checkpoint(state_dict, cfg=None, args=None, **others):
-    """The top level that fairseq writes."""
+    """The top level of a checkpoint, as fairseq writes it."""
     return {
         "args": args,
         "cfg": cfg,
@@ -89,10 +89,10 @@ class FakeModule(types.ModuleType):
 
 
 def fake_class(patch, dotted):
-    """A class that can be pickled under another package's name as long as ``patch`` lasts."""
+    """A class that can be pickled under another package's name while ``patch`` is active."""
     module, _, name = dotted.rpartition(".")
-    parts = module.split(".")
-    for package in (".".join(parts[: n + 1]) for n in range(len(parts))):
+    names = module.split(".")
+    for package in (".".join(names[: n + 1]) for n in range(len(names))):
         if not isinstance(sys.modules.get(package), FakeModule):
             patch.setitem(sys.modules, package, FakeModule(package))
     cls = type(name, (), {"__module__": module})
@@ -104,10 +104,10 @@ def save_omegaconf(path, state_dict, cfg):
     """Pickles ``cfg`` as OmegaConf 2.0 to 2.3 does: nodes with _content or _val, their metadata and their parents."""
     with pytest.MonkeyPatch.context() as patch:
         names = ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata")
-        kinds = {name.split(".")[1]: fake_class(patch, f"omegaconf.{name}") for name in names}
+        containers = {name.split(".")[1]: fake_class(patch, f"omegaconf.{name}") for name in names}
         nodes = {
-            kind: fake_class(patch, f"omegaconf.nodes.{name}Node")
-            for kind, name in (
+            value_type: fake_class(patch, f"omegaconf.nodes.{name}Node")
+            for value_type, name in (
                 (int, "Integer"),
                 (float, "Float"),
                 (bool, "Boolean"),
@@ -116,31 +116,31 @@ def save_omegaconf(path, state_dict, cfg):
             )
         }
 
-        def node(value, key, parent):
+        def to_node(value, key, parent):
             container = {dict: "DictConfig", list: "ListConfig"}.get(type(value))
-            made = kinds[container]() if container else nodes[type(value)]()
-            metadata = kinds["ContainerMetadata" if container else "Metadata"]()
+            node = containers[container]() if container else nodes[type(value)]()
+            metadata = containers["ContainerMetadata" if container else "Metadata"]()
             metadata.__dict__.update(
                 ref_type=dict, optional=True, key=key, flags={}, resolver_cache=collections.defaultdict(dict)
             )
-            made.__dict__.update(_metadata=metadata, _parent=parent)
+            node.__dict__.update(_metadata=metadata, _parent=parent)
             if isinstance(value, dict):
-                made._content = {name: node(item, name, made) for name, item in value.items()}
+                node._content = {name: to_node(item, name, node) for name, item in value.items()}
             elif isinstance(value, list):
-                made._content = [node(item, index, made) for index, item in enumerate(value)]
+                node._content = [to_node(item, index, node) for index, item in enumerate(value)]
             else:
-                made._val = value
-            return made
+                node._val = value
+            return node
 
-        return save(path, checkpoint(state_dict, cfg=node(cfg, None, None)))
+        return save(path, checkpoint(state_dict, cfg=to_node(cfg, None, None)))
 
 
-# ---------------------------------------------------------------- what a file holds
+# ---------------------------------------------------------------- content of a file
 
 
 @pytest.mark.parametrize("form", ["dict", "namespace", "flat args", "namespace sections", "omegaconf"])
 @pytest.mark.parametrize("name", MAE_AST)
-def test_every_form_of_options_gives_one_config(tmp_path, name, form):
+def test_fairseq_config_every_form_of_options_gives_same_config(tmp_path, name, form):
     state_dict, cfg, args = golden(name).state_dict, nested(golden(name).options), flat(golden(name).options)
     old = argparse.Namespace(arch="mae_ast", task="mae_ast_pretraining", criterion="mae_ast", **args)
     path = tmp_path / "checkpoint.pt"
@@ -171,7 +171,7 @@ def test_every_form_of_options_gives_one_config(tmp_path, name, form):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_reads_what_torch_reads(tmp_path, protocol):
+def test_read_checkpoint_matches_torch_load(tmp_path, protocol):
     shared = torch.arange(24.0)
     tensors = collections.OrderedDict(
         whole=shared,
@@ -202,13 +202,13 @@ def test_reads_what_torch_reads(tmp_path, protocol):
     assert loaded["cfg"] == {**cfg, "list": [1, [2.5, True]]}
 
 
-def test_only_weights_and_options_are_read(tmp_path):
-    """The optimizer's data may be missing altogether."""
-    whole = save(
-        tmp_path / "whole.pt", checkpoint({"w": torch.ones(3)}, cfg={}, last_optimizer_state=torch.full((5,), 7.0))
+def test_read_checkpoint_without_optimizer_data_succeeds(tmp_path):
+    """The file's optimizer data is missing."""
+    complete = save(
+        tmp_path / "complete.pt", checkpoint({"w": torch.ones(3)}, cfg={}, last_optimizer_state=torch.full((5,), 7.0))
     )
     cut = tmp_path / "cut.pt"
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(cut, "w") as target:
+    with zipfile.ZipFile(complete) as source, zipfile.ZipFile(cut, "w") as target:
         records = {info.filename: source.read(info) for info in source.infolist()}
         dropped = [name for name, data in records.items() if data == torch.full((5,), 7.0).numpy().tobytes()]
         assert len(dropped) == 1
@@ -217,11 +217,11 @@ def test_only_weights_and_options_are_read(tmp_path):
     assert torch.equal(read_checkpoint(cut)["model"]["w"], torch.ones(3))
 
 
-def test_a_checkpoint_without_options_has_no_options(tmp_path):
+def test_read_checkpoint_without_options_returns_weights_only(tmp_path):
     assert set(read_checkpoint(save(tmp_path / "a.pt", checkpoint({"w": torch.ones(1)})))) == {"model"}
 
 
-# ---------------------------------------------------------------- what is no checkpoint
+# ---------------------------------------------------------------- other and damaged files
 
 
 def truncated(path):
@@ -231,8 +231,8 @@ def truncated(path):
 
 def damaged(path):
     data = bytearray(save(path, checkpoint({"w": torch.full((1000,), 3.0)}, cfg={})).read_bytes())
-    place = data.index(torch.full((1000,), 3.0).numpy().tobytes())
-    data[place + 2001] ^= 1
+    offset = data.index(torch.full((1000,), 3.0).numpy().tobytes())
+    data[offset + 2001] ^= 1
     path.write_bytes(data)
 
 
@@ -264,16 +264,16 @@ NOT_CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("found", NOT_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_named(tmp_path, found):
+@pytest.mark.parametrize("message", NOT_CHECKPOINTS)
+def test_read_checkpoint_other_file_is_described(tmp_path, message):
     path = tmp_path / "file.pt"
-    NOT_CHECKPOINTS[found](path)
-    with pytest.raises(ValueError, match=found) as error:
+    NOT_CHECKPOINTS[message](path)
+    with pytest.raises(ValueError, match=message) as error:
         read_checkpoint(path)
     assert str(path) in str(error.value)
 
 
-def test_a_missing_file_is_an_os_error(tmp_path):
+def test_read_checkpoint_missing_file_raises_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "none.pt")
 
@@ -298,15 +298,15 @@ class StoragePickler(pickle.Pickler):
         return value.pid if isinstance(value, Storage) else None
 
 
-def forged(path, *, numel=6, key="0", size=(2, 3), stride=(3, 1), offset=0, kind="storage", dtype=torch.FloatStorage):
-    """A checkpoint whose one tensor has these arguments and 24 bytes of data."""
+def forged(path, *, numel=6, key="0", size=(2, 3), stride=(3, 1), offset=0, tag="storage", dtype=torch.FloatStorage):
+    """A checkpoint with one tensor of these arguments and 24 bytes of data."""
     data = io.BytesIO()
-    tensor = Rebuilt(Storage(kind, dtype, key, "cpu", numel), offset, size, stride, False, {})
+    tensor = Rebuilt(Storage(tag, dtype, key, "cpu", numel), offset, size, stride, False, {})
     StoragePickler(data, 2).dump(checkpoint({"w": tensor}))
     return write_zip(path, data.getvalue(), [("0", torch.arange(6.0).numpy().tobytes())])
 
 
-def test_a_well_formed_forgery_is_read(tmp_path):
+def test_read_checkpoint_well_formed_forgery_is_read(tmp_path):
     assert torch.equal(read_checkpoint(forged(tmp_path / "a.pt"))["model"]["w"], torch.arange(6.0).view(2, 3))
 
 
@@ -331,14 +331,14 @@ def test_a_well_formed_forgery_is_read(tmp_path):
         {"offset": 1},
         {"offset": -1},
         {"offset": None},
-        {"kind": "module"},
+        {"tag": "module"},
         {"dtype": torch.DoubleStorage},
         {"dtype": torch.ComplexFloatStorage},
         {"dtype": None},
     ],
     ids=str,
 )
-def test_a_tensor_that_does_not_fit_its_data_is_refused(tmp_path, arguments):
+def test_read_checkpoint_tensor_that_misfits_its_data_is_rejected(tmp_path, arguments):
     with pytest.raises(ValueError, match="'w'"):
         read_checkpoint(forged(tmp_path / "a.pt", **arguments))
 
@@ -356,7 +356,7 @@ class Call:
         return self.function, self.args
 
     def __call__(self):
-        """Never called: pickle demands that a function is callable, and a call's result may be one."""
+        """Never called: pickle requires a callable function, and a call's result may serve as one."""
 
 
 def torch_bytes(value):
@@ -383,7 +383,7 @@ ATTACKS = {
     "torch.hub": lambda marker: Call(torch.hub.download_url_to_file, Path(__file__).as_uri(), str(marker), None, False),
     "torch.save": lambda marker: Call(torch.save, 1, str(marker)),
 }
-PLACES = {
+ATTACKED_PARTS = {
     "top": lambda attack: attack,
     "model": checkpoint,
     "model entry": lambda attack: checkpoint({**golden().state_dict, "encoder_mask_emb": attack}),
@@ -397,8 +397,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_the_attacks_are_real(tmp_path, attack):
-    """Without this the next test could pass on payloads that do nothing anyway."""
+def test_attacks_torch_load_executes_them(tmp_path, attack):
+    """Checks the check: without it, the next test could pass on payloads that do nothing."""
     marker = tmp_path / "marker"
     path = save(tmp_path / "a.pt", checkpoint({"w": ATTACKS[attack](marker)}))
     assert not marker.exists()
@@ -406,39 +406,39 @@ def test_the_attacks_are_real(tmp_path, attack):
     assert marker.exists()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("section", ATTACKED_PARTS)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_in_a_file_is_executed(tmp_path, attack, place):
+def test_read_checkpoint_attack_is_not_executed(tmp_path, attack, section):
     marker = tmp_path / "marker"
-    path = save(tmp_path / "a.pt", PLACES[place](ATTACKS[attack](marker)))
-    if place in ("task_state", "unused option"):  # not needed: the checkpoint still serves
+    path = save(tmp_path / "a.pt", ATTACKED_PARTS[section](ATTACKS[attack](marker)))
+    if section in ("task_state", "unused option"):  # not needed: the checkpoint still loads
         loaded = read_checkpoint(path)
         assert fairseq_config(loaded["cfg"]) == fairseq_config(golden().options)
-    elif place == "option":
+    elif section == "option":
         with pytest.raises(ValueError, match="option encoder_layers must be an integer, got an object of"):
             fairseq_config(read_checkpoint(path)["cfg"])
     else:
         expected = {"top": "a checkpoint", "model": "'model'", "model entry": "'encoder_mask_emb'", "cfg": "'cfg'"}
-        with pytest.raises(ValueError, match=f"expected .*{expected[place]}.*, found an object of"):
+        with pytest.raises(ValueError, match=f"expected .*{expected[section]}.*, found an object of"):
             read_checkpoint(path)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_unknown_classes_are_named_where_they_matter_and_never_imported(tmp_path, protocol):
+def test_read_checkpoint_unknown_classes_are_named_and_never_imported(tmp_path, protocol):
     module = "some_package_for_this_test.with_a_rather_long.module_name"
     with pytest.MonkeyPatch.context() as patch:
-        kind = fake_class(patch, f"{module}.Activation")
+        activation = fake_class(patch, f"{module}.Activation")
         cfg = nested(golden().options)
-        cfg["common"]["backend"] = kind()
-        harmless = save(tmp_path / "a.pt", checkpoint(golden().state_dict, cfg=cfg, criterion=kind()), protocol)
-        cfg["model"]["activation_fn"] = kind()
-        needed = save(tmp_path / "b.pt", checkpoint(golden().state_dict, cfg=cfg), protocol)
-    loaded = read_checkpoint(harmless)
+        cfg["common"]["backend"] = activation()
+        unused = save(tmp_path / "a.pt", checkpoint(golden().state_dict, cfg=cfg, criterion=activation()), protocol)
+        cfg["model"]["activation_fn"] = activation()
+        used = save(tmp_path / "b.pt", checkpoint(golden().state_dict, cfg=cfg), protocol)
+    loaded = read_checkpoint(unused)
     assert fairseq_config(loaded["cfg"]) == fairseq_config(golden().options)
     assert repr(loaded["cfg"]["common"]["backend"]) == f"<{module}.Activation object, not loaded>"
     with pytest.raises(ValueError, match=f"activation_fn must be a string, got an object of {module}.Activation"):
-        fairseq_config(read_checkpoint(needed)["cfg"])
+        fairseq_config(read_checkpoint(used)["cfg"])
     assert module not in sys.modules
 
 
@@ -458,8 +458,8 @@ PICKLE_BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", PICKLE_BOMBS)
-def test_pickle_bombs_end_quickly(tmp_path, bomb):
-    """As ``cfg`` and, unused, as ``task_state``: a ValueError or plain options, no crash and no endless walk."""
+def test_read_checkpoint_pickle_bombs_end_quickly(tmp_path, bomb):
+    """As ``cfg``, and as ``task_state``, which is not read: a ValueError or plain options, no crash or endless loop."""
     for entry in (b"cfg", b"task_state"):
         path = write_zip(
             tmp_path / "a.pt",
@@ -477,8 +477,8 @@ def test_pickle_bombs_end_quickly(tmp_path, bomb):
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # pickletools, on text opcodes
 @pytest.mark.parametrize("cases", [2000, pytest.param(10_000, marks=pytest.mark.long)])
-def test_mutated_files_are_refused_or_read(tmp_path, cases):
-    """Random changes, three in four to the pickle, one to the zip around it: a dict of tensors or a ValueError."""
+def test_read_checkpoint_mutated_files_are_read_or_rejected(tmp_path, cases):
+    """Random edits, 3/4 of them to the pickle and 1/4 to the zip file: a dict of tensors or a ValueError."""
     rng = random.Random(cases)
     source = save(
         tmp_path / "a.pt",
@@ -495,14 +495,14 @@ def test_mutated_files_are_refused_or_read(tmp_path, cases):
     for case in range(cases):
         data = bytearray(data_pkl if case < cases * 3 // 4 else source.read_bytes())
         for _ in range(rng.choice((1, 1, 2, 8))):
-            place = rng.randrange(len(data))
+            offset = rng.randrange(len(data))
             match rng.randrange(3):
                 case 0:
-                    data[place] = rng.randrange(256)
+                    data[offset] = rng.randrange(256)
                 case 1:
-                    del data[place]
+                    del data[offset]
                 case 2:
-                    data.insert(place, rng.randrange(256))
+                    data.insert(offset, rng.randrange(256))
         path = tmp_path / "b.pt"
         if case < cases * 3 // 4:
             write_zip(path, bytes(data), records)
@@ -511,11 +511,11 @@ def test_mutated_files_are_refused_or_read(tmp_path, cases):
         try:
             loaded = read_checkpoint(path)
         except ValueError:
-            outcomes["refused"] += 1
+            outcomes["rejected"] += 1
         else:
             outcomes["read"] += 1
             assert all(isinstance(tensor, torch.Tensor) for tensor in loaded["model"].values())
-    assert min(outcomes["refused"], outcomes["read"]) > 100, outcomes
+    assert min(outcomes["rejected"], outcomes["read"]) > 100, outcomes
 
 
 # ---------------------------------------------------------------- options
@@ -530,7 +530,7 @@ def test_mutated_files_are_refused_or_read(tmp_path, cases):
         ("mae_ast_prenorm_proj", {"masking": "random", "norm_first": True, "encoder_projection": True}),
     ],
 )
-def test_golden_options(name, differences):
+def test_fairseq_config_golden_options_give_recorded_model(name, differences):
     rates = ("dropout", "attention_dropout", "input_dropout", "encoder_layerdrop")
     expected = {
         **dict.fromkeys(rates, 0.0),
@@ -542,8 +542,8 @@ def test_golden_options(name, differences):
         assert fairseq_config(form) == MAEASTConfig(**expected)
 
 
-def test_each_option_reaches_its_own_field():
-    """Every value differs from its default and from the others, so that no two can be swapped."""
+def test_fairseq_config_each_option_sets_its_own_field():
+    """Every value differs from its default and from the others, so that a swap of two shows."""
     options = {
         "ast_kernel_size_time": 8, "ast_kernel_stride_time": 8, "ast_kernel_size_chan": 20,
         "ast_kernel_stride_chan": 20, "feature_dim": 80, "encoder_layers": 5, "encoder_embed_dim": 48,
@@ -570,10 +570,12 @@ def test_each_option_reaches_its_own_field():
     assert defaults == MAEASTConfig(masking="random", input_dropout=0.0, encoder_layerdrop=0.0)
 
 
-def test_the_papers_recipes_are_our_presets():
+def test_fairseq_config_paper_recipes_give_presets():
     base = {"enc_sine_pos": True, "dec_sine_pos": True, "dropout_input": 0.1, "encoder_layerdrop": 0.05}
     frame = {
-        f"ast_kernel_{kind}_{axis}": size for kind in ("size", "stride") for axis, size in (("time", 2), ("chan", 128))
+        f"ast_kernel_{quantity}_{axis}": size
+        for quantity in ("size", "stride")
+        for axis, size in (("time", 2), ("chan", 128))
     }
     assert fairseq_config({**base, "mask_type": "chunk_mask"}) == MAEASTConfig.preset("patch_base")
     assert fairseq_config({**base, **frame, "encoder_layers": 6}) == MAEASTConfig.preset("frame_base_6layer")
@@ -581,8 +583,8 @@ def test_the_papers_recipes_are_our_presets():
     assert fairseq_config({**base, "mask_type": "random_mask_batched"}).masking == "random"
 
 
-def test_span_masking_takes_the_share_that_was_masked():
-    """SPEC: the README's 1.45 masks a quarter, about 0.3 masks three quarters."""
+def test_fairseq_config_span_masking_keeps_masked_share():
+    """SPEC: 1.45, as in the official README, masks a quarter; about 0.3 masks three quarters."""
     for option, share in ((1.45, 0.25), (0.3, 0.75)):
         config = fairseq_config({**flat(golden().options), "mask_type": "retain_spans", "random_mask_prob": option})
         assert config.masking == "span"
@@ -611,7 +613,7 @@ def test_span_masking_takes_the_share_that_was_masked():
     ],
     ids=str,
 )  # fmt: skip
-def test_unsupported_options_are_named(change, message):
+def test_fairseq_config_unsupported_option_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         fairseq_config({**flat(golden().options), **change})
 
@@ -626,7 +628,7 @@ def test_unsupported_options_are_named(change, message):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_no_options(cfg, message):
+def test_fairseq_config_wrong_container_is_rejected(cfg, message):
     with pytest.raises(ValueError, match=message):
         fairseq_config(cfg)
 
@@ -635,38 +637,39 @@ def test_what_is_no_options(cfg, message):
 
 
 @pytest.mark.parametrize("name", MAE_AST)
-def test_every_weight_arrives_in_its_place(name):
+def test_convert_state_dict_every_weight_gets_its_new_name(name):
     official, config = golden(name).state_dict, fairseq_config(golden(name).options)
     ours = convert_state_dict(official, config)
     width, patch_dim = config.embed_dim, config.patch_dim
-    same = {
+    renamed = {
         "patch_embed": "post_extract_proj",
         "encoder.norm": "encoder.layer_norm",
         "decoder.norm": "decoder.layer_norm",
         **({"encoder_projection": "post_enc_proj"} if config.has_projection else {}),
     }
     for layer in [f"encoder.layers.{n}" for n in range(3)] + [f"decoder.layers.{n}" for n in range(2)]:
-        same[f"{layer}.out_proj"] = f"{layer}.self_attn.out_proj"
-        same[f"{layer}.attn_norm"] = f"{layer}.self_attn_layer_norm"
-        same[f"{layer}.ffn_norm"] = f"{layer}.final_layer_norm"
-        same[f"{layer}.fc1"], same[f"{layer}.fc2"] = f"{layer}.fc1", f"{layer}.fc2"
-    pairs = [(ours.pop(f"{a}.{kind}"), official[f"{b}.{kind}"]) for a, b in same.items() for kind in ("weight", "bias")]
-    for kind in ("weight", "bias"):
+        renamed[f"{layer}.out_proj"] = f"{layer}.self_attn.out_proj"
+        renamed[f"{layer}.attn_norm"] = f"{layer}.self_attn_layer_norm"
+        renamed[f"{layer}.ffn_norm"] = f"{layer}.final_layer_norm"
+        renamed[f"{layer}.fc1"], renamed[f"{layer}.fc2"] = f"{layer}.fc1", f"{layer}.fc2"
+    suffixes = ("weight", "bias")
+    pairs = [(ours.pop(f"{new}.{x}"), official[f"{old}.{x}"]) for new, old in renamed.items() for x in suffixes]
+    for suffix in suffixes:
         for layer in [f"encoder.layers.{n}" for n in range(3)] + [f"decoder.layers.{n}" for n in range(2)]:
-            qkv = ours.pop(f"{layer}.qkv.{kind}")
+            qkv = ours.pop(f"{layer}.qkv.{suffix}")
             assert len(qkv) == 3 * width
             pairs += [
-                (qkv[i * width : (i + 1) * width], official[f"{layer}.self_attn.{which}_proj.{kind}"])
-                for i, which in enumerate("qkv")
+                (qkv[i * width : (i + 1) * width], official[f"{layer}.self_attn.{projection}_proj.{suffix}"])
+                for i, projection in enumerate("qkv")
             ]
-        head = ours.pop(f"head.{kind}")
+        head = ours.pop(f"head.{suffix}")
         assert len(head) == 2 * patch_dim
-        pairs.append((head[:patch_dim], official[f"final_proj_reconstruction.{kind}"]))
-        pairs.append((head[patch_dim:], official[f"final_proj_classification.{kind}"]))
+        pairs.append((head[:patch_dim], official[f"final_proj_reconstruction.{suffix}"]))
+        pairs.append((head[patch_dim:], official[f"final_proj_classification.{suffix}"]))
     pairs.append((ours.pop("mask_token"), official["decoder_mask_emb"]))
-    for kind in ("running_mean", "running_var", "num_batches_tracked"):
-        pairs.append((ours.pop(f"input_norm.{kind}"), official[f"batch_norm.{kind}"]))
-    assert not ours, "names beyond the agreed ones"
+    for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+        pairs.append((ours.pop(f"input_norm.{buffer}"), official[f"batch_norm.{buffer}"]))
+    assert not ours, "unexpected names"
     assert len(pairs) == len(official.keys() - UNUSED)
     for actual, expected in pairs:
         assert actual.dtype == expected.dtype
@@ -674,8 +677,8 @@ def test_every_weight_arrives_in_its_place(name):
 
 
 @pytest.mark.parametrize("name", MAE_AST)
-def test_values_of_a_patch_stand_in_the_official_order(name):
-    """The columns of post_extract_proj: recorded targets are the normalised patches, each value at t * kf + f."""
+def test_patch_values_match_official_order(name):
+    """The order of post_extract_proj's columns: recorded targets are normalised patches, each value at t * kf + f."""
     case, (kt, kf) = golden(name), fairseq_config(golden(name).options).patch_size
     source = case["source"]
     normal = (source - source.mean()) / (source.var(unbiased=False) + 1e-5).sqrt() * 0.5
@@ -685,7 +688,7 @@ def test_values_of_a_patch_stand_in_the_official_order(name):
     assert_golden(masked, case["target_m_list"])
 
 
-def test_half_precision_weights_become_fp32(tmp_path):
+def test_convert_state_dict_half_precision_weights_become_fp32(tmp_path):
     config = fairseq_config(golden().options)
     half = {name: t.half() if t.is_floating_point() else t for name, t in golden().state_dict.items()}
     ours = convert_state_dict(read_checkpoint(save(tmp_path / "a.pt", checkpoint(half)))["model"], config)
@@ -695,7 +698,7 @@ def test_half_precision_weights_become_fp32(tmp_path):
 
 
 def official_table(tokens, width):
-    """As SPEC.md states the paper's formula, with the position as an integer as in its code."""
+    """The paper's formula as SPEC.md states it, with integer positions as in the official code."""
     div = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     table = torch.zeros(1, tokens, width)
     table[0, :, 0::2] = torch.sin(torch.arange(tokens)[:, None] * div)
@@ -703,7 +706,7 @@ def official_table(tokens, width):
     return table
 
 
-def test_a_files_own_table_is_kept_where_it_differs():
+def test_convert_state_dict_differing_position_table_is_kept():
     config = fairseq_config(
         {**golden().options, "cfg/model/use_post_enc_proj": True, "cfg/model/decoder_embed_dim": 32}
     )
@@ -728,7 +731,7 @@ def test_a_files_own_table_is_kept_where_it_differs():
 
 
 def narrow_decoder(state_dict, width=32):
-    """The decoder's tensors cut to another width."""
+    """The decoder's tensors cut to ``width``."""
     narrow = {}
     for name, tensor in state_dict.items():
         if name.startswith("decoder"):
@@ -739,12 +742,12 @@ def narrow_decoder(state_dict, width=32):
     return narrow
 
 
-def test_the_tables_formula_at_full_size():
-    """Bit for bit, so that an fp32 checkpoint of the base model stores nothing."""
+def test_sinusoid_full_size_matches_official_table():
+    """Bit for bit, so that conversion of the base model's fp32 checkpoint keeps no table."""
     assert torch.equal(official_table(48000, 768)[0], sinusoid(48000, 768))
 
 
-def test_unused_entries_may_be_there_or_not():
+def test_convert_state_dict_unused_entries_are_optional():
     config = fairseq_config(golden().options)
     bare = {name: tensor for name, tensor in golden().state_dict.items() if name not in UNUSED}
     extra = {f"{side}_sine_pos_embed._float_tensor": torch.zeros(1) for side in ("enc", "dec")}
@@ -753,7 +756,7 @@ def test_unused_entries_may_be_there_or_not():
     )
 
 
-def test_all_that_does_not_fit_is_listed_at_once():
+def test_convert_state_dict_all_problems_are_listed():
     config = fairseq_config(golden().options)
     official = golden().state_dict
     del official["encoder.layers.1.fc2.bias"], official["batch_norm.running_var"]
@@ -779,11 +782,11 @@ def test_all_that_does_not_fit_is_listed_at_once():
         "final_proj_classification.bias has shape (1,), expected (256,)",
         "dec_sine_pos_embed.pe has shape (48000, 64), expected (1, tokens, 64)",
     ]
-    assert len(golden().state_dict) == len(golden().section("state_dict/")), "the golden itself is unchanged"
+    assert len(golden().state_dict) == len(golden().section("state_dict/")), "the golden is unchanged"
 
 
 @pytest.mark.parametrize("shape", [(), (1, 0, 64), (2, 5, 64), (1, 5, 63), (1, 5, 64, 1)])
-def test_a_table_of_another_shape_is_refused(shape):
+def test_convert_state_dict_position_table_of_wrong_shape_is_rejected(shape):
     with pytest.raises(ValueError, match=r"enc_sine_pos_embed.pe has shape .*, expected \(1, tokens, 64\)"):
         convert_state_dict(
             {**golden().state_dict, "enc_sine_pos_embed.pe": torch.zeros(shape)}, fairseq_config(golden().options)
@@ -792,7 +795,7 @@ def test_a_table_of_another_shape_is_refused(shape):
 
 @pytest.mark.parametrize("separator", ["/", "."])
 @pytest.mark.parametrize("prefix", ["cfg", ""])
-def test_sectioned_and_doubly_nested_options_are_found(separator, prefix):
+def test_fairseq_config_sectioned_and_nested_options_are_read(separator, prefix):
     case = Golden("mae_ast_prenorm_proj")
     expected = fairseq_config(case.options)
     options = {key: value for key, value in case.options.items() if key.startswith("cfg/")}
@@ -806,10 +809,10 @@ def test_sectioned_and_doubly_nested_options_are_found(separator, prefix):
 
 
 class ForeignArgs:
-    """Stands for a class of somebody's training code."""
+    """Stand-in for a class of a user's training code."""
 
 
-def test_foreign_args_beside_good_options_do_no_harm(tmp_path):
+def test_read_checkpoint_foreign_args_with_valid_cfg_are_ignored(tmp_path):
     case = Golden("mae_ast_patch_small")
     torch.save({"cfg": {"model": {"a": 1}}, "args": ForeignArgs(), "model": case.state_dict}, tmp_path / "a.pt")
     assert read_checkpoint(tmp_path / "a.pt")["cfg"] == {"model": {"a": 1}}

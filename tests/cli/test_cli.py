@@ -97,7 +97,7 @@ def fails(capsys, code: int, *argv) -> str:
 # ------------------------------------------------------------------------------------------------------------- help
 
 
-def test_the_overview_names_every_command_once_and_two_examples(capsys):
+def test_overview_lists_every_command_and_two_examples(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for name, command in COMMANDS.items():
@@ -108,13 +108,13 @@ def test_the_overview_names_every_command_once_and_two_examples(capsys):
     assert capsys.readouterr().err == text
 
 
-def test_version(capsys):
+def test_version_option_prints_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"mae-ast-fast {__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_of_every_command_is_explained(command, capsys):
+def test_help_explains_every_option(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert f"usage: mae-ast-fast {command}" in text
@@ -128,7 +128,7 @@ def test_every_option_of_every_command_is_explained(command, capsys):
     assert "--help" in declared
 
 
-def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
+def test_help_examples_parse(capsys, monkeypatch, tmp_path):
     """Every example gets as far as its checkpoint."""
 
     def reached(*arguments, **options):
@@ -186,7 +186,7 @@ def test_examples_of_the_help_parse(capsys, monkeypatch, tmp_path):
         (["pretrain", "stray"], "stray"),
     ],
 )
-def test_a_wrong_command_or_option_names_the_right_one(argv, told, capsys):
+def test_main_misspelt_command_or_option_suggests_right_one(argv, told, capsys):
     assert told in fails(capsys, 2, *argv)
 
 
@@ -197,11 +197,11 @@ def options_of(*argv: str) -> PretrainOptions:
     return train.pretrain_options(argv)
 
 
-def test_defaults_are_those_of_the_dataclass():
+def test_pretrain_options_default_to_dataclass():
     assert options_of() == PretrainOptions()
 
 
-def test_every_field_is_an_option_with_its_default_and_its_help(capsys):
+def test_pretrain_help_lists_every_field(capsys):
     assert main(["pretrain", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(PretrainOptions):
@@ -214,14 +214,14 @@ def test_every_field_is_an_option_with_its_default_and_its_help(capsys):
     assert "Share of a clip's tokens that is hidden, in (0, 1). (type: float)" in text
 
 
-def test_dashes_and_underscores_are_the_same():
+def test_pretrain_options_dashes_and_underscores_are_equal():
     for spelling in (["--batch-seconds", "32", "--init-from=x"], ["--batch_seconds=32", "--init_from", "x"]):
         found = options_of(*spelling)
         assert (found.batch_seconds, found.init_from) == (32.0, "x")
     assert options_of("--model_args.mask-ratio", "0.5").model_args["mask_ratio"] == 0.5
 
 
-def test_fields_of_the_model_are_parsed_by_their_types():
+def test_pretrain_options_model_fields_are_parsed_by_type():
     argv = [
         "--model_args.mask_ratio",
         "0.8",
@@ -248,7 +248,7 @@ def test_fields_of_the_model_are_parsed_by_their_types():
     assert (config.mask_ratio, config.patch_size, config.embed_dim) == (0.8, (8, 16), 192)
 
 
-def test_the_model_and_the_fields_that_only_ssast_has(tmp_path, capsys):
+def test_pretrain_options_ssast_fields_round_trip(tmp_path, capsys):
     argv = ["--model", "ssast", "--preset", "frame_small", "--model_args.objective", "mpc", "--model_args.layers=2"]
     argv += ["--model-args.patch-size", "[4,128]", "--model_args.mean", "-5", "--model_args.embed_dim", "96"]
     found = options_of(*argv)
@@ -267,7 +267,7 @@ def test_the_model_and_the_fields_that_only_ssast_has(tmp_path, capsys):
     assert options_of("--model=ssast").model_config().input_frames == 998
 
 
-def test_what_does_not_fit_the_model(capsys):
+def test_pretrain_field_of_other_model_is_rejected(capsys):
     told = fails(capsys, 1, "pretrain", "--model", "ssast", "--model_args.decoder_layers", "1")
     assert "--model ssast has no model_args decoder_layers" in told
     told = fails(capsys, 1, "pretrain", "--model", "ssast", "--preset", "frame_base_6layer")
@@ -279,12 +279,12 @@ RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_options(recipe):
+def test_recipes_parse_as_options(recipe):
     found = options_of("--config", str(recipe))
     assert found.model_config().embed_dim in (192, 768)
 
 
-def test_the_recipe_of_ssast_is_that_of_mae_ast_with_another_model():
+def test_recipes_ssast_differs_from_quick_in_model_only():
     quick, ssast = (
         dataclasses.asdict(options_of("--config", str(RECIPES[0].with_stem(x)))) for x in ("quick", "ssast")
     )
@@ -292,7 +292,7 @@ def test_the_recipe_of_ssast_is_that_of_mae_ast_with_another_model():
     assert quick["model_args"]["encoder_layers"] == ssast["model_args"]["layers"]
 
 
-def test_the_command_line_wins_over_the_file(tmp_path):
+def test_pretrain_options_command_line_overrides_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("steps: 7\nlr: 1e-4\nbatch_seconds: 20\nmodel_args:\n  mask_ratio: 0.9\n  patch_size: [8, 16]\n")
     found = options_of(
@@ -313,7 +313,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--print_config", "--print-config"])
-def test_the_printed_configuration_reads_back(tmp_path, capsys, flag):
+def test_print_config_output_reads_back(tmp_path, capsys, flag):
     argv = ["--seed", "3", "--data", "/x", "--model_args.mask_ratio", "0.8", "--model_args.patch_size", "[8,16]"]
     assert main(["pretrain", *argv, flag]) == 0
     text = capsys.readouterr().out
@@ -336,13 +336,13 @@ def test_the_printed_configuration_reads_back(tmp_path, capsys, flag):
         ("steps: [1", "Problems parsing config"),
     ],
 )
-def test_a_wrong_file_names_what_is_wrong(tmp_path, capsys, text, told):
+def test_pretrain_wrong_config_file_names_error(tmp_path, capsys, text, told):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     assert re.search(told, fails(capsys, 2, "pretrain", "--config", path))
 
 
-def test_values_that_the_options_refuse(capsys):
+def test_pretrain_invalid_value_is_rejected(capsys):
     assert fails(capsys, 1, "pretrain", "--lr", "-1").endswith("error: lr must be positive, got -1.0")
     assert "mask_ratio must be in (0, 1), got 3.0" in fails(capsys, 1, "pretrain", "--model_args.mask_ratio", "3")
     assert "preset must be one of patch_base" in fails(capsys, 1, "pretrain", "--preset", "patch_tyni")
@@ -352,7 +352,7 @@ def test_values_that_the_options_refuse(capsys):
 # --------------------------------------------------------------------------------------------------- ends of pretrain
 
 
-def test_a_finished_run_is_summed_up(capsys, monkeypatch):
+def test_pretrain_finished_run_prints_summary(capsys, monkeypatch):
     given = []
     monkeypatch.setattr(pretrain, "pretrain", lambda options: given.append(options) or TRAIN_DONE)
     assert main(["pretrain", "--out", "runs/x", "--steps", "800"]) == 0
@@ -366,14 +366,14 @@ def test_a_finished_run_is_summed_up(capsys, monkeypatch):
     assert "In runs/x: model.safetensors" in text
 
 
-def test_what_is_next_after_an_ssast():
+def test_pretrain_summary_next_command_depends_on_model():
     text = train.pretrain_summary({**TRAIN_DONE, "model": "ssast"}, Path("runs/x"))
     assert text.endswith("Next: mae-ast-fast reconstruct FILE --checkpoint runs/x --out file.png")
     text = train.pretrain_summary(TRAIN_DONE, Path("runs/x"))
     assert text.endswith("Next: mae-ast-fast features FILE --checkpoint runs/x --out features/")
 
 
-def test_a_run_that_learned_nothing_is_said_to_have_failed():
+def test_pretrain_summary_failed_evaluation_lists_failures():
     held_out = {**TRAIN_DONE["held_out"], "passed": False, "failures": ["accuracy 0.1 is not above", "second"]}
     text = train.pretrain_summary({**TRAIN_DONE, "held_out": held_out}, Path("runs/x"))
     assert "NOT passed:\n    accuracy 0.1 is not above\n    second\n" in text
@@ -392,7 +392,7 @@ def test_a_run_that_learned_nothing_is_said_to_have_failed():
         (KeyboardInterrupt(), 130, "mae-ast-fast pretrain: interrupted"),
     ],
 )
-def test_a_run_that_ends_otherwise(error, code, told, capsys, monkeypatch):
+def test_pretrain_error_sets_exit_code_and_message(error, code, told, capsys, monkeypatch):
     def end(options):
         raise error
 
@@ -405,7 +405,7 @@ def test_a_run_that_ends_otherwise(error, code, told, capsys, monkeypatch):
     assert captured.out == ""
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+def test_main_internal_error_keeps_traceback(monkeypatch):
     def end(options):
         raise KeyError("bug")
 
@@ -414,7 +414,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
         main(["pretrain"])
 
 
-def test_a_traceback_on_request(capsys, monkeypatch):
+def test_main_traceback_option_prints_traceback(capsys, monkeypatch):
     assert main(["pretrain", "--lr", "-1", "--traceback"]) == 1
     text = capsys.readouterr().err
     assert text.startswith("Traceback")
@@ -427,7 +427,7 @@ def test_a_traceback_on_request(capsys, monkeypatch):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_without_the_train_extra(capsys, monkeypatch, checkpoint, tmp_path):
+def test_main_missing_train_extra_names_install_command(capsys, monkeypatch, checkpoint, tmp_path):
     told = 'missing: pip install "mae-ast-fast[train]"'
     features = ("features", SOUND, "--checkpoint", checkpoint, "--out", tmp_path)
     with monkeypatch.context() as patch:
@@ -448,7 +448,7 @@ def test_without_the_train_extra(capsys, monkeypatch, checkpoint, tmp_path):
 # --------------------------------------------------------------------------------------------------------- features
 
 
-def test_features_of_one_file(checkpoint, tmp_path, capsys):
+def test_features_one_file_writes_arrays(checkpoint, tmp_path, capsys):
     expected = extract_file(MAEAST.from_pretrained(checkpoint), SPEECH, layer=1, chunk_seconds=2.0)
     for name in ("x.npz", "x.safetensors"):
         out = tmp_path / "deep" / name
@@ -476,7 +476,7 @@ def written(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_features_of_many_files_skip_the_corrupt_ones(checkpoint, recordings, tmp_path, capsys):
+def test_features_many_files_skips_corrupt_ones(checkpoint, recordings, tmp_path, capsys):
     files = [recordings / name for name in ("a/x.wav", "b/broken.wav", "none.wav", "b/x.wav", "a/x.wav")]
     out = tmp_path / "out"
     argv = ["features", *files, "--checkpoint", checkpoint, "--out", out]
@@ -492,7 +492,7 @@ def test_features_of_many_files_skip_the_corrupt_ones(checkpoint, recordings, tm
     assert not np.array_equal(np.load(out / "a/x.npz")["features"], np.load(out / "b/x.npz")["features"])
 
 
-def test_features_of_a_folder(checkpoint, recordings, tmp_path):
+def test_features_folder_mirrors_its_layout(checkpoint, recordings, tmp_path):
     (recordings / "b" / "broken.wav").unlink()
     out = tmp_path / "out"
     argv = ["features", recordings, "--checkpoint", checkpoint, "--out", out, "--format", "safetensors"]
@@ -500,7 +500,7 @@ def test_features_of_a_folder(checkpoint, recordings, tmp_path):
     assert written(out) == ["a/x.safetensors", "b/x.safetensors", "b/y.safetensors"]
 
 
-def test_features_that_cannot_be(checkpoint, recordings, tmp_path, capsys):
+def test_features_invalid_arguments_are_rejected(checkpoint, recordings, tmp_path, capsys):
     one, two = recordings / "a/x.wav", recordings / "b/x.wav"
     rest = ("--checkpoint", checkpoint, "--out")
     told = fails(capsys, 1, "features", one, two, *rest, tmp_path / "x.npz")
@@ -521,7 +521,7 @@ def test_features_that_cannot_be(checkpoint, recordings, tmp_path, capsys):
 # ------------------------------------------------------------------------------------ reconstruct, export, convert
 
 
-def test_reconstruct_draws_and_compares(checkpoint, tmp_path, capsys):
+def test_reconstruct_writes_picture_and_baselines(checkpoint, tmp_path, capsys):
     out = tmp_path / "new" / "r.png"
     argv = [
         "reconstruct",
@@ -553,7 +553,7 @@ def test_reconstruct_draws_and_compares(checkpoint, tmp_path, capsys):
             assert f"{name.replace('_', ' ')} {error:.4f}" in text
 
 
-def test_reconstruct_with_an_ssast(ssast, tmp_path, capsys):
+def test_reconstruct_ssast_uses_its_own_front_end(ssast, tmp_path, capsys):
     """Clips as long as it takes, its own front end, and the options of hiding that it has none of itself."""
     out = tmp_path / "r.png"
     argv = ["reconstruct", SPEECH, SOUND, "--checkpoint", ssast, "--out", out]
@@ -575,7 +575,7 @@ def test_reconstruct_with_an_ssast(ssast, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["features", "export", "doctor"])
-def test_what_only_a_mae_ast_can_do(command, ssast, tmp_path, capsys):
+def test_main_command_for_mae_ast_rejects_ssast(command, ssast, tmp_path, capsys):
     argv = {
         "features": [SOUND, "--checkpoint", ssast, "--out", tmp_path / "x.npz"],
         "export": [ssast, tmp_path / "e"],
@@ -585,7 +585,7 @@ def test_what_only_a_mae_ast_can_do(command, ssast, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_reconstruct_that_cannot_be(checkpoint, tmp_path, capsys):
+def test_reconstruct_invalid_arguments_are_rejected(checkpoint, tmp_path, capsys):
     rest = ("--checkpoint", checkpoint, "--out", tmp_path / "r.png")
     assert "masking must be one of" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--masking", "all")
     assert "mask_ratio must be in (0, 1)" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--mask-ratio", "1")
@@ -596,7 +596,7 @@ def test_reconstruct_that_cannot_be(checkpoint, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_export_writes_the_encoder(checkpoint, tmp_path, capsys):
+def test_export_writes_encoder(checkpoint, tmp_path, capsys):
     assert main(["export", str(checkpoint), str(tmp_path / "e")]) == 0
     encoder, model = MAEAST.from_pretrained(tmp_path / "e"), MAEAST.from_pretrained(checkpoint)
     features = torch.randn(1, 100, 128)
@@ -612,7 +612,7 @@ def test_export_writes_the_encoder(checkpoint, tmp_path, capsys):
     )
 
 
-def test_convert_and_export_an_official_checkpoint(tmp_path, capsys):
+def test_convert_and_export_official_checkpoint_keep_features(tmp_path, capsys):
     golden = Golden("mae_ast_patch_small")
     width = golden.state_dict["post_extract_proj.weight"].shape[0]
     table = sinusoid(300, width).half().float()[None]  # as a run in fp16 leaves it
@@ -652,7 +652,7 @@ def test_doctor_prints_text_or_json(checkpoint, capsys, monkeypatch):
     assert "preset must be one of" in fails(capsys, 1, "doctor", "--preset", "huge")
 
 
-def test_ctrl_c_in_another_command(checkpoint, tmp_path, capsys, monkeypatch):
+def test_features_ctrl_c_exits_with_130(checkpoint, tmp_path, capsys, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
@@ -661,7 +661,7 @@ def test_ctrl_c_in_another_command(checkpoint, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "\nmae-ast-fast features: interrupted\n"
 
 
-def test_as_a_process(tmp_path):
+def test_main_as_process_sets_exit_codes(tmp_path):
     """python -m, the exit code, and a reader that goes away."""
     run = [sys.executable, "-m", "mae_ast_fast"]
     done = subprocess.run([*run, "pretrian"], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -673,7 +673,7 @@ def test_as_a_process(tmp_path):
     assert process.wait() == 1
 
 
-def test_the_overview_loads_nothing_that_is_not_needed(tmp_path):
+def test_overview_loads_no_heavy_module(tmp_path):
     program = """
 import sys
 import mae_ast_fast

@@ -48,7 +48,7 @@ def extracted(model: MAEAST, wave: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_those_of_extract_features(kind):
+def test_upstream_features_match_extract_features(kind):
     model = make_model(*KINDS[kind])
     upstream = Upstream(make_model(*KINDS[kind])).eval()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_features_are_those_of_extract_features(kind):
 
 
 @pytest.mark.parametrize("patch_size", [(16, 16), (2, 128), (16, 128), (16, 64), (8, 16), (4, 32)])
-def test_the_number_of_vectors_fits_the_rate_at_every_length(patch_size):
+def test_upstream_vector_count_matches_rate_at_every_length(patch_size):
     """What s3prl.nn counts, and within 1 of what s3prl.upstream does, which accepts 4."""
     upstream = Upstream(make_model(patch_size, embed_dim=4, ffn_dim=4, num_heads=1, encoder_layers=1)).eval()
     rate = upstream.get_downsample_rates("hidden_states")
@@ -82,13 +82,13 @@ def test_the_number_of_vectors_fits_the_rate_at_every_length(patch_size):
         assert abs(vectors - round(samples / rate)) <= 1, samples
 
 
-def test_the_papers_rates():
+def test_upstream_paper_models_have_rate_320():
     assert Upstream(make_model((16, 16))).get_downsample_rates("hidden_states") == 2560 // 8 == 320
     assert Upstream(make_model((2, 128))).get_downsample_rates("last_hidden_state") == 320
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_clip_has_the_vectors_that_it_has_alone(kind):
+def test_upstream_batched_clip_matches_clip_alone(kind):
     upstream = Upstream(make_model(*KINDS[kind])).eval()
     lengths = [2560 * k + extra for k in (1, 3) for extra in (0, 239, 240, 399, 400, 1000)] + [300, 399, 30_000]
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_clip_has_the_vectors_that_it_has_alone(kind):
             assert_rounding(row[: len(alone)], alone, f"{len(wave)} samples")
 
 
-def test_fine_tuning_reaches_the_encoder_and_leaves_the_statistics():
+def test_upstream_training_updates_encoder_and_keeps_statistics():
     upstream = Upstream(make_model(encoder_layerdrop=0.9)).train()
     norm, before = upstream.model.input_norm, upstream.model.input_norm.running_mean.clone()
     first, second = (upstream(waves(LENGTHS))["hidden_states"] for _ in range(2))
@@ -117,7 +117,7 @@ def test_fine_tuning_reaches_the_encoder_and_leaves_the_statistics():
         assert torch.equal(*(upstream(waves(LENGTHS))["last_hidden_state"] for _ in range(2)))
 
 
-def test_torch_hub_loads_it_from_a_checkout(checkpoint):
+def test_torch_hub_checkout_loads_upstream(checkpoint):
     for entry in ("mae_ast_fast", "mae_ast_fast_local"):
         upstream = torch.hub.load(str(ROOT), entry, source="local", ckpt=str(checkpoint))
         assert not upstream.training
@@ -129,7 +129,7 @@ def test_torch_hub_loads_it_from_a_checkout(checkpoint):
             assert rows >= 24 and torch.equal(state[:rows], expected[:rows])
 
 
-def test_what_cannot_be(tmp_path):
+def test_upstream_invalid_input_is_rejected(tmp_path):
     upstream = Upstream(make_model())
     for wrong in ([], [torch.zeros(1, 1000)], [[0.0] * 1000]):
         with pytest.raises(ValueError, match="wavs must be a list of 1-D tensors"):
@@ -167,12 +167,12 @@ def hub():
     return hub
 
 
-def test_the_entries_stand_beside_those_of_s3prl(hub):
+def test_register_adds_entries_to_hub(hub):
     assert {"mae_ast_fast", "mae_ast_fast_local", "mae_ast_local", "hubert"} <= set(hub.options())
 
 
 @pytest.mark.parametrize("entry", ["mae_ast_fast", "mae_ast_fast_local"])
-def test_s3prl_nn_has_the_features_and_the_lengths(hub, checkpoint, entry):
+def test_s3prl_nn_upstream_returns_features_and_lengths(hub, checkpoint, entry):
     from s3prl.nn import Featurizer, S3PRLUpstream
 
     upstream = S3PRLUpstream(entry, path_or_url=str(checkpoint)).eval()
@@ -193,7 +193,7 @@ def test_s3prl_nn_has_the_features_and_the_lengths(hub, checkpoint, entry):
                 assert_rounding(state[i, :rows], expected[:rows], f"{lengths[i]} samples")
 
 
-def test_s3prl_upstream_takes_every_length(hub, checkpoint):
+def test_s3prl_upstream_accepts_every_length(hub, checkpoint):
     from s3prl.upstream.interfaces import Featurizer
 
     upstream = hub.mae_ast_fast(ckpt=str(checkpoint), model_config=None, refresh=False)
@@ -206,7 +206,7 @@ def test_s3prl_upstream_takes_every_length(hub, checkpoint):
         assert [len(rows) for rows in found] == [round(samples / 320), 25]
 
 
-def test_fine_tuning_inside_s3prl(hub, checkpoint):
+def test_s3prl_fine_tuning_updates_encoder_only(hub, checkpoint):
     from s3prl.nn import Featurizer, MeanPoolingLinear, S3PRLUpstream
     from s3prl.nn.upstream import UpstreamDownstreamModel
 

@@ -76,7 +76,7 @@ def padded(waves: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["patch", "frame"])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_features_are_those_of_extract_features_to_the_bit(tmp_path, kind, norm_first):
+def test_automodel_features_equal_extract_features(tmp_path, kind, norm_first):
     model = make_model(kind, norm_first=norm_first)
     export(model, tmp_path)
     loaded, extractor = AutoModel.from_pretrained(tmp_path), AutoFeatureExtractor.from_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_features_are_those_of_extract_features_to_the_bit(tmp_path, kind, norm_
 
 
 @pytest.mark.ci
-def test_a_fresh_process_reads_it_offline(tmp_path):
+def test_automodel_fresh_process_loads_offline(tmp_path):
     model = make_model()
     export(model, tmp_path / "e")
     code = """
@@ -118,7 +118,7 @@ torch.save(model(features).last_hidden_state.detach(), sys.argv[2])
     assert torch.equal(torch.load(tmp_path / "x.pt"), expected)
 
 
-def test_tables_and_statistics_survive_the_meta_device(tmp_path):
+def test_from_pretrained_meta_device_restores_tables_and_statistics(tmp_path):
     model = make_model()
     export(model, tmp_path / "computed")
     loaded = AutoModel.from_pretrained(tmp_path / "computed").model
@@ -144,7 +144,7 @@ def test_tables_and_statistics_survive_the_meta_device(tmp_path):
     assert torch.equal(loaded(features).last_hidden_state, model.extract_features(features).last_hidden_state)
 
 
-def test_saving_what_was_loaded_writes_the_same(tmp_path):
+def test_save_pretrained_after_loading_writes_same_files(tmp_path):
     for name, model in (("encoder", make_model()), ("classifier", make_classifier(multi_label=True, layer=2))):
         first, second = tmp_path / name / "1", tmp_path / name / "2"
         written = export(model, first)
@@ -160,7 +160,7 @@ def test_saving_what_was_loaded_writes_the_same(tmp_path):
         assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in written.state_dict().items())
 
 
-def test_the_configuration_has_our_fields_and_their_names(tmp_path):
+def test_config_holds_fields_of_both_libraries(tmp_path):
     model = make_model(dropout=0.25)
     export(model, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
@@ -179,13 +179,13 @@ def test_the_configuration_has_our_fields_and_their_names(tmp_path):
         MAEAST.from_pretrained(tmp_path)
 
 
-def test_configuration_without_masking_follows_the_patches():
+def test_config_without_masking_uses_default_of_patches():
     config = MAEASTHFConfig(patch_size=(2, 128))
     assert config.masking == config.encoder.masking == "random"
     assert MAEASTHFConfig.from_dict(config.to_dict()).encoder == config.encoder
 
 
-def test_a_model_without_weights_begins_like_any_other():
+def test_automodel_from_config_initialises_model():
     config = MAEASTHFConfig(**make_model().config.to_dict())
     model = AutoModel.from_config(config)
     assert isinstance(model, MAEASTHFModel)
@@ -194,7 +194,7 @@ def test_a_model_without_weights_begins_like_any_other():
     assert model(torch.randn(1, 40, 128)).last_hidden_state.isfinite().all()
 
 
-def test_half_precision_weights(tmp_path):
+def test_automodel_bfloat16_weights_match_bfloat16_model(tmp_path):
     model = make_model()
     export(model, tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -210,7 +210,7 @@ def test_half_precision_weights(tmp_path):
 # ------------------------------------------------------------------------------------------------ feature extractor
 
 
-def test_the_extractor_pads_and_masks_like_the_others():
+def test_extractor_pads_and_masks_batch():
     extractor, model = MAEASTFeatureExtractor(), make_model()
     expected, frames = model.features(*padded(clips()))
     found = extractor(clips(), sampling_rate=RATE, return_tensors="pt")
@@ -228,7 +228,7 @@ def test_the_extractor_pads_and_masks_like_the_others():
     assert [len(rows) for rows in ragged] == frames.tolist()
 
 
-def test_what_the_extractor_takes_for_a_clip():
+def test_extractor_accepts_lists_arrays_tensors_and_pcm():
     extractor, wave = MAEASTFeatureExtractor(), clips()[1]
     expected = extractor(wave, RATE, return_tensors="pt")["input_features"]
     assert expected.shape == (1, 55, 128)
@@ -239,7 +239,7 @@ def test_what_the_extractor_takes_for_a_clip():
     assert torch.equal(extractor(pcm, RATE, return_tensors="pt")["input_features"], same)
 
 
-def test_what_cannot_be(tmp_path):
+def test_transformers_invalid_input_is_rejected(tmp_path):
     extractor, wave = MAEASTFeatureExtractor(), clips()[0]
     with pytest.raises(ValueError, match="sampling_rate must be 16000, got 8000"):
         extractor(wave, sampling_rate=8000)
@@ -269,7 +269,7 @@ def test_what_cannot_be(tmp_path):
 
 @pytest.mark.parametrize("kind", ["patch", "frame"])
 @pytest.mark.parametrize(("multi_label", "layer", "pool"), [(False, None, "bands"), (True, 2, "mean")])
-def test_a_fine_tuned_classifier_gives_the_same_scores(tmp_path, kind, multi_label, layer, pool):
+def test_automodel_for_classification_logits_match_classifier(tmp_path, kind, multi_label, layer, pool):
     classifier = make_classifier(kind, multi_label, layer, pool, norm_first=True)
     export(classifier, tmp_path)
     loaded = AutoModelForAudioClassification.from_pretrained(tmp_path)
@@ -284,7 +284,7 @@ def test_a_fine_tuned_classifier_gives_the_same_scores(tmp_path, kind, multi_lab
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_the_pipeline_classifies_arrays(tmp_path, multi_label):
+def test_pipeline_scores_match_classifier(tmp_path, multi_label):
     classifier = make_classifier(multi_label=multi_label)
     export(classifier, tmp_path)
     classify = pipeline("audio-classification", model=str(tmp_path), device="cpu")
@@ -300,7 +300,7 @@ def test_the_pipeline_classifies_arrays(tmp_path, multi_label):
             assert answers[0]["score"] == max(found.values())
 
 
-def test_losses_are_those_of_the_task_and_gradients_reach_the_encoder(tmp_path):
+def test_classification_loss_matches_task_and_trains_encoder(tmp_path):
     export(make_model(dropout=0.0, attention_dropout=0.0, input_dropout=0.0, encoder_layerdrop=0.0), tmp_path)
     features, lengths = make_model().features(*padded(clips()))
     mask = (torch.arange(features.shape[1]) < lengths[:, None]).int()
@@ -318,7 +318,7 @@ def test_losses_are_those_of_the_task_and_gradients_reach_the_encoder(tmp_path):
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_encoder_and_classifier_read_each_others_weights(tmp_path):
+def test_encoder_and_classifier_load_each_others_weights(tmp_path):
     model, classifier = make_model(), make_classifier()
     export(model, tmp_path / "encoder")
     export(classifier, tmp_path / "classifier")
@@ -332,7 +332,7 @@ def test_encoder_and_classifier_read_each_others_weights(tmp_path):
     assert torch.equal(encoder(features).last_hidden_state, expected)
 
 
-def test_the_command_exports_encoders_and_classifiers(tmp_path, capsys):
+def test_export_command_writes_encoders_and_classifiers(tmp_path, capsys):
     model, classifier = make_model(), make_classifier()
     model.save_pretrained(tmp_path / "m")
     classifier.save_pretrained(tmp_path / "c")
