@@ -59,9 +59,9 @@ def run_prepare(argv: Sequence[str]) -> int:
         if npy:
             report = npy_module.prepare_npy(source, npy, **given, progress=tell)
             print(
-                f"{npy}: {report.clips} clips, {report.seconds / 60:.1f} minutes, {report.size / 1e6:.2f} MB; "
-                f"{len(report.skipped)} files skipped, {report.left} of {report.files} left out because the size was "
-                "reached"
+                f"{npy}: {report.clips} clips, {report.seconds / 60:.1f} minutes, {report.num_bytes / 1e6:.2f} MB; "
+                f"{len(report.skipped)} files skipped, {report.left_out} of {report.files} left out because the size "
+                "was reached"
             )
             return 0
         split = None

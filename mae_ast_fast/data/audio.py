@@ -1,11 +1,12 @@
-"""Finding audio files and decoding them to 16 kHz mono.
+"""Find audio files and decode them to 16 kHz mono.
 
-Corrupt is a file that a decoder refuses, that has NaN or infinite samples, or that holds clearly less audio (1 % and a
-quarter of a second) than its header states, in formats that state a length: WAV, AIFF, AU, W64, FLAC, MP4, Matroska,
-ASF. The sizes by which streaming WAV writers mean "unknown" are no fault. Ogg, MP3, AAC and G.722 state none or an
-estimate, and their pages and frames stand alone: a cut file is a shorter file. Memory never follows a header.
+A file is corrupt if a decoder refuses it, if it has NaN or infinite samples, or if it holds clearly less audio (1 % and
+a quarter of a second) than its header states. The last check applies to formats that state a length: WAV, AIFF, AU,
+W64, FLAC, MP4, Matroska, ASF. The sizes with which streaming WAV writers mean "unknown" are accepted. Ogg, MP3, AAC and
+G.722 state no length or an estimate, and their pages and frames are independent: a truncated file is a shorter file.
+Memory use never depends on a header.
 
-This file also runs by its path, as a decoding process (``serve``): it imports nothing of the package.
+This file is also run by its path, as a decoding process (``serve``). It therefore imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -29,16 +30,21 @@ _SUFFIXES = (
     ".webm .aac .wma .wv .amr"
 )
 AUDIO_SUFFIXES = frozenset(_SUFFIXES.split())
-_BLOCK_VALUES = 1 << 18  # samples x channels read at a time: 1 MiB of float32
+_BLOCK_VALUES = 1 << 18  # samples x channels per read: 1 MiB of float32
 _FULL_SCALE = 0.9999
-_STALL_SECONDS = 120.0  # a decoder that yields nothing for so long hangs
-# FFmpeg also reads playlists and the like, which open other files: only containers of sound are let through.
+_STALL_SECONDS = 120.0  # a decoder that yields nothing for this long counts as hung
+# FFmpeg also reads formats that open other files, such as playlists: only containers of audio are allowed.
 _AV_FORMATS = "mov,matroska,asf,avi,aac,flac,ogg,mp3,wav,w64,aiff,au,caf,amr,wv,g722"
 _AV_STATES_LENGTH = {"mov", "matroska", "asf", "flac", "wav", "w64", "aiff", "au"}
 
 
 class AudioError(ValueError):
-    """A file that gives no usable audio: its ``path``, and as ``reason`` one of few short phrases, fit for counting."""
+    """A file gives no usable audio.
+
+    Attributes:
+        path: The file.
+        reason: One of a few short phrases, so that reasons can be counted.
+    """
 
     def __init__(self, path: str | os.PathLike, reason: str, detail: object = "") -> None:
         detail = " ".join(str(detail).split())
@@ -48,7 +54,14 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True)
 class AudioFile:
-    """One audio file: where it is, its name relative to the source, and labels for splits and reports."""
+    """One audio file.
+
+    Attributes:
+        path: Absolute path.
+        name: Path relative to the source, printable.
+        kind: Label for reports, such as speech or music; empty if unknown.
+        group: Label for splits, such as a folder; empty if there is none.
+    """
 
     path: str
     name: str
@@ -57,14 +70,14 @@ class AudioFile:
 
 
 def find_audio(source: str | os.PathLike) -> list[AudioFile]:
-    """The audio files of a folder (all levels, sorted, hidden ones left out), of a fairseq ``.tsv``, or one file.
+    """The audio files of a folder (all levels, sorted, without hidden ones), of a fairseq ``.tsv``, or a single file.
 
-    A manifest's first line is the root (a relative one starts at the manifest's folder), each later line
-    ``path<TAB>samples``; its sample counts are not used, every file is measured.
+    The first line of a manifest is the root; a relative root starts at the folder of the manifest. Each later line is
+    ``path<TAB>samples``. Its sample counts are not used: every file is measured.
 
     Raises:
-        FileNotFoundError: The source, or a manifest's root, does not exist.
-        ValueError: The folder holds no audio file, or a line of the manifest is malformed (its number is named).
+        FileNotFoundError: The source, or the root of a manifest, does not exist.
+        ValueError: The folder holds no audio file, or a line of the manifest is malformed (the message has its number).
     """
     source = Path(source).expanduser()
     if source.is_dir():
@@ -78,20 +91,21 @@ def find_audio(source: str | os.PathLike) -> list[AudioFile]:
 
 
 def _entry(root: Path, relative: str) -> AudioFile:
-    # A name that is no UTF-8 must still be printable in reports; the path keeps its bytes.
+    # Names that are not UTF-8 must be printable in reports; the path keeps their bytes.
     name = os.fsencode(relative).decode("utf-8", "backslashreplace").replace(os.sep, "/")
     return AudioFile(os.path.abspath(root / relative), name, group=name.rpartition("/")[0])
 
 
 def _walk(root: Path) -> Iterator[str]:
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        here = os.stat(folder)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if (here.st_dev, here.st_ino) in seen:  # a link to where we have been
-            folders.clear()
+    """Paths, relative to ``root``, of its audio files."""
+    visited = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder already walked
+            subfolders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         for file in files:
             path = os.path.join(folder, file)
             if not file.startswith(".") and Path(file).suffix.lower() in AUDIO_SUFFIXES and os.path.isfile(path):
@@ -120,28 +134,29 @@ def _read_manifest(path: Path) -> list[AudioFile]:
 
 
 def decode(path: str | os.PathLike, max_seconds: float | None = None) -> np.ndarray:
-    """The whole file, or its first ``max_seconds``, as float32 (S,): 16 kHz, channels averaged, full scale 1.
+    """The whole file, or its first ``max_seconds``, as float32 (S,): 16 kHz, channels averaged, in [-1, 1].
 
     Raises:
         AudioError: The file gives no usable audio; its ``reason`` says why.
     """
-    limit = None if max_seconds is None else round(max_seconds * SAMPLE_RATE)
-    blocks, samples = [np.zeros(0, np.float32)], 0
+    max_samples = None if max_seconds is None else round(max_seconds * SAMPLE_RATE)
+    blocks, num_samples = [np.zeros(0, np.float32)], 0
     for block in decode_blocks(path):
         blocks.append(block)
-        samples += block.size
-        if limit is not None and samples >= limit:
+        num_samples += block.size
+        if max_samples is not None and num_samples >= max_samples:
             break
-    return np.concatenate(blocks)[:limit]
+    return np.concatenate(blocks)[:max_samples]
 
 
 def decode_blocks(path: str | os.PathLike) -> Iterator[np.ndarray]:
-    """Blocks of float32 (s,), 16 kHz mono, in order and of bounded size whatever the file's length.
+    """Consecutive blocks of float32 (s,), 16 kHz mono, of bounded size for files of any length.
 
-    libsndfile decodes, FFmpeg (PyAV) what libsndfile cannot read; soxr (HQ) resamples from 1 kHz to 768 kHz.
+    libsndfile decodes, and FFmpeg (PyAV) where libsndfile cannot read a file. soxr (HQ) resamples rates of 1 kHz to
+    768 kHz.
 
     Raises:
-        AudioError: When the fault is met, after the sound blocks before it.
+        AudioError: The file gives no usable audio. The valid blocks before the fault are yielded first.
     """
     import soxr
 
@@ -180,36 +195,39 @@ def _native_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
     """(rate, float32 (n, channels)) from libsndfile, or from FFmpeg where libsndfile gives nothing."""
     import soundfile
 
-    began, refusal = False, ""
-    if not path.lower().endswith(".g722"):  # headerless: libsndfile has nothing to recognise it by
+    any_block, soundfile_error = False, ""
+    if not path.lower().endswith(".g722"):  # it has no header by which libsndfile could recognise it
         try:
             for block in _soundfile_blocks(path):
-                began = True
+                any_block = True
                 yield block
             return
         except soundfile.LibsndfileError as error:
-            refusal = error.error_string
-            if began:
-                raise AudioError(path, "corrupt", refusal) from error
-    yield from _av_blocks(path, refusal)
+            soundfile_error = error.error_string
+            if any_block:
+                raise AudioError(path, "corrupt", soundfile_error) from error
+    yield from _av_blocks(path, soundfile_error)
 
 
 def _soundfile_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
     import soundfile
 
     with soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path) as file:
-        frames, found = max(1, _BLOCK_VALUES // file.channels), 0
-        while len(block := file.read(frames, dtype="float32", always_2d=True)):
+        block_samples, num_samples = max(1, _BLOCK_VALUES // file.channels), 0
+        while len(block := file.read(block_samples, dtype="float32", always_2d=True)):
             yield file.samplerate, block
-            found += len(block)
-        # libsndfile cuts the length of uncompressed audio to what is there; what the header said is in its log alone.
+            num_samples += len(block)
+        # libsndfile limits the length of uncompressed audio to the data present; only its log has the header's length.
         sizes = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info)
-        excess = max((int(a) / max(int(b), 1) for a, b in sizes if int(a) < 0x7FFFF000), default=1.0)
+        excess = max(
+            (int(stated) / max(int(actual), 1) for stated, actual in sizes if int(stated) < 0x7FFFF000), default=1.0
+        )
         if file.format not in ("OGG", "MP3"):
-            _check_length(path, found / file.samplerate, max(file.frames, excess * found) / file.samplerate)
+            stated_samples = max(file.frames, excess * num_samples)
+            _check_length(path, num_samples / file.samplerate, stated_samples / file.samplerate)
 
 
-def _av_blocks(path: str, refusal: str) -> Iterator[tuple[int, np.ndarray]]:
+def _av_blocks(path: str, soundfile_error: str) -> Iterator[tuple[int, np.ndarray]]:
     import av
 
     container_format = "g722" if path.lower().endswith(".g722") else None
@@ -219,33 +237,35 @@ def _av_blocks(path: str, refusal: str) -> Iterator[tuple[int, np.ndarray]]:
             if not container.streams.audio:
                 raise AudioError(path, "no audio stream")
             stream = container.streams.audio[0]
-            rate, found, pending, values = 0, 0.0, [], 0
+            rate, seconds, num_values = 0, 0.0, 0
+            pending: list[np.ndarray] = []
             for frame in container.decode(stream):
                 block = _float_frame(frame)
                 if pending and (frame.rate, block.shape[1]) != (rate, pending[0].shape[1]):
                     raise AudioError(path, "corrupt", "sample rate or channels change in the stream")
                 rate = frame.rate
-                found += len(block) / rate
+                seconds += len(block) / rate
                 pending.append(block)
-                values += block.size
-                if values >= _BLOCK_VALUES:
+                num_values += block.size
+                if num_values >= _BLOCK_VALUES:
                     yield rate, np.concatenate(pending)
-                    pending, values = [], 0
+                    pending, num_values = [], 0
             if pending:
                 yield rate, np.concatenate(pending)
             if container.format.name.split(",")[0] in _AV_STATES_LENGTH:
                 if stream.duration is not None:
-                    _check_length(path, found, float(stream.duration * stream.time_base))
+                    assert stream.time_base is not None
+                    _check_length(path, seconds, float(stream.duration * stream.time_base))
                 elif container.duration is not None and not container.streams.video:
-                    _check_length(path, found, container.duration / av.time_base)
+                    _check_length(path, seconds, container.duration / av.time_base)
     except AudioError:
         raise
     except (av.FFmpegError, ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
-        raise AudioError(path, "corrupt", refusal or error) from error
+        raise AudioError(path, "corrupt", soundfile_error or error) from error
 
 
 def _float_frame(frame: Any) -> np.ndarray:
-    """An ``av.AudioFrame`` as float32 (n, channels), full scale 1."""
+    """An ``av.AudioFrame`` as float32 (n, channels) in [-1, 1]."""
     values = frame.to_ndarray()  # (channels, n) planar, (1, n * channels) packed
     values = values.T if frame.format.is_planar else values.reshape(-1, frame.layout.nb_channels)
     if values.dtype == np.uint8:
@@ -254,27 +274,28 @@ def _float_frame(frame: Any) -> np.ndarray:
     return (values / scale).astype(np.float32)
 
 
-def _check_length(path: str, found: float, stated: float) -> None:
-    if found * 1.01 + 0.25 < stated:
-        raise AudioError(path, "truncated", f"the header states {stated:.1f} s, the file holds {found:.1f} s")
+def _check_length(path: str, seconds: float, stated_seconds: float) -> None:
+    if seconds * 1.01 + 0.25 < stated_seconds:
+        raise AudioError(path, "truncated", f"the header states {stated_seconds:.1f} s, the file holds {seconds:.1f} s")
 
 
 def serve(
-    begin: Callable[[], Callable[[Any, Any, Any], dict[str, Any]]] = lambda: _decode_to, who: str = "the decoder"
+    make_decode: Callable[[], Callable[[Any, Any, Any], dict[str, Any]]] = lambda: _decode_to,
+    name: str = "the decoder",
 ) -> None:
-    """A decoding process: [audio path, PCM path] comes in, a result goes out, each a line of JSON.
+    """Run a decoding process: read [audio path, PCM path], reply with a result, each one line of JSON.
 
     Args:
-        begin: Called once in the process; gives what decodes a path to an open file, as ``_decode_to`` does.
-        who: It is, in the reason of what no ``AudioError`` explains.
+        make_decode: Called once in the process; returns a function with the arguments and result of ``_decode_to``.
+        name: Of the decoder, for the reason of errors that are not an ``AudioError``.
     """
     import faulthandler
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; its end closes our stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; its end closes our stdin
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
-    decode = begin()
+    os.dup2(2, 1)  # output of a library must not mix with the replies
+    decode = make_decode()
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         path, pcm_path = json.loads(line)
@@ -283,45 +304,52 @@ def serve(
                 result = decode(path, pcm, lambda: faulthandler.dump_traceback_later(_STALL_SECONDS, exit=True))
         except AudioError as error:
             result = {"reason": error.reason}
-        except Exception as error:  # decoders raise all sorts, and one file must not stop the pass
-            result = {"reason": f"{type(error).__name__} in {who}"}
+        except Exception as error:  # decoders raise errors of many types, and one file must not stop the process
+            result = {"reason": f"{type(error).__name__} in {name}"}
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(result), file=replies, flush=True)
 
 
 def to_pcm16(samples: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1] as little-endian int16, clipped."""
+    """Samples in [-1, 1] as little-endian int16; values outside are clipped."""
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
 
 
-def write_pcm16(blocks: Iterable[np.ndarray], pcm: Any, alive: Any, digest: Any = None) -> dict[str, Any]:
-    """Writes blocks of float samples as int16 and tells of them: ``samples``, ``peak``, ``full_scale``.
+def write_pcm16(blocks: Iterable[np.ndarray], pcm: Any, heartbeat: Any, digest: Any = None) -> dict[str, Any]:
+    """Write blocks of float samples as int16.
 
     Args:
-        blocks: (s,) each, full scale 1.
-        pcm: Open file.
-        alive: Called after each block.
-        digest: A hashlib object, updated with what is written.
+        blocks: float32 (s,) each, in [-1, 1].
+        pcm: Open binary file.
+        heartbeat: Called without arguments after each block.
+        digest: A hashlib object, updated with the bytes written.
+
+    Returns:
+        ``samples``: their number; ``peak``: largest magnitude; ``full_scale``: number of samples of magnitude 0.9999 or
+        more.
     """
-    samples, full_scale, peak = 0, 0, 0.0
+    num_samples, num_full_scale, peak = 0, 0, 0.0
     for block in blocks:
-        size = np.abs(block)
-        samples, peak = samples + block.size, max(peak, float(size.max(initial=0.0)))
-        full_scale += int(np.count_nonzero(size >= _FULL_SCALE))
-        written = to_pcm16(block).tobytes()
+        magnitude = np.abs(block)
+        num_samples, peak = num_samples + block.size, max(peak, float(magnitude.max(initial=0.0)))
+        num_full_scale += int(np.count_nonzero(magnitude >= _FULL_SCALE))
+        content = to_pcm16(block).tobytes()
         if digest is not None:
-            digest.update(written)
-        pcm.write(written)
-        alive()
-    return {"samples": samples, "peak": peak, "full_scale": full_scale}
+            digest.update(content)
+        pcm.write(content)
+        heartbeat()
+    return {"samples": num_samples, "peak": peak, "full_scale": num_full_scale}
 
 
-def _decode_to(path: str, pcm: Any, alive: Any) -> dict[str, Any]:
-    """Writes int16 PCM; ``alive()`` winds up a watchdog that works even where a decoder never returns to Python."""
-    alive()
-    result, digest = write_pcm16(decode_blocks(path), pcm, alive), hashlib.md5(usedforsecurity=False)
+def _decode_to(path: str, pcm: Any, heartbeat: Any) -> dict[str, Any]:
+    """Decode ``path`` into the open file ``pcm`` as int16; ``md5`` of the result is that of the file.
+
+    ``heartbeat`` restarts a watchdog, which works even if a decoder never returns to Python.
+    """
+    heartbeat()
+    result, digest = write_pcm16(decode_blocks(path), pcm, heartbeat), hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-            alive()
+            heartbeat()
     return {**result, "md5": digest.hexdigest()}

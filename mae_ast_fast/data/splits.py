@@ -1,4 +1,4 @@
-"""Train and held-out clips of a user's data."""
+"""Choose which clips of a user's data are held out."""
 
 from __future__ import annotations
 
@@ -13,54 +13,55 @@ from .audio import AudioFile
 def split(
     entries: Sequence[AudioFile], md5: Sequence[str], fraction: float = 0.05, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Train and held-out clips of a user's data: whole folders where there are enough, else files.
+    """Train and held-out clips of a user's data: whole folders where there are enough, otherwise single files.
 
-    The shallowest folder level (of ``AudioFile.group``; of a cut it is the recording) with at least 5 folders gives the
-    groups, since a folder is often a speaker or a session; with fewer, every file is its own. Groups are taken in the
-    order of a hash of their names until ``fraction`` of the clips is held out; one that would make it more than twice
-    that is passed over. Byte-identical files are never on both sides.
+    A folder is often a speaker or a session. The groups are the folders (of ``AudioFile.group``; for a cut, the
+    recording) of the shallowest level with at least 5 folders. With fewer folders, each file is a group. Groups are
+    held out in the order of a hash of their names until ``fraction`` of the clips is reached. A group that would make
+    it more than twice ``fraction`` is passed over. Byte-identical files are always on the same side.
 
     Args:
         entries: (N,) the clips.
         md5: (N,) digest of each clip's file.
-        fraction: Of the clips, to hold out.
-        seed: Of the hash.
+        fraction: Share of the clips to hold out, in (0, 1). Default: 0.05.
+        seed: Of the hash. Default: 0.
 
     Returns:
-        Indices int64 (train,) and (held-out,), ascending and never empty, and a sentence that says how.
+        Indices int64 (train,) and (held-out,), ascending and never empty, and a sentence that describes the split.
 
     Raises:
         ValueError: Fewer than two different files, or ``fraction`` outside (0, 1).
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"fraction must be in (0, 1), got {fraction}")
-    first: dict[str, str] = {}
-    by_file = [first.setdefault(digest, entry.name) for digest, entry in zip(md5, entries, strict=True)]
-    if len(first) < 2:
+    first_name: dict[str, str] = {}  # digest -> name
+    file_groups = [first_name.setdefault(digest, entry.name) for digest, entry in zip(md5, entries, strict=True)]
+    if len(first_name) < 2:
         raise ValueError(
             "holding clips out takes at least two different files, got one: add some, or cut it into several"
         )
     folders = [entry.group.split("/") if entry.group else [] for entry in entries]
-    held, how = _choose(by_file, fraction, seed), "single files, by a hash of their names"
+    held_out, description = _choose_groups(file_groups, fraction, seed), "single files, by a hash of their names"
     for level in range(1, max(map(len, folders)) + 1):
         groups = ["/".join(folder[:level]) for folder in folders]
         if len(set(groups)) >= 5:
-            chosen = _choose(groups, fraction, seed)
-            trained = {digest for digest, out in zip(md5, chosen, strict=True) if not out}
-            chosen &= np.array([digest not in trained for digest in md5])
+            chosen = _choose_groups(groups, fraction, seed)
+            train_md5 = {digest for digest, is_chosen in zip(md5, chosen, strict=True) if not is_chosen}
+            chosen &= np.array([digest not in train_md5 for digest in md5])
             if chosen.any():
-                held, how = chosen, f"whole folders of {len(set(groups))} at level {level}"
+                held_out, description = chosen, f"whole folders of {len(set(groups))} at level {level}"
             break
-    return np.flatnonzero(~held), np.flatnonzero(held), f"held out: {held.sum()} of {held.size} clips, {how}"
+    summary = f"held out: {held_out.sum()} of {held_out.size} clips, {description}"
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out), summary
 
 
-def _choose(groups: list[str], fraction: float, seed: int) -> np.ndarray:
-    """bool (N,): members of the chosen groups; at least one group, never all of several."""
+def _choose_groups(groups: list[str], fraction: float, seed: int) -> np.ndarray:
+    """bool (N,): members of the chosen groups. At least one group is chosen, and never all of several."""
     sizes = dict(zip(*np.unique(groups, return_counts=True), strict=True))
     order = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
-    chosen, held, target = [], 0, fraction * len(groups)
+    chosen, num_chosen, target = [], 0, fraction * len(groups)
     for group in order:
-        if held < target and held + sizes[group] <= min(2 * target, len(groups) - 1):
+        if num_chosen < target and num_chosen + sizes[group] <= min(2 * target, len(groups) - 1):
             chosen.append(group)
-            held += sizes[group]
+            num_chosen += sizes[group]
     return np.isin(groups, chosen or [min(order, key=sizes.__getitem__)])

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-_LINE = 1 << 24  # bytes of a manifest's line at most
+_MAX_LINE_BYTES = 1 << 24  # of a manifest
 
 
 def file_system(source: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it) of a URL; (None, path) of a local path.
+    """(fsspec file system, path in it) of a URL; (None, absolute path) of a local path.
 
     Raises:
-        ValueError: fsspec does not know the protocol, or lacks what it needs for it.
+        ValueError: fsspec does not know the protocol, or a library for it is missing.
     """
     if "://" not in source:
         return None, os.path.abspath(os.path.expanduser(source))
@@ -23,22 +23,22 @@ def file_system(source: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(source)
-    except ImportError as error:  # it says what to install
+    except ImportError as error:  # its message says what to install
         raise ValueError(f"{source}: {error}") from error
 
 
 def list_files(fs: Any, root: str) -> dict[str, int]:
-    """Names in a folder -> sizes in bytes (None where a server does not tell)."""
+    """File name -> size in bytes of the files in a folder. A server may report None as the size."""
     if fs is None:
-        with os.scandir(root) as found:
-            return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
-    found = fs.ls(root, detail=True)
-    return {item["name"].rstrip("/").rpartition("/")[2]: item.get("size") for item in found}
+        with os.scandir(root) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    return {item["name"].rstrip("/").rpartition("/")[2]: item.get("size") for item in fs.ls(root, detail=True)}
 
 
 def json_lines(path: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file or URL, decompressed if its name ends in ``.gz``."""
     fs, name = file_system(path)
     with open(name, "rb") if fs is None else fs.open(name, "rb") as file:
         lines = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
-        while line := lines.readline(_LINE):
+        while line := lines.readline(_MAX_LINE_BYTES):
             yield json.loads(line)

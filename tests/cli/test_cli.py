@@ -385,7 +385,7 @@ def test_pretrain_summary_failed_evaluation_lists_failures():
     [
         (Interrupted(15, Path("runs/x/checkpoints/step-1")), 143, "stopped by SIGTERM; saved runs/x/checkpoints/"),
         (trainer.NonFiniteLoss("step 3: loss nan; clips: a.wav"), 1, "error: step 3: loss nan; clips: a.wav"),
-        (corpus.CorpusError("no network"), 1, "error: no network To pretrain on audio of your own: --data DIR"),
+        (corpus.CorpusError("no network"), 1, "error: no network To pretrain on your own audio: --data DIR"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: out of memory: choose a smaller --batch-seconds"),
         (ValueError("two\nlines"), 1, "error: two lines"),
         (FileNotFoundError(2, "No such file", "x.tsv"), 1, "error: [Errno 2] No such file: 'x.tsv'"),

@@ -147,7 +147,7 @@ def test_lists_of_our_own_where_the_systems_do_not_serve(fake, tmp_path, mode):
     assert fetch(tmp_path / "cache", SMALL, progress).packages == SMALL
     calls = [call for call in fake.calls() if call.startswith("apt-get")]
     assert calls == [f"apt-get download {SMALL[0]}", "apt-get update"] + [f"apt-get download {name}" for name in SMALL]
-    assert any("lists of our own" in line for line in lines)
+    assert any("fetching private lists" in line for line in lines)
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", *SMALL]
 
 

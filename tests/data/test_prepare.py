@@ -63,14 +63,14 @@ def recordings(tmp_path: Path) -> tuple[Path, list[np.ndarray]]:
 
 def test_every_clip_bit_for_bit(recordings, tmp_path, monkeypatch):
     folder, clips = recordings
-    monkeypatch.setattr(npy, "_EVERY", 0.0)
+    monkeypatch.setattr(npy, "_PROGRESS_SECONDS", 0.0)
     said: list[str] = []
     report = prepare_npy(folder, tmp_path / "new" / "out.npy", seconds=2.0, progress=said.append)
     found = read(tmp_path / "new" / "out.npy")
     assert sorted(map(bytes, found)) == sorted(map(bytes, clips))
-    assert (report.files, report.clips, report.left) == (15, 13, 0)
+    assert (report.files, report.clips, report.left_out) == (15, 13, 0)
     assert report.seconds == sum(clip.size for clip in clips) / 16000
-    assert report.size == sum(path.stat().st_size for path in (tmp_path / "new").iterdir())
+    assert report.num_bytes == sum(path.stat().st_size for path in (tmp_path / "new").iterdir())
     assert {(Path(path).name, reason) for path, reason in report.skipped} == {
         ("short.wav", "shorter than 0.3 s"),
         ("broken.wav", "corrupt"),
@@ -87,11 +87,13 @@ def test_the_seed_decides_which_clips_and_the_size_how_many(recordings, tmp_path
     folder, clips = recordings
     orders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        report = prepare_npy(folder, tmp_path / f"{name}.npy", 2.0, 0.2, seed, progress=lambda line: None)
+        report = prepare_npy(
+            folder, tmp_path / f"{name}.npy", seconds=2.0, max_mb=0.2, seed=seed, progress=lambda line: None
+        )
         found = read(tmp_path / f"{name}.npy")
-        assert 100_000 < report.size <= 200_000  # one more would not have fitted: none is longer than 64 KB
-        assert report.size == sum(path.stat().st_size for path in tmp_path.glob(f"{name}.*npy"))
-        assert report.left > 0 and report.clips + report.left + len(report.skipped) == 15
+        assert 100_000 < report.num_bytes <= 200_000  # one more would not have fitted: none is longer than 64 KB
+        assert report.num_bytes == sum(path.stat().st_size for path in tmp_path.glob(f"{name}.*npy"))
+        assert report.left_out > 0 and report.clips + report.left_out + len(report.skipped) == 15
         assert {bytes(clip) for clip in found} <= {bytes(clip) for clip in clips}
         orders.append([bytes(clip) for clip in found])
     assert orders[0] == orders[1] != orders[2]
@@ -131,7 +133,7 @@ def test_what_stood_there_stays_when_writing_fails(recordings, tmp_path, monkeyp
 def test_the_size_is_that_of_both_files(tmp_path):
     for name in "abc":
         write(tmp_path / "in", f"{name}.wav", noise(1, ord(name)))
-    exact = 2 * 32000 + 2 * 8 + 2 * npy._HEADER
+    exact = 2 * 32000 + 2 * 8 + 2 * npy._HEADER_BYTES
     for size, clips in ((exact, 2), (exact - 1, 1)):
         report = prepare_npy(tmp_path / "in", tmp_path / "out.npy", max_mb=size / 1e6, progress=lambda line: None)
         assert report.clips == clips
@@ -323,7 +325,7 @@ SABOTAGED_DECODER = """
 import os, runpy, sys, time
 module = runpy.run_path(sys.argv[1])["serve"].__globals__
 decode_to = module["_decode_to"]
-def sabotaged(path, pcm, alive):
+def sabotaged(path, pcm, heartbeat):
     name = os.path.basename(path)
     if sys.argv[3]:
         with open(sys.argv[3], "a") as log:
@@ -333,12 +335,12 @@ def sabotaged(path, pcm, alive):
         os._exit(139)
     if "hang" in name:
         module["_STALL_SECONDS"] = 0.2
-        alive()
+        heartbeat()
         time.sleep(60)
     if "odd" in name:
         raise SystemError("a decoder's own idea of an error")
     time.sleep(float(sys.argv[2]))
-    return decode_to(path, pcm, alive)
+    return decode_to(path, pcm, heartbeat)
 module["_decode_to"] = sabotaged
 module["serve"]()
 """
