@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
 from mae_ast_fast.cli.downstream import task_summary
-from mae_ast_fast.downstream.augment import mix, spec_augment
+from mae_ast_fast.downstream.augment import mixup, spec_augment
 from mae_ast_fast.downstream.classifier import NORM_EPS, AudioClassifier, pool_tokens
 from mae_ast_fast.downstream.finetune import finetune, parameter_groups
 from mae_ast_fast.downstream.metrics import average_precisions, interval, score
@@ -204,10 +204,10 @@ def test_mix_mixes_waveforms_as_targets():
     generator = torch.Generator().manual_seed(0)
     waveforms = (1000 * torch.arange(1, 101))[:, None].expand(-1, 7).short().clamp(max=30000)
     targets = torch.eye(100)
-    clips, same = mix(waveforms, targets, 0.0, generator)
+    clips, same = mixup(waveforms, targets, 0.0, generator)
     assert torch.equal(clips, waveforms / 32768.0)
     assert torch.equal(same, targets)
-    clips, mixed = mix(waveforms, targets, 0.5, generator)
+    clips, mixed = mixup(waveforms, targets, 0.5, generator)
     assert_rounding(clips, mixed @ (waveforms / 32768.0))
     assert_rounding(mixed.sum(1), torch.ones(100))
     changed = (mixed.max(1).values < 1).sum()
@@ -561,8 +561,8 @@ def test_two_runs_in_one_folder(folder, tmp_path, run, begun):
     given = options(folder, tmp_path / "run", **more)
     if begun:
         run(given)
-    holder = "import sys; from mae_ast_fast.training.lifecycle import only_run; from pathlib import Path\n"
-    holder += "with only_run(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
+    holder = "import sys; from mae_ast_fast.training.lifecycle import run_lock; from pathlib import Path\n"
+    holder += "with run_lock(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:

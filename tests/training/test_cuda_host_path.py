@@ -50,7 +50,7 @@ STEP = """
 import sys, torch
 from fake_cuda.measure import Measure, report
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
-from mae_ast_fast.training.step import Part
+from mae_ast_fast.training.step import MicroBatch
 
 found = {}
 for graphs in (False, True):
@@ -67,7 +67,7 @@ for graphs in (False, True):
     if not graphs:
         for number in range(2):
             with Measure() as found[f"parts{number}"]:
-                step.update([Part(features[:2], [192, 100]), Part(features[2:], [150, 128])], lr=1e-4)
+                step.update([MicroBatch(features[:2], [192, 100]), MicroBatch(features[2:], [150, 128])], lr=1e-4)
 report(**found)
 """
 
