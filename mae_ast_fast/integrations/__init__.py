@@ -1,1 +1,1 @@
-"""The encoder in other libraries."""
+"""The encoder inside other libraries: Hugging Face transformers and s3prl."""

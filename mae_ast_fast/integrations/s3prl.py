@@ -1,12 +1,12 @@
 """MAE-AST as an upstream of s3prl, the toolkit of the SUPERB tasks (arXiv 2105.01051).
 
-``Upstream`` has the interface of s3prl's upstreams and the features of ``MAEAST.extract_features``; it needs no s3prl.
-``register`` adds it to s3prl's hub, and hubconf.py, in the repository, to torch.hub.
+``Upstream`` has the interface of s3prl's upstreams and returns the features of ``MAEAST.extract_features``. It does not
+import s3prl. ``register`` adds it to s3prl's hub; hubconf.py, in the repository, adds it to torch.hub.
 
-A patch model has several frequency blocks a time step. Its tokens stay what they are, one vector each, time step by
-time step and inside one from the lowest frequencies up: s3prl's upstream of the paper's own code does the same, and a
-mean over them is the paper's pooling. A vector then stands for kt * 160 / (F // kf) samples: 320 for the paper's patch
-model (8 vectors every 2560 samples) as for its frame model.
+A patch model has several frequency blocks per time step. Each token gives one vector, ordered by time step and within
+a time step from the lowest frequencies up. s3prl's upstream of the paper's own code has the same order, and a mean over
+the vectors is the paper's pooling. The rate is kt * 160 / (F // kf) samples/vector: 320 for the paper's patch model
+(8 vectors per 2560 samples) and for its frame model.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ..ops.fbank import HOP, WINDOW
 
 
 class Upstream(nn.Module):
-    """s3prl's view of a model: waveforms to the outputs of all layers.
+    """A MAE-AST encoder as s3prl's upstream: waveforms to the outputs of all layers.
 
-    In training the encoder has its dropout, but the statistics of the input normalisation stay, and no layer is
-    skipped: s3prl's weighted sum counts on every layer's own output.
+    In training mode the encoder applies dropout, but the statistics of the input normalisation stay fixed and no layer
+    is skipped: s3prl's weighted sum needs every layer's own output.
 
     Args:
-        model: Whose encoder it is; it is taken over, not copied.
+        model: Model to use. It is changed in place (``encoder.layerdrop`` becomes 0), not copied.
 
     Raises:
-        ValueError: A vector of the model would not stand for a whole number of samples, which s3prl counts in.
+        ValueError: The samples per vector are no whole number, which s3prl requires.
     """
 
     def __init__(self, model: MAEAST) -> None:
@@ -43,60 +43,64 @@ class Upstream(nn.Module):
         kt, grid_f = model.config.patch_size[0], model.config.grid_f
         if kt * HOP % grid_f:
             raise ValueError(
-                f"s3prl needs a whole number of samples a vector, got {kt * HOP} / {grid_f}: patches of {kt} frames x "
-                f"{model.config.patch_size[1]} bins do not fit it"
+                f"s3prl needs a whole number of samples per vector, got {kt * HOP} / {grid_f} with patches of {kt} "
+                f"frames x {model.config.patch_size[1]} bins"
             )
         self.model = model
         self.model.encoder.layerdrop = 0.0
         self.downsample_rate = kt * HOP // grid_f
 
     def get_downsample_rates(self, key: str = "hidden_states") -> int:
-        """Samples at 16 kHz that a vector stands for, the same for every feature ``key``."""
+        """Samples per vector at 16 kHz, the same for every feature ``key``."""
         return self.downsample_rate
 
     def train(self, mode: bool = True) -> Upstream:
+        """Set the mode as in ``nn.Module``; the input normalisation stays in evaluation mode."""
         super().train(mode)
         self.model.input_norm.eval()
         return self
 
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, Any]:
-        """Features of a batch, as ``MAEAST.extract_features`` gives them, in the number that s3prl expects.
+        """Features of a batch as ``MAEAST.extract_features`` gives them, in the number of vectors that s3prl expects.
 
         Args:
-            wavs: (samples,) each, mono floats in [-1, 1] at 16 kHz, of any lengths. One shorter than 25 ms counts as
-                followed by zeros up to there.
+            wavs: (num_samples,) each, mono floats in [-1, 1] at 16 kHz, of any lengths. A clip shorter than 25 ms is
+                padded with zeros to 25 ms.
 
         Returns:
-            ``hidden_states``, one (B, L, D) a layer, the first layer's first, and ``last_hidden_state`` (B, L, D). A
-            clip of S samples has ceil(S / rate) vectors, as s3prl counts them, and L is that of the longest clip. They
-            are the clip's tokens: of more, the last are cut, and of fewer the last is repeated. A patch model can have
-            7 more, because a time step is encoded as soon as one of its frames is there, and s3prl accepts 4; there can
-            be 2 fewer, because a frame is longer than its hop. Rows past a clip's vectors are for nobody to read.
+            ``hidden_states``, one (B, L, D) per layer from the first to the last, and ``last_hidden_state`` (B, L, D).
+            A clip of S samples has ceil(S / rate) vectors, as s3prl counts them, and L is the count of the longest
+            clip. The vectors are the clip's tokens: excess tokens at the end are cut, and missing ones repeat the last
+            token. A patch model can have 7 tokens too many, because it encodes a time step that has one frame, while
+            s3prl accepts 4. There can be 2 too few, because a frame is longer than its hop. Rows past a clip's vectors
+            are undefined.
 
         Raises:
-            ValueError: Not such a list.
+            ValueError: ``wavs`` is no list of 1-D tensors, or is empty.
         """
         if len(wavs) == 0 or any(not isinstance(wav, Tensor) or wav.dim() != 1 for wav in wavs):
             got = [tuple(wav.shape) if isinstance(wav, Tensor) else type(wav).__name__ for wav in wavs]
             raise ValueError(f"wavs must be a list of 1-D tensors, got {got}")
-        samples = torch.tensor([len(wav) for wav in wavs], device="cpu")
-        lengths = samples.clamp(min=WINDOW)
-        padded = pad_sequence(list(wavs), batch_first=True)
-        padded = nn.functional.pad(padded, (0, int(lengths.max()) - padded.shape[1]))
-        features = self.model.extract_features(*self.model.features(padded, lengths))
+        num_samples = torch.tensor([len(wav) for wav in wavs], device="cpu")
+        padded_samples = num_samples.clamp(min=WINDOW)
+        waveforms = pad_sequence(list(wavs), batch_first=True)
+        waveforms = nn.functional.pad(waveforms, (0, int(padded_samples.max()) - waveforms.shape[1]))
+        log_mel, num_frames = self.model.features(waveforms, padded_samples)
+        encoded = self.model.extract_features(log_mel, num_frames)
 
-        tokens = features.lengths[:, None]
-        wanted = -(-samples.to(tokens.device)[:, None] // self.downsample_rate)
-        place = torch.arange(int(wanted.max()), device=tokens.device)
-        repeats = ((place >= tokens) & (place < wanted))[:, :, None]
+        num_tokens = encoded.lengths[:, None]
+        num_vectors = -(-num_samples.to(num_tokens.device)[:, None] // self.downsample_rate)
+        position = torch.arange(int(num_vectors.max()), device=num_tokens.device)
+        repeats_last = ((position >= num_tokens) & (position < num_vectors))[:, :, None]
 
-        def counted(state: Tensor) -> Tensor:
-            last = state.take_along_dim(tokens[:, :, None] - 1, 1)
-            return torch.where(repeats, last, nn.functional.pad(state, (0, 0, 0, len(place) - state.shape[1])))
+        def to_vectors(state: Tensor) -> Tensor:
+            last = state.take_along_dim(num_tokens[:, :, None] - 1, 1)
+            resized = nn.functional.pad(state, (0, 0, 0, len(position) - state.shape[1]))
+            return torch.where(repeats_last, last, resized)
 
         return {
-            "hidden_states": [counted(state) for state in features.hidden_states],
-            "last_hidden_state": counted(features.last_hidden_state),
+            "hidden_states": [to_vectors(state) for state in encoded.hidden_states],
+            "last_hidden_state": to_vectors(encoded.last_hidden_state),
         }
 
 
@@ -106,13 +110,13 @@ def mae_ast_fast(
     """The upstream of a checkpoint, in evaluation mode: an entry of s3prl's hub and of torch.hub.
 
     Args:
-        ckpt: Whatever ``checkpoint.load_model`` reads: a folder, a run, a file of the paper's own code or a name on the
-            Hub.
-        model_config: What s3prl passes for upstreams with a configuration of their own; unused.
-        refresh: What s3prl passes for upstreams that it downloads; unused.
+        ckpt: Checkpoint as ``checkpoint.load_model`` takes it: a folder, a run folder, a file of the paper's own code
+            or a repository on the Hub.
+        model_config: Unused; s3prl passes it to upstreams with a configuration file.
+        refresh: Unused; s3prl passes it to upstreams that it downloads.
 
     Raises:
-        ValueError: No checkpoint, or not one of MAE-AST.
+        ValueError: ``ckpt`` is None or no checkpoint of MAE-AST.
     """
     if ckpt is None:
         raise ValueError("mae_ast_fast needs a checkpoint: ckpt=..., S3PRLUpstream(path_or_url=...)")
@@ -122,10 +126,15 @@ def mae_ast_fast(
 def mae_ast_fast_local(
     ckpt: str | os.PathLike[str], model_config: str | None = None, refresh: bool = False
 ) -> Upstream:
-    """As ``mae_ast_fast``, and never from the Hub.
+    """The upstream of a local checkpoint: as ``mae_ast_fast``, but never from the Hub.
+
+    Args:
+        ckpt: Folder or file.
+        model_config: Unused.
+        refresh: Unused.
 
     Raises:
-        ValueError: As there, or ``ckpt`` is no file and no folder.
+        ValueError: ``ckpt`` is no file or folder, or no checkpoint of MAE-AST.
     """
     if not Path(ckpt).exists():
         raise ValueError(f"no checkpoint at {ckpt}: expected a folder or a file")
@@ -133,7 +142,7 @@ def mae_ast_fast_local(
 
 
 def register() -> None:
-    """Adds the entries to ``s3prl.hub``, where s3prl looks upstreams up by name.
+    """Add the entries to ``s3prl.hub``, where s3prl looks up upstreams by name.
 
     Raises:
         ImportError: s3prl is not installed, or cannot be imported.

@@ -1,7 +1,7 @@
-"""MAE-AST in Hugging Face transformers: configuration, encoder, audio classifier and feature extractor, registered.
+"""MAE-AST in Hugging Face transformers: configuration, encoder, audio classifier and feature extractor.
 
-``import mae_ast_fast.hf`` makes AutoModel, AutoModelForAudioClassification and AutoFeatureExtractor read what
-``export`` wrote, without trust_remote_code. Letters as in models/mae_ast.py: B clips, T frames, L tokens, D width.
+After ``import mae_ast_fast.hf``, AutoModel, AutoModelForAudioClassification and AutoFeatureExtractor read the folders
+that ``export`` writes, without trust_remote_code. Shapes use B clips, T frames, F mel bins, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ _FIELDS = [field.name for field in dataclasses.fields(MAEASTConfig)]
 class MAEASTHFConfig(PreTrainedConfig):
     """The fields of ``MAEASTConfig``, by their own names and by transformers' (``hidden_size`` is ``embed_dim``).
 
-    Its ``model_type`` is not that of this library's own folders, whose weights have other names.
+    Its ``model_type`` differs from that of this library's own folders, whose weights have other names.
 
     Args:
-        position_table: Rows of a position table that is kept with the weights, as the paper's fp16 runs have one; None:
+        position_table: Rows of the position table that is stored with the weights, as for the paper's fp16 runs; None:
             positions are computed.
-        layer: Features are those after this layer, from 1 on; None: the output of the encoder.
-        **kwargs: Fields of ``MAEASTConfig`` (``decoder_layers`` is always 0), and those of every configuration in
-            transformers: ``num_labels``, ``id2label``, ``problem_type``.
+        layer: Layer whose output is the features, from 1 to ``encoder_layers``; None: the output of the encoder.
+        pool: Pooling of the classifier: "mean" over all tokens of a clip, or "bands" for one mean per frequency block.
+        **kwargs: Fields of ``MAEASTConfig`` (``decoder_layers`` is always 0), and of every configuration in
+            transformers, such as ``num_labels``, ``id2label`` and ``problem_type``.
 
     Raises:
-        ValueError: As ``MAEASTConfig``.
+        ValueError: A field has an invalid value, as for ``MAEASTConfig``.
     """
 
     model_type = "mae_ast_fast"
@@ -73,25 +74,25 @@ class MAEASTHFConfig(PreTrainedConfig):
         self, position_table: int | None = None, layer: int | None = None, pool: str = "mean", **kwargs: Any
     ) -> None:
         self.position_table, self.layer, self.pool = position_table, layer, pool
-        given = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
-        for name, value in MAEASTConfig.from_dict({**given, "decoder_layers": 0}).to_dict().items():
+        fields = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
+        for name, value in MAEASTConfig.from_dict({**fields, "decoder_layers": 0}).to_dict().items():
             setattr(self, name, value)
         super().__init__(**kwargs)
 
     @property
     def encoder(self) -> MAEASTConfig:
-        """The configuration of the ``MAEAST`` inside."""
+        """Configuration of the wrapped ``MAEAST``."""
         return MAEASTConfig.from_dict({name: getattr(self, name) for name in _FIELDS})
 
 
 @dataclass
 class MAEASTModelOutput(BaseModelOutput):
-    """What ``MAEASTHFModel`` returns.
+    """Output of ``MAEASTHFModel``.
 
     Attributes:
-        last_hidden_state: (B, L, D), rows that are no token 0.
-        hidden_states: Where asked for, one (B, L, D) a layer, the first layer's first; the embeddings are not among
-            them.
+        last_hidden_state: (B, L, D), zero in rows without a token.
+        hidden_states: One (B, L, D) per layer from the first to the last, without the embeddings; None unless
+            requested.
         token_mask: (B, L) bool, True where a clip has a token.
     """
 
@@ -99,20 +100,21 @@ class MAEASTModelOutput(BaseModelOutput):
 
 
 class MAEASTPreTrainedModel(PreTrainedModel):
-    """What the two models share: how weights that no checkpoint holds begin."""
+    """Base of the two models: initialises weights that no checkpoint holds."""
 
     config_class = MAEASTHFConfig
     base_model_prefix = "mae_ast"
     main_input_name = "input_features"
-    input_modalities = ("audio",)
+    input_modalities = "audio"
     _no_split_modules = ["Layer"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Also fills buffers: from_pretrained builds the model on the meta device, where tables have no values."""
+        """Initialise weights, and buffers too: from_pretrained builds the model on the meta device, without values."""
         super()._init_weights(module)
         if isinstance(module, Positions):
-            init.copy_(module.table, sinusoid(*module.table.shape, device=module.table.device))
+            num_tokens, dim = module.table.shape
+            init.copy_(module.table, sinusoid(num_tokens, dim, device=module.table.device))
         elif isinstance(module, InputNorm):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
@@ -120,9 +122,12 @@ class MAEASTPreTrainedModel(PreTrainedModel):
 
 
 class MAEASTHFModel(MAEASTPreTrainedModel):
-    """The encoder of MAE-AST; its features are those of ``MAEAST.extract_features``.
+    """The encoder of MAE-AST. Its features are those of ``MAEAST.extract_features``.
 
-    In training the statistics of the input normalisation stay as they are.
+    In training mode the statistics of the input normalisation stay fixed.
+
+    Args:
+        config: Configuration; its ``encoder`` builds the ``MAEAST``.
     """
 
     def __init__(self, config: MAEASTHFConfig) -> None:
@@ -134,6 +139,7 @@ class MAEASTHFModel(MAEASTPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> MAEASTHFModel:
+        """Set the mode as in ``nn.Module``; the input normalisation stays in evaluation mode."""
         super().train(mode)
         self.model.input_norm.eval()
         return self
@@ -148,45 +154,54 @@ class MAEASTHFModel(MAEASTPreTrainedModel):
         """Features of all tokens.
 
         Args:
-            input_features: (B, T, F) log-mel, not normalised, as ``MAEASTFeatureExtractor`` gives them.
-            attention_mask: (B, T), 1 for a clip's frames, 0 for what follows them; None: all 1.
-            output_hidden_states: None: as the configuration says.
-            return_dict: False: a tuple. None: as the configuration says.
+            input_features: (B, T, F) log-mel, not normalised, from ``MAEASTFeatureExtractor``.
+            attention_mask: (B, T), 1 for real frames and 0 for the padding after them; None: all frames are real.
+            output_hidden_states: Whether to return the output of each layer; None: as in the configuration.
+            return_dict: Whether to return a ``MAEASTModelOutput``, not a tuple; None: as in the configuration.
 
         Raises:
-            ValueError: As ``MAEAST.extract_features``; a mask of another shape, or with zeros before ones.
+            ValueError: ``input_features`` have the wrong shape or dtype, or ``attention_mask`` has another shape or
+                zeros before ones.
         """
-        lengths = None if attention_mask is None else _frames(attention_mask, input_features)
-        features = self.model.extract_features(input_features, lengths, self.config.layer)
+        num_frames = None if attention_mask is None else _num_frames(attention_mask, input_features)
+        encoded = self.model.extract_features(input_features, num_frames, self.config.layer)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output = MAEASTModelOutput(
-            last_hidden_state=features.last_hidden_state,
-            hidden_states=tuple(features.hidden_states) if output_hidden_states else None,
-            token_mask=real_tokens(features.lengths, features.last_hidden_state.shape[1]),
+            last_hidden_state=encoded.last_hidden_state,
+            hidden_states=tuple(encoded.hidden_states) if output_hidden_states else None,
+            token_mask=real_tokens(encoded.lengths, encoded.last_hidden_state.shape[1]),
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
-def _frames(attention_mask: Tensor, input_features: Tensor) -> Tensor:
-    """The clips' frames (B,) int64."""
+def _num_frames(attention_mask: Tensor, input_features: Tensor) -> Tensor:
+    """Real frames of each clip, (B,) int64.
+
+    Raises:
+        ValueError: ``attention_mask`` has another shape than (B, T), or zeros before ones.
+    """
     expected = tuple(input_features.shape[:2])
     if tuple(attention_mask.shape) != expected:
         raise ValueError(f"attention_mask must be {expected}, got {tuple(attention_mask.shape)}")
-    real = attention_mask.bool()
-    if (real[:, 1:] & ~real[:, :-1]).any():
+    is_real = attention_mask.bool()
+    if (is_real[:, 1:] & ~is_real[:, :-1]).any():
         raise ValueError("attention_mask must be ones, then zeros (padding on the right), got zeros before ones")
-    return real.sum(1)
+    return is_real.sum(1)
 
 
-def _wants_dict(asked: bool | None, config: MAEASTHFConfig) -> bool:
-    return bool(config.return_dict if asked is None else asked)
+def _wants_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
+    """``return_dict``, or the configuration's value if it is None."""
+    return bool(config.return_dict if return_dict is None else return_dict)
 
 
 class MAEASTForAudioClassification(MAEASTPreTrainedModel):
-    """The encoder, means over a clip's tokens by ``config.pool``, a norm and a linear layer (paper, section 4).
+    """Audio classifier: encoder, pooling by ``config.pool``, batch norm and linear layer (paper, section 4).
 
-    The norm is over clips: in training a batch must have two at least (``dataloader_drop_last`` of the Trainer).
+    The norm is over clips, so a training batch needs at least two (``dataloader_drop_last`` of the Trainer).
+
+    Args:
+        config: Configuration; ``pool``, ``num_labels`` and ``problem_type`` set up the classifier.
     """
 
     def __init__(self, config: MAEASTHFConfig) -> None:
@@ -194,10 +209,12 @@ class MAEASTForAudioClassification(MAEASTPreTrainedModel):
         self.mae_ast = MAEASTHFModel(config)
         self.bands = config.encoder.grid_f if config.pool == "bands" else 1
         self.norm = nn.BatchNorm1d(self.bands * config.embed_dim, eps=NORM_EPS, affine=False)
-        self.classifier = nn.Linear(self.norm.num_features, config.num_labels)
+        num_labels = config.num_labels
+        assert num_labels is not None  # transformers derives it from id2label
+        self.classifier = nn.Linear(self.norm.num_features, num_labels)
         self.post_init()
 
-    def forward(
+    def forward(  # noqa: PLR0917 transformers' Trainer and pipelines fix the arguments
         self,
         input_features: Tensor,
         attention_mask: Tensor | None = None,
@@ -205,23 +222,23 @@ class MAEASTForAudioClassification(MAEASTPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """Logits (B, num_labels), and the loss where there are labels.
+        """Logits (B, num_labels), and the loss if there are labels.
 
         Args:
-            input_features: As of ``MAEASTHFModel``, like what is not listed.
-            attention_mask: (B, T).
-            labels: (B,) int64 class numbers for cross-entropy, or (B, num_labels) floats in [0, 1] for binary
-                cross-entropy. ``config.problem_type`` says which; where it is None, the dtype does.
-            output_hidden_states: As there.
-            return_dict: As there.
+            input_features: (B, T, F) log-mel, not normalised, from ``MAEASTFeatureExtractor``.
+            attention_mask: (B, T), 1 for real frames and 0 for the padding after them; None: all frames are real.
+            labels: (B,) int64 class indices for cross-entropy, or (B, num_labels) floats in [0, 1] for binary
+                cross-entropy. ``config.problem_type`` selects the loss; if it is None, the dtype does.
+            output_hidden_states: Whether to return the output of each layer; None: as in the configuration.
+            return_dict: Whether to return a ``SequenceClassifierOutput``, not a tuple; None: as in the configuration.
 
         Raises:
-            ValueError: As there.
+            ValueError: As ``MAEASTHFModel.forward``.
         """
         encoded = self.mae_ast(input_features, attention_mask, output_hidden_states, return_dict=True)
-        counts = encoded.token_mask.sum(1).clamp(min=1)[:, None, None] / self.bands
+        num_blocks = encoded.token_mask.sum(1).clamp(min=1)[:, None, None] / self.bands
         blocks = encoded.last_hidden_state.float().unflatten(1, (-1, self.bands))
-        pooled = (blocks.sum(1) / counts).flatten(1)  # rows that are no token are 0
+        pooled = (blocks.sum(1) / num_blocks).flatten(1)  # rows without a token are 0
         logits = self.classifier(self.norm(pooled.to(weight_dtype(self.classifier))))
         output = SequenceClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
@@ -232,7 +249,14 @@ class MAEASTForAudioClassification(MAEASTPreTrainedModel):
 
 
 class MAEASTFeatureExtractor(SequenceFeatureExtractor):
-    """Waveforms to the log-mel features of ``fbank``, padded, with a mask of the real frames."""
+    """Waveforms to padded log-mel features of ``fbank``, with a mask of the real frames.
+
+    Args:
+        feature_size: Mel bins, 128.
+        sampling_rate: Sampling rate of the input, 16000 Hz.
+        padding_value: Value of padded frames.
+        **kwargs: Other arguments of ``SequenceFeatureExtractor``.
+    """
 
     model_input_names = ["input_features", "attention_mask"]  # noqa: RUF012
 
@@ -251,83 +275,96 @@ class MAEASTFeatureExtractor(SequenceFeatureExtractor):
         """Features of one clip or of several.
 
         Args:
-            raw_speech: (samples,) of one clip, or a list of such, or (B, samples): floats in [-1, 1] or int16 PCM.
-            sampling_rate: Of ``raw_speech``; None: taken to be 16 kHz, with a warning.
-            padding: This and the following as ``SequenceFeatureExtractor.pad`` takes them.
-            **pad: ``return_tensors``, ``max_length``, ``truncation``, ``pad_to_multiple_of``,
-                ``return_attention_mask``.
+            raw_speech: One clip (num_samples,), a list of clips, or (B, num_samples): floats in [-1, 1] or int16 PCM.
+            sampling_rate: Sampling rate of ``raw_speech`` in Hz; None: 16 kHz is assumed, with a warning.
+            padding: Padding strategy, as ``SequenceFeatureExtractor.pad`` takes it.
+            **pad: Other arguments of ``SequenceFeatureExtractor.pad``: ``return_tensors``, ``max_length``,
+                ``truncation``, ``pad_to_multiple_of``, ``return_attention_mask``.
 
         Returns:
             ``input_features`` (B, T, 128) float32 and ``attention_mask`` (B, T) int32.
 
         Raises:
-            ValueError: Another sampling rate, a clip shorter than 25 ms, not such samples.
+            ValueError: The sampling rate is not 16 kHz, a clip is shorter than 25 ms, or a clip is not 1-D.
         """
         if sampling_rate is None:
-            logger.warning(f"no sampling_rate was given: the samples are taken to be at {self.sampling_rate} Hz")
+            logger.warning(f"no sampling_rate was given: {self.sampling_rate} Hz is assumed")
         elif sampling_rate != self.sampling_rate:
             raise ValueError(f"sampling_rate must be {self.sampling_rate}, got {sampling_rate}: resample first")
-        several = isinstance(raw_speech, list | tuple) and len(raw_speech) > 0 and np.ndim(raw_speech[0]) > 0
-        several = several or (isinstance(raw_speech, np.ndarray | Tensor) and raw_speech.ndim == 2)
-        clips = [torch.as_tensor(clip, device="cpu") for clip in (raw_speech if several else [raw_speech])]
-        if wrong := [tuple(clip.shape) for clip in clips if clip.dim() != 1 or len(clip) < WINDOW]:
-            raise ValueError(f"raw_speech must be clips (samples,) of at least {WINDOW} samples, got {wrong[0]}")
+        is_batch = isinstance(raw_speech, list | tuple) and len(raw_speech) > 0 and np.ndim(raw_speech[0]) > 0
+        is_batch = is_batch or (isinstance(raw_speech, np.ndarray | Tensor) and raw_speech.ndim == 2)
+        clips = [torch.as_tensor(clip, device="cpu") for clip in (raw_speech if is_batch else [raw_speech])]
+        if wrong_shapes := [tuple(clip.shape) for clip in clips if clip.dim() != 1 or len(clip) < WINDOW]:
+            raise ValueError(
+                f"raw_speech must be clips (num_samples,) of at least {WINDOW} samples, got {wrong_shapes[0]}"
+            )
         clips = [clip.float() if clip.dtype == torch.float64 else clip for clip in clips]
-        features, frames = fbank(pad_sequence(clips, batch_first=True), [len(clip) for clip in clips])
-        rows = [clip[:count].numpy() for clip, count in zip(features, frames.tolist(), strict=True)]
-        return self.pad(BatchFeature({"input_features": rows}), padding, **pad)
+        log_mel, num_frames = fbank(pad_sequence(clips, batch_first=True), [len(clip) for clip in clips])
+        unpadded = [clip[:count].numpy() for clip, count in zip(log_mel, num_frames.tolist(), strict=True)]
+        return self.pad(BatchFeature({"input_features": unpadded}), padding, **pad)
 
 
 def load(checkpoint: str | os.PathLike[str]) -> MAEAST | AudioClassifier:
-    """What ``export`` takes, from wherever it is: a classifier of finetune or probe, else a model.
+    """Read a model for ``export``.
+
+    Args:
+        checkpoint: Run folder of finetune or probe, or a checkpoint as ``checkpoint.load_model`` takes it.
+
+    Returns:
+        The classifier of finetune or probe, otherwise the MAE-AST.
 
     Raises:
-        ValueError: As ``AudioClassifier.from_pretrained`` and ``checkpoint.load_mae_ast``.
+        ValueError: There is no checkpoint, it is damaged, or it is an SSAST.
     """
-    config = Path(checkpoint) / "config.json"
-    fields = json.loads(config.read_text()) if config.is_file() else None
+    path = Path(checkpoint) / "config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else None
     if isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE:
         return AudioClassifier.from_pretrained(checkpoint)
     return load_mae_ast(checkpoint, "export")
 
 
 def export(model: MAEAST | AudioClassifier, folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Writes a model for AutoModel, or a fine-tuned classifier for AutoModelForAudioClassification; fp32.
+    """Write a model for AutoModel, or a fine-tuned classifier for AutoModelForAudioClassification, in fp32.
 
-    What transformers makes of a recording, it makes of it whole: the windows of ``max_seconds`` in which the classifier
-    takes a longer one stay here.
+    The exported classifier classifies a recording as one clip. Splitting a long recording into windows of
+    ``max_seconds`` is not exported.
 
     Args:
-        model: A model, of which the encoder is written, or a classifier as finetune and probe make it.
-        folder: New, or without a model in it: config.json, model.safetensors and preprocessor_config.json.
+        model: Model whose encoder is written, or classifier of finetune or probe.
+        folder: Folder for config.json, model.safetensors and preprocessor_config.json. It is created if it does not
+            exist, and must not hold a model.
 
     Returns:
-        What was written, in evaluation mode.
+        The written transformers model, in evaluation mode.
 
     Raises:
-        ValueError: ``folder`` already holds a model; the encoder is not a MAE-AST.
+        ValueError: ``folder`` already holds a model, or the encoder is not a MAE-AST.
     """
     folder = Path(folder)
-    if found := [name for name in ("config.json", "model.safetensors") if (folder / name).exists()]:
-        raise ValueError(f"{folder} already holds {', '.join(found)}: choose another folder")
-    classifies = isinstance(model, AudioClassifier)
-    encoder = model.encoder if classifies else model
-    if not isinstance(encoder, MAEAST):
-        raise ValueError(f"what is exported to transformers must be a MAE-AST, got {type(encoder).__name__}")
-    encoder = encoder_alone(encoder)
+    if present := [name for name in ("config.json", "model.safetensors") if (folder / name).exists()]:
+        raise ValueError(f"{folder} already holds {', '.join(present)}: choose another folder")
+    pretrained = model.encoder if isinstance(model, AudioClassifier) else model
+    if not isinstance(pretrained, MAEAST):
+        raise ValueError(f"a model exported to transformers must be a MAE-AST, got {type(pretrained).__name__}")
+    encoder = encoder_alone(pretrained)
     table = encoder.state_dict().get("encoder_positions.table")
     fields = {**encoder.config.to_dict(), "position_table": None if table is None else len(table)}
-    if classifies:
-        kind = "multi_label_classification" if model.multi_label else "single_label_classification"
-        numbers = dict(enumerate(model.labels))
-        fields |= {"id2label": numbers, "label2id": {name: n for n, name in numbers.items()}, "problem_type": kind}
-        fields |= {"layer": model.layer, "pool": model.pool}
-        exported = MAEASTForAudioClassification(MAEASTHFConfig(**fields))
-        exported.norm.load_state_dict(model.norm.state_dict())
-        exported.classifier.load_state_dict(model.head.state_dict())
+    exported: MAEASTPreTrainedModel
+    if isinstance(model, AudioClassifier):
+        fields |= {
+            "id2label": dict(enumerate(model.labels)),
+            "label2id": {label: index for index, label in enumerate(model.labels)},
+            "problem_type": "multi_label_classification" if model.multi_label else "single_label_classification",
+            "layer": model.layer,
+            "pool": model.pool,
+        }
+        exported = classifier = MAEASTForAudioClassification(MAEASTHFConfig(**fields))
+        classifier.norm.load_state_dict(model.norm.state_dict())
+        classifier.classifier.load_state_dict(model.head.state_dict())
+        wrapper = classifier.mae_ast
     else:
-        exported = MAEASTHFModel(MAEASTHFConfig(**fields))
-    exported.base_model.model.load_state_dict(encoder.state_dict())
+        exported = wrapper = MAEASTHFModel(MAEASTHFConfig(**fields))
+    wrapper.model.load_state_dict(encoder.state_dict())
     exported.save_pretrained(folder)
     MAEASTFeatureExtractor().save_pretrained(folder)
     return exported.eval()
