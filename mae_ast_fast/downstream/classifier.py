@@ -193,9 +193,9 @@ def pool_tokens(encoded: Encoded, groups: int, bands: int = 1, group: Tensor | N
         bands: 1, or the model's frequency blocks.
         group: (N,) int64, what each token is averaged with; None: its clip.
     """
-    place = encoded.rows.clip if group is None else group
+    place = encoded.packing.clip if group is None else group
     if bands > 1:
-        place = place * bands + encoded.band
+        place = place * bands + encoded.frequency_block
     x = encoded.x.float()
     total = x.new_zeros(groups * bands, x.shape[1]).index_add(0, place, x)
     count = x.new_zeros(len(total)).index_add(0, place, torch.ones_like(x[:, 0]))

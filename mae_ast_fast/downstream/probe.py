@@ -53,8 +53,8 @@ def encoder_features(run: Run, clips: Sequence[int]) -> np.ndarray:
             encoded = encoder.encode(*encoder.features(waveforms, lengths), layer)
         if not run.task.frame_level:
             return pool_tokens(encoded, len(waveforms), bands), 0
-        blocks = int(encoded.block.max()) + 1
-        moment = encoded.rows.clip * blocks + encoded.block
+        blocks = int(encoded.time_block.max()) + 1
+        moment = encoded.packing.clip * blocks + encoded.time_block
         return pool_tokens(encoded, len(waveforms) * blocks, bands, moment).unflatten(0, (-1, blocks)), kt
 
     return _gather(run, clips, encode, bands * encoder.config.embed_dim)

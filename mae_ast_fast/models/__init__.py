@@ -1,1 +1,1 @@
-"""Models: MAE-AST, SSAST, and what both share."""
+"""Models: MAE-AST, SSAST, and their shared parts."""

@@ -1,6 +1,6 @@
-"""What MAEAST and SSAST have in common: how they are built, what input they take, how they are saved and read.
+"""Base class of MAEAST and SSAST: construction, input checks, and saved models.
 
-Letters as in model.py.
+Letters as in mae_ast.py.
 """
 
 from __future__ import annotations
@@ -34,77 +34,85 @@ Model = TypeVar("Model", bound="PretrainingModel")
 
 @dataclass
 class Encoded:
-    """Features of clips of which nothing is masked, their tokens packed.
+    """Encoder features of the packed tokens of a batch without a mask.
 
     Attributes:
-        x: (N, D), the encoder's output, or that of the layer that was asked for.
-        states: (N, D) of each layer, the first one's first.
-        rows: Clip and token of each row.
-        block: (N,) int64 time block of each row: patches of a block have the same frames and other mel bins.
-        band: (N,) int64 frequency block of each row, 0 the lowest mel bins.
+        x: (N, D) output of the encoder, or of the layer that was asked for.
+        states: (N, D) output of each layer up to that one.
+        packing: Clip and token of each row.
+        time_block: (N,) int64 time block of each row. Patches of a time block have the same frames, other mel bins.
+        frequency_block: (N,) int64 frequency block of each row, 0 the lowest mel bins.
     """
 
     x: Tensor
     states: list[Tensor]
-    rows: Packing
-    block: Tensor
-    band: Tensor
+    packing: Packing
+    time_block: Tensor
+    frequency_block: Tensor
 
 
-def check_lengths(lengths: Sequence[int] | Tensor, clips: int, longest: int, values: bool = True) -> Tensor:
-    """The frame counts (B,), int64, of ``clips`` clips of at most ``longest`` frames, on the CPU or on their device.
+def check_lengths(
+    lengths: Sequence[int] | Tensor, num_clips: int, max_frames: int, check_values: bool = True
+) -> Tensor:
+    """Validate frame counts; returns them as (B,) int64, on their device or, from a list, on the CPU.
 
     Args:
-        lengths: What the caller gave.
-        clips: B.
-        longest: T.
-        values: Look at the values too, for which the host waits where they are on a GPU.
+        lengths: (B,) integers: real frames per clip.
+        num_clips: Clips B.
+        max_frames: Frames T, the largest value allowed.
+        check_values: Check the values too. For lengths on a GPU the host then waits for it.
 
     Raises:
-        ValueError: No such integers.
+        ValueError: Not integers of that shape, or a value outside 0..T.
     """
     try:
-        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+        counts = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"lengths must be integers ({clips},), got {lengths!r}") from error
-    is_whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    if lengths.shape != (clips,) or not is_whole:
-        raise ValueError(f"lengths must be integers ({clips},), got {lengths.dtype} {tuple(lengths.shape)}")
-    lengths = lengths.long()  # in a narrow dtype T could overflow
-    if values and (lengths.min() < 0 or lengths.max() > longest):
-        raise ValueError(f"lengths must be between 0 and T={longest} frames, got {lengths.tolist()}")
-    return lengths
+        raise ValueError(f"lengths must be integers ({num_clips},), got {lengths!r}") from error
+    is_whole = not (counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool)
+    if counts.shape != (num_clips,) or not is_whole:
+        raise ValueError(f"lengths must be integers ({num_clips},), got {counts.dtype} {tuple(counts.shape)}")
+    counts = counts.long()  # in a narrow dtype T could overflow
+    if check_values and (counts.min() < 0 or counts.max() > max_frames):
+        raise ValueError(f"lengths must be between 0 and T={max_frames} frames, got {counts.tolist()}")
+    return counts
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """Dtype of a module's weight, else of its first floating parameter; fp32 where it has none, as if quantised."""
+    """Dtype of a module's weight, or of its first floating parameter; fp32 if it has none, as when quantised."""
     tensors = getattr(module, "weight", None), *module.parameters()
     return next((x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
 
 
-def listed_frames(clips: int, longest: int, lengths: Sequence[int] | Tensor | None) -> list[int]:
-    """The frame counts of ``clips`` clips as integers, for which the host waits where they are on a GPU.
+def frame_counts(num_clips: int, max_frames: int, lengths: Sequence[int] | Tensor | None) -> list[int]:
+    """Frame counts of the clips as integers; for lengths on a GPU the host waits for it.
 
     Args:
-        clips: B.
-        longest: T.
-        lengths: (B,) real frames, checked; None: all T.
+        num_clips: Clips B.
+        max_frames: Frames T.
+        lengths: (B,) real frames per clip, validated; None: all T.
     """
     if lengths is None:
-        return [longest] * clips
+        return [max_frames] * num_clips
     return lengths.tolist() if isinstance(lengths, Tensor) else [int(count) for count in lengths]
 
 
 @functools.lru_cache
-def max_tokens(blocks: int, grid_f: int, mask_ratio: float) -> tuple[int, int]:
-    """The most visible and the most masked tokens of a clip of at most so many time blocks."""
-    tokens = [block * grid_f for block in range(blocks + 1)]
-    visible = [num_visible(count, mask_ratio) for count in tokens]
-    return max(visible), max(count - seen for count, seen in zip(tokens, visible, strict=True))
+def max_token_counts(num_blocks: int, grid_f: int, mask_ratio: float) -> tuple[int, int]:
+    """The most visible and the most masked tokens of any clip of at most ``num_blocks`` time blocks.
+
+    Args:
+        num_blocks: Time blocks, >= 0.
+        grid_f: Frequency blocks.
+        mask_ratio: Share of a clip's tokens that is masked, in (0, 1).
+    """
+    num_tokens = [blocks * grid_f for blocks in range(num_blocks + 1)]
+    visible = [num_visible(count, mask_ratio) for count in num_tokens]
+    return max(visible), max(total - kept for total, kept in zip(num_tokens, visible, strict=True))
 
 
 def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """Writes model.safetensors and config.json, each in one step, into a folder that is made where it is not there."""
+    """Write model.safetensors and config.json, each atomically; the folder is made if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
@@ -112,13 +120,16 @@ def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
 
 
 class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
-    """Base of the models. A subclass has ``patch_embed``, whose dtype is that of its computations.
+    """Base class of the models.
+
+    A subclass defines ``patch_embed``, whose weight's dtype is the dtype of the stream without autocast, and
+    ``encoder``.
 
     Args:
-        config: Of the class ``config_class``.
-        impl: "auto", "torch" or "triton".
-        attention: "auto" or the name of an attention backend (attention.py).
-        recompute: "none", "gelu" or "layer".
+        config: An instance of ``config_class``.
+        impl: "auto", "torch" or "triton": the implementation of the operations.
+        attention: "auto" or the name of an attention backend (ops/attention).
+        recompute: "none", "gelu" or "layer": what the backward computes again instead of keeping it.
 
     Raises:
         ValueError: ``impl``, ``attention`` or ``recompute`` is unknown or not available, or the configuration is of
@@ -126,7 +137,8 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
     """
 
     config_class: ClassVar[type[MAEASTConfig] | type[SSASTConfig]]
-    model_type: ClassVar[str]  # in config.json; also the name of the front end in fbank.py
+    model_type: ClassVar[str]  # in config.json; also the name of the front end of ``fbank``
+    config: MAEASTConfig | SSASTConfig
     patch_embed: nn.Linear
     encoder: TransformerStack
 
@@ -145,18 +157,18 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
 
     @property
     def impl(self) -> str:
-        """Implementation of the operations; setting it checks as the constructor does, likewise the two below."""
+        """Implementation of the operations: "auto", "torch" or "triton". The setter checks as the constructor does."""
         return self._impl
 
     @impl.setter
     def impl(self, impl: str) -> None:
-        # Only who asks for kernels by name is told at once that there is no GPU for them; nobody else touches CUDA.
+        # Report a missing GPU now to a caller who asked for kernels by name; for all others do not touch CUDA.
         resolve_impl(impl, "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
         self._impl = impl
 
     @property
     def attention(self) -> str:
-        """Attention backend. What it can do shows on the device and dtype of a call."""
+        """Attention backend; the setter checks its name. A call checks what it can do on its device and dtype."""
         return self._attention
 
     @attention.setter
@@ -166,7 +178,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
 
     @property
     def recompute(self) -> str:
-        """What the backward computes again."""
+        """What the backward computes again: "none", "gelu" or "layer". The setter checks as the constructor does."""
         return self._recompute
 
     @recompute.setter
@@ -179,102 +191,117 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         self._recompute = recompute
 
     def features(self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """What ``forward`` takes, from waveforms: log-mel of the model's own front end, through ``normalize``.
+        """The input of ``forward``, from waveforms: log-mel of the model's own front end, passed through ``normalize``.
 
         Args:
             waveforms: (B, S) mono at 16 kHz, as ``fbank`` takes them.
             lengths: (B,) samples of each clip; None: all S.
 
         Returns:
-            Features (B, T, 128) on the device of ``waveforms`` and the clips' frames (B,), int64, on the device of
-            ``lengths``, as of ``fbank``: on the CPU where ``lengths`` is None or a list.
+            Features (B, T, 128) on the device of ``waveforms``, and the frames of each clip (B,) int64 on the device of
+            ``lengths`` (on the CPU if ``lengths`` is None or a list), as of ``fbank``.
 
         Raises:
             ValueError: As ``fbank``.
         """
-        features, frames = fbank(waveforms, lengths, frontend=self.model_type)
-        return self.normalize(features), frames
+        log_mel, num_frames = fbank(waveforms, lengths, frontend=self.model_type)
+        return self.normalize(log_mel), num_frames
 
     def normalize(self, features: Tensor) -> Tensor:
-        """Log-mel to what ``forward`` takes: unchanged where the model normalises by itself."""
+        """Log-mel (B, T, F) to the input of ``forward``; unchanged if the model normalises its input itself."""
         return features
 
     @property
     def mean_feature(self) -> float:
-        """The feature that the model's normalisation takes to 0."""
+        """The input value of ``forward`` that the model's normalisation takes to 0."""
         return 0.0
 
+    def sample_mask(
+        self,
+        frames: Tensor,
+        width: int,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        clip_ids: Tensor | None = None,
+        epoch: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw the masks of a batch; see the models."""
+        raise NotImplementedError
+
     def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
-        """Encodes all tokens, nothing masked: what probing and fine-tuning start from.
+        """Encode all tokens without a mask, for probing and fine-tuning.
 
         Args:
             features: (B, T, F), as for ``forward``.
             lengths: (B,) real frames of each clip; None: all T. A clip's last patch is filled up with zeros.
-            layer: Stop after this layer, counted from 1. None: the whole encoder.
+            layer: Last layer to run, counted from 1. None: the whole encoder.
 
         Raises:
-            ValueError: Inputs of the wrong shape or dtype, a layer that does not exist.
+            ValueError: Inputs of the wrong shape or dtype, or a layer that does not exist.
         """
         raise NotImplementedError
 
     @property
     def num_layers(self) -> int:
-        """Layers of the encoder."""
+        """Number of layers of the encoder."""
         return len(self.encoder.layers)
 
     @property
     def max_frames(self) -> int:
-        """Most frames T of a batch."""
+        """Largest number of frames T of a batch."""
         raise NotImplementedError
 
     def sizes_of(self, lengths: Sequence[int]) -> TokenCounts:
-        """The sizes of a batch whose masks ``forward`` draws.
+        """Token counts of a batch whose masks ``forward`` draws.
 
         Args:
             lengths: Real frames of each clip, on the host.
         """
         config = self.config
-        tokens = [int(frames) // config.patch_size[0] * config.grid_f for frames in lengths]
-        visible = [num_visible(count, config.mask_ratio) for count in tokens]
-        return TokenCounts.of(visible, [count - v for count, v in zip(tokens, visible, strict=True)])
+        num_tokens = [int(frames) // config.patch_size[0] * config.grid_f for frames in lengths]
+        visible = [num_visible(count, config.mask_ratio) for count in num_tokens]
+        return TokenCounts.of(visible, [total - kept for total, kept in zip(num_tokens, visible, strict=True)])
 
-    def largest_sizes(self, clips: int, longest: int, drawn: bool = True) -> TokenCounts:
-        """Sizes that hold every batch of so many clips of at most so many frames, whatever their lengths.
+    def largest_sizes(self, num_clips: int, max_frames: int, drawn: bool = True) -> TokenCounts:
+        """Token counts that are upper bounds for every batch of at most this size, whatever its lengths.
 
         Args:
-            clips: B.
-            longest: T.
-            drawn: The masks hide as many tokens of each clip as ``sample_mask`` does; False: any number.
+            num_clips: Clips B.
+            max_frames: Frames T.
+            drawn: Whether ``sample_mask`` draws the masks. False: a mask may hide any number of tokens.
         """
         config = self.config
-        blocks = longest // config.patch_size[0]
-        tokens = blocks * config.grid_f
-        visible, masked = max_tokens(blocks, config.grid_f, config.mask_ratio) if drawn else (tokens, tokens)
+        num_blocks = max_frames // config.patch_size[0]
+        tokens = num_blocks * config.grid_f
+        visible, masked = tokens, tokens
+        if drawn:
+            visible, masked = max_token_counts(num_blocks, config.grid_f, config.mask_ratio)
         return TokenCounts(
-            visible=clips * visible,
-            masked=clips * masked,
+            visible=num_clips * visible,
+            masked=num_clips * masked,
             max_visible=visible,
             max_masked=masked,
             max_tokens=tokens,
             has_padding_rows=True,
         )
 
-    def num_masked(self, frames: Tensor) -> Tensor:
-        """Tokens that ``sample_mask`` hides of each clip (B,), int64, where ``frames`` (B,), int64, are."""
-        tokens = frames // self.config.patch_size[0] * self.config.grid_f
-        return tokens - num_visible(tokens, self.config.mask_ratio)
+    def num_masked(self, num_frames: Tensor) -> Tensor:
+        """Number of tokens (B,) int64 that ``sample_mask`` hides, on the device of ``num_frames`` (B,) int64."""
+        num_tokens = num_frames // self.config.patch_size[0] * self.config.grid_f
+        return num_tokens - num_visible(num_tokens, self.config.mask_ratio)
 
-    def _execution(self, device: torch.device, dtype: torch.dtype) -> ExecConfig:
-        """Resolves the implementation, and draws the seed of this forward's dropout where kernels need one."""
+    def _exec_config(self, device: torch.device, dtype: torch.dtype) -> ExecConfig:
+        """Resolve the implementation; draw the seed of this forward's dropout if kernels need one."""
         config = self.config
         impl, _ = resolve_impl(self.impl, device, dtype)
-        kernels = impl == "triton" or self.attention == "short"
+        uses_kernels = impl == "triton" or self.attention == "short"
         rates = config.dropout, config.attention_dropout, config.activation_dropout, config.input_dropout
-        drop = self.training and kernels and any(rates)
-        return ExecConfig(impl, self.attention, ops.draw_seed(device) if drop else None, self.recompute)
+        needs_seed = self.training and uses_kernels and any(rates)
+        return ExecConfig(impl, self.attention, ops.draw_seed(device) if needs_seed else None, self.recompute)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        """Dtype of the stream and of the matrix products: autocast's where it is on, else that of the weights."""
+        """Dtype of the stream and of the matrix products: autocast's if it is on, otherwise that of the weights."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return weight_dtype(self.patch_embed)
@@ -283,61 +310,65 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         self,
         features: Tensor,
         lengths: Sequence[int] | Tensor | None,
-        given: tuple[Tensor, Tensor] | None = None,
+        split: tuple[Tensor, Tensor] | None = None,
     ) -> TokenCounts:
-        """Exact sizes; the host waits for a GPU only where it cannot know them.
+        """Token counts of a batch, without padding rows; the host waits for a GPU only if the values are there.
 
         Args:
             features: (B, T, F).
-            lengths: (B,) real frames.
-            given: Visible and masked tokens, (B, L) bool each, where the mask was not drawn by ``config``.
+            lengths: (B,) real frames of each clip; None: all T.
+            split: Visible and masked tokens, (B, L) bool each, of masks that ``sample_mask`` did not draw.
 
         Raises:
             ValueError: No clip has both visible and masked tokens.
         """
-        clips, longest = features.shape[:2]
-        if given is None:
-            sizes = self.sizes_of(listed_frames(clips, longest, lengths))
-            alive = sizes.masked > 0  # a drawn mask leaves one token visible
+        num_clips, max_frames = features.shape[:2]
+        if split is None:
+            sizes = self.sizes_of(frame_counts(num_clips, max_frames, lengths))
+            has_loss = sizes.masked > 0  # a drawn mask leaves one token visible
         else:
-            visible, masked = torch.stack(given).sum(2).tolist()
+            visible, masked = torch.stack(split).sum(2).tolist()
             sizes = TokenCounts.of(visible, masked)
-            alive = any(v and m for v, m in zip(visible, masked, strict=True))
-        if not alive:
+            has_loss = any(v and m for v, m in zip(visible, masked, strict=True))
+        if not has_loss:
             kt, kf = self.config.patch_size
-            frames = listed_frames(clips, longest, lengths)
-            hidden = "" if given is None else f" and masked tokens {masked}"
+            num_frames = frame_counts(num_clips, max_frames, lengths)
+            got_masked = "" if split is None else f" and masked tokens {masked}"
             raise ValueError(
                 f"no clip has both visible and masked tokens: clips need at least 2 patches of {kt} frames x {kf} "
-                f"bins, of which the mask hides some, got frames {frames}{hidden}"
+                f"bins, of which the mask hides some, got frames {num_frames}{got_masked}"
             )
         return sizes
 
-    def _check(self, features: Tensor, lengths: Tensor | None, values: bool = True) -> Tensor:
-        """Validates features and lengths; returns the frame counts (B,) int64."""
+    def _check(self, features: Tensor, lengths: Tensor | None, check_values: bool = True) -> Tensor:
+        """Validate features and lengths; returns the frame counts (B,) int64 on the device of ``features``."""
         bins = self.config.num_mel_bins
         if not isinstance(features, Tensor) or features.dim() != 3 or features.shape[2] != bins:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"features must be a tensor (B, T, {bins}), got {got}")
         if not features.is_floating_point():
             raise ValueError(f"features must be floating point, got {features.dtype}")
-        batch, width = features.shape[:2]
-        if batch == 0:
+        num_clips, max_frames = features.shape[:2]
+        if num_clips == 0:
             raise ValueError("features has no clips: B is 0")
         if lengths is None:
-            return torch.full((batch,), width, dtype=torch.long, device=features.device)
-        return send(check_lengths(lengths, batch, width, values), features.device)
+            return torch.full((num_clips,), max_frames, dtype=torch.long, device=features.device)
+        return send(check_lengths(lengths, num_clips, max_frames, check_values), features.device)
 
     def _check_layer(self, layer: int | None) -> None:
         if layer is not None and (type(layer) is not int or not 1 <= layer <= self.num_layers):
             raise ValueError(f"layer must be an integer in 1..{self.num_layers}, got {layer!r}")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **hub: Any) -> str | None:
-        """Writes model.safetensors and config.json, each in one step: a reader never sees half a file.
+        """Write model.safetensors and config.json, each atomically: a reader never sees half a file.
 
         Args:
-            save_directory: Folder, made where it does not exist.
-            **hub: ``push_to_hub``, ``repo_id`` and what else ``huggingface_hub.ModelHubMixin`` takes.
+            save_directory: Folder; it is made if it does not exist.
+            **hub: ``push_to_hub`` (default False), ``repo_id`` (default: the folder's name), ``model_card_kwargs``, and
+                the other options of ``huggingface_hub.ModelHubMixin.push_to_hub``.
+
+        Returns:
+            The URL of the commit if the model was pushed to the Hub, otherwise None.
         """
         folder = Path(save_directory)
         write_model(self, {"model_type": self.model_type, **self.config.to_dict()}, folder)
@@ -348,7 +379,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         return None
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # keywords of its own instead of the mixin's **model_kwargs
         cls: type[Model],
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
@@ -361,31 +392,28 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> Model:
-        """Reads a folder that ``save_pretrained`` wrote, without a network, or a Hub repository; in evaluation mode.
+        """Read a model from a folder of ``save_pretrained``, without a network, or from a Hub repository.
 
-        Called on the base class it reads either model, by the type that config.json names.
+        Called on the base class it reads either model, by the type in config.json.
 
         Args:
             pretrained_model_name_or_path: Folder or repository name.
             impl: As in the constructor.
             attention: As in the constructor.
             recompute: As in the constructor.
-            revision: This and the following as ``huggingface_hub.hf_hub_download`` takes them; unused for a folder.
-            cache_dir: Where downloads are kept.
-            force_download: Download again.
-            local_files_only: Never download.
-            token: Of the Hub.
+            revision: Branch, tag or commit of the repository; None: its main branch. This and the following arguments
+                are those of ``huggingface_hub.hf_hub_download``, and unused for a folder.
+            cache_dir: Folder of the download cache; None: the Hub's default.
+            force_download: Download again even if the file is in the cache.
+            local_files_only: Use the cache only, never the network.
+            token: Access token of the Hub; True: the saved one; None: the saved one if there is one.
+
+        Returns:
+            The model, in evaluation mode.
 
         Raises:
             ValueError: A file is missing or damaged, or weights and configuration do not fit; or as the constructor.
         """
-        hub = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
         source = os.fspath(pretrained_model_name_or_path)
 
         if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
@@ -393,7 +421,17 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
 
         def locate(name: str) -> Path:
             if not os.path.isdir(source):
-                return Path(hf_hub_download(source, name, **hub))
+                return Path(
+                    hf_hub_download(
+                        source,
+                        name,
+                        revision=revision,
+                        cache_dir=cache_dir if cache_dir is None else os.fspath(cache_dir),
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                        token=token,
+                    )
+                )
             path = Path(source) / name
             if not path.is_file():
                 raise ValueError(
@@ -401,27 +439,30 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
                 )
             return path
 
-        kinds = {kind.model_type: kind for kind in (cls.__subclasses__() if cls is PretrainingModel else [cls])}
+        classes = {model.model_type: model for model in (cls.__subclasses__() if cls is PretrainingModel else [cls])}
         path = locate("config.json")
         try:
             fields = json.loads(path.read_text())
             if not isinstance(fields, dict):
                 raise ValueError(f"expected an object, got {type(fields).__name__}")
-            if (name := fields.pop("model_type", None)) not in list(kinds):  # in a list, because it may be anything
-                hint = " (predict, and export --format transformers, take it)" if name == "audio_classifier" else ""
-                raise ValueError(f"expected model_type {' or '.join(map(repr, kinds))}, got {name!r}{hint}")
-            config = kinds[name].config_class.from_dict(fields)
+            model_type = fields.pop("model_type", None)
+            if model_type not in list(classes):  # in a list, because it may be anything
+                is_classifier = model_type == "audio_classifier"
+                hint = " (predict, and export --format transformers, take it)" if is_classifier else ""
+                raise ValueError(f"expected model_type {' or '.join(map(repr, classes))}, got {model_type!r}{hint}")
+            config = classes[model_type].config_class.from_dict(fields)
         except ValueError as error:  # that of the JSON reader among them
-            names = " or ".join(kind.__name__ for kind in kinds.values())
+            names = " or ".join(model.__name__ for model in classes.values())
             raise ValueError(f"{path} is no configuration of {names}: {error}") from None
+        model_class = classes[model_type]
         path = locate("model.safetensors")
         try:
             weights = load_file(path)
-            # Before anything is allocated: who wrote the configuration may have asked for more than this machine has.
+            # Check before allocating: a configuration could ask for more memory than the machine has.
             if max(value for key, value in config.to_dict().items() if key.endswith("layers")) > len(weights):
                 raise ValueError(f"{config} has more layers than the {len(weights)} tensors there")
             with torch.device("meta"):
-                expected = kinds[name](config).state_dict()
+                expected = model_class(config).state_dict()
             differing = [
                 f"{key}: expected {tuple(shape)}, got {tuple(weights[key].shape)}"
                 for key, shape in ((key, expected[key].shape) for key in expected if key in weights)
@@ -431,7 +472,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
                 raise ValueError("; ".join(differing))
         except Exception as error:  # safetensors' own exception class is not public
             raise ValueError(f"{path} is damaged or does not fit its config.json: {error}") from None
-        model = kinds[name](config, impl=impl, attention=attention, recompute=recompute)
+        model = model_class(config, impl=impl, attention=attention, recompute=recompute)
         try:
             model.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from ..ops.masking import MASKING_STRATEGIES
 
@@ -18,15 +18,15 @@ _PATCHES = {"patch": (16, 16), "frame": (2, 128)}
 
 
 def _default_masking(grid_f: int) -> str:
-    """Chunks need a grid of several frequency blocks; the paper's frame models mask at random (section 3.2)."""
+    """Chunks need several frequency blocks; the paper's frame models mask at random (section 3.2)."""
     return "chunk" if grid_f > 1 else "random"
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -46,9 +46,9 @@ def _check_patch_size(patch_size: object, num_mel_bins: object) -> None:
 
 
 def _check_fields(cls: type, fields: dict[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]
-    if unknown := sorted(set(fields) - set(known)):
-        raise ValueError(f"unknown configuration fields {', '.join(unknown)}; known are {', '.join(known)}")
+    names = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(fields) - set(names)):
+        raise ValueError(f"unknown configuration fields {', '.join(unknown)}; known are {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,32 @@ class MAEASTConfig:
     """Sizes, masking and loss weights of a MAE-AST model (arXiv 2203.16691, sections 2 and 3).
 
     Args:
-        num_mel_bins: Mel bins F of the log-mel spectrogram.
-        patch_size: (time, frequency) extent of a token: (16, 16) for the patch model, (2, 128) for the frame model.
-        embed_dim: Encoder width D.
-        ffn_dim: Hidden width of the feed-forward blocks, encoder and decoder.
-        num_heads: Attention heads, encoder and decoder.
-        encoder_layers: Layers over the visible tokens.
-        decoder_embed_dim: Decoder width.
-        decoder_layers: Layers over all tokens. 0 leaves an encoder alone, which extracts features but cannot pretrain.
+        num_mel_bins: Mel bins F of the log-mel spectrogram, >= 1, a multiple of the patch's frequency extent.
+        patch_size: (time, frequency) extent of a token in frames and mel bins, each >= 1: (16, 16) for the patch model,
+            (2, 128) for the frame model.
+        embed_dim: Encoder width D, even and a multiple of ``num_heads``.
+        ffn_dim: Hidden width of the feed-forward blocks in encoder and decoder, >= 1.
+        num_heads: Attention heads in encoder and decoder, >= 1.
+        encoder_layers: Layers over the visible tokens, >= 1.
+        decoder_embed_dim: Decoder width, even and a multiple of ``num_heads``.
+        decoder_layers: Layers over all tokens, >= 0. With 0 the model is only an encoder: it extracts features but
+            cannot pretrain.
         norm_first: Pre-norm layers instead of the paper's post-norm.
-        encoder_projection: Linear between encoder and decoder. None: only where their widths differ.
-        dropout: Rate after attention, after the feed-forward block and at the entrance of a stack.
-        attention_dropout: Rate on the attention probabilities.
-        activation_dropout: Rate after the GELU.
-        input_dropout: Rate on the projected patches.
-        encoder_layerdrop: Probability that an encoder layer is skipped in training.
-        decoder_layerdrop: The same for decoder layers.
-        mask_ratio: Share of a clip's tokens that is hidden, in (0, 1).
-        masking: Strategy, one of ``mae_ast_fast.ops.masking.sample_mask``. None: "chunk" where the patches make several
-            frequency blocks, "random" where they make one; the attribute is that name.
-        reconstruction_weight: Weight of the mean squared error. 0 switches it off.
-        classification_weight: Weight of the InfoNCE loss. 0 switches it off.
-        norm_pix_loss: Reconstruct every patch normalised by its own mean and variance (He et al. 2022, section 4).
+        encoder_projection: Linear between encoder and decoder. None: only if their widths differ. False needs equal
+            widths.
+        dropout: Rate in [0, 1) after attention, after the feed-forward block and on the input of each stack.
+        attention_dropout: Rate in [0, 1) on the attention probabilities.
+        activation_dropout: Rate in [0, 1) after the GELU.
+        input_dropout: Rate in [0, 1) on the projected patches.
+        encoder_layerdrop: Probability in [0, 1) that an encoder layer is skipped in training.
+        decoder_layerdrop: Probability in [0, 1) that a decoder layer is skipped in training.
+        mask_ratio: Share of a clip's tokens that is masked, in (0, 1).
+        masking: Strategy, a name in ``mae_ast_fast.ops.masking.MASKING_STRATEGIES``. None: "chunk" if there are several
+            frequency blocks, "random" if there is one; the attribute then holds that name.
+        reconstruction_weight: Weight of the mean squared error, >= 0. 0 switches it off.
+        classification_weight: Weight of the InfoNCE loss, >= 0. 0 switches it off.
+        norm_pix_loss: Reconstruct each patch normalised by its own mean and variance (He et al. 2022, section 4). Needs
+            patches of at least 2 values.
 
     Raises:
         ValueError: A value is outside its range, or values contradict each other.
@@ -164,25 +168,25 @@ class MAEASTConfig:
 
     @property
     def grid_f(self) -> int:
-        """Frequency blocks, that is tokens of one time step."""
+        """Number of frequency blocks, which is the number of tokens per time block."""
         return self.num_mel_bins // self.patch_size[1]
 
     @property
     def patch_dim(self) -> int:
-        """Values P in a patch."""
+        """Values P per patch."""
         return self.patch_size[0] * self.patch_size[1]
 
     @property
     def has_projection(self) -> bool:
-        """Whether a Linear stands between encoder and decoder."""
+        """Whether there is a Linear between encoder and decoder."""
         if self.encoder_projection is None:
             return self.embed_dim != self.decoder_embed_dim
         return self.encoder_projection
 
     @classmethod
     def preset_names(cls) -> list[str]:
-        """The names that ``preset`` knows."""
-        return [f"{kind}_{size}" for kind in _PATCHES for size in ("base", "base_6layer", "small", "tiny")]
+        """Names that ``preset`` accepts."""
+        return [f"{patch}_{size}" for patch in _PATCHES for size in ("base", "base_6layer", "small", "tiny")]
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MAEASTConfig:
@@ -191,14 +195,17 @@ class MAEASTConfig:
         Args:
             name: ``{patch,frame}_{base,base_6layer,small,tiny}``. base is 768 wide with 12 heads, small 384 with 6,
                 tiny 192 with 3; all have 12 encoder layers (6 where the name says so) and 2 decoder layers.
-            **overrides: Fields to set otherwise.
+            **overrides: Fields that replace those of the preset.
+
+        Raises:
+            ValueError: An unknown name or field, or as of the class.
         """
         if name not in cls.preset_names():
             raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
-        kind, size = name.split("_", 1)
+        patch, size = name.split("_", 1)
         width, ffn_dim, num_heads = _SIZES[size.removesuffix("_6layer")]
         fields = {
-            "patch_size": _PATCHES[kind],
+            "patch_size": _PATCHES[patch],
             "embed_dim": width,
             "decoder_embed_dim": width,
             "ffn_dim": ffn_dim,
@@ -208,12 +215,16 @@ class MAEASTConfig:
         return cls.from_dict({**fields, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML; ``from_dict`` reads them back."""
+        """The fields as plain values for JSON or YAML; ``from_dict`` reads them back."""
         return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MAEASTConfig:
-        """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
+        """Build a configuration from a dict as of ``to_dict``; missing fields take their defaults.
+
+        Raises:
+            ValueError: Unknown fields, which the message names, or as of the class.
+        """
         _check_fields(cls, fields)
         return cls(**fields)
 
@@ -226,19 +237,20 @@ class SSASTConfig:
     """Sizes, masking and objective of an SSAST model (arXiv 2110.09784), the baseline.
 
     Args:
-        patch_size: (time, frequency) extent of a token: (16, 16) for the patch model, (2, 128) for the frame model.
-        embed_dim: Width D; the feed-forward blocks are four times as wide.
-        num_heads: Attention heads.
-        layers: Pre-norm layers.
-        input_frames: Frames of the longest clip: there are positions for its whole patches.
-        num_mel_bins: Mel bins F of the log-mel spectrogram.
-        mask_patches: Tokens that a clip of ``input_frames`` hides. A shorter clip hides the same share of its own,
-            rounded up, and never all: see ``mask_ratio``.
-        objective: "joint": InfoNCE + 10 * MSE from one pass over one mask; "joint_two_pass": the same from a pass for
-            each, as the official code has it; "mpc": InfoNCE alone; "mpg": MSE alone.
-        mean: Of the log-mel values of the data; features are normalised as (x - mean) / (2 * std). The defaults are
-            those of the paper's AudioSet and LibriSpeech recipe.
-        std: See ``mean``.
+        patch_size: (time, frequency) extent of a token in frames and mel bins, each >= 1: (16, 16) for the patch model,
+            (2, 128) for the frame model.
+        embed_dim: Width D, a multiple of ``num_heads``; the feed-forward blocks are four times as wide.
+        num_heads: Attention heads, >= 1.
+        layers: Number of pre-norm layers, >= 1.
+        input_frames: Frames of the longest clip, at least those of a patch. There are positions for its whole patches.
+        num_mel_bins: Mel bins F of the log-mel spectrogram, >= 1, a multiple of the patch's frequency extent.
+        mask_patches: Masked tokens of a clip of ``input_frames``, >= 1 and less than its tokens. In a shorter clip the
+            same share is masked, rounded up, and never all: see ``mask_ratio``.
+        objective: "joint": InfoNCE + 10 * MSE from one pass over one mask. "joint_two_pass": the same loss with one
+            pass and mask per term, as in the official code. "mpc": InfoNCE alone. "mpg": MSE alone.
+        mean: Mean of the log-mel values of the data; features are normalised as (x - mean) / (2 * std). The defaults of
+            ``mean`` and ``std`` are those of the paper's AudioSet and LibriSpeech recipe.
+        std: Standard deviation of the log-mel values of the data, > 0.
 
     Raises:
         ValueError: A value is outside its range, or values contradict each other.
@@ -255,13 +267,13 @@ class SSASTConfig:
     mean: float = -4.2677393
     std: float = 4.5689974
 
-    # What the transformer layers that both models share ask of a configuration: SSAST has pre-norm and no dropout.
+    # The shared transformer layers read these fields: SSAST has pre-norm and no dropout.
     norm_first: ClassVar[bool] = True
     dropout: ClassVar[float] = 0.0
     attention_dropout: ClassVar[float] = 0.0
     activation_dropout: ClassVar[float] = 0.0
     input_dropout: ClassVar[float] = 0.0
-    norm_pix_loss: ClassVar[bool] = False  # asked for where reconstructions are evaluated
+    norm_pix_loss: ClassVar[bool] = False  # read by the evaluation of reconstructions
 
     def __post_init__(self) -> None:
         if isinstance(self.patch_size, list):  # JSON and YAML bring lists
@@ -294,35 +306,35 @@ class SSASTConfig:
 
     @property
     def grid_f(self) -> int:
-        """Frequency blocks, that is tokens of one time step."""
+        """Number of frequency blocks, which is the number of tokens per time block."""
         return self.num_mel_bins // self.patch_size[1]
 
     @property
     def grid_t(self) -> int:
-        """Time blocks of a clip of ``input_frames``."""
+        """Number of time blocks of a clip of ``input_frames``."""
         return self.input_frames // self.patch_size[0]
 
     @property
     def num_patches(self) -> int:
-        """Tokens of a clip of ``input_frames``, without the class tokens."""
+        """Number of tokens of a clip of ``input_frames``, without the class tokens."""
         return self.grid_t * self.grid_f
 
     @property
     def patch_dim(self) -> int:
-        """Values P in a patch."""
+        """Values P per patch."""
         return self.patch_size[0] * self.patch_size[1]
 
     @property
     def masking(self) -> str:
-        """Strategy of ``masking.sample_mask``, by the frequency blocks."""
+        """Masking strategy: "chunk" if there are several frequency blocks, "random" if there is one."""
         return _default_masking(self.grid_f)
 
     @property
     def mask_ratio(self) -> float:
-        """With which ``masking.num_visible`` leaves L - ceil(mask_patches * L / num_patches) of L tokens, at least 1.
+        """Ratio for which ``masking.num_visible`` is L - ceil(mask_patches * L / num_patches) of L tokens.
 
-        A little less than mask_patches / num_patches, by which int() in num_visible would drop a whole token where the
-        product of floats comes out a rounding below an integer.
+        At least one token stays visible. The ratio is 1e-9 less than mask_patches / num_patches. With the exact
+        quotient a rounding just below an integer would let the int() in ``num_visible`` drop a whole token.
         """
         return self.mask_patches / self.num_patches - 1e-9
 
@@ -338,8 +350,8 @@ class SSASTConfig:
 
     @classmethod
     def preset_names(cls) -> list[str]:
-        """The names that ``preset`` knows."""
-        return [f"{kind}_{size}" for kind in _PATCHES for size in _SIZES]
+        """Names that ``preset`` accepts."""
+        return [f"{patch}_{size}" for patch in _PATCHES for size in _SIZES]
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SSASTConfig:
@@ -347,22 +359,29 @@ class SSASTConfig:
 
         Args:
             name: ``{patch,frame}_{base,small,tiny}``. base is 768 wide with 12 heads, small 384 with 6, tiny 192 with
-                3; all have 12 layers and hide 400 of 512 tokens.
-            **overrides: Fields to set otherwise.
+                3; all have 12 layers and mask 400 of 512 tokens.
+            **overrides: Fields that replace those of the preset.
+
+        Raises:
+            ValueError: An unknown name or field, or as of the class.
         """
         if name not in cls.preset_names():
             raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
-        kind, size = name.split("_")
+        patch, size = name.split("_")
         width, _, num_heads = _SIZES[size]
-        return cls.from_dict({"patch_size": _PATCHES[kind], "embed_dim": width, "num_heads": num_heads, **overrides})
+        return cls.from_dict({"patch_size": _PATCHES[patch], "embed_dim": width, "num_heads": num_heads, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON or YAML; ``from_dict`` reads them back."""
+        """The fields as plain values for JSON or YAML; ``from_dict`` reads them back."""
         return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SSASTConfig:
-        """Builds a configuration from ``to_dict``'s form; an unknown field is a ``ValueError`` that names it."""
+        """Build a configuration from a dict as of ``to_dict``; missing fields take their defaults.
+
+        Raises:
+            ValueError: Unknown fields, which the message names, or as of the class.
+        """
         _check_fields(cls, fields)
         return cls(**fields)
 

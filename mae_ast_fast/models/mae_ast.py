@@ -1,7 +1,8 @@
 """MAE-AST: a deep encoder over the visible tokens, a shallow decoder over all of them, two losses (arXiv 2203.16691).
 
-Letters: B clips, T frames, F mel bins, L tokens a clip, N packed rows, D width, P values a patch, H heads. Between the
-spectrogram and the losses everything is packed: rows of all clips one after another, nothing padded, nothing cropped.
+Letters: B clips, T frames, F mel bins, L tokens per clip, N packed rows, M masked rows, D width, P values per patch, H
+heads, kt and kf frames and mel bins per patch. Between the spectrogram and the losses everything is packed: the rows of
+all clips one after another, without padding or cropping.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from .. import ops
 from ..devices import send
 from ..ops import reference
 from ..ops.packing import Packing, TokenCounts, real_tokens
-from .base import Encoded, PretrainingModel, listed_frames
+from .base import Encoded, PretrainingModel, frame_counts
 from .config import MAEASTConfig
 from .transformer import (
-    SITES,
+    SITES_PER_LAYER,
     ExecConfig,
     Positions,
+    QueryRows,
     TransformerStack,
     add_norm,
     call,
@@ -37,20 +39,21 @@ MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both 
 
 @dataclass
 class MAEASTOutput:
-    """Losses and predictions of one batch. Rows run clip by clip, tokens ascending; sum M is their number.
+    """Losses and predictions of one batch. Rows run clip by clip, tokens ascending; M is the number of masked tokens.
 
-    Where forward was given sizes rounded up, so many rows: those past sum M belong to no clip and mean nothing.
+    If ``forward`` was given sizes with padding rows, M includes them. Padding rows come last, belong to no clip and
+    have no meaning.
 
     Attributes:
-        loss: Weighted total, a scalar; means over all masked tokens of the batch.
-        loss_reconstruction: Mean squared error, unweighted; 0 where that objective is off.
-        loss_classification: InfoNCE, unweighted; 0 where that objective is off.
-        accuracy: Share of masked rows whose largest product is with their own target; 0 where InfoNCE is off.
+        loss: Weighted total, 0-d; a mean over all masked tokens of the batch, as the next three.
+        loss_reconstruction: Mean squared error, unweighted, 0-d; 0 if that objective is off.
+        loss_classification: InfoNCE, unweighted, 0-d; 0 if that objective is off.
+        accuracy: Share of masked rows whose largest product is with their own target, 0-d; 0 if InfoNCE is off.
         loss_per_clip: (B,) weighted total of each clip; 0 for a clip without visible or without masked tokens.
-        pred_reconstruction: (sum M, P).
-        pred_classification: (sum M, P).
-        target: (sum M, P) normalised patches.
-        mask: (B, L) bool, True = masked, as used: False past a clip's tokens.
+        pred_reconstruction: (M, P).
+        pred_classification: (M, P).
+        target: (M, P) normalised patches; in two passes of SSAST a pair.
+        mask: (B, L) bool, True = masked, as used: False past a clip's tokens. In two passes of SSAST a pair.
     """
 
     loss: Tensor
@@ -60,8 +63,8 @@ class MAEASTOutput:
     loss_per_clip: Tensor
     pred_reconstruction: Tensor
     pred_classification: Tensor
-    target: Tensor
-    mask: Tensor
+    target: Tensor | tuple[Tensor, Tensor]
+    mask: Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -69,8 +72,8 @@ class Features:
     """Encoder features of a batch; rows past ``lengths`` are exactly 0.
 
     Attributes:
-        last_hidden_state: (B, L, D), output of the stack, or of the layer that was asked for.
-        hidden_states: one (B, L, D) a layer, the first layer's first.
+        last_hidden_state: (B, L, D) output of the encoder, or of the layer that was asked for.
+        hidden_states: (B, L, D) per layer, the first layer's first.
         lengths: (B,) int64 tokens of each clip.
     """
 
@@ -168,18 +171,19 @@ class MAEAST(PretrainingModel):
 
     Args:
         config: Sizes, masking and loss weights.
-        impl: "auto", "torch" or "triton": which implementation of the operations runs. What has no kernel runs as
-            plain PyTorch in either: matrix products, the residual connections of pre-norm layers, and mask sampling
-            other than random and chunk.
-        attention: "auto" or the name of an attention backend (attention.py).
+        impl: "auto", "torch" or "triton": the implementation of the operations. Operations without a kernel run in
+            PyTorch in both: matrix products, the residual connections of pre-norm layers, and mask sampling other than
+            random and chunk.
+        attention: "auto" or the name of an attention backend (ops/attention).
         recompute: What the backward computes again instead of keeping it: "none", "gelu" (the output of the GELU, a
-            fourth of a layer's memory) or "layer" (all inside a layer). Same results.
+            fourth of a layer's memory) or "layer" (everything inside a layer). The results are the same.
 
     Raises:
         ValueError: ``impl``, ``attention`` or ``recompute`` is unknown or not available.
     """
 
     config_class, model_type = MAEASTConfig, "mae_ast"
+    config: MAEASTConfig
 
     def __init__(
         self, config: MAEASTConfig, impl: str = "auto", attention: str = "auto", recompute: str = "none"
@@ -189,14 +193,24 @@ class MAEAST(PretrainingModel):
         self.input_norm = InputNorm()
         self.patch_embed = nn.Linear(config.patch_dim, width)
         self.encoder_positions = Positions(width)
-        self.encoder = TransformerStack(width, config.encoder_layers, config.encoder_layerdrop, config, SITES)
+        # Dropout sites 0 and 1 are those of the input of encoder and decoder; the layers' follow.
+        self.encoder = TransformerStack(
+            width,
+            config.encoder_layers,
+            config,
+            layerdrop=config.encoder_layerdrop,
+            dropout_site=SITES_PER_LAYER,
+        )
         if config.decoder_layers:
             self.encoder_projection = nn.Linear(width, decoder_width) if config.has_projection else None
             self.mask_token = nn.Parameter(torch.rand(decoder_width))
             self.decoder_positions = Positions(decoder_width)
-            site = SITES * (1 + config.encoder_layers)
             self.decoder = TransformerStack(
-                decoder_width, config.decoder_layers, config.decoder_layerdrop, config, site
+                decoder_width,
+                config.decoder_layers,
+                config,
+                layerdrop=config.decoder_layerdrop,
+                dropout_site=SITES_PER_LAYER * (1 + config.encoder_layers),
             )
             self.head = nn.Linear(decoder_width, 2 * config.patch_dim)  # reconstruction, then classification
 
@@ -212,92 +226,123 @@ class MAEAST(PretrainingModel):
     ) -> MAEASTOutput:
         """Masked pretraining losses (paper, section 2).
 
-        On a GPU the host waits for nothing where it knows the sizes of the batch: ``lengths`` is None or lies on the
-        CPU and the mask is drawn here, or ``sizes`` is given.
+        The host does not wait for a GPU if it knows the token counts of the batch: ``sizes`` is given, or the mask is
+        drawn here and ``lengths`` is None or on the CPU.
 
         Args:
-            features: (B, T, F) log-mel, not normalised.
-            lengths: (B,) real frames of each clip; None: all T. A clip's whole patches count, its tail frames do not.
-            mask: (B, L) bool, True = masked, L at least the longest clip's tokens; entries past a clip's tokens are
-                ignored, and clips may hide different counts. None draws one by ``config.masking``.
-            generator: Source of that draw; None is torch's default.
-            sizes: Of ``sizes_of``, or ``sizes_of(...).bucket()``: then neither ``lengths`` nor ``mask`` is read on
-                the host, all shapes follow from ``features`` and ``sizes``, and ``torch.compile`` and CUDA graphs take
-                any batch that fits.
+            features: (B, T, F) floating-point log-mel, not normalised.
+            lengths: (B,) integers, real frames of each clip; None: all T. Frames after a clip's last whole patch are
+                ignored.
+            mask: (B, L) bool, True = masked, L at least the longest clip's tokens. Entries past a clip's tokens are
+                ignored, and the number of masked tokens may differ between clips. None draws a mask by
+                ``config.masking``.
+            generator: Random generator of that draw; None: torch's default.
+            sizes: Token counts of ``sizes_of``, or ``sizes_of(...).bucket()``. With them the host reads neither
+                ``lengths`` nor ``mask``. All shapes follow from ``features`` and ``sizes``, so ``torch.compile`` and
+                CUDA graphs take any batch that fits.
             statistics: Mean and scale of the input normalisation, 0-d or (1,); None: those of ``input_norm``.
 
         Raises:
-            ValueError: Inputs of the wrong shape or dtype; no clip has both visible and masked tokens (not looked for
-                with ``sizes``: the losses are 0 then); an encoder alone (``decoder_layers=0``).
+            ValueError: Inputs of the wrong shape or dtype; a model without a decoder (``decoder_layers=0``); no clip
+                has both visible and masked tokens (with ``sizes`` this is not checked, and the losses are 0).
         """
         config = self.config
         if config.decoder_layers == 0:
             raise ValueError("this model is an encoder alone (decoder_layers=0): it extracts features, no losses")
-        frames = self._check(features, lengths, values=sizes is None)
-        tokens = frames // config.patch_size[0] * config.grid_f
-        width = features.shape[1] // config.patch_size[0] * config.grid_f
+        num_frames = self._check(features, lengths, check_values=sizes is None)
+        num_tokens = num_frames // config.patch_size[0] * config.grid_f
+        max_tokens = features.shape[1] // config.patch_size[0] * config.grid_f
         drawn = mask is None
-        if drawn:
-            mask = self.sample_mask(frames, features.shape[1], generator=generator)
+        if mask is None:
+            mask = self.sample_mask(num_frames, features.shape[1], generator=generator)
         else:
-            mask = self._check_mask(mask, tokens, width, values=sizes is None)
-        real = real_tokens(tokens, width)
-        seen, hidden = real & ~mask, real & mask
+            mask = self._check_mask(mask, num_tokens, max_tokens, check_values=sizes is None)
+        real = real_tokens(num_tokens, max_tokens)
+        is_visible, is_masked = real & ~mask, real & mask
         if sizes is None:
-            sizes = self.exact_sizes(features, lengths, None if drawn else (seen, hidden))
-        rows = sizes.visible + sizes.masked
-        every = Packing.of(real, rows, max_seqlen=sizes.max_tokens, has_padding_rows=sizes.has_padding_rows)
-        visible = Packing.of(seen, sizes.visible, max_seqlen=sizes.max_visible, has_padding_rows=sizes.has_padding_rows)
-        masked = Packing.of(hidden, sizes.masked, max_seqlen=sizes.max_masked, has_padding_rows=sizes.has_padding_rows)
+            sizes = self.exact_sizes(features, lengths, None if drawn else (is_visible, is_masked))
+        tokens = Packing.of(
+            real,
+            sizes.visible + sizes.masked,
+            max_seqlen=sizes.max_tokens,
+            has_padding_rows=sizes.has_padding_rows,
+        )
+        visible = Packing.of(
+            is_visible, sizes.visible, max_seqlen=sizes.max_visible, has_padding_rows=sizes.has_padding_rows
+        )
+        masked = Packing.of(
+            is_masked, sizes.masked, max_seqlen=sizes.max_masked, has_padding_rows=sizes.has_padding_rows
+        )
 
-        mean, scale = self.input_norm(features, frames) if statistics is None else statistics
+        mean, scale = self.input_norm(features, num_frames) if statistics is None else statistics
         dtype = self._compute_dtype(features.device)
-        run = self._execution(features.device, dtype)
+        cfg = self._exec_config(features.device, dtype)
         with torch.autocast(features.device.type, enabled=False):
-            clip, token = torch.cat((visible.clip, masked.clip)), torch.cat((visible.token, masked.token))
-            gathered = ops.gather_patches(
-                features, mean, scale, clip, token, config.patch_size, dtype=dtype, impl=run.impl
-            )
-            patches, target = gathered.split([len(visible.clip), len(masked.clip)])
-            target = target.detach()  # what is to be predicted is data, also where features are learned
-            x = self._encode(patches, visible, width, run)[0]
+            patches, target = ops.gather_patches(
+                features,
+                mean,
+                scale,
+                clip=torch.cat((visible.clip, masked.clip)),
+                token=torch.cat((visible.token, masked.token)),
+                patch_size=config.patch_size,
+                dtype=dtype,
+                impl=cfg.impl,
+            ).split([len(visible.clip), len(masked.clip)])
+            target = target.detach()  # targets are data, even if the features are learned
+            x = self._encode(patches, visible, max_tokens, cfg)[0]
             if self.encoder_projection is not None:
                 x = linear(x, self.encoder_projection)
-            x = self._decode(x, mask, every, masked, run)
-            predictions = linear(x, self.head).split(config.patch_dim, dim=1)
-            return self._losses(*predictions, target, mask, visible, masked, run)
+            x = self._decode(x, mask=mask, tokens=tokens, masked=masked, cfg=cfg)
+            reconstruction, classification = linear(x, self.head).split(config.patch_dim, dim=1)
+            return self._losses(
+                reconstruction=reconstruction,
+                classification=classification,
+                target=target,
+                mask=mask,
+                visible=visible,
+                masked=masked,
+                cfg=cfg,
+            )
 
     def _losses(
         self,
+        *,
         reconstruction: Tensor,
         classification: Tensor,
         target: Tensor,
         mask: Tensor,
         visible: Packing,
-        rows: Packing,
-        run: ExecConfig,
+        masked: Packing,
+        cfg: ExecConfig,
     ) -> MAEASTOutput:
+        """Losses of the predictions (M, P) of the masked rows."""
         config = self.config
-        used = (visible.counts > 0) & (rows.counts > 0)  # (B,), whether a clip adds to the losses
+        has_loss = (visible.counts > 0) & (masked.counts > 0)  # (B,), whether a clip adds to the losses
         dtype = torch.promote_types(torch.promote_types(target.dtype, reconstruction.dtype), torch.float32)
-        weight = (used[rows.clip] & rows.valid).to(dtype)  # (N,): 0 where a clip adds none
-        off = weight.new_zeros(weight.shape)
-        mse = nce = hit = off
+        weight = (has_loss[masked.clip] & masked.valid).to(dtype)  # (M,), 0 for rows of other clips and for padding
+        zeros = weight.new_zeros(weight.shape)
+        mse = nce = hit = zeros
         if config.reconstruction_weight > 0.0:
-            mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=run.impl) * weight
+            mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=cfg.impl) * weight
         if config.classification_weight > 0.0:
-            lengths = rows.cu_seqlens, rows.max_seqlen
-            nce, hit = ops.info_nce(classification, target, *lengths, impl=run.impl, exact=not rows.has_padding_rows)
-            nce, hit = torch.where(weight > 0, nce, 0), hit * weight  # of a clip without masked tokens it is undefined
+            nce, hit = ops.info_nce(
+                classification,
+                target,
+                masked.cu_seqlens,
+                masked.max_seqlen,
+                impl=cfg.impl,
+                exact=not masked.has_padding_rows,
+            )
+            nce, hit = torch.where(weight > 0, nce, 0), hit * weight  # InfoNCE of padding rows is undefined
         count = weight.sum().clamp(min=1)
         total = config.reconstruction_weight * mse + config.classification_weight * nce
-        per_clip = off.new_zeros(used.shape[0]).index_add(0, rows.clip, total) / rows.counts.clamp(min=1)
+        clip_sums = zeros.new_zeros(has_loss.shape[0]).index_add(0, masked.clip, total)
         return MAEASTOutput(
             loss=total.sum() / count,
             loss_reconstruction=mse.sum() / count,
             loss_classification=nce.sum() / count,
             accuracy=hit.sum() / count,
-            loss_per_clip=per_clip,
+            loss_per_clip=clip_sums / masked.counts.clamp(min=1),
             pred_reconstruction=reconstruction,
             pred_classification=classification,
             target=target,
@@ -305,27 +350,27 @@ class MAEAST(PretrainingModel):
         )
 
     def extract_features(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Features:
-        """Encoder features of all tokens, nothing masked (paper, section 4).
+        """Encoder features of all tokens without a mask (paper, section 4).
 
-        A clip has ceil(frames / kt) * (F // kf) tokens whatever it is batched with; frames past its length count as
-        0.0 before normalisation.
+        A clip has ceil(frames / kt) * (F // kf) tokens, whatever the other clips of its batch. Frames past its length
+        count as 0.0 before normalisation.
 
         Args:
-            features: (B, T, F) log-mel, not normalised.
-            lengths: (B,) real frames of each clip; None: all T.
-            layer: Stop after this layer, counted from 1; its output is returned as it is. None: the whole encoder.
+            features: (B, T, F) floating-point log-mel, not normalised.
+            lengths: (B,) integers, real frames of each clip; None: all T.
+            layer: Last layer to run, counted from 1; its output is returned as it is. None: the whole encoder.
 
         Raises:
             ValueError: Inputs of the wrong shape or dtype, a layer that does not exist, more than 48,000 tokens.
         """
-        found = self.encode(features, lengths, layer)
-        rows, clips = found.rows, len(features)
-        width = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
+        encoded = self.encode(features, lengths, layer)
+        packing, num_clips = encoded.packing, len(features)
+        max_tokens = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
 
         def unpack(x: Tensor) -> Tensor:
-            return x.new_zeros(clips, width, x.shape[1]).index_put((rows.clip, rows.token), x)
+            return x.new_zeros(num_clips, max_tokens, x.shape[1]).index_put((packing.clip, packing.token), x)
 
-        return Features(unpack(found.x), [unpack(state) for state in found.states], rows.counts)
+        return Features(unpack(encoded.x), [unpack(state) for state in encoded.states], packing.counts)
 
     @property
     def mean_feature(self) -> float:
@@ -333,67 +378,96 @@ class MAEAST(PretrainingModel):
         return float(self.input_norm.running_mean)
 
     def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
-        """As ``extract_features``, the tokens of all clips packed."""
+        """Encoder features as of ``extract_features``, with the tokens of all clips packed."""
         config = self.config
         self._check_layer(layer)
-        frames = self._check(features, lengths)
-        (clips, longest, _), kt = features.shape, config.patch_size[0]
-        valid = real_tokens(frames, features.shape[1])[:, :, None]
-        features = F.pad(torch.where(valid, features, 0), (0, 0, 0, -features.shape[1] % kt))
-        tokens = (frames + kt - 1) // kt * config.grid_f
-        width = features.shape[1] // kt * config.grid_f
-        listed = [-(-count // kt) * config.grid_f for count in listed_frames(clips, longest, lengths)]
-        every = Packing.of(real_tokens(tokens, width), sum(listed), max_seqlen=max(listed))
-        mean, scale = self.input_norm(features, frames)
-        dtype = self._compute_dtype(features.device)
-        run = self._execution(features.device, dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            rows = every.clip, every.token, config.patch_size
-            patches = ops.gather_patches(features, mean, scale, *rows, dtype=dtype, impl=run.impl)
-            x, states = self._encode(patches, every, width, run, layer)
-        return Encoded(x, states, every, every.token // config.grid_f, every.token % config.grid_f)
+        num_frames = self._check(features, lengths)
+        num_clips, max_frames = features.shape[:2]
+        kt, grid_f = config.patch_size[0], config.grid_f
+        valid = real_tokens(num_frames, max_frames)[:, :, None]
+        log_mel = F.pad(torch.where(valid, features, 0), (0, 0, 0, -max_frames % kt))
+        num_tokens = (num_frames + kt - 1) // kt * grid_f
+        max_tokens = log_mel.shape[1] // kt * grid_f
+        counts = [-(-frames // kt) * grid_f for frames in frame_counts(num_clips, max_frames, lengths)]
+        tokens = Packing.of(real_tokens(num_tokens, max_tokens), sum(counts), max_seqlen=max(counts))
+        mean, scale = self.input_norm(log_mel, num_frames)
+        dtype = self._compute_dtype(log_mel.device)
+        cfg = self._exec_config(log_mel.device, dtype)
+        with torch.autocast(log_mel.device.type, enabled=False):
+            patches = ops.gather_patches(
+                log_mel,
+                mean,
+                scale,
+                clip=tokens.clip,
+                token=tokens.token,
+                patch_size=config.patch_size,
+                dtype=dtype,
+                impl=cfg.impl,
+            )
+            x, states = self._encode(patches, tokens, max_tokens, cfg, layer=layer)
+        return Encoded(
+            x,
+            states,
+            packing=tokens,
+            time_block=tokens.token // grid_f,
+            frequency_block=tokens.token % grid_f,
+        )
 
     def _encode(
-        self, patches: Tensor, rows: Packing, width: int, run: ExecConfig, layer: int | None = None
+        self, patches: Tensor, packing: Packing, max_tokens: int, cfg: ExecConfig, *, layer: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Normalised patches (N, P) of clips of at most ``width`` tokens -> output (N, D), and that of every layer."""
+        """Encode normalised patches (N, P) of clips of at most ``max_tokens`` tokens.
+
+        Returns:
+            The output (N, D) and the output (N, D) of each layer.
+        """
         config = self.config
-        positions = self.encoder_positions(width)[rows.token].to(patches.dtype)
-        drop = config.input_dropout if self.training else 0.0
+        positions = self.encoder_positions(max_tokens)[packing.token].to(patches.dtype)
+        input_dropout = config.input_dropout if self.training else 0.0
         if config.norm_first:
-            x = reference.drop(linear(patches, self.patch_embed), drop) + positions
+            x = reference.drop(linear(patches, self.patch_embed), input_dropout) + positions
         else:
             x, bias = linear_without_bias(patches, self.patch_embed)
-            x = add_norm(x, bias, positions, self.encoder.norm, drop, run, site=0, fork=False)
-        return self.encoder(reference.drop(x, config.dropout if self.training else 0.0), rows, run, layer)
+            x = add_norm(x, bias, positions, self.encoder.norm, dropout=input_dropout, dropout_site=0, cfg=cfg)
+        x = reference.drop(x, config.dropout if self.training else 0.0)
+        return self.encoder(x, packing, cfg, layer=layer)
 
-    def _decode(self, visible: Tensor, mask: Tensor, every: Packing, masked: Packing, run: ExecConfig) -> Tensor:
-        """Encoded visible tokens (Nv, D) -> decoder output of the masked tokens (M, D)."""
-        hidden = mask[every.clip, every.token]
-        hidden = hidden | ~every.valid  # a row of no clip gets the mask token, and takes no gradient
-        inverse = torch.where(hidden, -1, (~hidden).cumsum(0) - 1)
-        drop = self.config.dropout if self.training else 0.0
+    def _decode(self, visible: Tensor, *, mask: Tensor, tokens: Packing, masked: Packing, cfg: ExecConfig) -> Tensor:
+        """Decode encoded visible tokens (Nv, D); returns the decoder's output (M, D) of the masked tokens.
+
+        Args:
+            visible: (Nv, D).
+            mask: (B, L) bool.
+            tokens: Packing of all N tokens.
+            masked: Packing of the M masked tokens.
+            cfg: Implementation, attention backend and dropout seed of this forward pass.
+        """
+        is_masked = mask[tokens.clip, tokens.token]
+        is_masked = is_masked | ~tokens.valid  # a padding row holds the mask token and gets no gradient
+        ids_restore = torch.where(is_masked, -1, (~is_masked).cumsum(0) - 1)
+        dropout = self.config.dropout if self.training else 0.0
         norm = None if self.config.norm_first else self.decoder.norm
-        fused = norm is not None and is_fusible_norm(norm)
-        called = norm is not None and not fused
+        fused_norm = norm if norm is not None and is_fusible_norm(norm) else None
+        called_norm = norm if fused_norm is None else None
         x = ops.scatter_tokens(
             visible,
             self.mask_token,
             self.decoder_positions(mask.shape[1]),
-            every.token,
-            inverse,
-            weight=norm.weight if fused else None,
-            bias=norm.bias if fused else None,
-            dropout=0.0 if called else drop,
-            seed=run.seed,
+            tokens.token,
+            ids_restore,
+            weight=None if fused_norm is None else fused_norm.weight,
+            bias=None if fused_norm is None else fused_norm.bias,
+            dropout=dropout if called_norm is None else 0.0,
+            seed=cfg.seed,
             site=1,
-            impl=run.impl,
+            impl=cfg.impl,
         )
-        if called:
-            x = reference.drop(call(x, norm), drop)
-        place = every.cu_seqlens[masked.clip] + masked.token  # a clip's row numbers are its token indices
-        only = masked, torch.where(masked.valid, place, len(every.clip))
-        return self.decoder(x, every, run, only=only)[0]
+        if called_norm is not None:
+            x = reference.drop(call(x, called_norm), dropout)
+        # A clip's first row plus the token index, because the decoder's packing has every token.
+        masked_rows = tokens.cu_seqlens[masked.clip] + masked.token
+        query_rows = QueryRows(masked, torch.where(masked.valid, masked_rows, len(tokens.clip)))
+        return self.decoder(x, tokens, cfg, query_rows=query_rows)[0]
 
     def sample_mask(
         self,
@@ -405,57 +479,74 @@ class MAEAST(PretrainingModel):
         clip_ids: Tensor | None = None,
         epoch: int = 0,
     ) -> Tensor:
-        """Draws the masks of a batch by ``config.masking``: (B, L) bool, True = masked; see ``masking.sample_mask``.
+        """Draw the masks of a batch by ``config.masking``, as ``ops.sample_mask``.
 
         Args:
             frames: (B,) int64 real frames of each clip.
             width: Frames T of the batch.
-            generator: This and the following as in ``masking.sample_mask``.
-            seed: Excludes ``generator``.
-            clip_ids: (B,) int64.
-            epoch: Number of the pass over the data.
+            generator: Random generator of the seed; None: torch's default.
+            seed: Seed instead of a generator, an integer or a 0-d int64 tensor.
+            clip_ids: (B,) int64 numbers of the clips; None: their row numbers.
+            epoch: Number of the pass over the data, from 0.
+
+        Returns:
+            (B, L) bool, True = masked.
         """
         config = self.config
         kt, grid_f = config.patch_size[0], config.grid_f
-        # The kernel knows the strategies random and chunk alone.
+        assert config.masking is not None  # set by the configuration's __post_init__
+        # The kernel has only the strategies random and chunk.
         impl = self.impl if config.masking in ops.MASK_KERNEL_STRATEGIES else "torch"
-        draw = config.masking, frames // kt * grid_f, grid_f, config.mask_ratio, generator, seed, clip_ids, epoch
-        return ops.sample_mask(*draw, max_tokens=width // kt * grid_f, impl=impl)
+        return ops.sample_mask(
+            config.masking,
+            frames // kt * grid_f,
+            grid_f,
+            config.mask_ratio,
+            generator=generator,
+            seed=seed,
+            clip_ids=clip_ids,
+            epoch=epoch,
+            max_tokens=width // kt * grid_f,
+            impl=impl,
+        )
 
     @property
     def max_frames(self) -> int:
-        """Most frames T of a batch: those of ``MAX_TOKENS``."""
+        """Largest number of frames T of a batch, from ``MAX_TOKENS``."""
         return MAX_TOKENS // self.config.grid_f * self.config.patch_size[0]
 
-    def _check(self, features: Tensor, lengths: Tensor | None, values: bool = True) -> Tensor:
-        frames = super()._check(features, lengths, values)
+    def _check(self, features: Tensor, lengths: Tensor | None, check_values: bool = True) -> Tensor:
+        num_frames = super()._check(features, lengths, check_values)
         tokens = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
         if tokens > MAX_TOKENS:
             raise ValueError(f"at most {MAX_TOKENS} tokens a clip, got {tokens}: cut long recordings into chunks")
-        return frames
+        return num_frames
 
-    def _check_mask(self, mask: Tensor, tokens: Tensor, width: int, values: bool) -> Tensor:
-        """Validates a mask; returns it as (B, width), False past each clip's tokens."""
+    def _check_mask(self, mask: Tensor, num_tokens: Tensor, max_tokens: int, check_values: bool) -> Tensor:
+        """Validate a mask; returns it as (B, max_tokens), False past each clip's tokens."""
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be a bool tensor (B, L), True = masked, got {got}")
-        longest = int(tokens.max()) if values else 0
-        if mask.shape[0] != len(tokens) or mask.shape[1] < longest:
+        min_tokens = int(num_tokens.max()) if check_values else 0
+        if mask.shape[0] != len(num_tokens) or mask.shape[1] < min_tokens:
             raise ValueError(
-                f"mask must be ({len(tokens)}, L) with L >= {longest}, the longest clip's tokens, got "
+                f"mask must be ({len(num_tokens)}, L) with L >= {min_tokens}, the longest clip's tokens, got "
                 f"{tuple(mask.shape)}"
             )
-        mask = F.pad(send(mask, tokens.device)[:, :width], (0, max(0, width - mask.shape[1])))
-        return mask & real_tokens(tokens, width)
+        mask = F.pad(send(mask, num_tokens.device)[:, :max_tokens], (0, max(0, max_tokens - mask.shape[1])))
+        return mask & real_tokens(num_tokens, max_tokens)
 
     @classmethod
     def from_fairseq_state_dict(cls, state_dict: dict[str, Tensor], cfg: dict[str, Any], **init: Any) -> MAEAST:
-        """A model from the weights and options of the paper's own code (an fairseq checkpoint's ``model``, ``cfg``).
+        """Build a model from the ``model`` and ``cfg`` of a checkpoint of the paper's own code (fairseq).
 
         Args:
             state_dict: Official parameter names to tensors.
             cfg: Official options: nested (``cfg["model"]`` and so on), flat, or with ``cfg/model/`` prefixes.
             **init: ``impl``, ``attention`` and ``recompute``.
+
+        Returns:
+            The model, in evaluation mode.
 
         Raises:
             ValueError: Missing or unexpected weights, all listed; an option that MAE-AST does not have.
@@ -472,6 +563,6 @@ def encoder_alone(model: MAEAST) -> MAEAST:
     """The model without decoder, mask token and heads (``decoder_layers=0``); its features are the same to the bit."""
     config = dataclasses.replace(model.config, decoder_layers=0)
     encoder = MAEAST(config, impl=model.impl, attention=model.attention)
-    wanted = {*encoder.state_dict(), "encoder_positions.table"}  # a checkpoint's own positions, where it has some
-    encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
+    names = {*encoder.state_dict(), "encoder_positions.table"}  # a checkpoint's own positions, if it has some
+    encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
     return encoder.eval()

@@ -1,8 +1,8 @@
-"""The models by name."""
+"""The model classes by their name in config.json."""
 
 from __future__ import annotations
 
 from .mae_ast import MAEAST
 from .ssast import SSAST
 
-MODELS: dict[str, type[MAEAST] | type[SSAST]] = {kind.model_type: kind for kind in (MAEAST, SSAST)}
+MODELS: dict[str, type[MAEAST] | type[SSAST]] = {model.model_type: model for model in (MAEAST, SSAST)}

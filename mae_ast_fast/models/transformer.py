@@ -1,14 +1,14 @@
-"""The transformer over packed rows that encoder and decoder share.
+"""The transformer over packed rows that encoders and decoders share.
 
-Letters: B clips, N packed rows, M of them wanted, D width, H heads. Weights stay in their own dtype (fp32 master
-weights); the stream and the matrix products are in the dtype of the input, statistics in fp32.
+Letters: B clips, N packed rows, M packed query rows, D width, H heads, Dh values per head. Weights keep their own dtype
+(fp32 master weights). The stream and the matrix products are in the dtype of the input, LayerNorm statistics in fp32.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeGuard, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,18 @@ from ..ops.attention import attention, cross_attention
 from ..ops.packing import Packing
 from .config import MAEASTConfig, SSASTConfig
 
-SITES = 4  # places of a layer where the kernels draw dropout masks
+SITES_PER_LAYER = 4  # dropout sites of a layer, numbered for the kernels: attention, its branch, feed-forward, GELU
 RECOMPUTE = ("none", "gelu", "layer")  # what the backward may compute again
 
 
 @dataclass
 class ExecConfig:
-    """How the operations of one forward run.
+    """Implementation, attention backend and dropout seed of one forward pass.
 
     Attributes:
         impl: "torch" or "triton".
         attention: Name of the attention backend, or "auto".
-        seed: (1,) int64 of the kernels' dropout; None in evaluation, and for impl "torch".
+        seed: (1,) int64 of the kernels' dropout. None if no kernel draws dropout.
         recompute: One of ``RECOMPUTE``.
     """
 
@@ -41,6 +41,18 @@ class ExecConfig:
     attention: str
     seed: Tensor | None
     recompute: str = "none"
+
+
+class QueryRows(NamedTuple):
+    """The rows whose output a layer computes; the others serve as keys and values only.
+
+    Attributes:
+        packing: Packing of the M query rows.
+        indices: (M,) int64 number of each query row among the N rows; N for a padding row.
+    """
+
+    packing: Packing
+    indices: Tensor
 
 
 def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
@@ -52,7 +64,7 @@ def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
 
     Args:
         kind: ``nn.Linear``, ``nn.LayerNorm`` or ``nn.Sequential``.
-        modules: What stands in the places of such modules.
+        modules: The modules to check.
     """
     return not _has_any_global_hook() and all(_is_plain(kind, module) for module in modules)
 
@@ -69,42 +81,85 @@ def _is_plain(kind: type[nn.Module], module: nn.Module) -> bool:
     return type(module.weight) in _WEIGHT_TYPES and type(module.bias) in _WEIGHT_TYPES
 
 
-def is_fusible_norm(layer: nn.Module) -> bool:
-    """Whether the operations that hold a LayerNorm compute this one: it is plain and has their eps."""
-    return is_plain(nn.LayerNorm, layer) and layer.eps == ops.LAYER_NORM_EPS
+def is_fusible_norm(layer: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether the operations with a fused LayerNorm compute this one: it is plain and has their eps."""
+    return isinstance(layer, nn.LayerNorm) and is_plain(nn.LayerNorm, layer) and layer.eps == ops.LAYER_NORM_EPS
 
 
 def call(x: Tensor, module: nn.Module) -> Tensor:
-    """Calls a module that is not plain on rows (N, D): fp32 weights compute in half precision where ``x`` is in it."""
+    """Call a module that is not plain.
+
+    If ``x`` is in half precision, the module computes under autocast, so that fp32 weights take it.
+
+    Args:
+        x: (N, D).
+        module: Takes (N, D).
+
+    Returns:
+        The module's output in the dtype of ``x``.
+    """
     half = x.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(x.device.type, x.dtype if half else None, enabled=half):
         return module(x).to(x.dtype)
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """A Linear in the dtype of ``x``: its weights stay in their own (fp32 master weights, bf16 stream)."""
-    if is_plain(nn.Linear, layer):
+    """Linear in the dtype of ``x``; its weights keep their own dtype (fp32 master weights, bf16 stream)."""
+    if isinstance(layer, nn.Linear) and is_plain(nn.Linear, layer):
         return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
     return call(x, layer)
 
 
 def linear_without_bias(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A Linear in the dtype of ``x``, and its bias (D,) for the next operation to add; None where it is added."""
-    if is_plain(nn.Linear, layer):
+    """Linear in the dtype of ``x``, whose bias is left to the next operation.
+
+    Returns:
+        The product, and the bias (D,) that is still to be added. If ``layer`` is not plain it is called: the product
+        then contains the bias, and the second value is None.
+    """
+    if isinstance(layer, nn.Linear) and is_plain(nn.Linear, layer):
         return F.linear(x, layer.weight.to(x.dtype)), layer.bias
     return call(x, layer), None
 
 
 def norm(x: Tensor, layer: nn.Module) -> Tensor:
-    """LayerNorm with fp32 statistics in the dtype of ``x``."""
-    if is_plain(nn.LayerNorm, layer):
+    """LayerNorm with fp32 statistics; returns the dtype of ``x``."""
+    if isinstance(layer, nn.LayerNorm) and is_plain(nn.LayerNorm, layer):
         return reference.layer_norm(x, layer.weight, layer.bias, layer.eps)
     return call(x, layer)
 
 
 def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
-    """The sum in the dtype of ``x``; None adds nothing."""
+    """The sum in the dtype of ``x``; a bias of None adds nothing."""
     return x if bias is None else x + bias.to(x.dtype)
+
+
+@overload
+def add_norm(
+    branch: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer: nn.Module,
+    *,
+    dropout: float,
+    dropout_site: int,
+    cfg: ExecConfig,
+    return_residual: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def add_norm(
+    branch: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer: nn.Module,
+    *,
+    dropout: float,
+    dropout_site: int,
+    cfg: ExecConfig,
+    return_residual: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def add_norm(
@@ -112,27 +167,27 @@ def add_norm(
     bias: Tensor | None,
     residual: Tensor,
     layer: nn.Module,
-    dropout: float,
-    run: ExecConfig,
     *,
-    site: int,
-    fork: bool,
+    dropout: float,
+    dropout_site: int,
+    cfg: ExecConfig,
+    return_residual: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm(residual + dropout(branch + bias)) (N, D); with ``fork`` twice, as in ``ops.add_layer_norm``.
+    """LayerNorm(residual + dropout(branch + bias)) (N, D), as ``ops.add_layer_norm``.
 
     Args:
         branch: (N, D).
-        bias: (D,) that the branch still lacks; None: nothing.
+        bias: (D,) that ``branch`` still lacks; None: nothing.
         residual: (N, D), in the dtype of ``branch``.
-        layer: The LayerNorm. Where ``is_fusible_norm`` is False it is called, without a kernel.
+        layer: The LayerNorm. If ``is_fusible_norm`` is False it is called, without a kernel.
         dropout: Rate in [0, 1).
-        run: Implementation and seed.
-        site: Which dropout this is.
-        fork: Return the result as the next input and as the next residual.
+        dropout_site: Number of this dropout in the model.
+        cfg: Implementation and dropout seed.
+        return_residual: Return the result twice, as the next input and as the next residual.
     """
     if not is_fusible_norm(layer):
         y = call(residual + reference.drop(add_bias(branch, bias), dropout), layer)
-        return (y, y) if fork else y
+        return (y, y) if return_residual else y
     return ops.add_layer_norm(
         branch,
         residual,
@@ -140,19 +195,24 @@ def add_norm(
         layer.bias,
         bias,
         dropout=dropout,
-        seed=run.seed,
-        site=site,
-        fork=fork,
-        impl=run.impl,
+        seed=cfg.seed,
+        site=dropout_site,
+        fork=return_residual,
+        impl=cfg.impl,
     )
 
 
 class Positions(nn.Module):
     """Fixed sinusoidal positions by token index.
 
-    The table is computed, and kept out of checkpoints, unless one was loaded: the paper's fp16 runs carry a rounded
+    The table is computed and kept out of checkpoints, unless one was loaded. The paper's fp16 runs saved a rounded
     table, and features only match with that one.
+
+    Args:
+        dim: Width D, even.
     """
+
+    table: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -160,11 +220,11 @@ class Positions(nn.Module):
         self.register_buffer("table", sinusoid(2048, dim), persistent=False)
 
     def forward(self, num_tokens: int) -> Tensor:
-        """The table (tokens, D), for at least ``num_tokens`` tokens."""
-        known = self.table.shape[0]
-        if num_tokens > known:
+        """The table (at least ``num_tokens``, D)."""
+        table_len = self.table.shape[0]
+        if num_tokens > table_len:
             longer = sinusoid(num_tokens, self.dim, self.table.device).to(self.table.dtype)
-            self.table = torch.cat((self.table, longer[known:]))
+            self.table = torch.cat((self.table, longer[table_len:]))
         return self.table
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -175,34 +235,39 @@ class Positions(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _Select(torch.autograd.Function):
-    """Rows (N, D) by an index without repeats: the gradient is a store, not an addition.
+class _SelectRows(torch.autograd.Function):
+    """Rows (M, D) of (N, D) by an index without repeats: the gradient is a store, not an addition.
 
-    An index of N means no row: it gives some row, and takes no gradient.
+    An index of N means no row: it returns some row, which gets no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index.clamp(max=ctx.rows - 1))
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, index.clamp(max=ctx.num_rows - 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows + 1, grad.shape[1]).index_copy(0, index, grad)[: ctx.rows], None
+        return grad.new_zeros(ctx.num_rows + 1, grad.shape[1]).index_copy(0, index, grad)[: ctx.num_rows], None
 
 
 class Layer(nn.Module):
-    """Transformer layer over packed rows: attention inside each clip, feed-forward with exact GELU.
+    """Transformer layer over packed rows: attention within each clip, feed-forward block with exact GELU.
 
-    The stream comes and goes twice, as input of the next branch and as its residual: the same values, but two places
-    for gradients to come back to, which the kernel adds in passing.
+    The stream is passed twice, as the input of the next branch and as its residual. The values are the same; with two
+    tensors the fused backward adds their gradients in the same pass.
+
+    Args:
+        dim: Width D.
+        config: Heads, feed-forward width, dropout rates, pre-norm or post-norm.
+        dropout_site: Number of the layer's first dropout in the model; it has ``SITES_PER_LAYER``.
     """
 
-    def __init__(self, dim: int, config: MAEASTConfig | SSASTConfig, site: int) -> None:
+    def __init__(self, dim: int, config: MAEASTConfig | SSASTConfig, dropout_site: int) -> None:
         super().__init__()
-        self.config, self.site = config, site
+        self.config, self.dropout_site = config, dropout_site
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out_proj = nn.Linear(dim, dim)
         self.attn_norm = nn.LayerNorm(dim)
@@ -211,94 +276,157 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, residual: Tensor, rows: Packing, run: ExecConfig, only: tuple[Packing, Tensor] | None = None
+        self, x: Tensor, residual: Tensor, packing: Packing, cfg: ExecConfig, *, query_rows: QueryRows | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(N, D) twice -> (N, D) twice.
+        """Returns (x, residual): the same values as two tensors, so that the fused backward can add their gradients.
 
         Args:
-            x: The stream, for the branches.
-            residual: The stream, for the residual connections.
-            rows: Packing of the N rows.
-            run: How.
-            only: Packing and row numbers (M,) of those rows whose output is wanted: (M, D) twice. Exact: the others
-                serve as keys and values alone.
+            x: (N, D) stream, input of the branches.
+            residual: (N, D) stream, for the residual connections.
+            packing: Packing of the N rows.
+            cfg: Implementation, attention backend and dropout seed of this forward pass.
+            query_rows: The M rows whose output is computed: the result is (M, D) twice, and exact. None: all N.
         """
-        if only is not None:
-            residual = _Select.apply(residual, only[1])
+        if query_rows is not None:
+            residual = _SelectRows.apply(residual, query_rows.indices)
         rate = self.config.dropout if self.training else 0.0
         if self.config.norm_first:
             y = norm(x, self.attn_norm)
-            asking = None if only is None else _Select.apply(y, only[1])
-            branch, bias = self.attend(y, asking, rows, run, only)
+            queries = None if query_rows is None else _SelectRows.apply(y, query_rows.indices)
+            branch, bias = self.attend(y, packing, cfg, queries=queries, query_rows=query_rows)
             x = residual + reference.drop(add_bias(branch, bias), rate)
-            branch, bias = self.feed_forward(norm(x, self.ffn_norm), run)
+            branch, bias = self.feed_forward(norm(x, self.ffn_norm), cfg)
             x = x + reference.drop(add_bias(branch, bias), rate)
             return x, x
-        asking = None if only is None else residual
-        branch, bias = self.attend(x, asking, rows, run, only)
-        x, residual = add_norm(branch, bias, residual, self.attn_norm, rate, run, site=self.site + 1, fork=True)
-        branch, bias = self.feed_forward(x, run)
-        return add_norm(branch, bias, residual, self.ffn_norm, rate, run, site=self.site + 2, fork=True)
+        queries = None if query_rows is None else residual
+        branch, bias = self.attend(x, packing, cfg, queries=queries, query_rows=query_rows)
+        x, residual = add_norm(
+            branch,
+            bias,
+            residual,
+            self.attn_norm,
+            dropout=rate,
+            dropout_site=self.dropout_site + 1,
+            cfg=cfg,
+            return_residual=True,
+        )
+        branch, bias = self.feed_forward(x, cfg)
+        return add_norm(
+            branch,
+            bias,
+            residual,
+            self.ffn_norm,
+            dropout=rate,
+            dropout_site=self.dropout_site + 2,
+            cfg=cfg,
+            return_residual=True,
+        )
 
     def attend(
-        self, x: Tensor, asking: Tensor | None, rows: Packing, run: ExecConfig, only: tuple[Packing, Tensor] | None
+        self,
+        x: Tensor,
+        packing: Packing,
+        cfg: ExecConfig,
+        *,
+        queries: Tensor | None = None,
+        query_rows: QueryRows | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention and its output projection, as ``linear_without_bias`` gives it."""
-        drop = self.config.attention_dropout if self.training else 0.0
-        if only is None:
-            qkv = linear(x, self.qkv).unflatten(1, (3, self.config.num_heads, -1))
-            lengths = rows.cu_seqlens, rows.max_seqlen
-            out = attention(qkv, *lengths, drop, run.attention, run.seed, self.site, not rows.has_padding_rows)
+        """Self-attention and its output projection; returns the same as ``linear_without_bias``.
+
+        Args:
+            x: (N, D).
+            packing: Packing of the N rows.
+            cfg: Attention backend and dropout seed.
+            queries: (M, D) rows ``x[query_rows.indices]``; None: all of ``x``.
+            query_rows: Given together with ``queries``.
+        """
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if queries is None or query_rows is None:
+            out = attention(
+                linear(x, self.qkv).unflatten(1, (3, self.config.num_heads, -1)),
+                packing.cu_seqlens,
+                packing.max_seqlen,
+                dropout=dropout,
+                backend=cfg.attention,
+                seed=cfg.seed,
+                site=self.dropout_site,
+                exact=not packing.has_padding_rows,
+            )
         else:
-            q, kv = self.project_queries(x, asking, only[1])
-            ask = only[0]
-            lengths = ask.cu_seqlens, ask.max_seqlen, rows.cu_seqlens, rows.max_seqlen
-            out = cross_attention(q, kv, *lengths, drop, run.attention, exact=not rows.has_padding_rows)
+            q, kv = self.project_queries(x, queries, query_rows.indices)
+            out = cross_attention(
+                q,
+                kv,
+                cu_q=query_rows.packing.cu_seqlens,
+                max_q=query_rows.packing.max_seqlen,
+                cu_kv=packing.cu_seqlens,
+                max_kv=packing.max_seqlen,
+                dropout=dropout,
+                backend=cfg.attention,
+                exact=not packing.has_padding_rows,
+            )
         return linear_without_bias(out.flatten(1), self.out_proj)
 
-    def project_queries(self, x: Tensor, asking: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (M, H, Dh) of the rows ``asking`` (M, D), which are ``x[index]``; keys and values (N, 2, H, Dh)."""
+    def project_queries(self, x: Tensor, queries: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (M, H, Dh) of ``queries`` (M, D), the rows ``x[indices]``; keys and values (N, 2, H, Dh)."""
         width, heads = x.shape[1], self.config.num_heads
         if is_plain(nn.Linear, self.qkv):
             weight, bias = self.qkv.weight.to(x.dtype), self.qkv.bias.to(x.dtype)
-            q, kv = F.linear(asking, weight[:width], bias[:width]), F.linear(x, weight[width:], bias[width:])
+            q, kv = F.linear(queries, weight[:width], bias[:width]), F.linear(x, weight[width:], bias[width:])
         else:
             q, kv = linear(x, self.qkv).split([width, 2 * width], dim=1)
-            q = _Select.apply(q, index)
+            q = _SelectRows.apply(q, indices)
         return q.unflatten(1, (heads, -1)), kv.unflatten(1, (2, heads, -1))
 
-    def feed_forward(self, x: Tensor, run: ExecConfig) -> tuple[Tensor, Tensor | None]:
-        """Linear, GELU, dropout, Linear; as ``linear_without_bias`` gives the last one."""
+    def feed_forward(self, x: Tensor, cfg: ExecConfig) -> tuple[Tensor, Tensor | None]:
+        """Linear, GELU, dropout, Linear (N, D); returns the same as ``linear_without_bias`` for the last Linear."""
         rate = self.config.activation_dropout if self.training else 0.0
         if rate == 0.0 and is_plain(nn.Linear, self.fc1, self.fc2):
-            w1, b1, w2 = self.fc1.weight, self.fc1.bias, self.fc2.weight
-            recompute = run.recompute == "gelu"
-            return ops.feed_forward(x, w1, b1, w2, recompute=recompute, impl=run.impl), self.fc2.bias
-        h, bias = linear_without_bias(x, self.fc1)
-        bias = h.new_zeros(h.shape[1]) if bias is None else bias
+            out = ops.feed_forward(
+                x,
+                self.fc1.weight,
+                self.fc1.bias,
+                self.fc2.weight,
+                recompute=cfg.recompute == "gelu",
+                impl=cfg.impl,
+            )
+            return out, self.fc2.bias
+        h, fc1_bias = linear_without_bias(x, self.fc1)
+        bias = h.new_zeros(h.shape[1]) if fc1_bias is None else fc1_bias
 
         def activate(h: Tensor) -> tuple[Tensor, Tensor | None]:
-            a = ops.bias_gelu(h, bias, dropout=rate, seed=run.seed, site=self.site + 3, impl=run.impl)
-            return linear_without_bias(a, self.fc2)
+            site = self.dropout_site + 3
+            activation = ops.bias_gelu(h, bias, dropout=rate, seed=cfg.seed, site=site, impl=cfg.impl)
+            return linear_without_bias(activation, self.fc2)
 
-        if run.recompute == "gelu" and torch.is_grad_enabled():
+        if cfg.recompute == "gelu" and torch.is_grad_enabled():
             return checkpoint(activate, h, use_reentrant=False)
         return activate(h)
 
 
 class TransformerStack(nn.Module):
-    """Transformer stack. Post-norm: LayerNorm before the first layer; pre-norm: after the last.
+    """Stack of transformer layers. Post-norm: LayerNorm before the first layer; pre-norm: after the last one.
 
-    The entrance (that LayerNorm, and dropout) is left to the caller, who can fuse it with what comes before.
+    In post-norm the caller applies ``norm`` (the stem norm) before the stack, and in both the dropout on its input, so
+    that it can fuse them with the operation before.
+
+    Args:
+        dim: Width D.
+        num_layers: Number of layers.
+        config: As in ``Layer``.
+        layerdrop: Probability in [0, 1) that a layer is skipped in training.
+        dropout_site: Number of the stack's first dropout in the model; it has ``SITES_PER_LAYER`` per layer.
     """
 
     def __init__(
-        self, dim: int, num_layers: int, layerdrop: float, config: MAEASTConfig | SSASTConfig, site: int
+        self, dim: int, num_layers: int, config: MAEASTConfig | SSASTConfig, *, layerdrop: float, dropout_site: int
     ) -> None:
         super().__init__()
         self.layerdrop, self.norm_first = layerdrop, config.norm_first
         self.norm = nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(Layer(dim, config, site + SITES * index) for index in range(num_layers))
+        self.layers = nn.ModuleList(
+            Layer(dim, config, dropout_site + SITES_PER_LAYER * index) for index in range(num_layers)
+        )
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -307,33 +435,36 @@ class TransformerStack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rows: Packing,
-        run: ExecConfig,
+        packing: Packing,
+        cfg: ExecConfig,
+        *,
         layer: int | None = None,
-        only: tuple[Packing, Tensor] | None = None,
+        query_rows: QueryRows | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Output (N, D) and the output of each layer.
+        """Returns the output (N, D) and the output (N, D) of each layer.
 
         Args:
             x: (N, D).
-            rows: Packing of the N rows.
-            run: How.
-            layer: Ends at this layer, from 1 on; None: at the last.
-            only: Packing and row numbers of those rows whose output is wanted: the last layer computes no other.
+            packing: Packing of the N rows.
+            cfg: Implementation, attention backend and dropout seed of this forward pass.
+            layer: Last layer to run, counted from 1. None: all.
+            query_rows: The M rows whose output is wanted: the last layer computes no others and returns (M, D).
         """
         states = []
         residual = x
         for index, block in enumerate(self.layers[:layer]):
-            last = only if index + 1 == len(self.layers) else None
-            if run.recompute == "layer" and torch.is_grad_enabled():
-                y, again = checkpoint(block, x, residual, rows, run, last, use_reentrant=False)
+            block_queries = query_rows if index + 1 == len(self.layers) else None
+            if cfg.recompute == "layer" and torch.is_grad_enabled():
+                y, y_residual = checkpoint(
+                    block, x, residual, packing, cfg, query_rows=block_queries, use_reentrant=False
+                )
             else:
-                y, again = block(x, residual, rows, run, last)
+                y, y_residual = block(x, residual, packing, cfg, query_rows=block_queries)
             if self.training and self.layerdrop > 0.0:
                 # A select, not a branch: every parameter is always used, and nothing waits for the device.
-                kept = x if last is None else _Select.apply(x, last[1])
-                y = again = torch.where(torch.rand((), device=x.device) < self.layerdrop, kept, y)
-            x, residual = y, again
+                skipped = x if block_queries is None else _SelectRows.apply(x, block_queries.indices)
+                y = y_residual = torch.where(torch.rand((), device=x.device) < self.layerdrop, skipped, y)
+            x, residual = y, y_residual
             states.append(x)
         if self.norm_first and layer is None:
             x = norm(x, self.norm)
@@ -343,7 +474,12 @@ class TransformerStack(nn.Module):
 def sinusoid(num_tokens: int, dim: int, device: torch.device | str | None = None) -> Tensor:
     """Fixed sinusoidal positions (num_tokens, dim) in fp32: sine in the even columns, cosine in the odd ones.
 
-    Computed in fp32 throughout, as the paper's code does, so that a table from its checkpoints compares equal.
+    Computed in fp32 throughout, as in the paper's code, so that a table from its checkpoints compares equal.
+
+    Args:
+        num_tokens: Rows of the table.
+        dim: Width D, even.
+        device: Device of the table; None: torch's default.
     """
     position = torch.arange(num_tokens, device=device, dtype=torch.float32)[:, None]
     frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))

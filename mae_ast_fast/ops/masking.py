@@ -55,6 +55,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import overload
 
 import torch
 
@@ -103,6 +104,14 @@ def philox4x32(
         c1, c3 = product2, product0
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return c0, c1 & _WORD, c2, c3 & _WORD
+
+
+@overload
+def num_visible(tokens: int, mask_ratio: float) -> int: ...
+
+
+@overload
+def num_visible(tokens: torch.Tensor, mask_ratio: float) -> torch.Tensor: ...
 
 
 def num_visible(tokens: int | torch.Tensor, mask_ratio: float) -> int | torch.Tensor:

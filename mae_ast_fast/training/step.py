@@ -306,7 +306,7 @@ class TrainStep:
         if lengths is None:
             frames = torch.full((clips,), longest, device="cpu")
         else:
-            frames = check_lengths(lengths, clips, longest, values=known)
+            frames = check_lengths(lengths, clips, longest, check_values=known)
         exact = self.model.exact_sizes(features, frames if known else None)  # an error where nothing can be hidden
         if known:
             return frames, exact

@@ -116,13 +116,13 @@ def test_encode_does_not_depend_on_the_batch(make):
         means = pool_tokens(together, 3)
         for i, wave in enumerate(waves):
             alone = model.encode(*model.features(wave[None]))
-            assert_rounding(together.x[together.rows.clip == i], alone.x)
+            assert_rounding(together.x[together.packing.clip == i], alone.x)
             assert_rounding(means[i], alone.x.mean(0))
-            assert torch.equal(together.block[together.rows.clip == i].sort()[0], alone.block.sort()[0])
-            assert alone.block.bincount().unique().tolist() == [model.config.grid_f]
+            assert torch.equal(together.time_block[together.packing.clip == i].sort()[0], alone.time_block.sort()[0])
+            assert alone.time_block.bincount().unique().tolist() == [model.config.grid_f]
             bands = pool_tokens(together, 3, model.config.grid_f).reshape(3, model.config.grid_f, -1)
             for band in range(model.config.grid_f):
-                assert_rounding(bands[i, band], alone.x[alone.band == band].mean(0))
+                assert_rounding(bands[i, band], alone.x[alone.frequency_block == band].mean(0))
 
 
 def test_mae_asts_encode_is_extract_features():
@@ -132,9 +132,9 @@ def test_mae_asts_encode_is_extract_features():
     with torch.no_grad():
         for layer in (None, 1):
             packed, padded = model.encode(features, lengths, layer), model.extract_features(features, lengths, layer)
-            assert torch.equal(packed.x, padded.last_hidden_state[packed.rows.clip, packed.rows.token])
+            assert torch.equal(packed.x, padded.last_hidden_state[packed.packing.clip, packed.packing.token])
             assert padded.lengths.tolist() == [40, 24]
-            assert torch.equal(packed.rows.token, packed.block * 8 + packed.band)
+            assert torch.equal(packed.packing.token, packed.time_block * 8 + packed.frequency_block)
 
 
 def test_ssasts_encode_is_a_plain_vit():
@@ -155,8 +155,8 @@ def test_ssasts_encode_is_a_plain_vit():
             x = x + layer.fc2(torch.nn.functional.gelu(layer.fc1(layer.ffn_norm(x))))
         x = model.encoder.norm(x)[:, 2:]
     assert_rounding(found.x.reshape(2, 32, 32), x)
-    assert found.block[:32].tolist() == [0, 1, 2, 3] * 8
-    assert found.band[:32].tolist() == sorted([*range(8)] * 4)
+    assert found.time_block[:32].tolist() == [0, 1, 2, 3] * 8
+    assert found.frequency_block[:32].tolist() == sorted([*range(8)] * 4)
 
 
 def test_a_layer_that_is_not_there():
@@ -325,7 +325,7 @@ def test_the_norm_begins_with_the_training_clips(folder, tmp_path, monkeypatch):
     classifier, run, part = trainer.classifier.eval(), trainer.run, trainer.part
     with torch.no_grad():
         parts = [classifier.encoder.encode(*classifier.encoder.features(w, n)) for w, n, *_ in run.read(part.train)]
-        x = torch.cat([pool_tokens(e, int(e.rows.clip.max()) + 1, classifier.bands) for e in parts])
+        x = torch.cat([pool_tokens(e, int(e.packing.clip.max()) + 1, classifier.bands) for e in parts])
     assert len(x) == 60
     assert_rounding(classifier.norm.running_mean, x.mean(0))
     expected = (x - x.mean(0)) / (x.var(0, correction=0) + NORM_EPS).sqrt()

@@ -22,7 +22,7 @@ from torch import Tensor
 from mae_ast_fast import MAEAST, MAEASTConfig, fbank
 from mae_ast_fast.checkpoints.ssast import convert_official
 from mae_ast_fast.models.config import SSAST_OBJECTIVES, SSASTConfig
-from mae_ast_fast.models.ssast import SSAST, _Positions
+from mae_ast_fast.models.ssast import SSAST, _PositionRows
 from mae_ast_fast.ops import masking
 
 PATHS = [("torch", "sdpa"), ("torch", "math"), ("triton", "auto")]
@@ -338,7 +338,7 @@ def test_gradient_of_positions() -> None:
     table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     place = torch.tensor([0, 1, 4, 5, 6, 8, 15, 15, 10])  # three clips, 15: no row
     weight = torch.randn(9, 3, dtype=torch.float64)
-    (_Positions.apply(table, place, 3, torch.float64) * weight).sum().backward()
+    (_PositionRows.apply(table, place, 3, torch.float64) * weight).sum().backward()
     expected = torch.zeros(5, 3, dtype=torch.float64).index_add(0, place[place < 15] % 5, weight[place < 15])
     assert torch.equal(table.grad, expected)
 
