@@ -1,4 +1,4 @@
-"""Options of the test suite."""
+"""Command options, hooks and fixtures of the test suite."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a share of the processors for each
-    share = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+if "PYTEST_XDIST_WORKER" in os.environ:  # parallel workers share the processors
+    threads = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 import pytest
 import torch
 from fake_cuda.fixture import fake_cuda, fake_cuda_environment  # noqa: F401 - fixtures
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels then run on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported: the kernels then run on CPU tensors
     if importlib.util.find_spec("triton"):
         import interpreter
 
@@ -39,11 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout(seconds): limit of a test, where pytest-timeout is installed")
 
 
-def filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``torch.empty`` and the like, with NaN (integers: their largest) where memory would be undefined."""
+def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap ``torch.empty`` or a similar function: undefined memory is NaN (integers: the largest value)."""
 
     def function(*arguments: Any, **options: Any) -> torch.Tensor:
-        tensor = make(*arguments, **options)
+        tensor = allocate(*arguments, **options)
         if tensor.is_floating_point():
             undefined = float("nan")
         else:
@@ -56,9 +56,10 @@ def filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def undefined_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the tests of the kernels, what a kernel does not write is NaN, not what lay there by chance.
+    """In kernel tests, memory that a kernel does not write is NaN instead of an arbitrary value.
 
-    Patched by name: use_deterministic_algorithms would fill memory too, but change the operations under test.
+    The functions are patched by name: use_deterministic_algorithms would also fill memory, but change the operations
+    under test.
     """
     if request.module.__name__ in KERNEL_TESTS:
         for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
@@ -68,7 +69,7 @@ def undefined_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Writes what ran, how it ended and what took longest, for the record of ``make test-all``."""
+    """Write outcomes and slowest tests to the file of ``--results``: the record of ``make test-all``."""
     if not (target := config.getoption("--results")):
         return
     stats = terminalreporter.stats

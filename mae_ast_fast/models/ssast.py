@@ -39,7 +39,9 @@ class _PositionRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, num_clips: int, dtype: torch.dtype) -> Tensor:
+    def forward(  # noqa: PLR0917 - an autograd function takes no keywords
+        ctx: Any, table: Tensor, index: Tensor, num_clips: int, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(index)
         ctx.table = num_clips, *table.shape, table.dtype
         return table.to(dtype).index_select(0, index % table.shape[0])

@@ -1,7 +1,7 @@
-"""Modules put in the place of a model's Linear and LayerNorm modules, and hooks on them, take part in the forward.
+"""Replaced Linear and LayerNorm modules, and hooks on them, take part in the forward.
 
 Adapters (peft), pruning, parametrizations, hooks and quantisation all rely on ``module(x)``. The fused operations read
-raw weights instead, so they may only run where every module is plain.
+raw weights instead, so they may only run if every module is plain.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ RATES = ("dropout", "attention_dropout", "activation_dropout", "input_dropout", 
 NO_DROPOUT = dict.fromkeys(RATES, 0.0)
 DECODER = {"decoder_embed_dim": 24, "decoder_layers": 2, "encoder_layers": 2}
 FRAMES = [96, 64, 33]
-KINDS = ["post-norm", "pre-norm", "ssast"]
+ARCHITECTURES = ["post-norm", "pre-norm", "ssast"]
 
 
-GAIN = 25.0  # of N inputs, times GAIN / sqrt(N): matrices as they are initialised change the loss by less than rounding
+# Matrices of N inputs are scaled by GAIN / sqrt(N): as initialised they would change the loss by less than rounding.
+GAIN = 25.0
 
 
-def build(kind: str = "post-norm", impl: str = "torch", recompute: str = "none", **fields: Any) -> MAEAST | SSAST:
+def build(
+    architecture: str = "post-norm", impl: str = "torch", recompute: str = "none", **fields: Any
+) -> MAEAST | SSAST:
     torch.manual_seed(0)
-    if kind == "ssast":
+    if architecture == "ssast":
         sizes = {"embed_dim": 32, "num_heads": 2, "layers": 2, "input_frames": 96, "mask_patches": 20}
         model = SSAST(SSASTConfig(**sizes, **fields), impl=impl)
     else:
-        config = MAEASTConfig(norm_first=kind == "pre-norm", **{**SMALL, **DECODER, **NO_DROPOUT, **fields})
+        config = MAEASTConfig(norm_first=architecture == "pre-norm", **{**SMALL, **DECODER, **NO_DROPOUT, **fields})
         model = MAEAST(config, impl=impl, recompute=recompute)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -60,7 +63,8 @@ def losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model: nn.Module, other: nn.Module) -> None:
+def assert_same_losses(model: nn.Module, other: nn.Module) -> None:
+    """Losses and gradients of a fixed batch and mask agree up to rounding."""
     (loss, grads), (other_loss, other_grads) = losses(model), losses(other)
     assert_rounding(other_loss, loss, "loss")
     assert grads.keys() == other_grads.keys()
@@ -68,56 +72,56 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         assert_rounding(other_grads[name], grad, name, grad=True)
 
 
-def computing(model: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and LayerNorm that a forward of the model uses."""
+def fusible_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and LayerNorm of the model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.LayerNorm)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_forward_hooks_fire_once_a_module_and_change_nothing(kind: str) -> None:
-    plain, hooked = build(kind), build(kind)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_forward_hooks_fire_once_per_module_and_change_nothing(architecture: str) -> None:
+    plain, hooked = build(architecture), build(architecture)
     calls: Counter[str] = Counter()
-    for name, module in computing(hooked).items():
+    for name, module in fusible_modules(hooked).items():
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    assert_same(plain, hooked)
-    assert calls == dict.fromkeys(computing(hooked), 1)
+    assert_same_losses(plain, hooked)
+    assert calls == dict.fromkeys(fusible_modules(hooked), 1)
 
 
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_backward_hooks_fire_once_a_module(kind: str, register: str) -> None:
-    model, calls = build(kind), Counter()
-    for name, module in computing(model).items():
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_backward_hooks_fire_once_per_module(architecture: str, register: str) -> None:
+    model, calls = build(architecture), Counter()
+    for name, module in fusible_modules(model).items():
         getattr(module, register)(lambda *_, name=name: calls.update([name]))
     losses(model)
-    assert calls == dict.fromkeys(computing(model), 1)
+    assert calls == dict.fromkeys(fusible_modules(model), 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_global_hooks_see_every_module(kind: str) -> None:
-    plain, model = build(kind), build(kind)
-    expected, seen = set(computing(model).values()), set()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_global_forward_hook_sees_every_module(architecture: str) -> None:
+    plain, model = build(architecture), build(architecture)
+    expected, called = set(fusible_modules(model).values()), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module))
     try:
         hooked = losses(model)
     finally:
         handle.remove()
-    assert expected <= seen
+    assert expected <= called
     assert_rounding(hooked[0], losses(plain)[0], "loss")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_forward_pre_hook_on_each_module_changes_the_loss(kind: str) -> None:
-    plain = losses(build(kind))[0]
-    for name in computing(build(kind)):
-        model = build(kind)
-        # A factor a column: a LayerNorm takes the same factor for all of them out again.
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_forward_pre_hook_on_each_module_changes_loss(architecture: str) -> None:
+    plain = losses(build(architecture))[0]
+    for name in fusible_modules(build(architecture)):
+        model = build(architecture)
+        # One factor per column: a LayerNorm would cancel a factor that all columns share.
         model.get_submodule(name).register_forward_pre_hook(lambda _, x: (x[0] * torch.linspace(1, 2, x[0].shape[1]),))
         assert not torch.equal(losses(model)[0], plain), name
 
 
 class Adapter(nn.Module):
-    """The old layer plus a product of two small matrices, its weight and bias still to be seen: peft's form."""
+    """The base layer plus a product of two small matrices; its weight and bias stay visible, as with peft."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -146,27 +150,27 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def linears(model: nn.Module) -> list[str]:
-    return [name for name, module in computing(model).items() if isinstance(module, nn.Linear)]
+    return [name for name, module in fusible_modules(model).items() if isinstance(module, nn.Linear)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_on_each_linear_equals_its_merged_weight_and_gets_gradients(kind: str) -> None:
-    for name in linears(build(kind)):
-        adapted, merged = build(kind), build(kind)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adapter_on_each_linear_equals_merged_weight_and_gets_gradients(architecture: str) -> None:
+    for name in linears(build(architecture)):
+        adapted, merged = build(architecture), build(architecture)
         torch.manual_seed(3)
         adapter = Adapter(adapted.get_submodule(name))
         replace(adapted, name, adapter)
         replace(merged, name, adapter.merged())
-        (loss, _), (expected, _), (plain, _) = losses(adapted), losses(merged), losses(build(kind))
+        (loss, _), (expected, _), (plain, _) = losses(adapted), losses(merged), losses(build(architecture))
         assert abs(loss - expected) <= ONE_STEP * expected, name
         assert abs(loss - plain) > ONE_STEP * plain, name
         assert adapter.up.weight.grad.abs().max() > 0 and adapter.down.weight.grad.abs().max() > 0, name
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", ["post-norm", "pre-norm"])
-def test_adapters_under_the_kernels_equal_the_plain_path(kind: str) -> None:
-    models = [build(kind, impl) for impl in ("torch", "triton")]
+@pytest.mark.parametrize("architecture", ["post-norm", "pre-norm"])
+def test_adapters_with_triton_match_torch(architecture: str) -> None:
+    models = [build(architecture, impl) for impl in ("torch", "triton")]
     for model in models:
         torch.manual_seed(3)
         for name in (
@@ -177,16 +181,16 @@ def test_adapters_under_the_kernels_equal_the_plain_path(kind: str) -> None:
         ):
             replace(model, name, Adapter(model.get_submodule(name)))
         model.decoder.norm.register_forward_hook(lambda *_: None)
-    assert_same(*models)
+    assert_same_losses(models[0], models[1])
 
 
-@pytest.mark.parametrize("place", ["fc1", "fc2"])
-def test_gelu_recompute_with_an_adapter_keeps_less_and_gives_the_same_gradients(place: str) -> None:
-    results, kept = [], []
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_gelu_recompute_with_adapter_saves_memory_and_keeps_gradients(layer: str) -> None:
+    results, kept_bytes = [], []
     for recompute in ("none", "gelu"):
         model, tensors = build(recompute=recompute), {}
         torch.manual_seed(3)
-        replace(model, f"encoder.layers.0.{place}", Adapter(model.get_submodule(f"encoder.layers.0.{place}")))
+        replace(model, f"encoder.layers.0.{layer}", Adapter(model.get_submodule(f"encoder.layers.0.{layer}")))
 
         def keep(x: Tensor, tensors: dict[int, int] = tensors) -> Tensor:
             tensors[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -194,41 +198,42 @@ def test_gelu_recompute_with_an_adapter_keeps_less_and_gives_the_same_gradients(
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             results.append(losses(model))
-        kept.append(sum(tensors.values()))
-    assert kept[1] < kept[0]
+        kept_bytes.append(sum(tensors.values()))
+    assert kept_bytes[1] < kept_bytes[0]
     assert torch.equal(results[0][0], results[1][0])
     for name, grad in results[0][1].items():
         assert_rounding(results[1][1][name], grad, name, grad=True)
 
 
-def test_train_step_bf16_moves_adapters_of_a_frozen_model() -> None:
+def test_train_step_bf16_updates_only_adapters_of_frozen_model() -> None:
     model = build().requires_grad_(False)
     for name in linears(model):
         replace(model, name, Adapter(model.get_submodule(name)))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     exact = copy.deepcopy(model)
     steps = [TrainStep(m, 1e-2, precision=p) for m, p in ((exact, "fp32"), (model, "bf16"))]
-    losses_of = [[float(step(*batch(), seed=4).loss) for _ in range(2)] for step in steps]
+    features, frames = batch()
+    losses_of = [[float(step(features, frames, seed=4).loss) for _ in range(2)] for step in steps]
     assert abs(losses_of[1][0] - losses_of[0][0]) <= BF16_LOSS * losses_of[0][0]
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pruned_weights_get_no_gradient_in_any_update(kind: str) -> None:
-    model = build(kind)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pruned_weights_get_no_gradient(architecture: str) -> None:
+    model = build(architecture)
     for name in linears(model):
         prune.l1_unstructured(model.get_submodule(name), "weight", 0.5)
     for _ in range(2):
         _, grads = losses(model)
         for name in linears(model):
-            kept = model.get_submodule(name).weight_mask.bool()
+            is_kept = model.get_submodule(name).weight_mask.bool()
             grad = grads[f"{name}.weight_orig"]
-            assert not grad[~kept].any() and grad[kept].any(), name
+            assert not grad[~is_kept].any() and grad[is_kept].any(), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_parametrized_weights_compute_and_train(kind: str) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parametrized_weights_are_used_and_trained(architecture: str) -> None:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2 * weight
@@ -236,8 +241,8 @@ def test_parametrized_weights_compute_and_train(kind: str) -> None:
         def right_inverse(self, weight: Tensor) -> Tensor:
             return weight / 2
 
-    plain, model = build(kind), build(kind)
-    for name, module in computing(model).items():
+    plain, model = build(architecture), build(architecture)
+    for name, module in fusible_modules(model).items():
         old = type(module)
         if isinstance(module, nn.Linear):
             parametrizations.weight_norm(module)
@@ -246,12 +251,12 @@ def test_parametrized_weights_compute_and_train(kind: str) -> None:
         assert not is_plain(old, module), name
     (loss, _), (expected, _) = losses(model), losses(plain)
     assert_rounding(loss, expected, "loss")
-    still = [n for n, p in model.named_parameters() if ".original" in n and (p.grad is None or not p.grad.any())]
-    assert not still
+    untrained = [n for n, p in model.named_parameters() if ".original" in n and (p.grad is None or not p.grad.any())]
+    assert not untrained
 
 
 def test_replaced_layer_norm_is_called() -> None:
-    for name, module in computing(build()).items():
+    for name, module in fusible_modules(build()).items():
         if isinstance(module, nn.LayerNorm):
             for other in (nn.RMSNorm(module.normalized_shape[0]), nn.LayerNorm(module.normalized_shape[0], eps=0.5)):
                 model = build()
@@ -259,35 +264,35 @@ def test_replaced_layer_norm_is_called() -> None:
                 assert not torch.equal(losses(model)[0], losses(build())[0]), (name, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear_in_a_sequential_computes_the_same(kind: str) -> None:
-    for name in linears(build(kind)):
-        model = build(kind)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_linear_in_sequential_keeps_loss(architecture: str) -> None:
+    for name in linears(build(architecture)):
+        model = build(architecture)
         replace(model, name, nn.Sequential(model.get_submodule(name)))
-        assert losses(model)[0] == losses(build(kind))[0], name
+        assert losses(model)[0] == losses(build(architecture))[0], name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear_in_a_sequential_keeps_the_dtype_of_the_model(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_linear_in_sequential_keeps_model_dtype(architecture: str, dtype: torch.dtype) -> None:
     features, frames = batch()
-    for name in linears(build(kind)):
-        model = build(kind).to(dtype)
+    for name in linears(build(architecture)):
+        model = build(architecture).to(dtype)
         expected = model.encode(features.to(dtype), frames).x
         replace(model, name, nn.Sequential(model.get_submodule(name)))
         assert losses(model)[0].isfinite(), name
         x = model.encode(features.to(dtype), frames).x
         assert x.dtype == expected.dtype == dtype, name
-    classifier = AudioClassifier(build(kind), ["a", "b"], max_seconds=0.5).to(dtype)
+    classifier = AudioClassifier(build(architecture), ["a", "b"], max_seconds=0.5).to(dtype)
     classifier.head = nn.Sequential(classifier.head)
     assert classifier(features.to(dtype), frames).dtype == dtype
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_layer_norm_replaced_by_a_linear_is_called(kind: str) -> None:
-    for name, module in computing(build(kind)).items():
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layer_norm_replaced_by_linear_is_called(architecture: str) -> None:
+    for name, module in fusible_modules(build(architecture)).items():
         if isinstance(module, nn.LayerNorm):
-            model, width = build(kind), module.normalized_shape[0]
+            model, width = build(architecture), module.normalized_shape[0]
             replace(model, name, nn.Linear(width, width))
             _, grads = losses(model)
             assert grads[f"{name}.weight"].any(), name
@@ -310,19 +315,19 @@ def test_ssast_heads_of_other_modules_are_called(precision: torch.dtype) -> None
             assert "head" not in name or grads[name].any() or p.dim() == 1, name
 
 
-def test_replaced_forward_of_a_module_is_called() -> None:
+def test_replaced_forward_method_is_called() -> None:
     model, calls = build(), []
-    for name, module in computing(model).items():
+    for name, module in fusible_modules(model).items():
         forward = module.forward
         module.forward = lambda x, name=name, forward=forward: calls.append(name) or forward(x)
-    assert_same(build(), model)
-    assert set(calls) == set(computing(model))
+    assert_same_losses(build(), model)
+    assert set(calls) == set(fusible_modules(model))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize")
-def test_dynamic_quantisation_runs_and_stays_near_fp32(kind: str) -> None:
-    model = build(kind).eval()
+def test_dynamic_quantisation_stays_near_fp32(architecture: str) -> None:
+    model = build(architecture).eval()
     features, frames = batch()
     expected = model.encode(features, frames).x
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
@@ -333,15 +338,15 @@ def test_dynamic_quantisation_runs_and_stays_near_fp32(kind: str) -> None:
     assert_quantised(quantised(features, frames), expected)
 
 
-def test_is_plain_is_true_of_every_module_of_a_new_model() -> None:
-    for kind in KINDS:
-        for name, module in build(kind).named_modules():
+def test_is_plain_new_model_is_true_for_every_module() -> None:
+    for architecture in ARCHITECTURES:
+        for name, module in build(architecture).named_modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 assert is_plain(type(module), module), name
 
 
 @pytest.mark.ci
-def test_compile_takes_plain_and_adapted_models_as_one_graph() -> None:
+def test_compile_plain_and_adapted_models_make_one_graph() -> None:
     features, frames = batch()
     for adapted in (False, True):
         model = build()
@@ -369,7 +374,7 @@ def lora() -> Iterator[Any]:
     return peft.get_peft_model(model, config)
 
 
-def test_peft_lora_trained_by_trainer_moves_every_adapter(lora: Any, tmp_path: Any) -> None:
+def test_peft_lora_trainer_updates_every_adapter(lora: Any, tmp_path: Any) -> None:
     from transformers import Trainer, TrainingArguments
 
     features, frames = batch()
@@ -390,7 +395,7 @@ def test_peft_lora_trained_by_trainer_moves_every_adapter(lora: Any, tmp_path: A
             assert not torch.equal(p, before[name]), name
 
 
-def test_peft_lora_switched_off_or_merged_gives_the_expected_logits(lora: Any) -> None:
+def test_peft_lora_disabled_or_merged_gives_expected_logits(lora: Any) -> None:
     lora.eval()
     for name, p in lora.named_parameters():
         if "lora_B" in name:

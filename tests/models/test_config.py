@@ -1,4 +1,4 @@
-"""MAEASTConfig: the contract's defaults, the presets, and errors that name what was expected and what came."""
+"""MAEASTConfig: defaults of the public interface, presets, and errors that name the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONTRACT = {  # the public interface, in its order
 }
 
 
-def test_fields_and_defaults_are_the_contracts() -> None:
+def test_config_fields_and_defaults_match_contract() -> None:
     parameters = inspect.signature(MAEASTConfig).parameters
     defaults = {**CONTRACT, "masking": None}  # it follows patch_size
     assert [(name, p.default) for name, p in parameters.items()] == list(defaults.items())
@@ -53,13 +53,13 @@ PRESETS = {  # name -> width, ffn, heads, encoder layers
 
 
 @pytest.mark.parametrize("size", PRESETS)
-@pytest.mark.parametrize("kind", ["patch", "frame"])
-def test_presets(kind: str, size: str) -> None:
+@pytest.mark.parametrize("patch", ["patch", "frame"])
+def test_preset_has_expected_fields(patch: str, size: str) -> None:
     width, ffn_dim, num_heads, layers = PRESETS[size]
     expected = {
         **CONTRACT,
-        "patch_size": (16, 16) if kind == "patch" else (2, 128),
-        "masking": "chunk" if kind == "patch" else "random",
+        "patch_size": (16, 16) if patch == "patch" else (2, 128),
+        "masking": "chunk" if patch == "patch" else "random",
         "embed_dim": width,
         "decoder_embed_dim": width,
         "ffn_dim": ffn_dim,
@@ -67,16 +67,16 @@ def test_presets(kind: str, size: str) -> None:
         "encoder_layers": layers,
         "decoder_layers": 2,
     }
-    assert dataclasses.asdict(MAEASTConfig.preset(f"{kind}_{size}")) == expected
+    assert dataclasses.asdict(MAEASTConfig.preset(f"{patch}_{size}")) == expected
 
 
-def test_patch_base_is_the_default() -> None:
+def test_preset_patch_base_equals_default_config() -> None:
     assert MAEASTConfig.preset("patch_base") == MAEASTConfig()
 
 
-def test_preset_names_overrides_and_unknown_names() -> None:
+def test_preset_accepts_overrides_and_rejects_unknown_names() -> None:
     assert sorted(MAEASTConfig.preset_names()) == sorted(
-        f"{kind}_{size}" for kind in ("patch", "frame") for size in PRESETS
+        f"{patch}_{size}" for patch in ("patch", "frame") for size in PRESETS
     )
     changed = MAEASTConfig.preset("frame_tiny", dropout=0.0, masking="span")
     assert (changed.dropout, changed.masking, changed.embed_dim) == (0.0, "span", 192)
@@ -88,7 +88,7 @@ def test_preset_names_overrides_and_unknown_names() -> None:
         MAEASTConfig.preset("frame_tiny", masking="chunk")
 
 
-def test_dict_round_trip_through_json() -> None:
+def test_config_dict_round_trips_through_json() -> None:
     config = MAEASTConfig.preset("frame_small", encoder_projection=True, norm_pix_loss=True, mask_ratio=0.8)
     fields = json.loads(json.dumps(config.to_dict()))
     assert list(fields) == list(CONTRACT)
@@ -99,14 +99,14 @@ def test_dict_round_trip_through_json() -> None:
         MAEASTConfig.from_dict({**fields, "width": 3, "depth": 1})
 
 
-def test_frozen_and_hashable() -> None:
+def test_config_is_frozen_and_hashable() -> None:
     config = MAEASTConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.dropout = 0.0
     assert len({config, MAEASTConfig(), MAEASTConfig(dropout=0.0)}) == 2
 
 
-def test_derived_sizes() -> None:
+def test_config_derives_grid_and_patch_sizes() -> None:
     config = MAEASTConfig(num_mel_bins=96, patch_size=[4, 32])  # JSON and YAML bring lists
     assert (config.grid_f, config.patch_dim, config.patch_size) == (3, 128, (4, 32))
 
@@ -115,7 +115,9 @@ def test_derived_sizes() -> None:
     ("projection", "decoder_width", "expected"),
     [(None, 768, False), (None, 384, True), (True, 768, True), (True, 384, True), (False, 768, False)],
 )
-def test_projection_only_where_asked_for_or_needed(projection: bool | None, decoder_width: int, expected: bool) -> None:
+def test_has_projection_only_if_requested_or_widths_differ(
+    projection: bool | None, decoder_width: int, expected: bool
+) -> None:
     assert MAEASTConfig(encoder_projection=projection, decoder_embed_dim=decoder_width).has_projection is expected
 
 
@@ -157,7 +159,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("fields", "words"), WRONG, ids=[str(fields) for fields, _ in WRONG])
-def test_errors_name_what_was_expected_and_what_came(fields: dict, words: list) -> None:
+def test_config_invalid_field_error_names_expected_and_actual(fields: dict, words: list) -> None:
     with pytest.raises(ValueError) as caught:
         MAEASTConfig(**fields)
     for word in words:
@@ -167,7 +169,7 @@ def test_errors_name_what_was_expected_and_what_came(fields: dict, words: list) 
 @pytest.mark.parametrize(
     ("patch_size", "masking"), [((2, 128), "random"), ([4, 128], "random"), ((16, 64), "chunk"), ((2, 16), "chunk")]
 )
-def test_masking_by_default_follows_the_patches(patch_size: tuple[int, int], masking: str) -> None:
+def test_config_default_masking_follows_patch_size(patch_size: tuple[int, int], masking: str) -> None:
     expected = MAEASTConfig(patch_size=patch_size, masking=masking)
     for config in (
         MAEASTConfig(patch_size=patch_size),
@@ -181,11 +183,11 @@ def test_masking_by_default_follows_the_patches(patch_size: tuple[int, int], mas
 
 
 @pytest.mark.parametrize("masking", ["random", "span", "time"])
-def test_frame_models_take_the_strategies_that_need_no_grid(masking: str) -> None:
+def test_config_frame_model_accepts_masking_without_grid(masking: str) -> None:
     assert MAEASTConfig.preset("frame_base", masking=masking).masking == masking
 
 
-def test_a_weight_of_zero_and_no_decoder_are_allowed() -> None:
+def test_config_zero_weight_or_no_decoder_is_valid() -> None:
     assert MAEASTConfig(reconstruction_weight=0.0).classification_weight == 1.0
     assert MAEASTConfig(classification_weight=0).reconstruction_weight == 10.0
     assert MAEASTConfig(decoder_layers=0).decoder_layers == 0

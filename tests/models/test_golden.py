@@ -1,4 +1,4 @@
-"""The model against tensors of the paper's own code: predictions, losses, statistics, gradients, features."""
+"""MAEAST against tensors of the paper's own code: predictions, losses, statistics, gradients, features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def case(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.mark.parametrize(("impl", "attention"), PATHS)
-def test_pretraining_step(case: Golden, impl: str, attention: str) -> None:
+def test_forward_training_matches_golden(case: Golden, impl: str, attention: str) -> None:
     model = build(case, impl, attention).train()
     out = model(case["source"].to(model.mask_token.device), mask=case.mask)
     out = MAEASTOutput(**{name: x.cpu() for name, x in vars(out).items()})
@@ -46,7 +46,7 @@ def test_pretraining_step(case: Golden, impl: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize(("impl", "attention"), PATHS)
-def test_gradients_of_every_parameter(case: Golden, impl: str, attention: str) -> None:
+def test_backward_every_gradient_matches_golden(case: Golden, impl: str, attention: str) -> None:
     model = build(case, impl, attention).train()
     model(case["source"].to(model.mask_token.device), mask=case.mask).loss.backward()
 
@@ -60,17 +60,17 @@ def test_gradients_of_every_parameter(case: Golden, impl: str, attention: str) -
     assert set(actual) == {name for name in expected if not name.startswith("input_norm.")}
     for name, gradient in actual.items():
         if name.endswith("qkv.weight") or name.endswith("qkv.bias"):
-            for part, (a, e) in enumerate(zip(gradient.chunk(3), expected[name].chunk(3), strict=True)):
-                if part == 1 and name.endswith("bias"):  # softmax does not see the key bias: rounding noise around 0
+            for chunk, (a, e) in enumerate(zip(gradient.chunk(3), expected[name].chunk(3), strict=True)):
+                if chunk == 1 and name.endswith("bias"):  # the key bias cancels in the softmax: rounding noise around 0
                     assert_golden_zero(a, name)
                 else:
-                    assert_golden(a, e, f"{name}[{'qkv'[part]}]")
+                    assert_golden(a, e, f"{name}[{'qkv'[chunk]}]")
         else:
             assert_golden(gradient, expected[name], name)
 
 
 @pytest.mark.parametrize(("impl", "attention"), PATHS)
-def test_features_of_padded_clips(case: Golden, impl: str, attention: str) -> None:
+def test_extract_features_padded_clips_match_golden(case: Golden, impl: str, attention: str) -> None:
     model = build(case, impl, attention)
     source, lengths = case.whole_patch_source
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_features_of_padded_clips(case: Golden, impl: str, attention: str) -> No
     assert not out.last_hidden_state[padding].any()
 
 
-def test_features_of_one_layer() -> None:
+def test_extract_features_single_layer_matches_golden() -> None:
     for name in MAE_AST:
         case = Golden(name)
         if "eval_output_layer/x" not in case.tensors:  # the chunk case recorded none

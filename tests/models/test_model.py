@@ -1,6 +1,6 @@
-"""MAEAST line by line against its contract: losses of ragged batches, normalisation, features, training, files.
+"""MAEAST against its contract: losses of ragged batches, normalisation, features, training, files.
 
-The tests against the paper's own numbers are in test_golden.py; these are of what the paper's code does not do.
+test_golden.py compares with the paper's own numbers; these tests cover what the paper's code does not do.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def build(seed: int = 0, attention: str = "auto", **fields: Any) -> MAEAST:
 
 
 def batch(frames: list[int] = FRAMES, seed: int = 0, padding: float = 0.0, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Log-mel-like clips (B, T, BINS) and their frames; ``padding`` stands behind every clip."""
+    """Log-mel-like clips (B, T, BINS) and their frame counts; ``padding`` fills the frames past each clip."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.full((len(frames), max(frames) + extra, BINS), padding)
     for clip, count in enumerate(frames):
@@ -77,13 +77,13 @@ def tokens_of(frames: list[int]) -> list[int]:
     return [count // KT * GRID_F for count in frames]
 
 
-def masks(frames: list[int] = FRAMES, seed: int = 0, hidden: list[int] | None = None) -> Tensor:
-    """(B, L) with ``hidden`` tokens of each clip masked, a different number in each unless given."""
+def masks(frames: list[int] = FRAMES, seed: int = 0, num_masked: list[int] | None = None) -> Tensor:
+    """(B, L) with ``num_masked`` tokens of each clip masked; None: a different number in each clip."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = tokens_of(frames)
-    hidden = hidden or [1 + (3 * clip) % (count - 1) for clip, count in enumerate(tokens)]
-    mask = torch.zeros(len(tokens), max(tokens), dtype=torch.bool)
-    for clip, (count, masked) in enumerate(zip(tokens, hidden, strict=True)):
+    num_tokens = tokens_of(frames)
+    num_masked = num_masked or [1 + (3 * clip) % (count - 1) for clip, count in enumerate(num_tokens)]
+    mask = torch.zeros(len(num_tokens), max(num_tokens), dtype=torch.bool)
+    for clip, (count, masked) in enumerate(zip(num_tokens, num_masked, strict=True)):
         mask[clip, torch.randperm(count, generator=generator)[:masked]] = True
     return mask
 
@@ -101,7 +101,7 @@ def run(model: MAEAST, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor
 
 
 def assert_same_output(a: Any, b: Any, grads_a: dict | None = None, grads_b: dict | None = None) -> None:
-    """Bit for bit, apart from the mask's width."""
+    """Two outputs, and gradients, are equal bit for bit; only the masks' widths may differ."""
     for name in vars(a):
         if name != "mask":
             assert torch.equal(getattr(a, name), getattr(b, name)), name
@@ -118,7 +118,7 @@ def pretraining_statistics(x: Tensor, frames: Tensor) -> tuple[float, float, int
 # -------------------------------------------------------------------------------------------------------- interface
 
 
-def test_signatures_are_the_contracts() -> None:
+def test_public_signatures_match_contract() -> None:
     def signature(function: Any) -> list[tuple[str, Any]]:
         empty = inspect.Parameter.empty
         return [
@@ -127,12 +127,12 @@ def test_signatures_are_the_contracts() -> None:
             if name != "self"
         ]
 
-    none_after = [("features", "required"), ("lengths", None)]
-    how = [("impl", "auto"), ("attention", "auto"), ("recompute", "none")]
-    assert signature(MAEAST.__init__) == [("config", "required"), *how]
-    more = [("mask", None), ("generator", None), ("sizes", None), ("statistics", None)]
-    assert signature(MAEAST.forward) == [*none_after, *more]
-    assert signature(MAEAST.extract_features) == [*none_after, ("layer", None)]
+    inputs = [("features", "required"), ("lengths", None)]
+    execution = [("impl", "auto"), ("attention", "auto"), ("recompute", "none")]
+    assert signature(MAEAST.__init__) == [("config", "required"), *execution]
+    options = [("mask", None), ("generator", None), ("sizes", None), ("statistics", None)]
+    assert signature(MAEAST.forward) == [*inputs, *options]
+    assert signature(MAEAST.extract_features) == [*inputs, ("layer", None)]
     assert signature(MAEAST.from_fairseq_state_dict)[:2] == [("state_dict", "required"), ("cfg", "required")]
     assert signature(fbank) == [
         ("waveforms", "required"),
@@ -155,7 +155,7 @@ def test_signatures_are_the_contracts() -> None:
     assert {"MAEAST", "MAEASTConfig", "fbank"} <= set(mae_ast_fast.__all__)
 
 
-def test_shapes_of_the_output() -> None:
+def test_forward_output_has_expected_shapes() -> None:
     model = build()
     x, frames = batch()
     mask = masks()
@@ -173,8 +173,8 @@ def test_shapes_of_the_output() -> None:
 # ----------------------------------------------------------------------------------------------------------- losses
 
 
-def expected_targets(x: Tensor, mask: Tensor, frames: Tensor, mean: float, scale: float) -> Tensor:
-    """The normalised patches of the masked tokens by loops: clip by clip, tokens ascending, f fastest inside."""
+def expected_targets(x: Tensor, mask: Tensor, frames: Tensor, *, mean: float, scale: float) -> Tensor:
+    """Normalised patches of the masked tokens, by loops: clip by clip, tokens ascending, f fastest in a patch."""
     rows = []
     for clip, count in enumerate(tokens_of(frames.tolist())):
         for token in range(count):
@@ -185,7 +185,7 @@ def expected_targets(x: Tensor, mask: Tensor, frames: Tensor, mean: float, scale
 
 
 def expected_losses(out: Any, counts: list[int], norm_pix_loss: bool) -> tuple[list[float], list[float], list[bool]]:
-    """MSE, InfoNCE and hit of every masked row in fp64, from predictions and targets, by loops."""
+    """MSE, InfoNCE and hit of each masked row in fp64, from predictions and targets, by loops."""
     mse, nce, hit, first = [], [], [], 0
     recon, cls, target = (x.detach().double() for x in (out.pred_reconstruction, out.pred_classification, out.target))
     for count in counts:
@@ -206,7 +206,7 @@ def expected_losses(out: Any, counts: list[int], norm_pix_loss: bool) -> tuple[l
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("weights", [(10.0, 1.0), (0.5, 2.0)])
-def test_losses_are_means_over_all_masked_tokens(
+def test_forward_losses_are_means_over_all_masked_tokens(
     training: bool, norm_pix_loss: bool, weights: tuple[float, float]
 ) -> None:
     model = build(norm_pix_loss=norm_pix_loss, reconstruction_weight=weights[0], classification_weight=weights[1])
@@ -214,11 +214,13 @@ def test_losses_are_means_over_all_masked_tokens(
     x, frames = batch()
     mask = masks()
     counts = mask.sum(1).tolist()
-    assert len(set(counts)) == 4, "every clip hides a different count"
+    assert len(set(counts)) == 4, "each clip must mask a different count"
     out = model(x, frames, mask)
 
     mean, variance, _ = pretraining_statistics(x, frames) if training else (-7.5, 14.0, 0)
-    assert_rounding(out.target, expected_targets(x, mask, frames, mean, 0.5 / math.sqrt(variance + 1e-5)), "target")
+    assert_rounding(
+        out.target, expected_targets(x, mask, frames, mean=mean, scale=0.5 / math.sqrt(variance + 1e-5)), "target"
+    )
     mse, nce, hit = expected_losses(out, counts, norm_pix_loss)
     total = [weights[0] * a + weights[1] * b for a, b in zip(mse, nce, strict=True)]
     assert 0 < sum(hit) < len(hit)
@@ -229,51 +231,51 @@ def test_losses_are_means_over_all_masked_tokens(
     assert_rounding(out.loss_per_clip, torch.tensor(per_clip, dtype=torch.float64), "loss_per_clip")
 
 
-def test_entries_past_a_clips_tokens_and_the_masks_width_do_not_matter() -> None:
+def test_forward_ignores_mask_entries_past_a_clip_and_mask_width() -> None:
     model = build().train()
     x, frames = batch(extra=9)
     mask = masks()
     first = run(copy.deepcopy(model), x, frames, mask)
-    longest = max(tokens_of(FRAMES))
-    past = ~real_tokens(torch.tensor(tokens_of(FRAMES)), longest + 30)
+    max_tokens = max(tokens_of(FRAMES))
+    past = ~real_tokens(torch.tensor(tokens_of(FRAMES)), max_tokens + 30)
     generator = torch.Generator().manual_seed(5)
-    for width in (longest, longest + 1, longest + 2 * GRID_F, longest + 30):
+    for width in (max_tokens, max_tokens + 1, max_tokens + 2 * GRID_F, max_tokens + 30):
         noise = torch.rand(4, width, generator=generator) < 0.5
-        wide = torch.nn.functional.pad(mask, (0, width - longest)) | (noise & past[:, :width])
+        wide = torch.nn.functional.pad(mask, (0, width - max_tokens)) | (noise & past[:, :width])
         again = run(copy.deepcopy(model), x, frames, wide)
         assert_same_output(first[0], again[0], first[1], again[1])
         assert not again[0].mask[past[:, : again[0].mask.shape[1]]].any()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "math"])
-def test_clips_with_no_visible_or_no_masked_token_add_no_loss(attention: str) -> None:
-    """The batch with them gives the losses and gradients of the batch without them; in eval mode they share nothing."""
+def test_forward_clip_without_visible_or_masked_token_adds_no_loss(attention: str) -> None:
+    """The batch has the losses and gradients of the batch without such clips, in eval mode."""
     model = build(attention=attention)
     frames = [29, 16, 8, 3, 0, 21]
     x, lengths = batch(frames)
     tokens = tokens_of(frames)
-    mask = masks(frames, hidden=[4, tokens[1], 0, 0, 0, 7])  # nothing visible, nothing masked, no patch at all (twice)
+    mask = masks(frames, num_masked=[4, tokens[1], 0, 0, 0, 7])  # none visible, none masked, no patches (twice)
     out, grads = run(model, x, lengths, mask)
     keep = [0, 5]
-    only, only_grads = run(model, x[keep], lengths[keep], mask[keep])
+    kept, kept_grads = run(model, x[keep], lengths[keep], mask[keep])
     for name in ("loss", "loss_reconstruction", "loss_classification", "accuracy"):
-        assert_rounding(getattr(out, name), getattr(only, name), name)
+        assert_rounding(getattr(out, name), getattr(kept, name), name)
     assert out.loss_per_clip[1:5].tolist() == [0.0] * 4
-    assert_rounding(out.loss_per_clip[keep], only.loss_per_clip)
+    assert_rounding(out.loss_per_clip[keep], kept.loss_per_clip)
     for name in grads:
-        if not name.endswith("qkv.bias"):  # its key part is rounding noise around 0
-            assert_rounding(grads[name], only_grads[name], name, grad=True)
-    # The clip without visible tokens keeps its rows: (sum M, P).
+        if not name.endswith("qkv.bias"):  # the key part is rounding noise around 0
+            assert_rounding(grads[name], kept_grads[name], name, grad=True)
+    # The clip without visible tokens keeps its rows in the target (M, P).
     assert len(out.target) == 4 + tokens[1] + 7
-    assert_rounding(torch.cat((out.target[:4], out.target[-7:])), only.target)
+    assert_rounding(torch.cat((out.target[:4], out.target[-7:])), kept.target)
 
 
-def test_all_of_a_batchs_real_frames_count_in_training_statistics() -> None:
-    """Also those of clips that add no loss and of tails that no patch covers."""
+def test_input_norm_training_counts_every_real_frame() -> None:
+    """Frames of clips without a loss count too, and so do tail frames that no patch covers."""
     model = build().train()
     frames = [29, 16, 3, 21]
     x, lengths = batch(frames)
-    mask = masks(frames, hidden=[4, tokens_of(frames)[1], 0, 7])
+    mask = masks(frames, num_masked=[4, tokens_of(frames)[1], 0, 7])
     mean, variance, count = pretraining_statistics(x, lengths)
     model(x, lengths, mask)
     assert_rounding(model.input_norm.running_mean, torch.tensor([0.9 * -7.5 + 0.1 * mean], dtype=torch.float64))
@@ -281,25 +283,25 @@ def test_all_of_a_batchs_real_frames_count_in_training_statistics() -> None:
     assert_rounding(model.input_norm.running_var, torch.tensor([0.9 * 14.0 + 0.1 * unbiased], dtype=torch.float64))
 
 
-def test_no_clip_with_both_is_an_error() -> None:
+def test_forward_no_clip_with_visible_and_masked_tokens_raises() -> None:
     model = build()
     x, frames = batch([16, 8])
-    nothing, everything = torch.zeros(2, 12, dtype=torch.bool), torch.ones(2, 12, dtype=torch.bool)
-    each = torch.stack((nothing[0], everything[0]))
-    for mask in (nothing, everything, each):
+    none_masked, all_masked = torch.zeros(2, 12, dtype=torch.bool), torch.ones(2, 12, dtype=torch.bool)
+    one_of_each = torch.stack((none_masked[0], all_masked[0]))
+    for mask in (none_masked, all_masked, one_of_each):
         with pytest.raises(ValueError, match=r"visible and masked.*\[16, 8\]"):
             model(x, frames, mask)
     for short in ([3, 2], [0, 0]):
-        for mask in (None, everything):
+        for mask in (None, all_masked):
             with pytest.raises(ValueError, match=r"no clip.*4 frames x 4 bins.*\[" + str(short)[1:-1]):
                 model(x, torch.tensor(short), mask)
     for empty in (None, torch.zeros(2, 0, dtype=torch.bool)):
         with pytest.raises(ValueError, match="no clip"):
             model(x[:, :3], None, empty)
-    model(x, torch.tensor([16, 2]), each.flip(0) & (torch.arange(12) < 5))  # one clip with both is enough
+    model(x, torch.tensor([16, 2]), one_of_each.flip(0) & (torch.arange(12) < 5))  # one clip with both is enough
 
 
-def test_statistics_stay_as_they_are_when_a_batch_is_refused() -> None:
+def test_input_norm_rejected_batch_leaves_statistics() -> None:
     model = build().train()
     x, _ = batch([16, 8])
     before = copy.deepcopy(model.input_norm.state_dict())
@@ -310,15 +312,15 @@ def test_statistics_stay_as_they_are_when_a_batch_is_refused() -> None:
 
 
 @pytest.mark.parametrize("switched_off", ["reconstruction_weight", "classification_weight"])
-def test_a_weight_of_zero_switches_an_objective_off(switched_off: str) -> None:
+def test_forward_zero_weight_disables_objective(switched_off: str) -> None:
     both = build()
-    one = build(**{switched_off: 0.0})
-    one.load_state_dict(both.state_dict())
+    single = build(**{switched_off: 0.0})
+    single.load_state_dict(both.state_dict())
     x, frames = batch()
     mask = masks()
     full = both(x, frames, mask)
-    out, grads = run(one, x, frames, mask)
-    patch_dim = one.config.patch_dim
+    out, grads = run(single, x, frames, mask)
+    patch_dim = single.config.patch_dim
     head = {"reconstruction_weight": slice(0, patch_dim), "classification_weight": slice(patch_dim, None)}
     assert not grads["head.weight"][head.pop(switched_off)].any()
     assert grads["head.weight"][next(iter(head.values()))].any()
@@ -335,7 +337,7 @@ def test_a_weight_of_zero_switches_an_objective_off(switched_off: str) -> None:
     assert torch.equal(out.pred_classification, full.pred_classification)
 
 
-def test_norm_pix_loss_changes_only_the_reconstruction_loss() -> None:
+def test_norm_pix_loss_changes_only_reconstruction_loss() -> None:
     plain, normalised = build(), build(norm_pix_loss=True)
     x, frames = batch()
     a, b = plain(x, frames, masks()), normalised(x, frames, masks())
@@ -344,7 +346,7 @@ def test_norm_pix_loss_changes_only_the_reconstruction_loss() -> None:
     assert a.loss_reconstruction != b.loss_reconstruction
 
 
-def test_lengths_none_means_all_frames() -> None:
+def test_forward_lengths_none_uses_all_frames() -> None:
     model = build()
     x, _ = batch([21, 21])
     mask = masks([21, 21])
@@ -353,7 +355,7 @@ def test_lengths_none_means_all_frames() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
-def test_lengths_of_any_integer_dtype_give_the_same_numbers(dtype: str) -> None:
+def test_forward_any_integer_dtype_of_lengths_gives_same_output(dtype: str) -> None:
     model, counts = build(), [120, 90, 100, 4]  # T = 300 does not fit into 8 bits, nor does the number of tokens
     x, frames = batch(counts, extra=180)
     mask = masks(counts)
@@ -366,14 +368,14 @@ def test_lengths_of_any_integer_dtype_give_the_same_numbers(dtype: str) -> None:
 # ---------------------------------------------------------------------------------------------------- normalisation
 
 
-def test_train_normalises_by_the_real_frames_and_keeps_running_statistics() -> None:
+def test_input_norm_training_uses_and_tracks_real_frames() -> None:
     model = build().train()
     running_mean, running_var, steps = -7.5, 14.0, int(model.input_norm.num_batches_tracked)
     for seed in range(3):
         x, frames = batch(seed=seed, padding=float("nan"), extra=7)
         mean, variance, count = pretraining_statistics(x, frames)
         out = model(x, frames, masks())
-        target = expected_targets(x, masks(), frames, mean, 0.5 / math.sqrt(variance + 1e-5))
+        target = expected_targets(x, masks(), frames, mean=mean, scale=0.5 / math.sqrt(variance + 1e-5))
         assert_rounding(out.target, target, "target")
         running_mean = 0.9 * running_mean + 0.1 * mean
         running_var = 0.9 * running_var + 0.1 * variance * count / (count - 1)
@@ -383,21 +385,21 @@ def test_train_normalises_by_the_real_frames_and_keeps_running_statistics() -> N
     assert model.input_norm.num_batches_tracked == steps
 
 
-def test_an_offset_does_not_spoil_the_variance() -> None:
-    """Sums of squares would lose the variance of features far from 0."""
+def test_input_norm_large_offset_keeps_variance_accurate() -> None:
+    """A sum of squares would lose the variance of features far from 0."""
     model = build().train()
     x, frames = batch()
     shifted = x + 4096
     mean, variance, _ = pretraining_statistics(shifted, frames)
     out = model(shifted, frames, masks())
-    target = expected_targets(shifted, masks(), frames, mean, 0.5 / math.sqrt(variance + 1e-5))
-    # The mean itself is only known to half a unit in the last place of its fp32 value.
+    target = expected_targets(shifted, masks(), frames, mean=mean, scale=0.5 / math.sqrt(variance + 1e-5))
+    # The mean is only accurate to half a unit in the last place of its fp32 value.
     assert (out.target - target).abs().max() <= 4096 * torch.finfo(torch.float32).eps * 0.5 / math.sqrt(variance) * 2
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_nearly_silent_and_silent_batches_stay_finite(training: bool) -> None:
-    """1e-5 is added to the variance: it decides where the variance is smaller, and a constant becomes 0."""
+def test_forward_silent_batch_stays_finite(training: bool) -> None:
+    """The 1e-5 added to the variance dominates a smaller variance, and constant input becomes 0."""
     model = build().train(training)
     model.input_norm.running_mean.zero_()
     model.input_norm.running_var.fill_(1e-6)
@@ -405,32 +407,34 @@ def test_nearly_silent_and_silent_batches_stay_finite(training: bool) -> None:
     quiet = (batch()[0] + 8) * 2.5e-4  # variance 1e-6
     mean, variance, _ = pretraining_statistics(quiet, frames) if training else (0.0, 1e-6, 0)
     out = model(quiet, frames, masks())
-    assert_rounding(out.target, expected_targets(quiet, masks(), frames, mean, 0.5 / math.sqrt(variance + 1e-5)))
+    assert_rounding(
+        out.target, expected_targets(quiet, masks(), frames, mean=mean, scale=0.5 / math.sqrt(variance + 1e-5))
+    )
     out = model.train()(torch.full_like(quiet, -16.0), frames, masks())
     assert not out.target.any() and out.loss.isfinite()
     out.loss.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def test_eval_uses_running_statistics_and_leaves_them() -> None:
+def test_input_norm_eval_uses_and_keeps_running_statistics() -> None:
     model = build()
     before = copy.deepcopy(model.input_norm.state_dict())
     x, frames = batch()
     out = model(x, frames, masks())
     model.extract_features(x, frames)
-    assert_rounding(out.target, expected_targets(x, masks(), frames, -7.5, 0.5 / math.sqrt(14.0 + 1e-5)))
+    assert_rounding(out.target, expected_targets(x, masks(), frames, mean=-7.5, scale=0.5 / math.sqrt(14.0 + 1e-5)))
     assert all(torch.equal(value, before[name]) for name, value in model.input_norm.state_dict().items())
 
 
 @pytest.mark.parametrize("padding", [float("nan"), float("inf"), -3e38])
 @pytest.mark.parametrize("training", [False, True])
-def test_padding_leaks_into_nothing(training: bool, padding: float) -> None:
+def test_forward_padding_values_change_no_output(training: bool, padding: float) -> None:
     clean, dirty = build().train(training), build().train(training)
     x, frames = batch(extra=6)
     y, _ = batch(extra=6, padding=padding)
-    assert_same_output(
-        *(r for pair in zip(run(clean, x, frames, masks()), run(dirty, y, frames, masks()), strict=True) for r in pair)
-    )
+    clean_out, clean_grads = run(clean, x, frames, masks())
+    dirty_out, dirty_grads = run(dirty, y, frames, masks())
+    assert_same_output(clean_out, dirty_out, clean_grads, dirty_grads)
     for model in (clean, dirty):
         model.train(training)
     a, b = clean.extract_features(x, frames), dirty.extract_features(y, frames)
@@ -440,7 +444,7 @@ def test_padding_leaks_into_nothing(training: bool, padding: float) -> None:
         assert torch.equal(value, dirty.input_norm.state_dict()[name]), name
 
 
-def test_padding_leaks_into_no_feature_gradient() -> None:
+def test_extract_features_padding_values_change_no_gradient() -> None:
     clean, dirty = build(), build()
     for model, padding in ((clean, 0.0), (dirty, float("nan"))):
         x, frames = batch(padding=padding)
@@ -462,7 +466,7 @@ def shared(request: pytest.FixtureRequest) -> MAEAST:
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, extra=st.integers(0, 50), seed=st.integers(0, 1000))
-def test_a_clips_loss_in_eval_does_not_depend_on_its_batch(
+def test_forward_eval_loss_of_a_clip_is_independent_of_its_batch(
     shared: MAEAST, lengths: list[int], extra: int, seed: int
 ) -> None:
     x, frames = batch(lengths, seed=seed, padding=1e4, extra=extra)
@@ -485,7 +489,7 @@ def test_a_clips_loss_in_eval_does_not_depend_on_its_batch(
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, extra=st.integers(0, 50), seed=st.integers(0, 1000))
-def test_a_clips_features_in_eval_do_not_depend_on_its_batch(
+def test_extract_features_eval_clip_is_independent_of_its_batch(
     shared: MAEAST, lengths: list[int], extra: int, seed: int
 ) -> None:
     x, frames = batch(lengths, seed=seed, padding=1e4, extra=extra)
@@ -504,8 +508,8 @@ def test_a_clips_features_in_eval_do_not_depend_on_its_batch(
                 assert_rounding(state[clip, :tokens], single[0])
 
 
-def test_training_losses_of_unequal_clips_are_not_cropped_to_the_shortest() -> None:
-    """The paper's code crops a batch to its shortest clip: here the long clip keeps all its patches."""
+def test_forward_unequal_clips_are_not_cropped_to_the_shortest() -> None:
+    """The paper's code crops a batch to its shortest clip; here the long clip keeps all its patches."""
     model = build().train()
     x, frames = batch([40, 4])
     out = model(x, frames, generator=torch.Generator().manual_seed(0))
@@ -516,17 +520,17 @@ def test_training_losses_of_unequal_clips_are_not_cropped_to_the_shortest() -> N
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_hidden_states_and_layers(norm_first: bool) -> None:
+def test_extract_features_layer_returns_its_hidden_state(norm_first: bool) -> None:
     model = build(norm_first=norm_first, encoder_layers=3)
     x, frames = batch()
     with torch.no_grad():
         full = model.extract_features(x, frames)
         assert len(full.hidden_states) == 3
         for layer in (1, 2, 3):
-            part = model.extract_features(x, frames, layer=layer)
-            assert len(part.hidden_states) == layer
-            assert torch.equal(part.last_hidden_state, full.hidden_states[layer - 1])
-            assert torch.equal(part.hidden_states[-1], full.hidden_states[layer - 1])
+            partial = model.extract_features(x, frames, layer=layer)
+            assert len(partial.hidden_states) == layer
+            assert torch.equal(partial.last_hidden_state, full.hidden_states[layer - 1])
+            assert torch.equal(partial.hidden_states[-1], full.hidden_states[layer - 1])
         assert max_rel(full.hidden_states[0], full.hidden_states[1]) > 0.01
         last, real = full.hidden_states[-1], real_tokens(full.lengths, full.last_hidden_state.shape[1])
         if norm_first:
@@ -542,8 +546,8 @@ def test_hidden_states_and_layers(norm_first: bool) -> None:
 
 
 @pytest.mark.parametrize("count", range(1, 14))
-def test_frames_past_a_clips_length_count_as_zero_before_normalisation(count: int) -> None:
-    """Whether they are there, as padding, or the clip's last patch reaches over the end of the batch."""
+def test_extract_features_frames_past_length_count_as_zero(count: int) -> None:
+    """Both if they are padding, and if the clip's last patch extends past the end of the batch."""
     model = build()
     x, frames = batch([count])
     whole = -(-count // KT) * KT
@@ -561,7 +565,7 @@ def test_frames_past_a_clips_length_count_as_zero_before_normalisation(count: in
             assert not torch.equal(expected, model.extract_features(other).last_hidden_state)
 
 
-def test_features_of_a_frame_model() -> None:
+def test_extract_features_frame_model_has_expected_lengths() -> None:
     model = build(patch_size=(2, BINS), masking="random")
     x, frames = batch([7, 1, 4])
     with torch.no_grad():
@@ -573,7 +577,7 @@ def test_features_of_a_frame_model() -> None:
     assert model(x, frames).mask.sum(1).tolist() == [2, 0, 1]  # floor in pretraining: 3, 0 and 2 tokens
 
 
-def test_features_of_no_frames_are_empty() -> None:
+def test_extract_features_no_frames_is_empty() -> None:
     model = build()
     out = model.extract_features(torch.zeros(2, 0, BINS))
     assert out.last_hidden_state.shape == (2, 0, 16) and out.lengths.tolist() == [0, 0]
@@ -582,14 +586,14 @@ def test_features_of_no_frames_are_empty() -> None:
     assert out.lengths.tolist() == [0, 6] and not out.last_hidden_state[0].any()
 
 
-def test_features_of_nothing_leave_the_running_statistics_alone() -> None:
+def test_input_norm_batch_without_frames_leaves_statistics() -> None:
     model = build().train()
     before = copy.deepcopy(model.input_norm.state_dict())
     model.extract_features(torch.zeros(2, 8, BINS), torch.tensor([0, 0]))
     assert all(torch.equal(value, before[name]) for name, value in model.input_norm.state_dict().items())
 
 
-def test_48000_tokens_and_no_more() -> None:
+def test_extract_features_more_than_48000_tokens_raises() -> None:
     sizes = {"num_mel_bins": 2, "patch_size": (1, 2), "embed_dim": 2, "num_heads": 1, "ffn_dim": 2, "encoder_layers": 1}
     model = build(**sizes, decoder_layers=0, masking="random")
     x = torch.randn(1, 48_001, 2, generator=torch.Generator().manual_seed(0))
@@ -602,8 +606,8 @@ def test_48000_tokens_and_no_more() -> None:
             model.extract_features(x)
 
 
-def test_positions_past_the_first_table() -> None:
-    """The table grows on demand and its rows stay what they were."""
+def test_positions_past_initial_table_grow_on_demand() -> None:
+    """The table grows on demand and keeps its rows."""
     model = build(
         num_mel_bins=2,
         patch_size=(1, 2),
@@ -642,7 +646,7 @@ def test_positions_past_the_first_table() -> None:
     )
 
 
-def test_an_encoder_alone() -> None:
+def test_encoder_only_model_features_equal_full_model() -> None:
     whole, encoder = build(), build(decoder_layers=0)
     missing = encoder.load_state_dict(whole.state_dict(), strict=False)
     assert not missing.missing_keys
@@ -664,7 +668,7 @@ def test_an_encoder_alone() -> None:
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_a_layerdrop_near_one_skips_layers_but_uses_every_parameter(stack: str) -> None:
+def test_layerdrop_near_one_skips_layers_and_uses_every_parameter(stack: str) -> None:
     model = build(**{f"{stack}_layerdrop": 1 - 1e-12}, encoder_layers=3, decoder_layers=2)
     x, frames = batch()
     torch.manual_seed(0)
@@ -684,7 +688,7 @@ def test_a_layerdrop_near_one_skips_layers_but_uses_every_parameter(stack: str) 
     assert not torch.equal(*model.extract_features(x, frames).hidden_states[:2])
 
 
-def test_layerdrop_drops_layers_independently_at_its_rate_and_rescales_nothing() -> None:
+def test_layerdrop_drops_layers_independently_at_its_rate_without_rescaling() -> None:
     rate, layers, runs = 0.3, 40, 25
     model = build(encoder_layerdrop=rate, encoder_layers=layers, decoder_layers=0, embed_dim=4, ffn_dim=4).train()
     x, _ = batch([8])
@@ -697,58 +701,58 @@ def test_layerdrop_drops_layers_independently_at_its_rate_and_rescales_nothing()
             for layer in range(1, layers):
                 dropped[i, layer] = torch.equal(states[layer], states[layer - 1])
                 if not dropped[i, layer]:
-                    rows = _packing(len(states[layer]))
+                    packing = _packing(len(states[layer]))
                     before = states[layer - 1]
-                    assert_rounding(states[layer], model.encoder.layers[layer](before, before, rows, PLAIN)[0])
+                    assert_rounding(states[layer], model.encoder.layers[layer](before, before, packing, PLAIN)[0])
     share = dropped[:, 1:].mean().item()
     assert abs(share - rate) < STANDARD_ERRORS * math.sqrt(rate * (1 - rate) / (runs * (layers - 1)))
-    assert dropped[:, 1:].std(0).min() > 0, "drawn anew in every call"
-    assert dropped[:, 1:].std(1).min() > 0, "drawn anew for every layer"
+    assert dropped[:, 1:].std(0).min() > 0, "each call must draw anew"
+    assert dropped[:, 1:].std(1).min() > 0, "each layer must draw anew"
 
 
-def _packing(rows: int) -> Any:
+def _packing(num_rows: int) -> Any:
     from mae_ast_fast.ops.packing import Packing
 
-    return Packing.of(torch.ones(1, rows, dtype=torch.bool))
+    return Packing.of(torch.ones(1, num_rows, dtype=torch.bool))
 
 
-def test_every_dropout_stands_where_the_paper_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_applied_where_the_paper_applies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"dropout": 0.11, "attention_dropout": 0.12, "activation_dropout": 0.13, "input_dropout": 0.14}
-    seen: list[tuple[float, tuple[int, ...]]] = []
+    calls: list[tuple[float, tuple[int, ...]]] = []
     original = reference.drop
 
     def spy(x: Tensor, rate: float) -> Tensor:
-        seen.append((rate, tuple(x.shape)))
+        calls.append((rate, tuple(x.shape)))
         return original(x, rate)
 
     monkeypatch.setattr(reference, "drop", spy)
     x, frames = batch([16, 16])
-    mask = masks([16, 16], hidden=[7, 7])
+    mask = masks([16, 16], num_masked=[7, 7])
     for norm_first in (False, True):
         model = build(attention="math", norm_first=norm_first, encoder_layers=1, **rates)
         for training in (True, False):
-            seen.clear()
+            calls.clear()
             model.train(training)
             model(x, frames, mask)
 
-            def layer(asking: int, rows: int, width: int) -> list:
+            def layer(num_queries: int, num_rows: int, width: int) -> list:
                 return [
-                    (0.12, (2, 2, asking // 2, rows // 2)),
-                    (0.11, (asking, width)),
-                    (0.13, (asking, 24)),
-                    (0.11, (asking, width)),
+                    (0.12, (2, 2, num_queries // 2, num_rows // 2)),
+                    (0.11, (num_queries, width)),
+                    (0.13, (num_queries, 24)),
+                    (0.11, (num_queries, width)),
                 ]
 
-            # The last layer of the decoder computes the 14 masked rows of 24 alone.
+            # The last layer of the decoder computes only the 14 masked rows of 24.
             decoder = [(0.11, (24, 8)), *layer(14, 24, 8)]
             expected = [(0.14, (10, 16)), (0.11, (10, 16)), *layer(10, 10, 16), *decoder]
             if training:
-                assert seen == expected
+                assert calls == expected
             else:
-                assert {rate for rate, _ in seen} == {0.0}
+                assert {rate for rate, _ in calls} == {0.0}
 
 
-def test_the_fused_attention_gets_its_dropout_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_gets_dropout_only_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -768,7 +772,7 @@ def test_the_fused_attention_gets_its_dropout_in_training_only(monkeypatch: pyte
     "rate",
     ["dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop", "decoder_layerdrop"],
 )
-def test_each_rate_acts_in_training_and_not_in_eval(rate: str) -> None:
+def test_dropout_rate_acts_in_training_and_not_in_eval(rate: str) -> None:
     with_rate, without = build(**{rate: 0.5}), build()
     x, frames = batch()
     outs = {}
@@ -782,7 +786,7 @@ def test_each_rate_acts_in_training_and_not_in_eval(rate: str) -> None:
     assert_same_output(with_rate(x, frames, masks()), without(x, frames, masks()))
 
 
-def test_a_seed_decides_everything_in_training() -> None:
+def test_forward_training_same_seed_gives_same_result() -> None:
     rates = {
         "dropout": 0.1,
         "attention_dropout": 0.1,
@@ -801,7 +805,7 @@ def test_a_seed_decides_everything_in_training() -> None:
     assert not torch.equal(results[0][0].mask, results[2][0].mask)
 
 
-def test_a_generator_decides_the_mask_and_nothing_else() -> None:
+def test_forward_generator_determines_only_the_mask() -> None:
     model = build(dropout=0.2, encoder_layerdrop=0.3).train()
     x, frames = batch([40, 29])
     tokens = torch.tensor(tokens_of([40, 29]))
@@ -810,13 +814,13 @@ def test_a_generator_decides_the_mask_and_nothing_else() -> None:
         torch.manual_seed(0)
         return copy.deepcopy(model)(x, frames, mask, generator)
 
-    one = call(torch.Generator().manual_seed(1))
-    assert torch.equal(one.mask, sample_mask("chunk", tokens, GRID_F, 0.75, generator=torch.Generator().manual_seed(1)))
-    assert not torch.equal(one.mask, call(torch.Generator().manual_seed(2)).mask)
-    # The same mask given instead of drawn: dropout and layerdrop see the same default generator either way.
-    assert_same_output(one, call(None, one.mask))
-    assert_same_output(one, call(torch.Generator().manual_seed(2), one.mask))
-    # What is drawn from the generator is the mask alone: its state afterwards is that after one draw.
+    out = call(torch.Generator().manual_seed(1))
+    assert torch.equal(out.mask, sample_mask("chunk", tokens, GRID_F, 0.75, generator=torch.Generator().manual_seed(1)))
+    assert not torch.equal(out.mask, call(torch.Generator().manual_seed(2)).mask)
+    # With the same mask passed instead of drawn, dropout and layerdrop draw the same from the default generator.
+    assert_same_output(out, call(None, out.mask))
+    assert_same_output(out, call(torch.Generator().manual_seed(2), out.mask))
+    # Only the mask is drawn from the generator: its state afterwards is that after one draw.
     generator, reference = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     call(generator)
     sample_mask("chunk", tokens, GRID_F, 0.75, generator=reference)
@@ -827,7 +831,7 @@ def test_a_generator_decides_the_mask_and_nothing_else() -> None:
     ("masking", "ratio"),
     [("random", 0.75), ("chunk", 0.5), ("time", 0.4), ("frequency", 0.6), ("span", 0.3), ("chunk_official", 0.7)],
 )
-def test_a_drawn_mask_follows_the_configuration(masking: str, ratio: float) -> None:
+def test_forward_drawn_mask_follows_config(masking: str, ratio: float) -> None:
     model = build(masking=masking, mask_ratio=ratio)
     x, frames = batch([60, 45, 29])
     out = model(x, frames, generator=torch.Generator().manual_seed(3))
@@ -838,7 +842,7 @@ def test_a_drawn_mask_follows_the_configuration(masking: str, ratio: float) -> N
     assert out.mask.sum(1).tolist() == (tokens - num_visible(tokens, ratio)).tolist()
 
 
-def test_training_lowers_the_loss_and_moves_every_parameter() -> None:
+def test_training_lowers_loss_and_changes_every_parameter() -> None:
     torch.manual_seed(0)
     model = MAEAST(config()).train()
     x, frames = batch()
@@ -859,13 +863,15 @@ def test_training_lowers_the_loss_and_moves_every_parameter() -> None:
 # ------------------------------------------------------------------------------------------------------ architecture
 
 
-def test_initialisation() -> None:
-    """Linears inside the stacks N(0, 0.02) and zero bias, outside PyTorch's default, mask token U(0, 1)."""
+def test_init_parameters_have_expected_distributions() -> None:
+    """Linears in the stacks: N(0, 0.02), zero bias. Other Linears: PyTorch's default. Mask token: U(0, 1)."""
     torch.manual_seed(0)
     model = MAEAST(MAEASTConfig.preset("patch_tiny", encoder_layers=2, encoder_projection=True))
-    inside = [m for stack in (model.encoder, model.decoder) for m in stack.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(inside) == 4 * 4
-    for linear in inside:
+    stack_linears = [
+        m for stack in (model.encoder, model.decoder) for m in stack.modules() if isinstance(m, torch.nn.Linear)
+    ]
+    assert len(stack_linears) == 4 * 4
+    for linear in stack_linears:
         values = linear.weight.double()
         bound = STANDARD_ERRORS / math.sqrt(values.numel())
         assert abs(values.mean()) < 0.02 * bound and abs(values.std() / 0.02 - 1) < bound
@@ -879,7 +885,7 @@ def test_initialisation() -> None:
     assert all((m.weight == 1).all() and m.eps == 1e-5 for m in model.modules() if isinstance(m, torch.nn.LayerNorm))
 
 
-def test_decoder_takes_heads_and_ffn_width_from_the_encoder() -> None:
+def test_decoder_shares_heads_and_ffn_width_with_encoder() -> None:
     model = build(decoder_embed_dim=20, num_heads=4, ffn_dim=40)
     for stack, width in ((model.encoder, 16), (model.decoder, 20)):
         for layer in stack.layers:
@@ -894,14 +900,14 @@ def test_decoder_takes_heads_and_ffn_width_from_the_encoder() -> None:
     ("fields", "expected"),
     [({"decoder_embed_dim": 16}, False), ({"decoder_embed_dim": 16, "encoder_projection": True}, True), ({}, True)],
 )
-def test_a_projection_only_where_asked_for_or_needed(fields: dict, expected: bool) -> None:
+def test_encoder_projection_exists_only_if_requested_or_needed(fields: dict, expected: bool) -> None:
     model = build(**fields)
     assert (model.encoder_projection is not None) is expected
     assert any(name.startswith("encoder_projection.") for name in model.state_dict()) is expected
     assert model(*batch(), masks()).loss.isfinite()
 
 
-def test_number_of_parameters_of_the_base_model() -> None:
+def test_patch_base_has_expected_parameter_count() -> None:
     with torch.device("meta"):
         model = MAEAST(MAEASTConfig.preset("patch_base"))
     d, ffn, p = 768, 3072, 256
@@ -909,13 +915,13 @@ def test_number_of_parameters_of_the_base_model() -> None:
     assert sum(x.numel() for x in model.parameters()) == 14 * layer + 2 * 2 * d + (p * d + d) + d + 2 * (d * p + p)
 
 
-def test_sdpa_equals_math() -> None:
+def test_attention_sdpa_matches_math() -> None:
     x, frames = batch()
     a, b = (run(build(attention=name), x, frames, masks()) for name in ("sdpa", "math"))
     for name in ("loss", "loss_per_clip", "pred_reconstruction", "pred_classification"):
         assert_rounding(getattr(a[0], name), getattr(b[0], name), name)
     for name in a[1]:
-        if not name.endswith("qkv.bias"):  # its key part is rounding noise around 0
+        if not name.endswith("qkv.bias"):  # the key part is rounding noise around 0
             assert_rounding(a[1][name], b[1][name], name, grad=True)
 
 
@@ -923,7 +929,7 @@ def test_sdpa_equals_math() -> None:
 
 
 @pytest.mark.parametrize("name", ["mae_ast_patch_chunk", "mae_ast_prenorm_proj"])
-def test_bf16_autocast_is_near_fp32(name: str) -> None:
+def test_forward_bf16_autocast_is_near_fp32(name: str) -> None:
     case = Golden(name)
     model = MAEAST.from_fairseq_state_dict(case.state_dict, case.options)
     source, mask = case["source"], case.mask
@@ -934,9 +940,9 @@ def test_bf16_autocast_is_near_fp32(name: str) -> None:
     out.loss.backward()
     assert out.pred_reconstruction.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
     assert torch.equal(out.target, exact.target.bfloat16()), "normalised in fp32, rounded once"
-    for part in ("loss", "loss_reconstruction", "loss_classification", "loss_per_clip"):
-        error = max_rel(getattr(out, part), getattr(exact, part))
-        assert 0 < error <= BF16_LOSS, f"{part}: {error:.2g}"
+    for field in ("loss", "loss_reconstruction", "loss_classification", "loss_per_clip"):
+        error = max_rel(getattr(out, field), getattr(exact, field))
+        assert 0 < error <= BF16_LOSS, f"{field}: {error:.2g}"
     for parameter, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32 and gradient.isfinite().all()
         if not parameter.endswith("qkv.bias"):
@@ -945,8 +951,8 @@ def test_bf16_autocast_is_near_fp32(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_under_autocast_are_computed_in_fp32(dtype: torch.dtype) -> None:
-    """From the same predictions: nothing of InfoNCE or the MSE is rounded to the autocast dtype."""
+def test_forward_autocast_computes_losses_in_fp32(dtype: torch.dtype) -> None:
+    """InfoNCE and MSE of the same predictions are not rounded to the autocast dtype."""
     model = build()
     x, frames = batch()
     with torch.autocast("cpu", dtype):
@@ -956,7 +962,7 @@ def test_losses_under_autocast_are_computed_in_fp32(dtype: torch.dtype) -> None:
     assert_rounding(out.loss_classification, torch.tensor(np.mean(nce)), "loss_classification")
 
 
-def test_features_under_autocast() -> None:
+def test_extract_features_autocast_is_near_fp32() -> None:
     model = build()
     x, frames = batch()
     with torch.no_grad():
@@ -969,8 +975,8 @@ def test_features_under_autocast() -> None:
 
 @pytest.mark.parametrize("features", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [False, True])
-def test_double_precision(features: torch.dtype, training: bool) -> None:
-    """A model in fp64 takes features of either precision and agrees with fp32 to its rounding, gradients too."""
+def test_forward_fp64_model_matches_fp32(features: torch.dtype, training: bool) -> None:
+    """An fp64 model takes features of either precision; outputs and gradients agree with fp32 to its rounding."""
     x, frames = batch()
     out, grads = run(build().train(training), x, frames, masks())
     exact, exact_grads = run(build().double().train(training), x.to(features), frames, masks())
@@ -986,7 +992,7 @@ def test_double_precision(features: torch.dtype, training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_fp32_model_takes_fp64_features(training: bool) -> None:
+def test_forward_fp32_model_accepts_fp64_features(training: bool) -> None:
     x, frames = batch()
     a, b = (build().train(training)(features, frames, masks()) for features in (x, x.double()))
     assert_rounding(a.loss, b.loss)
@@ -995,7 +1001,7 @@ def test_fp32_model_takes_fp64_features(training: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-def test_half_precision_weights(dtype: torch.dtype, training: bool) -> None:
+def test_forward_half_precision_weights_stay_near_fp32(dtype: torch.dtype, training: bool) -> None:
     x, frames = batch()
     exact, model = build(), build().to(dtype)
     model.train(training)
@@ -1011,7 +1017,7 @@ def test_half_precision_weights(dtype: torch.dtype, training: bool) -> None:
 # -------------------------------------------------------------------------------------------------- copies and files
 
 
-def test_deepcopy_and_pickle_are_independent_copies() -> None:
+def test_deepcopy_and_pickle_make_independent_models() -> None:
     model = build()
     x, frames = batch()
     model(x, frames, masks())
@@ -1026,7 +1032,7 @@ def test_deepcopy_and_pickle_are_independent_copies() -> None:
 
 
 def with_rounded_tables(case: Golden) -> dict[str, Tensor]:
-    """The official state of an fp16 run: its sinusoid tables are fp16-rounded."""
+    """The official state of an fp16 run, whose sinusoid tables are rounded to fp16."""
     options = case.options
     tables = {}
     for name, option in (
@@ -1046,7 +1052,7 @@ def with_rounded_tables(case: Golden) -> dict[str, Tensor]:
         {"patch_size": (2, BINS), "masking": "span"},
     ],
 )
-def test_save_and_load_to_the_bit(tmp_path: Path, fields: dict) -> None:
+def test_save_pretrained_round_trip_is_bit_exact(tmp_path: Path, fields: dict) -> None:
     model = build(**fields).train()
     x, frames = batch()
     if model.config.decoder_layers:
@@ -1062,11 +1068,11 @@ def test_save_and_load_to_the_bit(tmp_path: Path, fields: dict) -> None:
     features = model.extract_features(x, frames), loaded.extract_features(x, frames)
     assert torch.equal(features[0].last_hidden_state, features[1].last_hidden_state)
     if model.config.decoder_layers:
-        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-        assert_same_output(*(m(x, frames, generator=g) for m, g in zip((model, loaded), generators, strict=True)))
+        outs = [m(x, frames, generator=torch.Generator().manual_seed(0)) for m in (model, loaded)]
+        assert_same_output(outs[0], outs[1])
 
 
-def test_the_files_are_plain(tmp_path: Path) -> None:
+def test_save_pretrained_writes_config_and_safetensors(tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {"README.md"} == {"config.json", "model.safetensors"}
@@ -1075,12 +1081,12 @@ def test_the_files_are_plain(tmp_path: Path) -> None:
     assert MAEASTConfig.from_dict(fields) == model.config
     weights = load_file(tmp_path / "model.safetensors")
     assert set(weights) == set(model.state_dict())
-    assert not any("table" in name for name in weights), "a computed position table is computed again"
+    assert not any("table" in name for name in weights), "a computed position table must not be saved"
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
 
 
-def test_a_loaded_position_table_is_used_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
+def test_position_table_loaded_is_used_and_saved_bit_exact(tmp_path: Path) -> None:
     case = Golden("mae_ast_patch_small")
     official = with_rounded_tables(case)
     rounded = MAEAST.from_fairseq_state_dict(official, case.options)
@@ -1096,7 +1102,7 @@ def test_a_loaded_position_table_is_used_saved_and_loaded_to_the_bit(tmp_path: P
             return model(case["source"], mask=case.mask).loss
 
     assert torch.equal(rounded.encoder_positions.table, official["enc_sine_pos_embed.pe"][0].float())
-    assert not torch.equal(features(rounded), features(computed)), "the rounded table matters"
+    assert not torch.equal(features(rounded), features(computed)), "the rounded table must matter"
     rounded.save_pretrained(tmp_path)
     loaded = MAEAST.from_pretrained(tmp_path)
     for table in ("encoder_positions", "decoder_positions"):
@@ -1104,13 +1110,13 @@ def test_a_loaded_position_table_is_used_saved_and_loaded_to_the_bit(tmp_path: P
     assert torch.equal(features(loaded), features(rounded)) and torch.equal(loss(loaded), loss(rounded))
     again = copy.deepcopy(loaded)
     assert set(again.state_dict()) == set(rounded.state_dict()) != set(computed.state_dict())
-    # By hand: the same weights with the same table in place of the computed one.
+    # The same weights with that table in place of the computed one.
     computed.encoder_positions.table = official["enc_sine_pos_embed.pe"][0].float()
     assert torch.equal(features(loaded), features(computed))
 
 
 @pytest.mark.parametrize("shape", [(10, 7), (2048,), (48_000, 17), (1, 48, 16)])
-def test_a_position_table_of_another_width_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_from_pretrained_wrong_position_table_width_raises(tmp_path: Path, shape: tuple[int, ...]) -> None:
     build().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file({**load_file(path), "encoder_positions.table": torch.zeros(shape)}, path)
@@ -1118,7 +1124,7 @@ def test_a_position_table_of_another_width_is_refused(tmp_path: Path, shape: tup
         MAEAST.from_pretrained(tmp_path)
 
 
-def test_a_loaded_table_keeps_its_rows_when_a_clip_is_longer_than_it(tmp_path: Path) -> None:
+def test_position_table_loaded_keeps_rows_when_it_grows(tmp_path: Path) -> None:
     table = sinusoid(60, 16).half().float()
     model = build()
     model.load_state_dict({**model.state_dict(), "encoder_positions.table": table})
@@ -1128,7 +1134,7 @@ def test_a_loaded_table_keeps_its_rows_when_a_clip_is_longer_than_it(tmp_path: P
     assert torch.equal(grown[60:], sinusoid(len(grown), 16)[60:])
 
 
-def test_loading_a_folder_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_pretrained_folder_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -1145,7 +1151,7 @@ def test_loading_a_folder_needs_no_network(tmp_path: Path, monkeypatch: pytest.M
         MAEAST.from_pretrained(tmp_path)
 
 
-def test_options_of_a_loaded_model(tmp_path: Path) -> None:
+def test_from_pretrained_applies_and_checks_options(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
     loaded = MAEAST.from_pretrained(tmp_path, impl="torch", attention="math")
     assert (loaded.impl, loaded.attention) == ("torch", "math")
@@ -1204,7 +1210,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_are_errors_that_say_what(tmp_path: Path, damage: str) -> None:
+def test_from_pretrained_damaged_files_error_names_problem(tmp_path: Path, damage: str) -> None:
     build().save_pretrained(tmp_path)
     spoil, words = DAMAGE[damage]
     spoil(tmp_path)
@@ -1214,8 +1220,8 @@ def test_damaged_files_are_errors_that_say_what(tmp_path: Path, damage: str) -> 
     assert str(tmp_path) in str(caught.value)
 
 
-def test_saving_again_never_leaves_a_folder_without_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that dies while the weights are written leaves what was there."""
+def test_save_pretrained_failed_write_keeps_previous_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that fails while it writes the weights leaves the previous files."""
     model = build()
     model.save_pretrained(tmp_path)
 
@@ -1229,7 +1235,7 @@ def test_saving_again_never_leaves_a_folder_without_its_config(tmp_path: Path, m
     assert torch.equal(MAEAST.from_pretrained(tmp_path).head.weight, model.head.weight)
 
 
-def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+def test_from_pretrained_missing_folder_does_not_query_hub(tmp_path: Path) -> None:
     for missing in (str(tmp_path / "nothing"), "./nothing", "runs/of/mine"):
         with pytest.raises(ValueError, match=r"nothing|runs/of/mine.* is no folder"):
             MAEAST.from_pretrained(missing)
@@ -1238,7 +1244,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path)
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def test_impl_and_attention_are_checked_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_checks_impl_attention_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
     for impl in ("auto", "torch"):
         assert MAEAST(config(), impl=impl).impl == impl
     assert MAEAST(config(), impl="triton").impl == "triton"  # on a GPU, or under the interpreter
@@ -1286,7 +1292,7 @@ WRONG_MASKS = [
 
 @pytest.mark.parametrize("method", ["forward", "extract_features"])
 @pytest.mark.parametrize(("wrong", "words"), WRONG_INPUTS, ids=[str(words) for _, words in WRONG_INPUTS])
-def test_input_errors_name_what_was_expected_and_what_came(method: str, wrong: dict, words: list[str]) -> None:
+def test_invalid_input_error_names_expected_and_actual(method: str, wrong: dict, words: list[str]) -> None:
     x, frames = batch()
     with pytest.raises(ValueError) as caught:
         getattr(build(), method)(**{"features": x, "lengths": frames, **wrong})
@@ -1295,23 +1301,23 @@ def test_input_errors_name_what_was_expected_and_what_came(method: str, wrong: d
 
 
 @pytest.mark.parametrize(("mask", "words"), WRONG_MASKS, ids=[str(words) for _, words in WRONG_MASKS])
-def test_mask_errors_name_what_was_expected_and_what_came(mask: Any, words: list[str]) -> None:
+def test_invalid_mask_error_names_expected_and_actual(mask: Any, words: list[str]) -> None:
     x, frames = batch()
     with pytest.raises(ValueError) as caught:
         build()(x, frames, mask)
     assert not [word for word in ["mask", *words] if word not in str(caught.value)], str(caught.value)
 
 
-def test_layerdrop_keeps_the_graph_whole_and_static(tmp_path: Path) -> None:
-    """No branch on the draw: the stack traces as one graph, and DDP's static graph holds with layers skipped."""
+def test_layerdrop_graph_is_single_and_static(tmp_path: Path) -> None:
+    """No branch on the draw: the stack traces as one graph, and DDP's static graph holds with skipped layers."""
     model = build(encoder_layerdrop=0.5, encoder_layers=3).train()
-    rows = mae_ast_fast.ops.packing.Packing.of(torch.ones(2, 6, dtype=torch.bool))
+    packing = mae_ast_fast.ops.packing.Packing.of(torch.ones(2, 6, dtype=torch.bool))
     x = torch.randn(12, model.config.embed_dim)
     compiled = torch.compile(model.encoder, backend="eager", fullgraph=True)
     torch.manual_seed(3)
-    expected = model.encoder(x, rows, PLAIN)[0]
+    expected = model.encoder(x, packing, PLAIN)[0]
     torch.manual_seed(3)
-    assert_rounding(compiled(x, rows, PLAIN)[0], expected)
+    assert_rounding(compiled(x, packing, PLAIN)[0], expected)
 
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -36,7 +36,7 @@ FRAMES = {"equal": [24, 24], "unequal": [24, 9, 17]}
 
 
 @pytest.fixture(autouse=True)
-def several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def several_rows_per_program(monkeypatch: pytest.MonkeyPatch) -> None:
     few_programs(monkeypatch, "add_layer_norm_backward", "bias_gelu_backward", "scatter_tokens_backward")
 
 
@@ -51,7 +51,7 @@ def build(impl: str, shape: str, attention: str = "auto", **fields) -> MAEAST:
 
 
 def batch(model: MAEAST, frames: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features around -4, as log-mel has it, frame counts and a forced mask with a clip that hides other counts."""
+    """Features around -4, like log-mel, frame counts, and a mask that hides another count in the first clip."""
     config = model.config
     features = randn(len(frames), max(frames), config.num_mel_bins, offset=-4.0, seed=3)
     tokens = torch.tensor(frames) // config.patch_size[0] * config.grid_f
@@ -60,7 +60,9 @@ def batch(model: MAEAST, frames: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return features, torch.tensor(frames), mask.to(DEVICE)
 
 
-def step(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor | None) -> tuple[object, dict[str, Tensor]]:
+def step(model: MAEAST, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[object, dict[str, Tensor]]:
+    """One forward and backward on features, frame counts and mask: the output and every parameter's gradient."""
+    features, frames, mask = inputs
     model.zero_grad()
     out = model(features, frames, mask)
     out.loss.backward()
@@ -70,17 +72,17 @@ def step(model: MAEAST, features: Tensor, frames: Tensor, mask: Tensor | None) -
 @pytest.mark.parametrize("frames", FRAMES.values(), ids=FRAMES.keys())
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients(shape: str, variant: str, frames: list[int]) -> None:
+def test_triton_loss_and_gradients_match_torch(shape: str, variant: str, frames: list[int]) -> None:
     runs = []
     for impl, attention in (("torch", "sdpa"), ("triton", "short")):
         model = build(impl, shape, attention, **VARIANTS[variant])
-        runs.append(step(model, *batch(model, frames)))
+        runs.append(step(model, batch(model, frames)))
     (expected, expected_grads), (out, grads) = runs
     for name in ("loss", "loss_reconstruction", "loss_classification", "loss_per_clip"):
         assert max_rel(getattr(out, name), getattr(expected, name)) <= ONE_STEP, name
     assert torch.equal(out.accuracy, expected.accuracy) and torch.equal(out.target, expected.target)
     for name, gradient in grads.items():
-        if name.endswith("qkv.bias"):  # its key part is rounding noise around 0
+        if name.endswith("qkv.bias"):  # the key part is rounding noise around 0
             width = len(gradient) // 3
             gradient, expected_grads[name] = (
                 torch.cat((g[:width], g[2 * width :])) for g in (gradient, expected_grads[name])
@@ -90,11 +92,11 @@ def test_loss_and_gradients(shape: str, variant: str, frames: list[int]) -> None
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_half_precision_is_near_fp32(shape: str, dtype: torch.dtype) -> None:
+def test_triton_half_precision_is_near_fp32(shape: str, dtype: torch.dtype) -> None:
     exact = build("torch", shape)
     model = build("triton", shape, "short")
     inputs = batch(model, FRAMES["unequal"])
-    expected, _ = step(exact, *inputs)
+    expected, _ = step(exact, inputs)
     with torch.autocast(DEVICE.type, dtype):
         out = model(*inputs)
     out.loss.backward()
@@ -108,20 +110,20 @@ def test_half_precision_is_near_fp32(shape: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_features(shape: str) -> None:
-    found = []
+def test_triton_features_match_torch(shape: str) -> None:
+    outs = []
     for impl, attention in (("torch", "sdpa"), ("triton", "short")):
         model = build(impl, shape, attention).eval()
         features, frames, _ = batch(model, FRAMES["unequal"])
-        found.append(model.extract_features(features, frames))
-    assert_rounding(found[1].last_hidden_state, found[0].last_hidden_state)
+        outs.append(model.extract_features(features, frames))
+    assert_rounding(outs[1].last_hidden_state, outs[0].last_hidden_state)
 
 
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2, "input_dropout": 0.2}
 
 
-def test_dropout_draws_one_mask_for_forward_and_backward() -> None:
-    """The loss at a fixed seed is a plain function of the weights, and the gradient is its slope."""
+def test_triton_dropout_uses_one_mask_in_forward_and_backward() -> None:
+    """At a fixed seed the loss is a function of the weights alone, and the gradient is its slope."""
     model = build("triton", "patch", "short", **DROPOUT)
     inputs = batch(model, FRAMES["unequal"])
 
@@ -132,7 +134,7 @@ def test_dropout_draws_one_mask_for_forward_and_backward() -> None:
     first = loss()
     assert torch.equal(first, loss())
     torch.manual_seed(8)
-    assert not torch.equal(first, model(*inputs).loss), "another seed, other masks"
+    assert not torch.equal(first, model(*inputs).loss), "another seed must draw other masks"
     first.backward()
     generator = torch.Generator().manual_seed(1)
     parameters = list(model.parameters())
@@ -153,8 +155,8 @@ def test_dropout_draws_one_mask_for_forward_and_backward() -> None:
     assert max_rel((values[0] - values[1]) / (2 * size), slope) <= DIRECTIONAL
 
 
-def test_sites_of_a_model_are_all_different(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No two dropouts of a step share a mask: every call of an op has a site of its own, and all share one seed."""
+def test_dropout_sites_of_a_model_are_distinct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two dropouts of a step share a mask: each call of an operation has its own site, and all share one seed."""
     from mae_ast_fast import ops
 
     sites, seeds = [], []
@@ -162,8 +164,8 @@ def test_sites_of_a_model_are_all_different(monkeypatch: pytest.MonkeyPatch) -> 
         original = getattr(ops, name)
 
         def spy(*args, original=original, **kwargs):
-            given = inspect.signature(original).bind(*args, **kwargs).arguments
-            seeds.append(given["seed"]), sites.append(given["site"])
+            arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+            seeds.append(arguments["seed"]), sites.append(arguments["site"])
             return original(*args, **kwargs)
 
         monkeypatch.setattr(ops, name, spy)
@@ -173,8 +175,8 @@ def test_sites_of_a_model_are_all_different(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({int(seed) for seed in seeds}) == 1
 
 
-def test_masks_are_those_of_the_plain_path() -> None:
-    """One seed of the generator, one mask, whichever implementation draws it."""
+def test_triton_drawn_masks_equal_torch() -> None:
+    """A generator's seed gives the same mask in both implementations."""
     for shape in SHAPES:
         masks = []
         for impl in ("torch", "triton"):
@@ -184,7 +186,7 @@ def test_masks_are_those_of_the_plain_path() -> None:
         assert torch.equal(*masks)
 
 
-def test_what_the_kernels_do_not_take() -> None:
+def test_triton_fp64_input_raises() -> None:
     model = build("triton", "patch").double()
     features, frames, mask = batch(model, FRAMES["equal"])
     with pytest.raises(ValueError, match=r"float32, float16 and bfloat16, got torch.float64; use impl='torch'"):
@@ -192,8 +194,8 @@ def test_what_the_kernels_do_not_take() -> None:
 
 
 @pytest.mark.long
-def test_fifty_steps_stay_together() -> None:
-    """Training on one batch with masks drawn anew: the losses of both implementations, step by step."""
+def test_triton_fifty_training_steps_track_torch() -> None:
+    """Losses of both implementations, step by step, of training on one batch with new masks in each step."""
     losses = []
     for impl, attention in (("torch", "sdpa"), ("triton", "short")):
         model = build(impl, "frame", attention, encoder_layers=1, decoder_layers=1)

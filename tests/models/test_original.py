@@ -1,4 +1,4 @@
-"""The benchmarks' ``original`` column against the tensors recorded from the paper's own code."""
+"""The ``original`` column of the step benchmark against recorded tensors, and the checks of that benchmark."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(case: Golden) -> Original:
     return model.train()
 
 
-def test_forward_and_losses(case: Golden) -> None:
+def test_original_forward_and_losses_match_golden(case: Golden) -> None:
     model = build(case)
     out = model(case["source"], case.mask)
     assert_golden(out.loss, case["loss/total"], "loss")
@@ -54,7 +54,7 @@ def test_forward_and_losses(case: Golden) -> None:
         assert_golden(getattr(model.batch_norm, name), value, name)
 
 
-def test_gradients_of_every_parameter(case: Golden) -> None:
+def test_original_every_gradient_matches_golden(case: Golden) -> None:
     model = build(case)
     model(case["source"], case.mask).loss.backward()
     actual = {name: p.grad for name, p in model.named_parameters() if not name.startswith("layer_norm.")}
@@ -67,7 +67,7 @@ def test_gradients_of_every_parameter(case: Golden) -> None:
             assert_golden(gradient, recorded[name], name)
 
 
-def test_clock_names_the_stages_and_changes_nothing() -> None:
+def test_original_clock_names_stages_and_changes_nothing() -> None:
     case = Golden(MAE_AST[0])
     model = build(case)
     plain = model(case["source"], case.mask).loss
@@ -86,12 +86,12 @@ def test_clock_names_the_stages_and_changes_nothing() -> None:
     ]
 
 
-def test_masks_are_the_papers() -> None:
+def test_original_masks_match_paper() -> None:
     torch.manual_seed(0)
     mask = chunk_mask(3, 512, 8, 0.75)
     assert mask.sum(1).tolist() == [512 - num_visible(512, 0.75)] * 3
     assert torch.equal(mask[0], mask[1]) and torch.equal(mask[0], mask[2])
-    assert not mask[:, -1].any()  # the surplus goes from the end
+    assert not mask[:, -1].any()  # surplus masked tokens are dropped from the end
     mask = random_mask(3, 512, 0.6)
     assert mask.sum(1).tolist() == [512 - num_visible(512, 0.6)] * 3
     assert not torch.equal(mask[0], mask[1])
@@ -102,16 +102,16 @@ def test_masks_are_the_papers() -> None:
 
 @pytest.mark.ci
 @pytest.mark.parametrize("case", bench_step.ON_CPU, ids=lambda case: case.name)
-def test_the_step_benchmark_at_toy_sizes(case: bench_step.Case) -> None:
+def test_bench_step_toy_case_records_every_column(case: bench_step.Case) -> None:
     toy = case.toy()
     one_round, record = bench_step.measure(toy, compiled=False, toy=True)
     one_round()
     record = json.loads(json.dumps(record))
     assert record["failed"] == {}
     columns = record["columns"]
-    kinds = [kind for kind in case.columns if kind not in bench_step.left_out(toy, compiled=False)]
+    names = [name for name in case.columns if name not in bench_step.left_out(toy, compiled=False)]
     precisions = ["" if precision == "fp32" else " bf16" for precision in case.precisions]
-    assert list(columns) == [f"{kind}{precision}" for precision in precisions for kind in kinds]
+    assert list(columns) == [f"{name}{precision}" for precision in precisions for name in names]
     assert set(record["peak"]) == set(case.precisions)
     for name, column in columns.items():
         assert len(column["seconds"]) == len(column["cpu_seconds"]) == 1
@@ -121,14 +121,14 @@ def test_the_step_benchmark_at_toy_sizes(case: bench_step.Case) -> None:
             assert set(stages) == {"forward", "update"} or set(stages) == {"forward", "backward", "optimizer"}
         assert column["flops"] > 0 and column["clips"] == toy.clips * toy.batches
     if "original" in case.columns:
-        first, second = (next(c for name, c in columns.items() if kind in name) for kind in ("original", "fast"))
+        first, second = (next(c for name, c in columns.items() if word in name) for word in ("original", "fast"))
         assert {"encoder", "decoder", "losses", "backward", "optimizer"} < set(first["stages"][0])
         audio = first["audio_seconds"], second["audio_seconds"]
         assert audio[0] < audio[1] if case.mixed else audio[0] == audio[1]
 
 
 @pytest.mark.parametrize("cases", [bench_step.ON_CPU, bench_step.ON_GPU_CASES], ids=["cpu", "gpu"])
-def test_sweeps_change_one_factor_at_a_time(cases: tuple[bench_step.Case, ...]) -> None:
+def test_bench_step_sweep_changes_one_factor_at_a_time(cases: tuple[bench_step.Case, ...]) -> None:
     assert len({case.name for case in cases}) == len(cases)
     points = [case for case in cases if case.part == "sweep"]
     base = next(case for case in points if case.factor == "")
@@ -140,15 +140,15 @@ def test_sweeps_change_one_factor_at_a_time(cases: tuple[bench_step.Case, ...]) 
         assert different == ({case.factor} if case.factor else set())
 
 
-def test_the_goals_of_a_gpu_find_their_columns() -> None:
+def test_bench_step_gpu_cases_have_columns_of_the_goals() -> None:
     cases = {case.name: case.columns for case in bench_step.ON_GPU_CASES}
     assert {"original", "fast", "fast, gelu"} <= set(cases["patch_base"])
     assert {"compiled", "fast"} <= set(cases["patch_base compiled"])
     assert "fast" in cases["mixed"] and "fast" in cases["equal"]
 
 
-def test_gpu_cases_are_in_order_of_value() -> None:
-    """What compiles and what sweeps comes last: a run that is stopped has the cases before it."""
+def test_bench_step_gpu_cases_are_ordered_by_value() -> None:
+    """Compiled cases and sweeps come last, so that a run that is stopped has the others."""
     late = [
         any("compiled" in name for name in case.columns) + 2 * (case.part == "sweep")
         for case in bench_step.ON_GPU_CASES
@@ -166,7 +166,7 @@ def toy_columns(name: str) -> dict[str, bench_step.Column]:
 
 
 def check_fails(column: bench_step.Column) -> str:
-    """Why a column's check fails."""
+    """The reason for which a column's check fails."""
     failed = Failed()
     assert bench_step.check([column], failed) == {}
     return failed[column.name]
@@ -181,9 +181,9 @@ def check_fails(column: bench_step.Column) -> str:
         ("ssast patch_small", "ssast bf16", "classification_head.2.weight"),
     ],
 )
-def test_the_step_benchmark_refuses_another_loss(case: str, name: str, parameter: str) -> None:
+def test_bench_step_check_rejects_other_loss(case: str, name: str, parameter: str) -> None:
     columns = toy_columns(case)
-    name = name if name in columns else name.removesuffix(" bf16")  # where bf16 is not native
+    name = name if name in columns else name.removesuffix(" bf16")  # on a CPU without native bf16
     failed = Failed()
     assert set(bench_step.check(list(columns.values()), failed)) == set(columns) and not failed
     with torch.no_grad():
@@ -191,26 +191,28 @@ def test_the_step_benchmark_refuses_another_loss(case: str, name: str, parameter
     assert re.search(f"{name}: (loss|gradient)", check_fails(columns[name]))
 
 
-def skips(what: str, column: bench_step.Column, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks a column that updates by TrainStep."""
+def skip_work(skipped: str, column: bench_step.Column, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a column that updates by TrainStep skip some of its work."""
     update, model = column.update, column.model
-    if what in ("half the clips", "half the frames"):
+    if skipped in ("half the clips", "half the frames"):
 
-        def less(features: torch.Tensor, frames: list[int], mask: torch.Tensor | None = None, **more: Any) -> Any:
-            if what == "half the clips":
+        def update_less(
+            features: torch.Tensor, frames: list[int], mask: torch.Tensor | None = None, **options: Any
+        ) -> Any:
+            if skipped == "half the clips":
                 clips = len(frames) // 2
-                return update(features[:clips], frames[:clips], None if mask is None else mask[:clips], **more)
+                return update(features[:clips], frames[:clips], None if mask is None else mask[:clips], **options)
             width = features.shape[1] // 2
             mask = None if mask is None else mask[:, : mask.shape[1] // 2]
-            return update(features[:, :width].contiguous(), [width] * len(frames), mask, **more)
+            return update(features[:, :width].contiguous(), [width] * len(frames), mask, **options)
 
-        less.restore, less.lr, less.graphs = update.restore, update.lr, None
-        column.update = less
-    elif what == "optimizer":
+        update_less.restore, update_less.lr, update_less.graphs = update.restore, update.lr, None
+        column.update = update_less
+    elif skipped == "optimizer":
         monkeypatch.setattr(update.optimizer, "step", lambda: None)
-    elif what == "encoder's gradient":
+    elif skipped == "encoder's gradient":
         model.encoder.register_forward_hook(lambda module, inputs, out: detached(out))
-    elif what == "a layer":
+    elif skipped == "a layer":
         layer = model.encoder.layers[0]
         with torch.no_grad():
             for x in (layer.out_proj.weight, layer.fc2.weight):
@@ -222,23 +224,25 @@ def detached(out: Any) -> Any:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("what", ["half the clips", "half the frames", "optimizer", "encoder's gradient", "a layer"])
-def test_a_step_that_skips_something_is_not_timed(what: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("skipped", ["half the clips", "half the frames", "optimizer", "encoder's gradient", "a layer"])
+def test_bench_step_column_that_skips_work_is_not_timed(
+    skipped: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = dataclasses.replace(bench_step.ON_CPU[1].toy(), columns=("fast",), precisions=(precision,))
     make = bench_step.make_columns
 
     def broken(*arguments: Any) -> list[bench_step.Column]:
         columns = make(*arguments)
-        skips(what, columns[0], monkeypatch)
+        skip_work(skipped, columns[0], monkeypatch)
         return columns
 
     _, record = bench_step.measure(case, compiled=False, toy=True)
     (name,) = record["columns"]
     monkeypatch.setattr(bench_step, "make_columns", broken)
-    told = {"optimizer": "does not move", "encoder's gradient": "gradient's norm|does not move"}
+    messages = {"optimizer": "does not move", "encoder's gradient": "gradient's norm|does not move"}
     _, record = bench_step.measure(case, compiled=False, toy=True)
     assert record["columns"] == {}
-    assert re.search(told.get(what, "loss|gradient's norm"), record["failed"][name])
+    assert re.search(messages.get(skipped, "loss|gradient's norm"), record["failed"][name])
 
 
 def raises(*arguments: Any, **options: Any) -> None:
@@ -283,7 +287,7 @@ def sabotage_second_round(monkeypatch: pytest.MonkeyPatch) -> None:
         (sabotage_second_round, "RuntimeError: no kernel image"),
     ],
 )
-def test_measure_with_broken_column_times_the_others(
+def test_bench_step_measure_with_broken_column_times_the_others(
     sabotage: Callable[[pytest.MonkeyPatch], None], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = dataclasses.replace(bench_step.ON_CPU[1].toy(), precisions=("bf16",))  # original, reference, fast
@@ -298,7 +302,7 @@ def test_measure_with_broken_column_times_the_others(
     assert name == "fast bf16" and re.search(message, record["failed"][name])
 
 
-def test_check_that_raises_restores_the_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_step_check_that_raises_restores_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """``compiled`` trains the reference's weights with the reference's optimizer."""
     column = next(column for name, column in toy_columns("frame_small").items() if name.startswith("reference"))
     monkeypatch.setattr(column, "one_update", raises)
@@ -315,11 +319,11 @@ def test_bench_step_with_broken_column_fails_and_keeps_the_case(tmp_path: Path) 
         "def broken(*arguments, **options): raise RuntimeError('sabotaged')\n"
         "bench_step.TrainStep = broken\n"
         "measure = bench_step.measure\n"
-        "bench_step.measure = lambda case, **how: measure(case.toy(), compiled=False, toy=True)\n"
+        "bench_step.measure = lambda case, **options: measure(case.toy(), compiled=False, toy=True)\n"
     )
     target = tmp_path / "out.json"
-    only = '--only=["bench_step[frame_small]"]'
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_step.py", only, f"--benchmark-json={target}"]
+    only_case = '--only=["bench_step[frame_small]"]'
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_step.py", only_case, f"--benchmark-json={target}"]
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     variables["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path, ROOT / "benchmarks", ROOT / "tests")))
     done = subprocess.run(
@@ -337,7 +341,7 @@ def test_bench_step_with_broken_column_fails_and_keeps_the_case(tmp_path: Path) 
     assert {"original bf16", "reference bf16"} <= set(case["extra_info"]["columns"])
 
 
-def test_a_check_leaves_no_trace() -> None:
+def test_bench_step_check_restores_model_and_optimizer() -> None:
     columns = [*toy_columns("frame_small").values(), *toy_columns("ssast patch_small").values()]
     before = [{n: x.clone() for n, x in column.model.state_dict().items()} for column in columns]
     failed = Failed()
@@ -353,7 +357,7 @@ def test_a_check_leaves_no_trace() -> None:
         assert all(p.grad is None for p in column.model.parameters())
 
 
-def test_a_column_without_dropout_has_none() -> None:
+def test_bench_step_column_without_dropout_is_deterministic() -> None:
     def twice(column: bench_step.Column) -> list[float]:
         batch = column.kind.batches[0]
         mask = column.kind.yardstick.draw(batch)
@@ -364,15 +368,15 @@ def test_a_column_without_dropout_has_none() -> None:
     assert len(set(twice(toy_columns("frame_small")["fast"]))) == 2
 
 
-def test_flops_are_those_of_the_papers_models() -> None:
+def test_bench_step_flops_match_paper_models() -> None:
     config = MAEASTConfig.preset("patch_base")
     assert f"{bench_step.mae_ast_flops(config, 512) / 1e9:.1f}" == "116.6"
-    ssast, twice = (bench_step.ssast_config(config, 1024, how) for how in ("joint", "joint_two_pass"))
-    assert f"{bench_step.ssast_flops(ssast, 512) / 1e9:.1f}" == "295.3"  # 295.8 where hidden patches are embedded too
+    ssast, twice = (bench_step.ssast_config(config, 1024, objective) for objective in ("joint", "joint_two_pass"))
+    assert f"{bench_step.ssast_flops(ssast, 512) / 1e9:.1f}" == "295.3"  # 295.8 if masked patches are embedded too
     assert f"{bench_step.ssast_flops(twice, 512) / 1e9:.1f}" == "586.6"  # the heads are not run twice
 
 
-def test_vitmae_is_of_our_sizes() -> None:
+def test_vitmae_column_has_our_sizes() -> None:
     pytest.importorskip("transformers", reason="needs transformers")
     toy = bench_step.ON_CPU[0].toy()
     column = toy_columns("patch_small")["vitmae"]

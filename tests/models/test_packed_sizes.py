@@ -1,4 +1,4 @@
-"""A training step for a GPU that never waits for the host: rounded-up sizes, one traced graph, nothing read back."""
+"""Token counts with padding rows, single traced graphs, and training steps without waits for the GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PATHS = {"torch": ("torch", "sdpa"), "torch, math": ("torch", "math"), "triton":
 
 
 @pytest.fixture(autouse=True)
-def several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def several_rows_per_program(monkeypatch: pytest.MonkeyPatch) -> None:
     few_programs(monkeypatch, "add_layer_norm_backward", "bias_gelu_backward", "scatter_tokens_backward")
 
 
@@ -45,19 +45,23 @@ def build(path: str = "torch", shape: str = "patch", **fields) -> MAEAST:
     return model.to(DEVICE).train()
 
 
-def batch(model: MAEAST, frames: list[int], seed: int = 0, longest: int = 48) -> tuple[Tensor, Tensor, Tensor]:
+def batch(model: MAEAST, frames: list[int], seed: int = 0, max_frames: int = 48) -> tuple[Tensor, Tensor, Tensor]:
     config = model.config
-    features = randn(len(frames), longest, config.num_mel_bins, offset=-4.0, seed=seed)
+    features = randn(len(frames), max_frames, config.num_mel_bins, offset=-4.0, seed=seed)
     lengths = torch.tensor(frames)
-    tokens = lengths // config.patch_size[0] * config.grid_f
-    width = longest // config.patch_size[0] * config.grid_f
-    mask = sample_mask(config.masking, tokens, config.grid_f, config.mask_ratio, seed=seed, max_tokens=width)
+    num_tokens = lengths // config.patch_size[0] * config.grid_f
+    max_tokens = max_frames // config.patch_size[0] * config.grid_f
+    mask = sample_mask(config.masking, num_tokens, config.grid_f, config.mask_ratio, seed=seed, max_tokens=max_tokens)
     return features, lengths.to(DEVICE), mask.to(DEVICE)
 
 
-def step(model: MAEAST, *args, **kwargs) -> tuple[object, dict[str, Tensor]]:
+def step(
+    model: MAEAST, inputs: tuple[Tensor, Tensor, Tensor], sizes: TokenCounts | None = None
+) -> tuple[object, dict[str, Tensor]]:
+    """One forward and backward on features, lengths and mask: the output and every parameter's gradient."""
+    features, lengths, mask = inputs
     model.zero_grad()
-    out = model(*args, **kwargs)
+    out = model(features, lengths, mask, sizes=sizes)
     out.loss.backward()
     return out, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -66,45 +70,45 @@ def step(model: MAEAST, *args, **kwargs) -> tuple[object, dict[str, Tensor]]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 600), st.integers(0, 600)), min_size=1, max_size=20))
-def test_a_bucket_holds_its_batch_and_wastes_little(counts: list[tuple[int, int]]) -> None:
+def test_bucket_bounds_counts_within_an_eighth(counts: list[tuple[int, int]]) -> None:
     exact = TokenCounts.of([v for v, _ in counts], [m for _, m in counts])
     bucket = exact.bucket()
     assert not exact.has_padding_rows and bucket.has_padding_rows
-    for most, rounded in zip(exact[:5], bucket[:5], strict=True):
-        assert most <= rounded <= max(most + 15, most * 9 / 8)
+    for count, rounded in zip(exact[:5], bucket[:5], strict=True):
+        assert count <= rounded <= max(count + 15, count * 9 / 8)
     assert bucket.bucket() == bucket
 
 
-def test_sizes_of_a_batch_are_those_of_its_masks() -> None:
+def test_sizes_of_match_drawn_masks() -> None:
     for shape in SHAPES:
         model = build(shape=shape)
         frames = [48, 17, 33, 3, 0]
         _, lengths, mask = batch(model, frames)
-        tokens = (lengths // model.config.patch_size[0] * model.config.grid_f).cpu()
-        masked = mask.sum(1).cpu()
-        expected = TokenCounts.of((tokens - masked).tolist(), masked.tolist())
+        num_tokens = (lengths // model.config.patch_size[0] * model.config.grid_f).cpu()
+        num_masked = mask.sum(1).cpu()
+        expected = TokenCounts.of((num_tokens - num_masked).tolist(), num_masked.tolist())
         assert model.sizes_of(frames) == expected == model.sizes_of(lengths.cpu())
-        assert expected.visible == int(num_visible(tokens, model.config.mask_ratio).sum())
+        assert expected.visible == int(num_visible(num_tokens, model.config.mask_ratio).sum())
 
 
 @settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=6),
-    more=st.integers(0, 5),
-    longer=st.integers(0, 5),
+    num_padding=st.integers(0, 5),
+    slack=st.integers(0, 5),
 )
-def test_packing_into_more_rows_than_there_are(rows: list[list[bool]], more: int, longer: int) -> None:
+def test_packing_with_padding_rows_keeps_real_rows(rows: list[list[bool]], num_padding: int, slack: int) -> None:
     selected = torch.tensor(rows)
     exact = Packing.of(selected)
     assert not exact.has_padding_rows and exact.valid.all() and exact.max_seqlen == int(selected.sum(1).max())
     clip, token = selected.nonzero(as_tuple=True)
     assert torch.equal(exact.clip, clip) and torch.equal(exact.token, token)
     total = len(clip)
-    wide = Packing.of(selected, total + more, max_seqlen=exact.max_seqlen + longer, has_padding_rows=True)
-    assert len(wide.clip) == len(wide.token) == len(wide.valid) == total + more
+    wide = Packing.of(selected, total + num_padding, max_seqlen=exact.max_seqlen + slack, has_padding_rows=True)
+    assert len(wide.clip) == len(wide.token) == len(wide.valid) == total + num_padding
     assert torch.equal(wide.clip[:total], clip) and torch.equal(wide.token[:total], token)
     assert torch.equal(wide.cu_seqlens, exact.cu_seqlens)
-    assert torch.equal(wide.valid, torch.arange(total + more) < total)
+    assert torch.equal(wide.valid, torch.arange(total + num_padding) < total)
 
 
 # ----------------------------------------------------------------------------------------------------------- values
@@ -115,11 +119,11 @@ FRAMES = {"unequal": [48, 17, 33], "an empty and a tiny clip": [0, 48, 9, 16], "
 @pytest.mark.parametrize("frames", FRAMES.values(), ids=FRAMES.keys())
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("path", PATHS)
-def test_rounded_up_sizes_change_nothing(path: str, shape: str, frames: list[int]) -> None:
+def test_forward_bucket_sizes_change_no_result(path: str, shape: str, frames: list[int]) -> None:
     model = build(path, shape)
     inputs = batch(model, frames)
-    exact, expected = step(model, *inputs)
-    wide, gradients = step(model, *inputs, sizes=model.sizes_of(frames).bucket())
+    exact, expected = step(model, inputs)
+    wide, gradients = step(model, inputs, sizes=model.sizes_of(frames).bucket())
     for name in ("loss", "loss_reconstruction", "loss_classification", "loss_per_clip", "accuracy"):
         assert_rounding(getattr(wide, name), getattr(exact, name), name)
     rows = len(exact.target)
@@ -127,17 +131,17 @@ def test_rounded_up_sizes_change_nothing(path: str, shape: str, frames: list[int
     for name in ("pred_reconstruction", "pred_classification", "target"):
         assert_rounding(getattr(wide, name)[:rows], getattr(exact, name), name)
     for name, gradient in gradients.items():
-        if name.endswith("qkv.bias"):  # its key part is rounding noise around 0
+        if name.endswith("qkv.bias"):  # the key part is rounding noise around 0
             width = len(gradient) // 3
             gradient, expected[name] = (torch.cat((g[:width], g[2 * width :])) for g in (gradient, expected[name]))
         assert_rounding(gradient, expected[name], name, grad=True)
 
 
-def test_without_anything_to_learn_the_losses_are_0() -> None:
-    """With sizes nobody looks whether a clip has visible and masked tokens; then there is no loss, and no NaN."""
+def test_forward_with_sizes_and_no_masked_token_returns_zero_loss() -> None:
+    """With sizes the model does not check for visible and masked tokens: losses and gradients are 0, not NaN."""
     model = build()
     features, lengths, mask = batch(model, [7, 0])
-    out, gradients = step(model, features, lengths, mask, sizes=model.sizes_of([48, 48]).bucket())
+    out, gradients = step(model, (features, lengths, mask), sizes=model.sizes_of([48, 48]).bucket())
     assert out.loss == 0 and all(gradient.isfinite().all() and not gradient.any() for gradient in gradients.values())
 
 
@@ -151,14 +155,14 @@ def compiled(model: MAEAST) -> tuple[object, torch._dynamo.testing.CompileCounte
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.long)])
-def test_one_graph_for_all_batches_of_a_bucket(path: str) -> None:
+def test_compile_batches_of_one_bucket_share_one_graph(path: str) -> None:
     model = build(path, encoder_layers=1)
     graph, counter = compiled(model)
     sizes = model.sizes_of([48, 17, 33]).bucket()
     for seed, frames in enumerate(([48, 17, 33], [48, 24, 24], [48, 32, 9])):
         assert model.sizes_of(frames).bucket() == sizes
         inputs = batch(model, frames, seed)
-        expected, expected_gradients = step(model, *inputs, sizes=sizes)
+        expected, expected_gradients = step(model, inputs, sizes=sizes)
         out = graph(*inputs, sizes=sizes)
         model.zero_grad()
         out.loss.backward()
@@ -166,14 +170,14 @@ def test_one_graph_for_all_batches_of_a_bucket(path: str) -> None:
         for name, parameter in model.named_parameters():
             if not name.endswith("qkv.bias"):
                 assert_rounding(parameter.grad, expected_gradients[name], name, grad=True)
-        assert counter.frame_count == 1, "another length, another graph"
+        assert counter.frame_count == 1, "another graph for another length"
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("path", "shape"), [("torch", "patch"), pytest.param("triton", "frame", marks=pytest.mark.long)]
 )
-def test_one_graph_with_masks_drawn_and_dropout_and_layerdrop(path: str, shape: str) -> None:
+def test_compile_drawn_masks_dropout_and_layerdrop_make_one_graph(path: str, shape: str) -> None:
     rates = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "input_dropout": 0.1}
     model = build(path, shape, **rates, encoder_layerdrop=0.2, encoder_layers=1, decoder_layers=1)
     graph, counter = compiled(model)
@@ -189,10 +193,10 @@ def test_one_graph_with_masks_drawn_and_dropout_and_layerdrop(path: str, shape: 
 
 @pytest.mark.long
 @pytest.mark.skipif(DEVICE.type == "cpu" and not shutil.which("g++"), reason="Inductor needs a C++ compiler on a CPU")
-def test_inductor_computes_the_same() -> None:
+def test_inductor_matches_eager() -> None:
     model = build(encoder_layers=1, decoder_layers=1)
     inputs, sizes = batch(model, [48, 17, 33]), model.sizes_of([48, 17, 33]).bucket()
-    expected, gradients = step(model, *inputs, sizes=sizes)
+    expected, gradients = step(model, inputs, sizes=sizes)
     torch._dynamo.reset()
     graph = torch.compile(model, fullgraph=True)
     model.zero_grad()
@@ -206,8 +210,8 @@ def test_inductor_computes_the_same() -> None:
     assert drawn.loss.isfinite() and drawn.mask.sum() == 3 * model.sizes_of([48]).masked
 
 
-def test_the_graph_reads_nothing_back() -> None:
-    """No node that hands a value of a tensor to the host or makes a shape of it."""
+def test_compile_graph_reads_no_value_on_the_host() -> None:
+    """No node passes a value of a tensor to the host, or uses one as a shape."""
     model = build(encoder_layers=1)
     graphs = []
 
@@ -232,16 +236,16 @@ def test_the_graph_reads_nothing_back() -> None:
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="counts waits for a GPU: needs one")
 @pytest.mark.parametrize("path", PATHS)
-def test_a_step_never_waits_for_the_gpu(path: str) -> None:
+def test_step_on_gpu_never_synchronizes(path: str) -> None:
     model = build(path, dropout=0.1)
     features, lengths, _ = batch(model, [48, 17, 33])
-    on_host, sizes = lengths.cpu(), model.sizes_of([48, 17, 33])
+    host_lengths, sizes = lengths.cpu(), model.sizes_of([48, 17, 33])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first step compiles and allocates
         try:
             model(features, lengths, sizes=sizes).loss.backward()
-            model(features, on_host).loss.backward()
+            model(features, host_lengths).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         finally:

@@ -1,4 +1,4 @@
-"""SSAST against its official tensors, a plain ViT written here, itself clip by clip, and its files."""
+"""SSAST against the official tensors, a plain ViT and itself clip by clip; masks, files and configuration."""
 
 from __future__ import annotations
 
@@ -62,22 +62,22 @@ def run(model: SSAST, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]
 
 
 def assert_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], zero: Any = assert_golden_zero) -> None:
-    """Two gradients are 0 but for rounding: of the keys' bias, and of the bias that all predictions share."""
+    """Two gradients are 0 up to rounding: of the keys' bias, and of the bias that all predictions share."""
     assert set(actual) == set(expected)
     for name, gradient in actual.items():
         if name == "classification_head.2.bias":
             zero(gradient, name)
         elif name.endswith("qkv.bias"):
             q, k, v = gradient.chunk(3)
-            wanted = expected[name].chunk(3)
+            expected_qkv = expected[name].chunk(3)
             zero(k, name)
-            assert_rounding(torch.cat((q, v)), torch.cat((wanted[0], wanted[2])), name, grad=True)
+            assert_rounding(torch.cat((q, v)), torch.cat((expected_qkv[0], expected_qkv[2])), name, grad=True)
         else:
             assert_rounding(gradient, expected[name], name, grad=True)
 
 
-def small(x: Tensor, name: str) -> None:
-    """Rounding noise of gradients that are around 1 and more."""
+def assert_small(x: Tensor, name: str) -> None:
+    """``x`` is rounding noise of gradients of magnitude 1 and more."""
     scale = torch.full_like(x[:1], 10.0)
     assert_rounding(torch.cat((x, scale)), torch.cat((torch.zeros_like(x), scale)), name, grad=True)
 
@@ -99,7 +99,7 @@ def in_token_order(prediction: Tensor, index: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("impl", "attention"), PATHS)
-def test_official_joint_step(golden: Golden, impl: str, attention: str) -> None:
+def test_ssast_two_pass_step_matches_golden(golden: Golden, impl: str, attention: str) -> None:
     config, weights = convert_official(golden.state_dict, num_heads=3)
     assert config.mask_patches == golden.options["cfg/mask_patch"]
     assert config.num_patches == golden.options["cfg/num_patches"]
@@ -125,10 +125,10 @@ def test_official_joint_step(golden: Golden, impl: str, attention: str) -> None:
         assert torch.equal(out.mask[number], mask[number])
 
     recorded = golden.section("grads/")
-    without = golden.options["params_without_grad"]
-    assert not set(without) & set(recorded)
-    rest = {name: golden.state_dict[name] for name in without}
-    expected = convert_official({**recorded, **rest}, num_heads=3)[1]
+    without_grad = golden.options["params_without_grad"]
+    assert not set(without_grad) & set(recorded)
+    untrained = {name: golden.state_dict[name] for name in without_grad}
+    expected = convert_official({**recorded, **untrained}, num_heads=3)[1]
     actual = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
     assert set(actual) == set(expected)
     for name, gradient in actual.items():
@@ -136,8 +136,8 @@ def test_official_joint_step(golden: Golden, impl: str, attention: str) -> None:
             assert_golden_zero(gradient, name)
             assert_golden_zero(expected[name], name)
         elif name.endswith("qkv.bias"):
-            for part, (a, e) in enumerate(zip(gradient.chunk(3), expected[name].chunk(3), strict=True)):
-                if part == 1:  # softmax does not see the key bias
+            for chunk, (a, e) in enumerate(zip(gradient.chunk(3), expected[name].chunk(3), strict=True)):
+                if chunk == 1:  # the key bias cancels in the softmax
                     assert_golden_zero(a, name)
                 else:
                     assert_golden(a, e, name)
@@ -149,7 +149,7 @@ def test_official_joint_step(golden: Golden, impl: str, attention: str) -> None:
 
 
 def plain_clip(model: SSAST, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """One clip (T, F), whole patches, mask (L,): outputs of the two heads, and targets, by a ViT written out."""
+    """Outputs of the two heads, and targets, of one clip (T, F) of whole patches with mask (L,), by a plain ViT."""
     c, p = model.config, dict(model.named_parameters())
     kt, kf = c.patch_size
     image = x.T[None, None]  # (1, 1, F, T)
@@ -157,8 +157,8 @@ def plain_clip(model: SSAST, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     kernel = p["patch_embed.weight"].reshape(-1, 1, kf, kt)
     y = F.conv2d(image, kernel, p["patch_embed.bias"], stride=(kf, kt))[0].flatten(1).T  # (L, D), f-major
     y = torch.stack([p["mask_token"] if mask[i] else y[i] for i in range(len(mask))])
-    place = [2 + f * (c.input_frames // kt) + t for f in range(c.num_mel_bins // kf) for t in range(columns)]
-    y = torch.cat((p["cls_token"][None], p["dist_token"][None], y)) + p["positions"][[0, 1, *place]]
+    rows = [2 + f * (c.input_frames // kt) + t for f in range(c.num_mel_bins // kf) for t in range(columns)]
+    y = torch.cat((p["cls_token"][None], p["dist_token"][None], y)) + p["positions"][[0, 1, *rows]]
 
     def norm(v: Tensor, name: str) -> Tensor:
         centred = v - v.mean(-1, keepdim=True)
@@ -175,37 +175,37 @@ def plain_clip(model: SSAST, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         width = c.embed_dim // c.num_heads
         heads = []
         for h in range(c.num_heads):
-            part = slice(h * width, (h + 1) * width)
-            heads.append(torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(width), 1) @ v[:, part])
+            head = slice(h * width, (h + 1) * width)
+            heads.append(torch.softmax(q[:, head] @ k[:, head].T / math.sqrt(width), 1) @ v[:, head])
         y = y + linear(torch.cat(heads, 1), f"{block}.out_proj")
         z = linear(norm(y, f"{block}.ffn_norm"), f"{block}.fc1")
         z = z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
         y = y + linear(z, f"{block}.fc2")
     y = norm(y, "encoder.norm")[2:][mask]
     outputs = [
-        linear(linear(y, f"{kind}_head.0").clamp(min=0), f"{kind}_head.2")
-        for kind in ("classification", "reconstruction")
+        linear(linear(y, f"{head}.0").clamp(min=0), f"{head}.2")
+        for head in ("classification_head", "reconstruction_head")
     ]
     return *outputs, F.unfold(image, (kf, kt), stride=(kf, kt))[0].T[mask]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_plain_vit_agrees(shape: str) -> None:
+def test_ssast_matches_plain_vit(shape: str) -> None:
     model = build(shape).double()
     frames = UNEQUAL[shape]
-    x, lengths = batch(model, frames, padding=1e4)  # what is past a clip's end is never looked at
+    x, lengths = batch(model, frames, padding=1e4)  # frames past a clip's end are never read
     x = x.double()
     mask = model.sample_mask(lengths, max(frames), seed=3)
-    mask[0, :3] = True  # another count than the drawn one
+    mask[0, :3] = True  # a count that differs from the drawn one
     out, gradients = run(model, x, lengths, mask)
 
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
     plain, rows = [], []
     for clip, count in enumerate(frames):
         columns = count // kt
-        own = mask[clip].view(grid_f, -1)[:, :columns].flatten()
-        plain.append(plain_clip(model, x[clip, : columns * kt], own))
-        rows.append(int(own.sum()))
+        clip_mask = mask[clip].view(grid_f, -1)[:, :columns].flatten()
+        plain.append(plain_clip(model, x[clip, : columns * kt], clip_mask))
+        rows.append(int(clip_mask.sum()))
     model.zero_grad()
     nce = mse = hits = 0.0
     for number, (classification, reconstruction, target) in enumerate(plain):
@@ -222,8 +222,8 @@ def test_a_plain_vit_agrees(shape: str) -> None:
     assert_rounding(out.accuracy, hits.double() / sum(rows), "accuracy")
     columns = zip(*plain, strict=True)
     fields = ("pred_classification", "pred_reconstruction", "target")
-    for name, parts in zip(fields, columns, strict=True):
-        assert_rounding(getattr(out, name), torch.cat(parts), name)
+    for name, clip_values in zip(fields, columns, strict=True):
+        assert_rounding(getattr(out, name), torch.cat(clip_values), name)
     assert_gradients(gradients, {name: p.grad for name, p in model.named_parameters()})
     assert 0.0 < out.accuracy < 1.0
 
@@ -233,7 +233,7 @@ def test_a_plain_vit_agrees(shape: str) -> None:
 
 @pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_batch_is_its_clips(shape: str, objective: str) -> None:
+def test_ssast_batch_equals_its_clips(shape: str, objective: str) -> None:
     model = build(shape, objective=objective)
     frames = UNEQUAL[shape]
     x, lengths = batch(model, frames, padding=float("nan"))
@@ -241,49 +241,51 @@ def test_a_batch_is_its_clips(shape: str, objective: str) -> None:
     out, gradients = run(model, x, lengths, mask)
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
 
-    def own(mask: Tensor, clip: int) -> Tensor:
+    def clip_mask(mask: Tensor, clip: int) -> Tensor:
         return mask[clip].view(grid_f, -1)[:, : frames[clip] // kt].reshape(1, -1)
 
-    alone, total = [], {}
+    singles, total = [], {}
     for clip, count in enumerate(frames):
-        one = tuple(own(m, clip) for m in mask) if isinstance(mask, tuple) else own(mask, clip)
-        found, grads = run(model, x[clip : clip + 1, :count], None, one)
-        rows = int((one[0] if isinstance(one, tuple) else one).sum())
-        alone.append((found, rows))
+        single_mask = tuple(clip_mask(m, clip) for m in mask) if isinstance(mask, tuple) else clip_mask(mask, clip)
+        single, grads = run(model, x[clip : clip + 1, :count], None, single_mask)
+        rows = int((single_mask[0] if isinstance(single_mask, tuple) else single_mask).sum())
+        singles.append((single, rows))
         total = {name: total.get(name, 0) + gradient * rows for name, gradient in grads.items()}
-    rows = sum(count for _, count in alone)
+    rows = sum(count for _, count in singles)
     for name in ("loss", "loss_reconstruction", "loss_classification", "accuracy"):
-        assert_rounding(getattr(out, name), sum(getattr(found, name) * count for found, count in alone) / rows, name)
-    assert_rounding(out.loss_per_clip, torch.cat([found.loss_per_clip for found, _ in alone]))
+        assert_rounding(
+            getattr(out, name), sum(getattr(single, name) * count for single, count in singles) / rows, name
+        )
+    assert_rounding(out.loss_per_clip, torch.cat([single.loss_per_clip for single, _ in singles]))
     for name in ("pred_reconstruction", "pred_classification"):
-        assert_rounding(getattr(out, name), torch.cat([getattr(found, name) for found, _ in alone]), name)
-    assert_gradients(gradients, {name: gradient / rows for name, gradient in total.items()}, small)
+        assert_rounding(getattr(out, name), torch.cat([getattr(single, name) for single, _ in singles]), name)
+    assert_gradients(gradients, {name: gradient / rows for name, gradient in total.items()}, assert_small)
 
 
-def test_impls_agree_on_unequal_clips() -> None:
-    found = []
+def test_ssast_triton_matches_torch_on_unequal_clips() -> None:
+    runs = []
     for impl, attention in (("torch", "sdpa"), ("triton", "short")):
         model = build(impl=impl, attention=attention, layers=1).to(DEVICE)
         x, lengths = batch(model, [26, 11])
         mask = model.sample_mask(lengths, 26, seed=1).to(DEVICE)
-        sizes = model.sizes_of([26, 11]).bucket() if impl == "triton" else None  # with rows that belong to no clip
-        found.append(run(model, x.to(DEVICE), lengths, mask, sizes=sizes))
-    (expected, expected_gradients), (out, gradients) = found
+        sizes = model.sizes_of([26, 11]).bucket() if impl == "triton" else None  # with padding rows
+        runs.append(run(model, x.to(DEVICE), lengths, mask, sizes=sizes))
+    (expected, expected_gradients), (out, gradients) = runs
     for name in LOSSES:
         assert_rounding(getattr(out, name), getattr(expected, name), name)
     rows = len(expected.target)
     assert len(out.target) > rows
     for name in ("pred_reconstruction", "pred_classification", "target"):
         assert_rounding(getattr(out, name)[:rows], getattr(expected, name), name)
-    assert_gradients(gradients, expected_gradients, small)
+    assert_gradients(gradients, expected_gradients, assert_small)
 
 
-def test_two_passes_are_two_models() -> None:
+def test_ssast_two_passes_equal_two_models() -> None:
     model = build(objective="joint_two_pass")
     frames = UNEQUAL["patch"]
     x, lengths = batch(model, frames)
     masks = model.sample_mask(lengths, max(frames), seed=1)
-    masks[1][0, :7] = True  # the two need not hide the same number
+    masks[1][0, :7] = True  # the two may mask different counts
     out, gradients = run(model, x, lengths, masks)
     single = {}
     for number, objective in enumerate(("mpc", "mpg")):
@@ -304,24 +306,24 @@ def test_two_passes_are_two_models() -> None:
     names = dict(model.named_parameters())
     assert_gradients(
         gradients, {name: mpc_gradients.get(name, 0) + 10 * mpg_gradients.get(name, torch.zeros(())) for name in names},
-        small,
+        assert_small,
     )  # fmt: skip
 
 
-def test_one_mask_for_both_is_the_shared_pass() -> None:
+def test_ssast_two_passes_with_one_mask_equal_shared_pass() -> None:
     x, lengths = batch(model := build(), UNEQUAL["patch"])
     mask = model.sample_mask(lengths, 52, seed=1)
     shared, gradients = run(model, x, lengths, mask)
     two, again = run(build(objective="joint_two_pass"), x, lengths, (mask, mask))
     for name in (*LOSSES, "pred_reconstruction", "pred_classification"):
         assert_rounding(getattr(two, name), getattr(shared, name), name)
-    assert_gradients(gradients, again, small)
+    assert_gradients(gradients, again, assert_small)
 
 
 @pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
-def test_gradients_reach_every_parameter_in_use(objective: str) -> None:
+def test_ssast_gradients_reach_every_used_parameter(objective: str) -> None:
     model = build(objective=objective)
-    features = batch(model, [52, 52])[0].requires_grad_()  # a target is data all the same
+    features = batch(model, [52, 52])[0].requires_grad_()  # targets stay data
     out, gradients = run(model, features)
     off = {"mpc": "reconstruction_head", "mpg": "classification_head"}.get(objective, "none")
     for name, parameter in model.named_parameters():
@@ -333,17 +335,17 @@ def test_gradients_reach_every_parameter_in_use(objective: str) -> None:
         assert not target.requires_grad
 
 
-def test_gradient_of_positions() -> None:
-    """As that of indexing, and of rows that belong to no clip none."""
+def test_position_rows_gradient_matches_indexing() -> None:
+    """The gradient is that of indexing; padding rows add none."""
     table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    place = torch.tensor([0, 1, 4, 5, 6, 8, 15, 15, 10])  # three clips, 15: no row
+    index = torch.tensor([0, 1, 4, 5, 6, 8, 15, 15, 10])  # three clips, 15: no row
     weight = torch.randn(9, 3, dtype=torch.float64)
-    (_PositionRows.apply(table, place, 3, torch.float64) * weight).sum().backward()
-    expected = torch.zeros(5, 3, dtype=torch.float64).index_add(0, place[place < 15] % 5, weight[place < 15])
+    (_PositionRows.apply(table, index, 3, torch.float64) * weight).sum().backward()
+    expected = torch.zeros(5, 3, dtype=torch.float64).index_add(0, index[index < 15] % 5, weight[index < 15])
     assert torch.equal(table.grad, expected)
 
 
-def test_positions_of_a_shorter_clip_are_the_leading_columns() -> None:
+def test_ssast_shorter_clip_uses_leading_positions() -> None:
     model = build()
     x, _ = batch(model, [20])  # 4 of 10 columns
     _, gradients = run(model, x, mask=model.sample_mask(torch.tensor([20]), 20, seed=0))
@@ -352,7 +354,7 @@ def test_positions_of_a_shorter_clip_are_the_leading_columns() -> None:
     assert torch.equal(touched[2:].view(6, 10), (torch.arange(10) < 4).expand(6, -1))
 
 
-def test_a_mask_past_the_end_of_a_clip_is_ignored() -> None:
+def test_ssast_mask_past_clip_end_is_ignored() -> None:
     model = build()
     x, lengths = batch(model, UNEQUAL["patch"])
     mask = model.sample_mask(lengths, 52, seed=1)
@@ -363,7 +365,7 @@ def test_a_mask_past_the_end_of_a_clip_is_ignored() -> None:
     assert torch.equal(out.target, expected.target)
 
 
-def test_bf16_autocast() -> None:
+def test_ssast_bf16_autocast_is_near_fp32() -> None:
     torch.manual_seed(0)
     model = SSAST(build().config)
     x, lengths = batch(model, UNEQUAL["patch"])
@@ -381,7 +383,7 @@ def test_bf16_autocast() -> None:
 
 @pytest.mark.parametrize("frames", [[52, 11, 28], [0, 52, 9, 16], [45, 45]], ids=str)
 @pytest.mark.parametrize("objective", ["joint", "joint_two_pass"])
-def test_rounded_up_sizes_change_nothing(objective: str, frames: list[int]) -> None:
+def test_ssast_bucket_sizes_change_no_result(objective: str, frames: list[int]) -> None:
     model = build(objective=objective)
     x, lengths = batch(model, frames)
     mask = model.sample_mask(lengths, max(frames), seed=1)
@@ -389,19 +391,19 @@ def test_rounded_up_sizes_change_nothing(objective: str, frames: list[int]) -> N
     first = mask[0] if isinstance(mask, tuple) else mask
     assert sizes.masked == first.sum() and sizes.visible + sizes.masked == sum(f // 5 * 6 for f in frames)
     exact, expected = run(model, x, lengths, mask)
-    for given in (sizes, sizes.bucket()):
-        wide, gradients = run(model, x, lengths, mask, sizes=given)
+    for used_sizes in (sizes, sizes.bucket()):
+        wide, gradients = run(model, x, lengths, mask, sizes=used_sizes)
         for name in LOSSES:
             assert_rounding(getattr(wide, name), getattr(exact, name), name)
         rows = len(exact.pred_classification)
         for name in ("pred_reconstruction", "pred_classification"):
             assert_rounding(getattr(wide, name)[:rows], getattr(exact, name), name)
-        assert_gradients(gradients, expected, small)
+        assert_gradients(gradients, expected, assert_small)
     assert len(wide.pred_classification) > rows
 
 
 @pytest.mark.parametrize("objective", ["joint", pytest.param("joint_two_pass", marks=pytest.mark.long)])
-def test_one_graph_for_all_batches_of_a_bucket(objective: str) -> None:
+def test_ssast_compile_batches_of_one_bucket_share_one_graph(objective: str) -> None:
     model = build(layers=1, objective=objective)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -416,7 +418,7 @@ def test_one_graph_for_all_batches_of_a_bucket(objective: str) -> None:
         out = graph(x, lengths, mask, sizes=sizes)
         out.loss.backward()
         assert_rounding(out.loss, expected.loss)
-        assert_gradients({n: p.grad for n, p in model.named_parameters()}, expected_gradients, small)
+        assert_gradients({n: p.grad for n, p in model.named_parameters()}, expected_gradients, assert_small)
         assert counter.frame_count == 1
     assert graph(x, lengths, sizes=sizes).loss.isfinite()  # masks drawn inside
 
@@ -424,7 +426,7 @@ def test_one_graph_for_all_batches_of_a_bucket(objective: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- masks
 
 
-def test_a_full_clip_hides_exactly_mask_patches() -> None:
+def test_ssast_full_clip_masks_exactly_mask_patches() -> None:
     for tokens, mask_patches in [(n, m) for n in (2, 7, 60, 128, 512, 62 * 8) for m in range(1, n)]:
         config = SSASTConfig(patch_size=(1, 2), num_mel_bins=2, input_frames=tokens, mask_patches=mask_patches)
         assert config.num_patches == tokens
@@ -432,7 +434,7 @@ def test_a_full_clip_hides_exactly_mask_patches() -> None:
 
 
 @pytest.mark.parametrize("mask_patches", [1, 13, 40, 59])
-def test_a_shorter_clip_hides_the_same_share_rounded_up(mask_patches: int) -> None:
+def test_ssast_shorter_clip_masks_same_share_rounded_up(mask_patches: int) -> None:
     model = build(mask_patches=mask_patches)
     frames = torch.arange(53)
     mask = model.sample_mask(frames, 52, seed=0)
@@ -445,7 +447,7 @@ def test_a_shorter_clip_hides_the_same_share_rounded_up(mask_patches: int) -> No
     assert sizes.masked == mask.sum() and sizes.max_masked == mask.sum(1).max()
 
 
-def test_masks_are_those_of_mae_ast_in_another_order() -> None:
+def test_ssast_masks_equal_mae_ast_in_frequency_major_order() -> None:
     model = build()
     frames = torch.tensor([52, 23])
     mask = model.sample_mask(frames, 52, seed=7, clip_ids=torch.tensor([5, 9]), epoch=3)
@@ -454,28 +456,28 @@ def test_masks_are_those_of_mae_ast_in_another_order() -> None:
     )
     assert torch.equal(mask.view(2, 6, 10), drawn.view(2, 10, 6).transpose(1, 2))
     alone = model.sample_mask(frames[1:], 25, seed=7, clip_ids=torch.tensor([9]), epoch=3)
-    assert torch.equal(alone.view(6, 5)[:, :4], mask[1].view(6, 10)[:, :4]), "another batch, another mask"
+    assert torch.equal(alone.view(6, 5)[:, :4], mask[1].view(6, 10)[:, :4]), "the mask must not depend on the batch"
 
 
-def test_patches_hide_in_chunks_and_frames_at_random() -> None:
-    """Neighbours in time and in frequency are alike much more often than two random tokens; frames are not."""
+def test_ssast_patch_masks_are_chunks_and_frame_masks_random() -> None:
+    """Patches next to each other in time or frequency are more often alike than random ones; frames are not."""
 
     def alike(a: Tensor, b: Tensor) -> float:
         return (a == b).double().mean().item()
 
     draws = 400
     mask = build(mask_patches=30).sample_mask(torch.full((draws,), 52), 52, seed=0).view(draws, 6, 10)
-    slack = STANDARD_ERRORS * math.sqrt(0.25 / draws)  # of one pair; the mean over many is nearer
+    slack = STANDARD_ERRORS * math.sqrt(0.25 / draws)  # for one pair; the error of a mean over many is smaller
     assert alike(mask[:, 1:], mask[:, :-1]) > 0.5 + slack  # frequency is the first axis
     assert alike(mask[:, :, 1:], mask[:, :, :-1]) > 0.5 + slack
     frame = build("frame", mask_patches=10).sample_mask(torch.full((draws,), 40), 40, seed=0)
-    share = 1 - 2 * (10 / 20) * (10 / 19)  # two of 20 tokens, 10 of them hidden
+    share = 1 - 2 * (10 / 20) * (10 / 19)  # two of 20 tokens, 10 of them masked
     assert abs(alike(frame[:, 1:], frame[:, :-1]) - share) < STANDARD_ERRORS * math.sqrt(0.25 / draws)
     assert (frame.double().mean(0) - 0.5).abs().max() < STANDARD_ERRORS * math.sqrt(0.25 / draws)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**64 - 1, torch.tensor(-(2**63)), None], ids=str)
-def test_two_passes_draw_two_masks(seed: Any) -> None:
+def test_ssast_two_passes_draw_independent_masks(seed: Any) -> None:
     model = build(objective="joint_two_pass")
     frames = torch.full((50,), 52)
 
@@ -485,13 +487,15 @@ def test_two_passes_draw_two_masks(seed: Any) -> None:
     (mpc, mpg), again = draw(), draw()
     assert torch.equal(mpc, again[0]) and torch.equal(mpg, again[1])
     assert (mpc.sum(1) == 40).all() and (mpg.sum(1) == 40).all()
-    both = (mpc & mpg).double().sum(1)  # of 60 tokens each pass hides two thirds
-    assert abs(both.mean() - 60 * (2 / 3) ** 2) < STANDARD_ERRORS * both.std() / math.sqrt(len(both)), "not independent"
+    both = (mpc & mpg).double().sum(1)  # each pass masks two thirds of 60 tokens
+    assert abs(both.mean() - 60 * (2 / 3) ** 2) < STANDARD_ERRORS * both.std() / math.sqrt(len(both)), (
+        "the masks must be independent"
+    )
     if seed is not None:
         assert torch.equal(build().sample_mask(frames, 52, seed=seed), mpc)
 
 
-def test_forward_draws_a_mask() -> None:
+def test_ssast_forward_draws_mask_from_generator() -> None:
     for shape in SHAPES:
         model = build(shape)
         x, lengths = batch(model, UNEQUAL[shape])
@@ -505,8 +509,8 @@ def test_forward_draws_a_mask() -> None:
 # ------------------------------------------------------------------------------------------------------ front end
 
 
-def test_normalize() -> None:
-    """The official data loader's (fbank - mean) / (std * 2), over its front end."""
+def test_ssast_normalize_matches_official_loader() -> None:
+    """(fbank - mean) / (std * 2), as in the official data loader, with its front end."""
     config = SSASTConfig.preset("patch_tiny", layers=1)
     model = SSAST(config)
     waveform = torch.randn(1, 16000, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -520,7 +524,7 @@ def test_normalize() -> None:
 
 
 def official_file(path: Path, golden: Golden, prefix: str = "module.", **changes: Any) -> Path:
-    """The golden's state dict as the official code saves it: an OrderedDict from DataParallel, with its metadata."""
+    """A file with the golden's state dict as the official code saves it: DataParallel's OrderedDict with metadata."""
     weights = {name: value for name, value in {**golden.state_dict, **changes}.items() if value is not None}
     module = torch.nn.Module()
     state = module.state_dict()  # an OrderedDict with the attribute _metadata
@@ -531,7 +535,7 @@ def official_file(path: Path, golden: Golden, prefix: str = "module.", **changes
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_from_official(tmp_path: Path, golden: Golden, prefix: str) -> None:
+def test_from_official_reads_weights_and_config(tmp_path: Path, golden: Golden, prefix: str) -> None:
     model = SSAST.from_official(official_file(tmp_path / "a.pth", golden, prefix), num_heads=3, impl="torch")
     assert model.impl == "torch" and not model.training
     assert model.config == SSASTConfig(embed_dim=48, num_heads=3, layers=2, input_frames=256, mask_patches=100)
@@ -544,7 +548,7 @@ def test_from_official(tmp_path: Path, golden: Golden, prefix: str) -> None:
     assert_golden(out.loss_classification, golden["nce"])
 
 
-def test_from_official_heads_default_to_64_values_each(tmp_path: Path, golden: Golden) -> None:
+def test_from_official_default_heads_have_64_values(tmp_path: Path, golden: Golden) -> None:
     path = official_file(tmp_path / "a.pth", golden)
     with pytest.raises(ValueError, match=r"num_heads must be at least 1, got 0 \(width 48 // 64\)"):
         SSAST.from_official(path)
@@ -562,7 +566,7 @@ def test_from_official_heads_default_to_64_values_each(tmp_path: Path, golden: G
 
 
 def official_names(model: SSAST) -> dict[str, Tensor]:
-    """A model's weights under the official names and shapes, written out here."""
+    """A model's weights under the official names and in the official shapes."""
     (kt, kf), width = model.config.patch_size, model.config.embed_dim
     names = {
         "patch_embed": "v.patch_embed.proj", "attn_norm": "norm1", "ffn_norm": "norm2", "qkv": "attn.qkv",
@@ -606,7 +610,7 @@ def official_names(model: SSAST) -> dict[str, Tensor]:
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_from_official_lists_what_is_wrong(tmp_path: Path, golden: Golden, changes: dict, message: str) -> None:
+def test_from_official_invalid_weights_are_listed(tmp_path: Path, golden: Golden, changes: dict, message: str) -> None:
     path = official_file(tmp_path / "a.pth", golden, **changes)
     with pytest.raises(ValueError, match=message) as caught:
         SSAST.from_official(path, num_heads=3)
@@ -614,7 +618,7 @@ def test_from_official_lists_what_is_wrong(tmp_path: Path, golden: Golden, chang
 
 
 class Shell:
-    """What a hostile file holds: loading it as a pickle runs a command."""
+    """Content of a hostile file: loading it as a pickle runs a command."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -623,7 +627,7 @@ class Shell:
         return os.system, (self.command,)
 
 
-def test_from_official_executes_nothing(tmp_path: Path, golden: Golden) -> None:
+def test_from_official_hostile_file_executes_nothing(tmp_path: Path, golden: Golden) -> None:
     proof = tmp_path / "executed"
     hostile = Shell(f"touch {proof}")
     for content in (hostile, {"module.v.cls_token": hostile}, {**golden.state_dict, "mask_embed": hostile}):
@@ -632,17 +636,17 @@ def test_from_official_executes_nothing(tmp_path: Path, golden: Golden) -> None:
             SSAST.from_official(path, num_heads=3)
         assert not proof.exists()
     torch.load(path, weights_only=False)
-    assert proof.exists(), "the file is harmless: the test shows nothing"
+    assert proof.exists(), "the file must be hostile, or the test shows nothing"
 
 
 @pytest.mark.parametrize("content", [{}, [1], {3: torch.zeros(2)}, {"module.x": torch.zeros(2)}, {"model": {}}])
-def test_from_official_refuses_other_files(tmp_path: Path, content: Any) -> None:
+def test_from_official_other_files_raise(tmp_path: Path, content: Any) -> None:
     torch.save(content, path := tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth: "):
         SSAST.from_official(path)
 
 
-def test_save_and_load(tmp_path: Path) -> None:
+def test_ssast_save_pretrained_round_trip_is_exact(tmp_path: Path) -> None:
     model = build(objective="joint_two_pass", mean=-5.0)
     model.save_pretrained(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "ssast"
@@ -660,17 +664,17 @@ def test_save_and_load(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- configuration, errors
 
 
-def test_presets_are_the_papers_models() -> None:
+def test_ssast_preset_matches_paper() -> None:
     sizes = {"base": (768, 12), "small": (384, 6), "tiny": (192, 3)}  # width, heads
-    assert SSASTConfig.preset_names() == [f"{kind}_{size}" for kind in ("patch", "frame") for size in sizes]
+    assert SSASTConfig.preset_names() == [f"{patch}_{size}" for patch in ("patch", "frame") for size in sizes]
     for name in SSASTConfig.preset_names():
-        kind, size = name.split("_")
+        patch, size = name.split("_")
         config = SSASTConfig.preset(name)
         width, heads = sizes[size]
         assert (config.embed_dim, config.num_heads, config.layers, config.ffn_dim) == (width, heads, 12, 4 * width)
         assert (config.num_patches, config.mask_patches, config.objective) == (512, 400, "joint")
-        assert config.patch_size == ((16, 16) if kind == "patch" else (2, 128)) and config.patch_dim == 256
-        assert config.masking == ("chunk" if kind == "patch" else "random")
+        assert config.patch_size == ((16, 16) if patch == "patch" else (2, 128)) and config.patch_dim == 256
+        assert config.masking == ("chunk" if patch == "patch" else "random")
         with torch.device("meta"):
             blocks = SSAST(config).encoder.layers
         # qkv, projection and feed-forward with their biases, two norms
@@ -700,7 +704,7 @@ def test_presets_are_the_papers_models() -> None:
         ({"depth": 3}, "unknown configuration fields depth; known are patch_size"),
     ],
 )
-def test_config_errors(fields: dict, message: str) -> None:
+def test_ssast_config_invalid_field_raises(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SSASTConfig.from_dict(fields)
 
@@ -718,13 +722,13 @@ def test_config_errors(fields: dict, message: str) -> None:
         ("joint_two_pass", (torch.eye(2, 60).bool(), torch.ones(2, 60).bool()), "no clip has both"),
     ],
 )
-def test_mask_errors(objective: str, mask: Any, message: str) -> None:
+def test_ssast_invalid_mask_raises(objective: str, mask: Any, message: str) -> None:
     model = build(objective=objective)
     with pytest.raises(ValueError, match=message):
         model(batch(model, [52, 52])[0], mask=mask)
 
 
-def test_input_errors() -> None:
+def test_ssast_invalid_input_raises() -> None:
     model = build()
     bins = model.config.num_mel_bins
     for x, lengths, message in [
@@ -746,7 +750,7 @@ def test_input_errors() -> None:
             SSAST(config, **wrong)
 
 
-def test_initialisation() -> None:
+def test_ssast_init_parameters_have_expected_deviations() -> None:
     torch.manual_seed(0)
     model = SSAST(SSASTConfig.preset("patch_tiny", layers=2))
     for parameter, std in [
