@@ -1,4 +1,4 @@
-"""Recordings to train toy models on."""
+"""Recordings for training toy models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RATE = 16000
 
 
 def write_gliding_tones(folder: Path) -> Path:
-    """30 recordings of 0.5 - 4 s in 6 folders: gliding tones under noise, so that there is something to learn."""
+    """Write 30 recordings of 0.5 - 4 s in 6 folders, gliding tones that a model can learn; return ``folder``."""
     import soundfile
 
     rng = np.random.default_rng(0)

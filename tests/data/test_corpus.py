@@ -1,4 +1,4 @@
-"""corpus.py: fetching with a stand-in for apt-get, what the manifest keeps unheard, and the held-out split."""
+"""corpus.py: fetching with a stand-in for apt-get, the files that the manifest leaves out, and the held-out split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from mae_ast_fast.data import corpus
 from mae_ast_fast.data.corpus import CorpusClip, CorpusError, default_clips, fetch, held_out
 
-# Stands in for apt-get and dpkg-deb: packages are tar files in $FAKE/repo, every call is logged, $FAKE/mode misbehaves.
+# Replaces apt-get and dpkg-deb: packages are tar files in $FAKE/repo, calls are logged, $FAKE/mode selects a failure.
 FAKE_TOOL = """#!{python}
 import os, shutil, sys, tarfile, time
 fake = {fake!r}
@@ -114,7 +114,8 @@ def fake(tmp_path, monkeypatch):
     return fake
 
 
-def said():
+def progress_log():
+    """A list, and a function that appends lines of progress to it."""
     lines = []
     return lines, lines.append
 
@@ -123,7 +124,7 @@ def said():
 
 
 def test_fetch_unpacks_once(fake, tmp_path):
-    lines, progress = said()
+    lines, progress = progress_log()
     cache = tmp_path / "cache"
     result = fetch(cache, SMALL, progress)
     assert (result.cache, result.packages, result.missing) == (cache, SMALL, ())
@@ -141,9 +142,9 @@ def test_fetch_unpacks_once(fake, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["no lists", "stale lists", "one source fails"])
-def test_lists_of_our_own_where_the_systems_do_not_serve(fake, tmp_path, mode):
+def test_fetch_falls_back_to_private_lists(fake, tmp_path, mode):
     fake.mode(mode)
-    lines, progress = said()
+    lines, progress = progress_log()
     assert fetch(tmp_path / "cache", SMALL, progress).packages == SMALL
     calls = [call for call in fake.calls() if call.startswith("apt-get")]
     assert calls == [f"apt-get download {SMALL[0]}", "apt-get update"] + [f"apt-get download {name}" for name in SMALL]
@@ -151,10 +152,10 @@ def test_lists_of_our_own_where_the_systems_do_not_serve(fake, tmp_path, mode):
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", *SMALL]
 
 
-def test_packages_that_the_release_lacks_are_named_and_remembered(fake, tmp_path):
+def test_fetch_missing_package_is_reported_and_remembered(fake, tmp_path):
     packages = ("klettres-data", *SMALL, "fillets-ng-data-cs")
     for attempt in range(2):
-        lines, progress = said()
+        lines, progress = progress_log()
         result = fetch(tmp_path / "cache", packages, progress)
         assert result.packages == SMALL and result.missing == ("klettres-data", "fillets-ng-data-cs")
         assert "klettres-data, fillets-ng-data-cs" in lines[-1]
@@ -162,9 +163,9 @@ def test_packages_that_the_release_lacks_are_named_and_remembered(fake, tmp_path
         assert calls.count("apt-get update") == (attempt == 0) and bool(calls) == (attempt == 0)
 
 
-def test_a_lack_is_not_remembered_when_a_source_failed(fake, tmp_path):
+def test_fetch_missing_package_with_failed_source_is_not_remembered(fake, tmp_path):
     fake.mode("one source fails")
-    _, progress = said()
+    _, progress = progress_log()
     assert fetch(tmp_path / "cache", ("klettres-data", *SMALL), progress).missing == ("klettres-data",)
     fake.mode("")
     fake.add("klettres-data", {"usr/share/klettres/de/alpha/a.ogg": b"a"})
@@ -178,7 +179,7 @@ def error_of(*arguments):
     return str(caught.value)
 
 
-def test_no_package_at_all(fake, tmp_path):
+def test_fetch_no_package_raises(fake, tmp_path):
     assert "none of the corpus's packages" in error_of(tmp_path / "cache", ("klettres-data",))
 
 
@@ -190,7 +191,7 @@ def test_no_package_at_all(fake, tmp_path):
         ("broken deb", "dpkg-deb -x .*premature member"),
     ],
 )
-def test_errors_say_what_failed(fake, tmp_path, mode, words):
+def test_fetch_error_names_the_failed_command(fake, tmp_path, mode, words):
     fake.mode(mode)
     with pytest.raises(CorpusError, match=words):
         fetch(tmp_path / "cache", SMALL, lambda line: None)
@@ -199,7 +200,7 @@ def test_errors_say_what_failed(fake, tmp_path, mode, words):
     assert fetch(tmp_path / "cache", SMALL, lambda line: None).packages == SMALL
 
 
-def test_a_hanging_apt_get_is_ended(fake, tmp_path, monkeypatch):
+def test_fetch_kills_hung_apt_get(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "_STALL_SECONDS", 0.5)
     fake.mode("hang")
     start = time.monotonic()
@@ -208,12 +209,12 @@ def test_a_hanging_apt_get_is_ended(fake, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tool", ["apt-get", "dpkg-deb"])
-def test_other_systems(fake, tmp_path, tool):
+def test_fetch_without_debian_tools_raises(fake, tmp_path, tool):
     (fake.folder / "bin" / tool).unlink()
     assert f"{tool} is not on this system" in error_of(tmp_path / "cache", SMALL)
 
 
-def test_a_cache_that_cannot_be_written(fake, tmp_path):
+def test_fetch_unwritable_cache_raises(fake, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write the cache" in error_of(tmp_path / "file" / "cache", SMALL)
     (tmp_path / "cache/scratch").mkdir(parents=True)
@@ -222,14 +223,14 @@ def test_a_cache_that_cannot_be_written(fake, tmp_path):
     assert (tmp_path / "cache/scratch/mine.txt").read_text() == "not ours"
 
 
-def test_names_are_checked(fake, tmp_path):
+def test_fetch_rejects_bad_package_names(fake, tmp_path):
     for name in ("-oDir::x=y", "../up", "a b", ""):
         with pytest.raises(ValueError, match="names of Debian packages"):
             fetch(tmp_path / "cache", (name,))
     assert fake.calls() == []
 
 
-def test_a_killed_fetch_goes_on(fake, tmp_path):
+def test_fetch_killed_resumes(fake, tmp_path):
     cache = tmp_path / "cache"
     fetch(cache, SMALL[:1], lambda line: None)
     fake.calls()
@@ -249,7 +250,7 @@ def test_a_killed_fetch_goes_on(fake, tmp_path):
     assert not list(cache.glob(".partial*"))
 
 
-def test_default_cache(monkeypatch):
+def test_default_cache_follows_environment(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("MAE_AST_FAST_CACHE", raising=False)
@@ -263,7 +264,7 @@ def test_default_cache(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ clips
 
 
-def unpacked(cache, package, files):
+def write_package(cache, package, files):
     for name, content in files.items():
         path = cache / package / name.replace("!", "!/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,45 +277,51 @@ EN = "usr/share/asterisk/sounds/en_US_f_Allison"
 
 def manifest_rows():
     text = gzip.decompress((Path(corpus.__file__).parent / "assets/manifest.tsv.gz").read_bytes()).decode()
-    head, *lines = [line.split("\t") for line in text.splitlines()]
-    return [dict(zip(head, line, strict=True)) for line in lines]
+    columns, *lines = [line.split("\t") for line in text.splitlines()]
+    return [dict(zip(columns, line, strict=True)) for line in lines]
 
 
 def first_of(package, pretrain):
-    """A source file of a package that the shipped manifest marks so."""
+    """The first source file of a package with this mark in the shipped manifest."""
     rows = (row for row in manifest_rows() if (row["package"], row["pretrain"]) == (package, pretrain))
     return min(row["source_file"] for row in rows)
 
 
-def test_the_shipped_manifest():
+def test_manifest_agrees_with_labels():
     rows = manifest_rows()
     assert len(rows) == 9012 and sum(row["pretrain"] == "1" for row in rows) == 5707
-    tested = {(row["package"], row["source_file"]) for row in rows if row["pretrain"] == "0"}
-    assert len({p for p, _ in tested} & set(corpus.DEFAULT_PACKAGES)) >= 8
-    for row in rows:  # the rules for files that the manifest does not list agree with it where it does
+    task_files = {(row["package"], row["source_file"]) for row in rows if row["pretrain"] == "0"}
+    assert len({p for p, _ in task_files} & set(corpus.DEFAULT_PACKAGES)) >= 8
+    for row in rows:  # the rules for unlisted files agree with the manifest on listed ones
         if row["package"] in corpus.DEFAULT_PACKAGES:
             kind, voice = corpus._labels(row["package"], row["source_file"])
             assert kind == row["kind"] or row["kind"] == "tone" or row["package"] == "sonic-pi-samples", row
             assert voice == re.sub(r"^ast_[a-z]+_[A-Z]+_", "ast_", row["voice"]), row
 
 
-def test_no_tested_file_and_no_copy_of_one_is_kept(tmp_path):
-    tested, kept = (first_of("asterisk-core-sounds-en-g722", pretrain) for pretrain in "01")
+def test_default_clips_leave_out_task_files_and_copies(tmp_path):
+    task_file, kept_file = (first_of("asterisk-core-sounds-en-g722", pretrain) for pretrain in "01")
     member = first_of("ufoai-sound", "0")
-    unpacked(tmp_path, "asterisk-core-sounds-en-g722", {
-        tested: b"heard in a test", kept: b"free", f"{EN}/new.g722": b"new", f"{EN}/again.g722": b"heard in a test",
-        f"{EN}/zz-new.g722": b"new", "usr/share/doc/x/copyright": b"text",
-    })  # fmt: skip
-    unpacked(tmp_path, "scratch", {"usr/share/scratch/a.wav": b"heard in a test", "usr/share/scratch/b.wav": b"free"})
-    unpacked(
+    prompt_files = {
+        task_file: b"heard in a test",
+        kept_file: b"free",
+        f"{EN}/new.g722": b"new",
+        f"{EN}/again.g722": b"heard in a test",
+        f"{EN}/zz-new.g722": b"new",
+        "usr/share/doc/x/copyright": b"text",
+    }
+    write_package(tmp_path, "asterisk-core-sounds-en-g722", prompt_files)
+    sounds = {"usr/share/scratch/a.wav": b"heard in a test", "usr/share/scratch/b.wav": b"free"}
+    write_package(tmp_path, "scratch", sounds)
+    write_package(
         tmp_path, "ufoai-sound", {member: b"a sound", "usr/share/games/ufoai/base/0snd.pk3!sound/zz.ogg": b"other"}
     )
     noise = "usr/share/sonic-pi/buffers/rand-stream.wav"
-    unpacked(tmp_path, "sonic-pi-samples", {noise: b"numbers", "usr/share/sonic-pi/samples/x.flac": b"x"})
-    (tmp_path / "klettres-data").mkdir()  # never finished
+    write_package(tmp_path, "sonic-pi-samples", {noise: b"numbers", "usr/share/sonic-pi/samples/x.flac": b"x"})
+    (tmp_path / "klettres-data").mkdir()  # not complete
     (tmp_path / "klettres-data/a.ogg").write_bytes(b"half")
     clips, counts = default_clips(tmp_path)
-    english = sorted([f"{EN}/new.g722", kept])
+    english = sorted([f"{EN}/new.g722", kept_file])
     assert [clip.name for clip in clips] == [
         f"asterisk-core-sounds-en-g722/{english[0]}",
         f"asterisk-core-sounds-en-g722/{english[1]}",
@@ -325,13 +332,13 @@ def test_no_tested_file_and_no_copy_of_one_is_kept(tmp_path):
     assert all(Path(clip.path).is_file() and clip.name == f"{clip.group}/{clip.source_file}" for clip in clips)
 
 
-def test_no_corpus_in_the_cache(tmp_path):
+def test_default_clips_empty_cache_raises(tmp_path):
     with pytest.raises(ValueError, match="fetch it first"):
         default_clips(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "package,source,kind,voice",
+    "package,source_file,kind,voice",
     [
         ("asterisk-core-sounds-en-g722", f"{EN}/nowhere.g722", "speech", "ast_f_Allison"),
         (
@@ -358,15 +365,15 @@ def test_no_corpus_in_the_cache(tmp_path):
         ("ufoai-sound", "usr/share/games/ufoai/base/0snd.pk3!sound/x.ogg", "sound", ""),
     ],
 )
-def test_labels(package, source, kind, voice):
-    assert corpus._labels(package, source) == (kind, voice)
+def test_labels_from_path_give_kind_and_voice(package, source_file, kind, voice):
+    assert corpus._labels(package, source_file) == (kind, voice)
 
 
 # ------------------------------------------------------------------------------------------------------------ split
 
 
 def clips_of(*packages):
-    """Ten clips a package with the kinds and voices that it has."""
+    """Ten clips per package with its kinds and voices."""
     clips = []
     for package in packages:
         for i in range(10):
@@ -414,10 +421,10 @@ def prompts(language):
         ((prompts("es"), "fillets-ng-data-cs"), {"fillets-ng-data-cs"}),
     ],
 )
-def test_no_voice_and_no_package_is_on_both_sides(packages, expected):
+def test_held_out_shares_no_voice_and_no_package(packages, expected):
     clips = clips_of(*packages)
-    train, held, how = held_out(clips)
-    assert {clips[i].group for i in held} == expected and all(name in how for name in expected)
+    train, held, description = held_out(clips)
+    assert {clips[i].group for i in held} == expected and all(name in description for name in expected)
     assert sorted([*train, *held]) == list(range(len(clips)))
     for label in ("group", "voice"):
         assert not {getattr(clips[i], label) for i in train} & {getattr(clips[i], label) for i in held} - {""}
@@ -427,14 +434,14 @@ def test_no_voice_and_no_package_is_on_both_sides(packages, expected):
 @pytest.mark.parametrize(
     "packages", [(prompts("it"),), (prompts("en"), prompts("es")), (prompts("it"), "ufoai-sound"), ()]
 )
-def test_nothing_to_hold_out(packages):
+def test_held_out_impossible_raises(packages):
     with pytest.raises(ValueError, match="cannot hold out"):
         held_out(clips_of(*packages))
 
 
 @pytest.mark.network
 @pytest.mark.long
-def test_real_packages(tmp_path):
+def test_fetch_real_packages_gives_usable_clips(tmp_path):
     """The two smallest packages from this system's sources, as the default corpus fetches them."""
     packages = ("asterisk-moh-opsound-g722", "ufoai-sound")
     result = fetch(tmp_path, packages)

@@ -1,7 +1,7 @@
-"""What comes from outside, mutated: manifests, shards' manifests, checkpoints and audio are read or refused, no more.
+"""Mutated input files: manifests, manifests of shards, checkpoints and audio are read or refused, and nothing else.
 
-Some hundreds of inputs each by default, 10,000 in all behind the mark ``long``; their last result is in docs/faults.md.
-(Checkpoints of a run, file by file: test_checkpoint.py.)
+Some hundreds of inputs per test by default, 10,000 in all with the mark ``long``; docs/faults.md has their last result.
+(test_checkpoint.py mutates each file of a run's checkpoint.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from policy import DECODER_BYTES
 from mae_ast_fast import MAEAST
 from mae_ast_fast.checkpoints import load as checkpoint
 from mae_ast_fast.data import audio, prepare
-from mae_ast_fast.data import decoder as data
+from mae_ast_fast.data.decoder import Decoder
 from mae_ast_fast.data.shards import Shards
 from mae_ast_fast.models.config import MAEASTConfig
 from mae_ast_fast.training.metrics_log import read_metrics
@@ -47,7 +47,7 @@ def examples(few: int, many: int) -> pytest.MarkDecorator:
 
 
 def fuzz(count: int, check: Callable[[st.DataObject], str]) -> Counter[str]:
-    """``check`` on so many inputs, few ones the same each time; how often it told what."""
+    """Run ``check`` on ``count`` inputs, the same each time if there are fewer than 500; counts its outcomes."""
     outcomes: Counter[str] = Counter()
     always = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
@@ -62,48 +62,50 @@ def fuzz(count: int, check: Callable[[st.DataObject], str]) -> Counter[str]:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, whole: bytes, head: int | None = None) -> bytes:
-    """Up to 8 bytes changed, put in or removed, more often in the first ``head``; or cut; or with a part doubled."""
-    content = bytearray(whole)
-    how = draw(st.sampled_from(["head", "anywhere", "cut", "double", "number"]))
-    if how == "cut":
+def mutated(draw: st.DrawFn, original: bytes, header_bytes: int | None = None) -> bytes:
+    """Bytes with up to 8 changed, inserted or removed, more often in the header; or cut; or partly doubled."""
+    content = bytearray(original)
+    mutation = draw(st.sampled_from(["header", "anywhere", "cut", "double", "number"]))
+    if mutation == "cut":
         return bytes(content[: draw(st.integers(0, len(content)))])
-    limit = min(head or len(content), len(content)) - 1
-    if how == "double":
+    limit = min(header_bytes or len(content), len(content)) - 1
+    if mutation == "double":
         start, size = draw(st.integers(0, len(content) - 1)), draw(st.integers(1, 200))
         return bytes(content[: start + size] + content[start:])
-    if how == "number":  # a size or a count that lies
-        place, width = draw(st.integers(0, limit)), draw(st.sampled_from([2, 4, 8]))
+    if mutation == "number":  # a wrong size or count
+        position, width = draw(st.integers(0, limit)), draw(st.sampled_from([2, 4, 8]))
         number = draw(st.sampled_from([0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**63 - 1])) % 256**width
-        content[place : place + width] = number.to_bytes(width, draw(st.sampled_from(["little", "big"])))
+        content[position : position + width] = number.to_bytes(width, draw(st.sampled_from(["little", "big"])))
         return bytes(content)
     for _ in range(draw(st.integers(1, 8))):
-        place = draw(st.integers(0, limit if how == "head" else len(content) - 1))
-        place, value = min(place, len(content) - 1), draw(st.integers(0, 255))
+        position = draw(st.integers(0, limit if mutation == "header" else len(content) - 1))
+        position, value = min(position, len(content) - 1), draw(st.integers(0, 255))
         if draw(st.booleans()):
-            content[place] = value
+            content[position] = value
         elif draw(st.booleans()):
-            content.insert(place, value)
+            content.insert(position, value)
         elif len(content) > 1:
-            del content[place]
+            del content[position]
     return bytes(content)
 
 
 @st.composite
 def other_value(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
-    """JSON with a value somewhere that is another, or missing."""
+    """JSON with one value replaced or removed, at any depth."""
     content = json.loads(json.dumps(content))
-    where: Any = content
+    node: Any = content
     while True:
-        key = draw(st.sampled_from(sorted(where) if isinstance(where, dict) else range(len(where))))
-        if isinstance(where[key], (dict, list)) and where[key] and draw(st.integers(0, 3)):
-            where = where[key]
+        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if isinstance(node[key], (dict, list)) and node[key] and draw(st.integers(0, 3)):
+            node = node[key]
             continue
-        if isinstance(where, dict) and not draw(st.integers(0, 3)):
-            del where[key]
+        if isinstance(node, dict) and not draw(st.integers(0, 3)):
+            del node[key]
         else:
-            odd = st.sampled_from([-1, 0, 2**31, 2**63, 2**70, 1e308, float("nan"), "", "\0", "../../x", None, [], {}])
-            where[key] = draw(odd | JSON)
+            unusual = st.sampled_from(
+                [-1, 0, 2**31, 2**63, 2**70, 1e308, float("nan"), "", "\0", "../../x", None, [], {}]
+            )
+            node[key] = draw(unusual | JSON)
         return content
 
 
@@ -111,12 +113,12 @@ def other_value(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
 
 
 @examples(200, 1500)
-def test_fairseq_manifests(tmp_path: Path, count: int) -> None:
+def test_find_audio_mutated_manifest_is_read_or_refused(tmp_path: Path, count: int) -> None:
     (tmp_path / "set").mkdir()
-    path, whole = tmp_path / "m.tsv", b"set\n" + b"".join(b"a/%d.wav\t%d\n" % (i, 16000 + i) for i in range(8))
+    path, original = tmp_path / "m.tsv", b"set\n" + b"".join(b"a/%d.wav\t%d\n" % (i, 16000 + i) for i in range(8))
 
     def check(source: st.DataObject) -> str:
-        path.write_bytes(source.draw(mutated(whole)))
+        path.write_bytes(source.draw(mutated(original)))
         try:
             for entry in audio.find_audio(path):
                 entry.name.encode()
@@ -144,8 +146,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @examples(150, 1500)
-def test_manifests_of_shards(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int) -> None:
-    """Read, and what they list read from the tar file: crops and faults, or a clear refusal."""
+def test_shards_mutated_manifest_is_read_or_refused(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int
+) -> None:
+    """The listed crops are read or reported as faults, or the shards are refused with a clear message."""
     out = Path(shutil.copytree(shards, tmp_path / "out"))
     (path,) = out.glob("cuts.*")
     packed = path.read_bytes()
@@ -153,28 +157,28 @@ def test_manifests_of_shards(shards: Path, tmp_path: Path, capfd: pytest.Capture
     options = {"batch_seconds": 2.0, "max_seconds": 1.0, "min_seconds": 0.3, "seed": 0}
 
     def check(source: st.DataObject) -> str:
-        how = source.draw(st.sampled_from(["value", "text", "gzip"]))
-        if how == "gzip":
+        mutation = source.draw(st.sampled_from(["value", "text", "gzip"]))
+        if mutation == "gzip":
             path.write_bytes(source.draw(mutated(packed)))
-        elif how == "text":
+        elif mutation == "text":
             text = "".join(json.dumps(line) + "\n" for line in lines).encode()
             path.write_bytes(gzip.compress(source.draw(mutated(text)), 1))
         else:
-            line, place = source.draw(st.integers(0, len(lines) - 1)), list(lines)
-            place[line] = source.draw(other_value(lines[line]))
-            path.write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in place).encode(), 1))
+            index, changed = source.draw(st.integers(0, len(lines) - 1)), list(lines)
+            changed[index] = source.draw(other_value(lines[index]))
+            path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in changed).encode(), 1))
         try:
-            found = Shards(out)
+            mutated_shards = Shards(out)
             read = faults = 0
-            for crops in found.batches(**options):
-                batch = found.read(crops)
+            for crops in mutated_shards.batches(**options):
+                batch = mutated_shards.read(crops)
                 read, faults = read + len(batch.names), faults + len(batch.faults)
                 assert len(batch.names) + len(batch.faults) == len(crops)
         except ValueError as error:
             assert "prepare" in str(error), error
             return "refused"
         assert read + faults <= 3 * len(lines) + 2
-        return "left out" if faults or found.faults else "read"
+        return "left out" if faults or mutated_shards.faults else "read"
 
     outcomes = fuzz(count, check)
     capfd.readouterr()
@@ -182,24 +186,24 @@ def test_manifests_of_shards(shards: Path, tmp_path: Path, capfd: pytest.Capture
 
 
 @examples(100, 1000)
-def test_cutset_manifests(tmp_path: Path, count: int) -> None:
-    """Planned, and each cut loaded as ``prepare`` does it, in a process of its own."""
+def test_plan_mutated_cutset_manifest_is_read_or_refused(tmp_path: Path, count: int) -> None:
+    """A plan is made, and a decoding process loads each cut, as in ``prepare``."""
     from lhotse import MonoCut, Recording
 
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
     recording = Recording.from_file(tmp_path / "a.wav")
     lines = [MonoCut(f"c{i}", 0.2 * i, 0.4, 0, recording=recording).to_dict() for i in range(3)]
-    path, decoder = tmp_path / "cuts.jsonl", data.Decoder(tmp_path / "pcm", cuts=True)
-    known = ("in Lhotse", "a cut without audio", "sample rate outside", "NaN or infinite", "hung")
+    path, decoder = tmp_path / "cuts.jsonl", Decoder(tmp_path / "pcm", cuts=True)
+    reasons_allowed = ("in Lhotse", "a cut without audio", "sample rate outside", "NaN or infinite", "hung")
 
     def check(source: st.DataObject) -> str:
-        line = source.draw(st.integers(0, 2))
+        index = source.draw(st.integers(0, 2))
         if source.draw(st.booleans()):
             changed = [*lines]
-            changed[line] = source.draw(other_value(lines[line]))
-            path.write_text("".join(json.dumps(one) + "\n" for one in changed))
+            changed[index] = source.draw(other_value(lines[index]))
+            path.write_text("".join(json.dumps(line) + "\n" for line in changed))
         else:
-            path.write_bytes(source.draw(mutated("".join(json.dumps(one) + "\n" for one in lines).encode())))
+            path.write_bytes(source.draw(mutated("".join(json.dumps(line) + "\n" for line in lines).encode())))
         try:
             plan = prepare.plan(path)
         except ValueError as error:
@@ -208,7 +212,7 @@ def test_cutset_manifests(tmp_path: Path, count: int) -> None:
         results = [decoder.decode(entry.path) for entry in plan.entries]
         assert "crashed" not in str(results)
         reasons = [result["reason"] for result in results if "reason" in result]
-        assert all(any(words in reason for words in known) for reason in reasons), reasons
+        assert all(any(words in reason for words in reasons_allowed) for reason in reasons), reasons
         return "left out" if reasons else "read"
 
     try:
@@ -221,36 +225,46 @@ def test_cutset_manifests(tmp_path: Path, count: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- audio
 
 
-def encoded(name: str, codec: str, form: str | None = None) -> bytes:
-    """0.3 s of noise by FFmpeg."""
+def ffmpeg_noise(name: str, codec: str, container_format: str | None = None) -> bytes:
+    """A file with 0.3 s of noise, written by FFmpeg."""
     stream = io.BytesIO()
-    with av.open(stream, "w", format=form or name.rpartition(".")[2]) as container:
+    with av.open(stream, "w", format=container_format or name.rpartition(".")[2]) as container:
         track = container.add_stream(codec, rate=RATE, layout="mono")
         frame = av.AudioFrame.from_ndarray(
             np.random.default_rng(0).integers(-9000, 9000, (1, 4800)).astype(np.int16), format="s16", layout="mono"
         )
         frame.sample_rate, frame.pts = RATE, 0
         resampler = av.AudioResampler(format=track.codec_context.format, layout="mono", rate=RATE)
-        for part in resampler.resample(frame):
-            container.mux(track.encode(part))
+        for resampled in resampler.resample(frame):
+            container.mux(track.encode(resampled))
         container.mux(track.encode(None))
     return stream.getvalue()
 
 
-def written(form: str, **options: Any) -> bytes:
-    """0.3 s of noise by libsndfile."""
+def libsndfile_noise(file_format: str, **options: Any) -> bytes:
+    """A file with 0.3 s of noise, written by libsndfile."""
     stream = io.BytesIO()
-    soundfile.write(stream, 0.3 * np.random.default_rng(0).standard_normal((4800, 2)), RATE, format=form, **options)
+    noise = 0.3 * np.random.default_rng(0).standard_normal((4800, 2))
+    soundfile.write(stream, noise, RATE, format=file_format, **options)
     return stream.getvalue()
 
 
 def audio_files() -> dict[str, bytes]:
-    files = {"a.wav": written("WAV"), "float.wav": written("WAV", subtype="FLOAT"), "a.flac": written("FLAC")}
-    files |= {"a.ogg": written("OGG"), "a.mp3": written("MP3"), "a.aiff": written("AIFF"), "a.au": written("AU")}
+    files = {
+        "a.wav": libsndfile_noise("WAV"),
+        "float.wav": libsndfile_noise("WAV", subtype="FLOAT"),
+        "a.flac": libsndfile_noise("FLAC"),
+    }
     files |= {
-        "a.g722": encoded("a.g722", "g722"),
-        "a.mp4": encoded("a.mp4", "aac"),
-        "a.mkv": encoded("a", "flac", "matroska"),
+        "a.ogg": libsndfile_noise("OGG"),
+        "a.mp3": libsndfile_noise("MP3"),
+        "a.aiff": libsndfile_noise("AIFF"),
+        "a.au": libsndfile_noise("AU"),
+    }
+    files |= {
+        "a.g722": ffmpeg_noise("a.g722", "g722"),
+        "a.mp4": ffmpeg_noise("a.mp4", "aac"),
+        "a.mkv": ffmpeg_noise("a", "flac", "matroska"),
     }
     return files
 
@@ -258,21 +272,21 @@ def audio_files() -> dict[str, bytes]:
 REASONS = ("corrupt", "truncated", "empty file", "NaN or infinite samples", "sample rate outside", "no audio stream")
 
 
-def peak(pid: int) -> int:
-    """Most memory that a process ever had, in bytes."""
+def peak_memory(pid: int) -> int:
+    """Peak memory of a process in bytes."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) << 10
 
 
 @examples(250, 4000)
-def test_audio_files(tmp_path: Path, count: int) -> None:
-    """In the process that decodes for ``prepare``; it neither crashes nor hangs, and needs no more memory."""
+def test_decoder_mutated_audio_is_read_or_refused(tmp_path: Path, count: int) -> None:
+    """The decoding process of ``prepare`` neither crashes nor hangs, and needs no more memory than for whole files."""
     files = audio_files()
-    decoder = data.Decoder(tmp_path / "pcm")
+    decoder = Decoder(tmp_path / "pcm")
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         assert decoder.decode(str(tmp_path / name))["samples"] > 4000, name
-    before, pid = peak(decoder.process.pid), decoder.process.pid
+    peak_before, pid = peak_memory(decoder.process.pid), decoder.process.pid
 
     def check(source: st.DataObject) -> str:
         name = source.draw(st.sampled_from(sorted(files)))
@@ -287,7 +301,7 @@ def test_audio_files(tmp_path: Path, count: int) -> None:
 
     try:
         outcomes = fuzz(count, check)
-        assert decoder.process.pid == pid and peak(pid) - before < DECODER_BYTES
+        assert decoder.process.pid == pid and peak_memory(pid) - peak_before < DECODER_BYTES
     finally:
         decoder.close()
     assert min(outcomes["read"], outcomes["refused"]) > count // 50, outcomes
@@ -298,7 +312,7 @@ def test_audio_files(tmp_path: Path, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of ours, and an official file."""
+    """A folder that this library saved, and an official file."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"embed_dim": 16, "ffn_dim": 16, "num_heads": 2, "encoder_layers": 1, "decoder_embed_dim": 16}
     MAEAST(MAEASTConfig(**sizes, decoder_layers=1)).save_pretrained(folder / "ours")
@@ -307,20 +321,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @examples(150, 1500)
-def test_models(models: Path, tmp_path: Path, count: int) -> None:
-    """What ``--init-from`` and every command reads."""
+def test_load_model_mutated_checkpoint_is_read_or_refused(models: Path, tmp_path: Path, count: int) -> None:
+    """The files that ``--init-from`` and every command read."""
     folder = Path(shutil.copytree(models, tmp_path / "models"))
     paths = [folder / "ours/config.json", folder / "ours/model.safetensors", folder / "a.pt"]
-    whole = {path: path.read_bytes() for path in paths}
+    originals = {path: path.read_bytes() for path in paths}
 
     def check(source: st.DataObject) -> str:
         path = source.draw(st.sampled_from(paths))
-        content = whole[path]
+        content = originals[path]
         if path.suffix == ".json" and source.draw(st.booleans()):
             changed = json.dumps(source.draw(other_value(json.loads(content)))).encode()
         else:
-            head = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else None
-            changed = source.draw(mutated(content, head))
+            header_bytes = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else None
+            changed = source.draw(mutated(content, header_bytes))
         path.write_bytes(changed)
         try:
             checkpoint.load_model(path if path.suffix == ".pt" else folder / "ours")
@@ -336,15 +350,15 @@ def test_models(models: Path, tmp_path: Path, count: int) -> None:
 
 
 @examples(100, 500)
-def test_metrics(tmp_path: Path, count: int) -> None:
+def test_read_metrics_mutated_file_gives_whole_rows(tmp_path: Path, count: int) -> None:
     path = tmp_path / "metrics.jsonl"
-    whole = "".join(json.dumps({"step": i, "loss": 1.5}) + "\n" for i in range(5)).encode()
+    original = "".join(json.dumps({"step": i, "loss": 1.5}) + "\n" for i in range(5)).encode()
 
     def check(source: st.DataObject) -> str:
-        path.write_bytes(source.draw(mutated(whole)))
-        rows = read_metrics(path)
-        assert all(isinstance(row["step"], int) for row in rows)
-        return "read" if len(rows) == 5 else "fewer"
+        path.write_bytes(source.draw(mutated(original)))
+        metrics = read_metrics(path)
+        assert all(isinstance(row["step"], int) for row in metrics)
+        return "read" if len(metrics) == 5 else "fewer"
 
     outcomes = fuzz(count, check)
     assert min(outcomes["read"], outcomes["fewer"]) > count // 50, outcomes
