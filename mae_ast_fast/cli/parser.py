@@ -1,4 +1,4 @@
-"""What commands share: errors, the parser, names that were nearly right, models and audio to read."""
+"""Shared parts of the commands: errors, the parser, suggestions for misspelt names, loading of models and audio."""
 
 from __future__ import annotations
 
@@ -37,43 +37,66 @@ class UsageError(Exception):
 
 
 class CommandError(Exception):
-    """An error whose message says all that the user needs: exit code 1."""
+    """An error whose message is all that the user needs: exit code 1."""
 
 
-def unknown(what: str, word: str, known: Iterable[str], otherwise: str) -> NoReturn:
-    raise UsageError(f"unknown {what} {word}; " + (did_you_mean(word, known) or otherwise))
+def raise_unknown(category: str, name: str, choices: Iterable[str], hint: str) -> NoReturn:
+    """Raise a UsageError for an unknown name.
 
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The question whether the nearest known name was meant; empty where none is near."""
-    names = {name.lstrip("-"): name for name in known}
-    bare = word.lstrip("-")
-    near = difflib.get_close_matches(bare, names, 1, 0.6) or [name for name in names if bare and name.startswith(bare)]
-    return f"did you mean {names[near[0]]}?" if near else ""
-
-
-def normalize_options(argv: Sequence[str], known: Iterable[str], command: str) -> list[str]:
-    """Arguments with every option as it is declared: underscores and dashes are the same; an unknown one is an error.
-
-    Done before parsing, because argparse first complains of required options that a misspelt one was meant to be.
+    Args:
+        category: Category of the name, such as "command" or "option".
+        name: The unknown name.
+        choices: Valid names; the nearest one is suggested.
+        hint: End of the message if no choice is near.
     """
-    declared = {option.replace("_", "-"): option for option in known}
-    found = []
-    for place, argument in enumerate(argv):
+    raise UsageError(f"unknown {category} {name}; " + (did_you_mean(name, choices) or hint))
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """``did you mean X?`` with the choice X nearest to ``name``; empty if none is near."""
+    by_bare_name = {choice.lstrip("-"): choice for choice in choices}
+    bare = name.lstrip("-")
+    near = difflib.get_close_matches(bare, by_bare_name, 1, 0.6)
+    near = near or [choice for choice in by_bare_name if bare and choice.startswith(bare)]
+    return f"did you mean {by_bare_name[near[0]]}?" if near else ""
+
+
+def normalize_options(argv: Sequence[str], options: Iterable[str], command: str) -> list[str]:
+    """Arguments with every option spelt as declared: underscores and dashes are equal.
+
+    This runs before parsing, because argparse would complain first about the required option that was misspelt.
+
+    Args:
+        argv: Arguments of the command.
+        options: Declared options, with their leading dashes.
+        command: Name of the command, for the message.
+
+    Raises:
+        UsageError: An option is unknown.
+    """
+    declared = {option.replace("_", "-"): option for option in options}
+    normalized: list[str] = []
+    for index, argument in enumerate(argv):
         if argument == "--":
-            return found + list(argv[place:])
+            return normalized + list(argv[index:])
         option, equals, value = argument.partition("=")
         if re.match(r"--?[A-Za-z]", option):
             if option.replace("_", "-") not in declared:
-                options = [*declared.values(), "--traceback"]
-                unknown("option", option, options, f"{PROGRAM} {command} --help lists them")
+                choices = [*declared.values(), "--traceback"]
+                raise_unknown("option", option, choices, f"{PROGRAM} {command} --help lists them")
             option = declared[option.replace("_", "-")]
-        found.append(option + equals + value)
-    return found
+        normalized.append(option + equals + value)
+    return normalized
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ``UsageError``, and names the option that a wrong one was meant to be."""
+    """argparse that raises ``UsageError`` and suggests the right spelling of an unknown option.
+
+    Args:
+        command: Name of the command.
+        description: Text of its help.
+        examples: Arguments of example calls, without program and command.
+    """
 
     def __init__(self, command: str, description: str, examples: Sequence[str]) -> None:
         super().__init__(
@@ -86,7 +109,11 @@ class Parser(argparse.ArgumentParser):
         self.command = command
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The parsed arguments."""
+        """Parse the arguments of the command.
+
+        Raises:
+            UsageError: An option is unknown, missing or has a wrong value.
+        """
         return self.parse_args(normalize_options(argv, self._option_string_actions, self.command))
 
     def error(self, message: str) -> NoReturn:
@@ -94,11 +121,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def example_text(command: str, examples: Sequence[str]) -> str:
+    """The examples section of a command's help."""
     return "\n".join(["examples:", *(f"  {PROGRAM} {command} {example}" for example in examples)])
 
 
-def tell_report(report: dict[str, Any], to_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    """Prints a report, for programs or for reading."""
+def print_report(report: dict[str, Any], to_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Print a report as JSON or as the text that ``to_text`` makes of it."""
     if as_json:
         import json
 
@@ -108,52 +136,71 @@ def tell_report(report: dict[str, Any], to_text: Callable[[dict[str, Any]], str]
 
 
 def missing_packages(names: Sequence[str]) -> CommandError:
+    """The error that names missing packages and the command that installs them."""
     return CommandError(f'{", ".join(names)} missing: pip install "mae-ast-fast[train]"')
 
 
-def docstring_help(of: type) -> dict[str, str]:
-    """Field -> text from the Args section of a Google docstring."""
-    section = (inspect.getdoc(of) or "").partition("Args:\n")[2].partition("\n\n")[0]
+def docstring_help(cls: type) -> dict[str, str]:
+    """Field -> its text in the Args section of the class's Google docstring, with % escaped for argparse."""
+    section = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.split(r"\n(?=    \w+: )", "\n" + section)[1:]
     pairs = (entry.strip().split(": ", 1) for entry in entries)
     return {name: " ".join(text.split()).replace("%", "%%") for name, text in pairs}
 
 
 def metavar(hint: Any) -> str:
+    """Placeholder for a value of the type ``hint`` in a help text."""
     return {int: "N", float: "X", bool: "{true,false}"}.get(hint, "VALUE")
 
 
-CHECKPOINT_HELP = "a folder of ours (a run folder too), an official file, or a Hub repository"
+CHECKPOINT_HELP = "model or run folder, official checkpoint file, or Hub repository"
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option --device."""
     parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto, CUDA where it is)"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N (default: auto, CUDA if available)",
     )
 
 
-def load(source: str, device: str, mae_ast_for: str | None = None) -> MAEAST | SSAST:
-    """A model on its device; ``mae_ast_for``: for what an SSAST would not do."""
-    from ..checkpoints.load import load_mae_ast, load_model
+def load_on_device(source: str, device: str) -> MAEAST | SSAST:
+    """Read a model as ``load_model`` does and move it to the device named ``device``."""
+    from ..checkpoints.load import load_model
     from ..devices import pick_device
 
-    chosen = pick_device(device)
-    model = load_model(source) if mae_ast_for is None else load_mae_ast(source, mae_ast_for)
-    return model.to(chosen)
+    picked = pick_device(device)  # before the model is read: a wrong name fails at once
+    return load_model(source).to(picked)
+
+
+def load_mae_ast_on_device(source: str, device: str, purpose: str) -> MAEAST:
+    """Read a MAE-AST as ``load_mae_ast`` does and move it to the device named ``device``."""
+    from ..checkpoints.load import load_mae_ast
+    from ..devices import pick_device
+
+    picked = pick_device(device)
+    return load_mae_ast(source, purpose).to(picked)
 
 
 class SkipLog:
-    """Audio that cannot be read: counted and named on stderr."""
+    """Counts audio that cannot be read, and names it on stderr.
+
+    Attributes:
+        count: Files and sources skipped so far.
+    """
 
     def __init__(self) -> None:
         self.count = 0
 
     def add(self, reason: object) -> None:
+        """Count one file or source, and print ``reason``, which names it."""
         self.count += 1
         print(f"skipped {reason}", file=sys.stderr, flush=True)
 
-    def listing(self, sources: Iterable[str]) -> Iterator[str]:
-        """The audio files that the sources name, one source after the other."""
+    def find_files(self, sources: Iterable[str]) -> Iterator[str]:
+        """Paths of the audio files in the sources (files, folders, fairseq .tsv), source by source."""
         from ..data.audio import find_audio
 
         for source in sources:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def run_pretrain(argv: Sequence[str]) -> int:
+    """Pretrain a model. Returns the exit code."""
     options = pretrain_options(argv)
     if missing := [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]:
         raise missing_packages(missing)
@@ -43,15 +44,23 @@ def run_pretrain(argv: Sequence[str]) -> int:
     except (trainer.NonFiniteLoss, corpus.CorpusError) as error:
         raise CommandError(str(error)) from error
     except torch.OutOfMemoryError as error:
-        fits = f" ({PROGRAM} doctor --preset {options.preset} says what fits)" if options.model == "mae_ast" else ""
-        raise CommandError(f"out of memory: choose a smaller --batch-seconds{fits}; {error}") from error
-    if summary:  # of several processes the first one's
+        hint = ""
+        if options.model == "mae_ast":
+            hint = f" ({PROGRAM} doctor --preset {options.preset} reports the largest batch)"
+        raise CommandError(f"out of memory: choose a smaller --batch-seconds{hint}; {error}") from error
+    if summary:  # only the first of several processes has it
         print(pretrain_summary(summary, Path(options.out)))
     return 0
 
 
 def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
-    """Options of the dataclass, from YAML and the command line."""
+    """Parse the options of ``pretrain`` from a YAML file and the command line, which wins.
+
+    Raises:
+        UsageError: An option or a field of the file is unknown or has a wrong value.
+        CommandError: jsonargparse is not installed.
+        ValueError: ``PretrainOptions`` rejects a value.
+    """
     try:
         import jsonargparse
     except ImportError:
@@ -66,9 +75,9 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
     parser = jsonargparse.ArgumentParser(
         prog=f"{PROGRAM} pretrain",
         description=textwrap.fill(
-            "Pretrains MAE-AST, or SSAST, on audio. Without --data on the default corpus of real recordings. The run "
-            "folder gets checkpoints, metrics.jsonl, TensorBoard events, pictures and summary.json; the same command "
-            "goes on with a run that was stopped.",
+            "Pretrains MAE-AST or SSAST on audio, by default on the default corpus of real recordings. Writes "
+            "checkpoints, metrics.jsonl, TensorBoard events, pictures and summary.json to the run folder --out. If it "
+            "is stopped, the same command resumes the run.",
             100,
         ),
         epilog=example_text(
@@ -82,10 +91,12 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         formatter_class=Help,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", metavar="YAML", help="Options from a file; the command line wins.")
+    parser.add_argument(
+        "--config", action="config", metavar="YAML", help="File of options; the command line overrides it."
+    )
     texts, defaults = docstring_help(PretrainOptions), PretrainOptions()
     hints = typing.get_type_hints(PretrainOptions)
-    group = parser.add_argument_group("the run")
+    group = parser.add_argument_group("run")
     for field in dataclasses.fields(PretrainOptions):
         if field.name != "model_args":
             group.add_argument(
@@ -95,14 +106,14 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
                 metavar=metavar(hints[field.name]),
                 help=texts[field.name],
             )
-    seen: set[str] = set()
-    for config_class, title, text in (
-        (MAEASTConfig, "fields of the model", "Where not given, the preset's."),
-        (SSASTConfig, "fields that only --model ssast has", "The names that both have mean the same."),
+    added: set[str] = set()
+    for config_class, title, description in (
+        (MAEASTConfig, "model fields", "Default: the preset's value."),
+        (SSASTConfig, "model fields of --model ssast only", "Fields of both models have the same meaning."),
     ):
-        group = parser.add_argument_group(title, text)
+        group = parser.add_argument_group(title, description)
         texts, hints = docstring_help(config_class), typing.get_type_hints(config_class)
-        new = [field.name for field in dataclasses.fields(config_class) if field.name not in seen]
+        new = [field.name for field in dataclasses.fields(config_class) if field.name not in added]
         for name in new:
             group.add_argument(
                 f"--model_args.{name}",
@@ -111,24 +122,29 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
                 metavar=metavar(hints[name]),
                 help=texts[name],
             )
-        seen.update(new)
-    known = parser._option_string_actions
+        added.update(new)
+    declared = parser._option_string_actions
     try:
-        parsed = parser.parse_args(normalize_options(argv, known, "pretrain")).as_dict()
+        fields = parser.parse_args(normalize_options(argv, declared, "pretrain")).as_dict()
     except argparse.ArgumentError as error:
-        raise UsageError(_explained(str(error), known)) from error
-    parsed.pop("config", None)
-    # Lists, as YAML and JSON have them: a run compares its options with those that it wrote down.
-    given = parsed.pop("model_args", None) or {}
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    return PretrainOptions(**parsed, model_args=given)
+        raise UsageError(_explain(str(error), declared)) from error
+    fields.pop("config", None)
+    # Lists, as in YAML and JSON: a run compares its options with those that it saved.
+    model_args = fields.pop("model_args", None) or {}
+    model_args = {name: list(value) if isinstance(value, tuple) else value for name, value in model_args.items()}
+    return PretrainOptions(**fields, model_args=model_args)
 
 
-def _explained(message: str, known: Iterable[str]) -> str:
-    """A message of jsonargparse in the words of the command line, with the nearest name where one is unknown."""
+def _explain(message: str, declared: Iterable[str]) -> str:
+    """A message of jsonargparse in the terms of the command line, with a suggestion for an unknown name.
+
+    Args:
+        message: Text of the error.
+        declared: Declared options, with their leading dashes.
+    """
     message = re.sub(r'(Parser key|Key) "([\w.]+)":', r"--\2:", " ".join(message.split()))
     message = re.sub(r"Expected a <class '(\w+)'>\. Got value: ", r"expected \1, got ", message)
-    names = [option.removeprefix("--").replace("-", "_") for option in known]
+    names = [option.removeprefix("--").replace("-", "_") for option in declared]
     for word in re.findall(r"['\"]([A-Za-z_][\w.]*)['\"]", message):
         if word not in names and (near := did_you_mean(word, names)):
             return f"{message}; {near}"
@@ -136,7 +152,12 @@ def _explained(message: str, known: Iterable[str]) -> str:
 
 
 def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
-    """What summary.json holds, in a few lines."""
+    """A few lines for the terminal on the content of summary.json.
+
+    Args:
+        summary: Content of summary.json.
+        run: Run folder.
+    """
     held_out = summary["held_out"]
     baselines = ", ".join(f"{name.replace('_', ' ')} {error:.4f}" for name, error in held_out["baselines"].items())
     lines = [
@@ -150,17 +171,17 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
         lines.append("  passed: better than the mean of the visible patches, than interpolation, and than twice chance")
     else:
         lines += ["  NOT passed:", *(f"    {failure}" for failure in held_out["failures"])]
-    for kind, report in summary["held_out_by_kind"].items():
+    for audio_kind, report in summary["held_out_by_kind"].items():
         if failures := report["failures"]:
-            more = f" (summary.json: {len(failures) - 1} more)" if len(failures) > 1 else ""
-            lines.append(f"  {kind} alone: {failures[0]}{more}")
-    use = f"features FILE --checkpoint {run} --out features/"
+            others = f" (summary.json: {len(failures) - 1} more)" if len(failures) > 1 else ""
+            lines.append(f"  {audio_kind} alone: {failures[0]}{others}")
+    command = f"features FILE --checkpoint {run} --out features/"
     if summary["model"] == "ssast":
-        use = f"reconstruct FILE --checkpoint {run} --out file.png"
+        command = f"reconstruct FILE --checkpoint {run} --out file.png"
     lines += [
         f"In {run}: model.safetensors and config.json, summary.json, metrics.jsonl, loss.png, reconstruction.png, "
         "tensorboard/",
-        f"What its features are worth: {PROGRAM} probe --data TABLE --checkpoint {run} --out DIR",
-        f"Next: {PROGRAM} {use}",
+        f"Evaluate its features: {PROGRAM} probe --data TABLE --checkpoint {run} --out DIR",
+        f"Next: {PROGRAM} {command}",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it writes, and how it fails."""
+"""The command line: its output, the files that it writes, and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, __version__, 
 from mae_ast_fast.checkpoints import load as checkpoint_module
 from mae_ast_fast.checkpoints.load import load_fairseq
 from mae_ast_fast.cli import COMMANDS, main
-from mae_ast_fast.cli import pretrain as train
+from mae_ast_fast.cli import pretrain as pretrain_command
 from mae_ast_fast.cli.parser import TRAIN_EXTRA
 from mae_ast_fast.data import audio, corpus, npy, prepare
 from mae_ast_fast.downstream import datasets, finetune, probe, small_tasks
@@ -39,7 +39,7 @@ soundfile = pytest.importorskip("soundfile")
 AUDIO = Path(__file__).parent.parent / "audio"
 SPEECH = AUDIO / "festvox-ru" / "353705932f.opus"  # 5.9 s
 SOUND = AUDIO / "sonic-pi-samples" / "018e740416.opus"  # 3.7 s
-TRAIN_DONE = {
+SUMMARY = {
     "steps": 800,
     "model": "mae_ast",
     "train_seconds": 90.0,
@@ -85,7 +85,7 @@ def no_traceback(monkeypatch):
 
 
 def fails(capsys, code: int, *argv) -> str:
-    """Runs a command that must fail, and returns its one line."""
+    """Run a command that must fail, and return the one line that it prints."""
     assert main([str(argument) for argument in argv]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -129,7 +129,7 @@ def test_help_explains_every_option(command, capsys):
 
 
 def test_help_examples_parse(capsys, monkeypatch, tmp_path):
-    """Every example gets as far as its checkpoint."""
+    """Every example gets past parsing."""
 
     def reached(*arguments, **options):
         raise ValueError("reached")
@@ -159,13 +159,13 @@ def test_help_examples_parse(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["pretrian"], "unknown command pretrian; did you mean pretrain?"),
         (["feature", "x.wav"], "unknown command feature; did you mean features?"),
         (["zzz"], "unknown command zzz; commands are pretrain, prepare, "),
         (["--versoin"], "unknown option --versoin; did you mean --version?"),
-        (["--steps", "3"], "unknown option --steps; a command's options stand after it"),
+        (["--steps", "3"], "unknown option --steps; a command's options come after the command"),
         (["pretrain", "--stesp", "3"], "pretrain: error: unknown option --stesp; did you mean --steps?"),
         (["pretrain", "--batchseconds=3"], "unknown option --batchseconds; did you mean --batch-seconds?"),
         (["pretrain", "--mask_ratio", "0.5"], "unknown option --mask_ratio; did you mean --model_args.mask_ratio?"),
@@ -186,15 +186,15 @@ def test_help_examples_parse(capsys, monkeypatch, tmp_path):
         (["pretrain", "stray"], "stray"),
     ],
 )
-def test_main_misspelt_command_or_option_suggests_right_one(argv, told, capsys):
-    assert told in fails(capsys, 2, *argv)
+def test_main_misspelt_command_or_option_suggests_right_one(argv, message, capsys):
+    assert message in fails(capsys, 2, *argv)
 
 
 # ----------------------------------------------------------------------------------------------- options of pretrain
 
 
 def options_of(*argv: str) -> PretrainOptions:
-    return train.pretrain_options(argv)
+    return pretrain_command.pretrain_options(argv)
 
 
 def test_pretrain_options_default_to_dataclass():
@@ -216,8 +216,8 @@ def test_pretrain_help_lists_every_field(capsys):
 
 def test_pretrain_options_dashes_and_underscores_are_equal():
     for spelling in (["--batch-seconds", "32", "--init-from=x"], ["--batch_seconds=32", "--init_from", "x"]):
-        found = options_of(*spelling)
-        assert (found.batch_seconds, found.init_from) == (32.0, "x")
+        options = options_of(*spelling)
+        assert (options.batch_seconds, options.init_from) == (32.0, "x")
     assert options_of("--model_args.mask-ratio", "0.5").model_args["mask_ratio"] == 0.5
 
 
@@ -231,10 +231,10 @@ def test_pretrain_options_model_fields_are_parsed_by_type():
         "--model_args.norm_first",
         "true",
     ]
-    found = options_of(
+    options = options_of(
         *argv, "--model_args.masking", "time", "--model_args.encoder_projection", "null", "--model_args.dropout", "0.2"
     )
-    assert found.model_args == {
+    assert options.model_args == {
         **PretrainOptions().model_args,
         "mask_ratio": 0.8,
         "patch_size": [8, 16],  # as YAML and JSON have it
@@ -244,34 +244,34 @@ def test_pretrain_options_model_fields_are_parsed_by_type():
         "encoder_projection": None,
         "dropout": 0.2,
     }
-    config = found.model_config()
+    config = options.model_config()
     assert (config.mask_ratio, config.patch_size, config.embed_dim) == (0.8, (8, 16), 192)
 
 
 def test_pretrain_options_ssast_fields_round_trip(tmp_path, capsys):
     argv = ["--model", "ssast", "--preset", "frame_small", "--model_args.objective", "mpc", "--model_args.layers=2"]
     argv += ["--model-args.patch-size", "[4,128]", "--model_args.mean", "-5", "--model_args.embed_dim", "96"]
-    found = options_of(*argv)
-    assert (found.model, found.preset) == ("ssast", "frame_small")
-    given = {"objective": "mpc", "layers": 2, "patch_size": [4, 128], "mean": -5.0, "embed_dim": 96}
-    assert found.model_args == given
-    assert found.model_config() == SSASTConfig.preset(
-        "frame_small", **given, input_frames=998, mask_patches=195
+    options = options_of(*argv)
+    assert (options.model, options.preset) == ("ssast", "frame_small")
+    model_args = {"objective": "mpc", "layers": 2, "patch_size": [4, 128], "mean": -5.0, "embed_dim": 96}
+    assert options.model_args == model_args
+    assert options.model_config() == SSASTConfig.preset(
+        "frame_small", **model_args, input_frames=998, mask_patches=195
     )  # 249 tokens of 4 frames
     assert main(["pretrain", *argv, "--print_config"]) == 0
     text = capsys.readouterr().out
-    assert yaml.safe_load(text)["model"] == "ssast" and yaml.safe_load(text)["model_args"] == given
+    assert yaml.safe_load(text)["model"] == "ssast" and yaml.safe_load(text)["model_args"] == model_args
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    assert options_of("--config", str(path)) == found
+    assert options_of("--config", str(path)) == options
     assert options_of("--model=ssast").model_config().input_frames == 998
 
 
 def test_pretrain_field_of_other_model_is_rejected(capsys):
-    told = fails(capsys, 1, "pretrain", "--model", "ssast", "--model_args.decoder_layers", "1")
-    assert "--model ssast has no model_args decoder_layers" in told
-    told = fails(capsys, 1, "pretrain", "--model", "ssast", "--preset", "frame_base_6layer")
-    assert "frame_tiny for --model ssast, got 'frame_base_6layer'" in told
+    error = fails(capsys, 1, "pretrain", "--model", "ssast", "--model_args.decoder_layers", "1")
+    assert "--model ssast has no model_args decoder_layers" in error
+    error = fails(capsys, 1, "pretrain", "--model", "ssast", "--preset", "frame_base_6layer")
+    assert "frame_tiny for --model ssast, got 'frame_base_6layer'" in error
     assert "model must be one of mae_ast, ssast, got" in fails(capsys, 1, "pretrain", "--model", "mae-ast")
 
 
@@ -280,8 +280,8 @@ RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse_as_options(recipe):
-    found = options_of("--config", str(recipe))
-    assert found.model_config().embed_dim in (192, 768)
+    options = options_of("--config", str(recipe))
+    assert options.model_config().embed_dim in (192, 768)
 
 
 def test_recipes_ssast_differs_from_quick_in_model_only():
@@ -295,11 +295,11 @@ def test_recipes_ssast_differs_from_quick_in_model_only():
 def test_pretrain_options_command_line_overrides_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("steps: 7\nlr: 1e-4\nbatch_seconds: 20\nmodel_args:\n  mask_ratio: 0.9\n  patch_size: [8, 16]\n")
-    found = options_of(
+    options = options_of(
         "--config", str(path), "--steps", "9", "--model_args.mask_ratio", "0.5", "--model_args.masking=random"
     )
-    assert (found.steps, found.lr, found.batch_seconds) == (9, 1e-4, 20.0)
-    assert found.model_args == {
+    assert (options.steps, options.lr, options.batch_seconds) == (9, 1e-4, 20.0)
+    assert options.model_args == {
         **PretrainOptions().model_args,
         "mask_ratio": 0.5,
         "patch_size": [8, 16],
@@ -328,7 +328,7 @@ def test_print_config_output_reads_back(tmp_path, capsys, flag):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("stesp: 3", "stesp' is not .*; did you mean steps\\?"),
         ("model_args:\n  mask_ration: 0.5", "model_args.mask_ration' is not .*; did you mean model_args.mask_ratio\\?"),
@@ -336,10 +336,10 @@ def test_print_config_output_reads_back(tmp_path, capsys, flag):
         ("steps: [1", "Problems parsing config"),
     ],
 )
-def test_pretrain_wrong_config_file_names_error(tmp_path, capsys, text, told):
+def test_pretrain_wrong_config_file_names_error(tmp_path, capsys, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    assert re.search(told, fails(capsys, 2, "pretrain", "--config", path))
+    assert re.search(message, fails(capsys, 2, "pretrain", "--config", path))
 
 
 def test_pretrain_invalid_value_is_rejected(capsys):
@@ -353,10 +353,10 @@ def test_pretrain_invalid_value_is_rejected(capsys):
 
 
 def test_pretrain_finished_run_prints_summary(capsys, monkeypatch):
-    given = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda options: given.append(options) or TRAIN_DONE)
+    calls = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda options: calls.append(options) or SUMMARY)
     assert main(["pretrain", "--out", "runs/x", "--steps", "800"]) == 0
-    assert given == [PretrainOptions(out="runs/x", steps=800)]
+    assert calls == [PretrainOptions(out="runs/x", steps=800)]
     text = capsys.readouterr().out
     assert "800 steps in 1.5 minutes, 31.2 clips/s, 12.50 hours of audio" in text
     assert "reconstruction MSE 0.2500; baselines: mean of visible 0.5000, interpolation 0.3750" in text
@@ -367,21 +367,21 @@ def test_pretrain_finished_run_prints_summary(capsys, monkeypatch):
 
 
 def test_pretrain_summary_next_command_depends_on_model():
-    text = train.pretrain_summary({**TRAIN_DONE, "model": "ssast"}, Path("runs/x"))
+    text = pretrain_command.pretrain_summary({**SUMMARY, "model": "ssast"}, Path("runs/x"))
     assert text.endswith("Next: mae-ast-fast reconstruct FILE --checkpoint runs/x --out file.png")
-    text = train.pretrain_summary(TRAIN_DONE, Path("runs/x"))
+    text = pretrain_command.pretrain_summary(SUMMARY, Path("runs/x"))
     assert text.endswith("Next: mae-ast-fast features FILE --checkpoint runs/x --out features/")
 
 
 def test_pretrain_summary_failed_evaluation_lists_failures():
-    held_out = {**TRAIN_DONE["held_out"], "passed": False, "failures": ["accuracy 0.1 is not above", "second"]}
-    text = train.pretrain_summary({**TRAIN_DONE, "held_out": held_out}, Path("runs/x"))
+    held_out = {**SUMMARY["held_out"], "passed": False, "failures": ["accuracy 0.1 is not above", "second"]}
+    text = pretrain_command.pretrain_summary({**SUMMARY, "held_out": held_out}, Path("runs/x"))
     assert "NOT passed:\n    accuracy 0.1 is not above\n    second\n" in text
     assert "  passed: " not in text
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (Interrupted(15, Path("runs/x/checkpoints/step-1")), 143, "stopped by SIGTERM; saved runs/x/checkpoints/"),
         (trainer.NonFiniteLoss("step 3: loss nan; clips: a.wav"), 1, "error: step 3: loss nan; clips: a.wav"),
@@ -392,7 +392,7 @@ def test_pretrain_summary_failed_evaluation_lists_failures():
         (KeyboardInterrupt(), 130, "mae-ast-fast pretrain: interrupted"),
     ],
 )
-def test_pretrain_error_sets_exit_code_and_message(error, code, told, capsys, monkeypatch):
+def test_pretrain_error_sets_exit_code_and_message(*, error, code, message, capsys, monkeypatch):
     def end(options):
         raise error
 
@@ -401,7 +401,7 @@ def test_pretrain_error_sets_exit_code_and_message(error, code, told, capsys, mo
     captured = capsys.readouterr()
     assert captured.err.strip().count("\n") == 0
     assert captured.err.strip().startswith("mae-ast-fast pretrain: ")
-    assert told in captured.err
+    assert message in captured.err
     assert captured.out == ""
 
 
@@ -428,21 +428,23 @@ def test_main_traceback_option_prints_traceback(capsys, monkeypatch):
 
 
 def test_main_missing_train_extra_names_install_command(capsys, monkeypatch, checkpoint, tmp_path):
-    told = 'missing: pip install "mae-ast-fast[train]"'
+    message = 'missing: pip install "mae-ast-fast[train]"'
     features = ("features", SOUND, "--checkpoint", checkpoint, "--out", tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "soundfile", None)
-        assert fails(capsys, 1, *features).endswith(f"soundfile {told}")
+        assert fails(capsys, 1, *features).endswith(f"soundfile {message}")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "jsonargparse", None)
-        assert fails(capsys, 1, "pretrain").endswith(f"jsonargparse {told}")
+        assert fails(capsys, 1, "pretrain").endswith(f"jsonargparse {message}")
     with monkeypatch.context() as patch:
-        found = train.importlib.util.find_spec
+        find_spec = pretrain_command.importlib.util.find_spec
         patch.setattr(
-            train.importlib.util, "find_spec", lambda name: None if name in ("soxr", "tensorboard") else found(name)
+            pretrain_command.importlib.util,
+            "find_spec",
+            lambda name: None if name in ("soxr", "tensorboard") else find_spec(name),
         )
         patch.setattr(pretrain, "pretrain", lambda options: pytest.fail("started without its libraries"))
-        assert fails(capsys, 1, "pretrain").endswith(f"soxr, tensorboard {told}")
+        assert fails(capsys, 1, "pretrain").endswith(f"soxr, tensorboard {message}")
 
 
 # --------------------------------------------------------------------------------------------------------- features
@@ -454,10 +456,10 @@ def test_features_one_file_writes_arrays(checkpoint, tmp_path, capsys):
         out = tmp_path / "deep" / name
         argv = ["features", SPEECH, "--checkpoint", checkpoint, "--out", out, "--layer", "1", "--chunk_seconds", "2"]
         assert main([str(argument) for argument in argv]) == 0
-        found = dict(np.load(out)) if name.endswith("npz") else load_file(out)
-        np.testing.assert_array_equal(found["features"], expected.features)
-        np.testing.assert_array_equal(found["times"], expected.times)
-        np.testing.assert_array_equal(found["frequency_block"], expected.frequency_block)
+        arrays = dict(np.load(out)) if name.endswith("npz") else load_file(out)
+        np.testing.assert_array_equal(arrays["features"], expected.features)
+        np.testing.assert_array_equal(arrays["times"], expected.times)
+        np.testing.assert_array_equal(arrays["frequency_block"], expected.frequency_block)
     assert f"{out}: {len(expected.features)} tokens x 32, to {expected.times[-1]:.2f} s" in capsys.readouterr().out
 
 
@@ -501,19 +503,19 @@ def test_features_folder_mirrors_its_layout(checkpoint, recordings, tmp_path):
 
 
 def test_features_invalid_arguments_are_rejected(checkpoint, recordings, tmp_path, capsys):
-    one, two = recordings / "a/x.wav", recordings / "b/x.wav"
-    rest = ("--checkpoint", checkpoint, "--out")
-    told = fails(capsys, 1, "features", one, two, *rest, tmp_path / "x.npz")
-    assert "x.npz names one file, got 2: name a folder" in told
-    told = fails(capsys, 1, "features", one, *rest, tmp_path / "x.npz", "--format", "safetensors")
-    assert "contradict each other" in told
+    first, second = recordings / "a/x.wav", recordings / "b/x.wav"
+    options = ("--checkpoint", checkpoint, "--out")
+    error = fails(capsys, 1, "features", first, second, *options, tmp_path / "x.npz")
+    assert "x.npz names one file, got 2: name a folder" in error
+    error = fails(capsys, 1, "features", first, *options, tmp_path / "x.npz", "--format", "safetensors")
+    assert "contradict each other" in error
     assert "layer must be an integer in 1..2, got 9" in fails(
-        capsys, 1, "features", one, *rest, tmp_path / "o", "--layer", "9"
+        capsys, 1, "features", first, *options, tmp_path / "o", "--layer", "9"
     )
-    told = fails(capsys, 1, "features", one, "--checkpoint", tmp_path / "none", "--out", tmp_path / "o")
-    assert "no checkpoint at" in told
+    error = fails(capsys, 1, "features", first, "--checkpoint", tmp_path / "none", "--out", tmp_path / "o")
+    assert "no checkpoint at" in error
     (tmp_path / "file").touch()
-    assert "file" in fails(capsys, 1, "features", one, *rest, tmp_path / "file" / "x.npz")
+    assert "file" in fails(capsys, 1, "features", first, *options, tmp_path / "file" / "x.npz")
     assert not list(tmp_path.rglob("*.npz"))
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -545,16 +547,16 @@ def test_reconstruct_writes_picture_and_baselines(checkpoint, tmp_path, capsys):
     clips = masked_clips(model, [SPEECH, SOUND], 5, 0.5, 2.0)
     assert clips.mask.sum(1).tolist() == [48, 48]  # half of 12 x 8 tokens
     for index, path in enumerate((SPEECH, SOUND)):
-        one = slice(index, index + 1)
-        alone = HeldOut(clips.features[one], clips.frames[one], clips.mask[one], [path.name], [""])
+        clip = slice(index, index + 1)
+        alone = HeldOut(clips.features[clip], clips.frames[clip], clips.mask[clip], [path.name], [""])
         report = evaluate(model, alone)
-        assert f"{path.name}: MSE {report['reconstruction_mse']:.4f} on 48 hidden patches" in text
+        assert f"{path.name}: MSE {report['reconstruction_mse']:.4f} on 48 masked patches" in text
         for name, error in report["baselines"].items():
             assert f"{name.replace('_', ' ')} {error:.4f}" in text
 
 
 def test_reconstruct_ssast_uses_its_own_front_end(ssast, tmp_path, capsys):
-    """Clips as long as it takes, its own front end, and the options of hiding that it has none of itself."""
+    """Default clips have its input length and use its own front end. Masking options override its masking."""
     out = tmp_path / "r.png"
     argv = ["reconstruct", SPEECH, SOUND, "--checkpoint", ssast, "--out", out]
     assert main([str(argument) for argument in argv]) == 0
@@ -566,11 +568,11 @@ def test_reconstruct_ssast_uses_its_own_front_end(ssast, tmp_path, capsys):
     assert frames.tolist() == [298]
     assert torch.equal(features, model.normalize(fbank(samples[None], frontend="ssast")[0]))
     report = evaluate(model, HeldOut.of(model, features, frames, ["x"], [""]))
-    assert f"{SPEECH.name}: MSE {report['reconstruction_mse']:.4f} on 112 hidden patches" in text
+    assert f"{SPEECH.name}: MSE {report['reconstruction_mse']:.4f} on 112 masked patches" in text
     assert f"accuracy {report['accuracy']:.4f}" in text
     argv += ["--seconds", "2", "--mask-ratio", "0.5", "--masking", "time", "--seed", "3"]
     assert main([str(argument) for argument in argv]) == 0
-    assert capsys.readouterr().out.count("on 48 hidden patches") == 2  # half of 12 x 8
+    assert capsys.readouterr().out.count("on 48 masked patches") == 2  # half of 12 x 8
     assert "at most input_frames=298 frames" in fails(capsys, 1, *argv[:7], "--seconds", "4")
 
 
@@ -586,26 +588,26 @@ def test_main_command_for_mae_ast_rejects_ssast(command, ssast, tmp_path, capsys
 
 
 def test_reconstruct_invalid_arguments_are_rejected(checkpoint, tmp_path, capsys):
-    rest = ("--checkpoint", checkpoint, "--out", tmp_path / "r.png")
-    assert "masking must be one of" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--masking", "all")
-    assert "mask_ratio must be in (0, 1)" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--mask-ratio", "1")
-    assert "nothing at 60 s" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--start", "60")
-    told = fails(capsys, 1, "reconstruct", SOUND, "--checkpoint", checkpoint, "--out", tmp_path / "r.jpg")
-    assert "--out must end in .png" in told
-    assert "device must be auto" in fails(capsys, 1, "reconstruct", SOUND, *rest, "--device", "gpu")
+    options = ("--checkpoint", checkpoint, "--out", tmp_path / "r.png")
+    assert "masking must be one of" in fails(capsys, 1, "reconstruct", SOUND, *options, "--masking", "all")
+    assert "mask_ratio must be in (0, 1)" in fails(capsys, 1, "reconstruct", SOUND, *options, "--mask-ratio", "1")
+    assert "nothing at 60 s" in fails(capsys, 1, "reconstruct", SOUND, *options, "--start", "60")
+    error = fails(capsys, 1, "reconstruct", SOUND, "--checkpoint", checkpoint, "--out", tmp_path / "r.jpg")
+    assert "--out must end in .png" in error
+    assert "device must be auto" in fails(capsys, 1, "reconstruct", SOUND, *options, "--device", "gpu")
     assert not list(tmp_path.iterdir())
 
 
 def test_export_writes_encoder(checkpoint, tmp_path, capsys):
     assert main(["export", str(checkpoint), str(tmp_path / "e")]) == 0
     encoder, model = MAEAST.from_pretrained(tmp_path / "e"), MAEAST.from_pretrained(checkpoint)
-    features = torch.randn(1, 100, 128)
-    expected = model.extract_features(features).last_hidden_state
-    assert torch.equal(encoder.extract_features(features).last_hidden_state, expected)
-    few, all_ = (sum(p.numel() for p in x.parameters()) for x in (encoder, model))
+    log_mel = torch.randn(1, 100, 128)
+    expected = model.extract_features(log_mel).last_hidden_state
+    assert torch.equal(encoder.extract_features(log_mel).last_hidden_state, expected)
+    in_encoder, in_model = (sum(p.numel() for p in x.parameters()) for x in (encoder, model))
     text = capsys.readouterr().out
-    assert f"encoder of {few:,} parameters" in text
-    assert f"{all_:,} parameters" in text
+    assert f"encoder of {in_encoder:,} parameters" in text
+    assert f"{in_model:,} parameters" in text
     assert "already holds" in fails(capsys, 1, "export", checkpoint, checkpoint)
     assert "an encoder alone" in fails(
         capsys, 1, "reconstruct", SOUND, "--checkpoint", tmp_path / "e", "--out", tmp_path / "r.png"
@@ -615,7 +617,7 @@ def test_export_writes_encoder(checkpoint, tmp_path, capsys):
 def test_convert_and_export_official_checkpoint_keep_features(tmp_path, capsys):
     golden = Golden("mae_ast_patch_small")
     width = golden.state_dict["post_extract_proj.weight"].shape[0]
-    table = sinusoid(300, width).half().float()[None]  # as a run in fp16 leaves it
+    table = sinusoid(300, width).half().float()[None]  # as in a checkpoint of an fp16 run
     options = {name: value for name, value in golden.options.items() if name.startswith("cfg/")}
     content = {"cfg": options, "args": None, "model": {**golden.state_dict, "enc_sine_pos_embed.pe": table}}
     official = tmp_path / "official.pt"
@@ -653,7 +655,7 @@ def test_doctor_prints_text_or_json(checkpoint, capsys, monkeypatch):
 
 
 def test_features_ctrl_c_exits_with_130(checkpoint, tmp_path, capsys, monkeypatch):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(inference, "extract_file", stop)
@@ -662,12 +664,12 @@ def test_features_ctrl_c_exits_with_130(checkpoint, tmp_path, capsys, monkeypatc
 
 
 def test_main_as_process_sets_exit_codes(tmp_path):
-    """python -m, the exit code, and a reader that goes away."""
-    run = [sys.executable, "-m", "mae_ast_fast"]
-    done = subprocess.run([*run, "pretrian"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    """python -m, the exit code, and a closed pipe."""
+    command = [sys.executable, "-m", "mae_ast_fast"]
+    done = subprocess.run([*command, "pretrian"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "mae-ast-fast: error: unknown command pretrian; did you mean pretrain?\n"
-    process = subprocess.Popen([*run, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    process = subprocess.Popen([*command, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 1

@@ -415,7 +415,7 @@ def test_the_command_makes_a_manifest(tmp_path, capsys):
     first, second, last = capsys.readouterr().out.splitlines()
     assert first == f"{out}: 2 clips, 2 classes; fold 1 1, fold 2 1"
     names = out.with_suffix(".missing.txt")
-    assert second == f"not there: 1, 5-9032-A-0.wav for one; all their names are in {names}"
+    assert second == f"missing clips: 1, such as 5-9032-A-0.wav; {names} lists them"
     assert names.read_text() == "5-9032-A-0.wav\n"
     command = f"mae-ast-fast finetune --data {out} --root '{root}' --checkpoint runs/frame --out runs/esc50"
     assert last == f"Next: {command}"
@@ -430,10 +430,10 @@ def test_the_command_makes_a_manifest(tmp_path, capsys):
     [
         (["esc5O"], 2, "unknown task esc5O; did you mean esc50?"),
         (["qqq"], 2, "unknown task qqq; known are zh_initial22, "),
-        (["esc50"], 2, "esc50 takes --root, the folder with meta/esc50.csv, audio/"),
-        (["esc50", "ks1", "--root", "x"], 2, "esc50 is a public data set and goes alone, got esc50, ks1"),
-        (["zh_initial22", "--root", "x"], 2, "--root is the folder of a public data set, one of esc50, "),
-        (["--root", "x"], 2, "--root is the folder of a public data set"),
+        (["esc50"], 2, "esc50 needs --root, the folder with meta/esc50.csv, audio/"),
+        (["esc50", "ks1", "--root", "x"], 2, "esc50 is a public data set and must be the only NAME, got esc50, ks1"),
+        (["zh_initial22", "--root", "x"], 2, "--root needs a public data set as NAME, one of esc50, "),
+        (["--root", "x"], 2, "--root needs a public data set as NAME"),
         (["esc50", "--root", "nowhere"], 1, "no such folder: nowhere"),
     ],
 )
