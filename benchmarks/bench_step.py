@@ -1,43 +1,44 @@
-"""One training step, column by column: seconds, and of them the forward's; clips/s, tokens/s, memory, MFU.
+"""One training step, by column: seconds in total and in the forward, clips/s, tokens/s, memory, MFU.
 
 OMP_WAIT_POLICY=PASSIVE python -m pytest benchmarks -k step --benchmark-json=benchmarks/results/step_cpu.json
 python -m pytest benchmarks -k step --benchmark-disable            every column once, at toy sizes
 
-A step draws its masks, runs forward and backward from gradients that are None, clips the gradient's norm at 10 and
-updates with AdamW (fused): the same for all columns. The front end is not in it. Dropout 0.1, no layerdrop. In fp32
-and, as ``NAME bf16``, in bf16 (compiled columns, and all on a GPU, in bf16 alone, where that is native):
+A step draws its masks, runs forward and backward from gradients that are None, clips the gradient norm at 10 and
+updates with AdamW (fused); all columns do the same. The front end is not included. Dropout 0.1, no layerdrop. In fp32
+and, as ``NAME bf16``, in bf16 (only in bf16, where native: compiled columns, and all columns on a GPU):
 
     original            benchmarks/baselines/original.py, the paper's implementation style
-    reference           MAEAST(impl="torch", attention="sdpa"), eager: the plain path over padded attention
+    reference           MAEAST(impl="torch", attention="sdpa"), eager: the plain path with padded attention
     compiled            torch.compile(fullgraph=True) of it
-    fast                what this library makes of the step: TrainStep; on a CPU MAEAST as it is, on a GPU impl="triton"
+    fast                this library's step: TrainStep; on a CPU with the default MAEAST, on a GPU with impl="triton"
     fast, gelu          the same with recompute="gelu" (GPU)
     fast, graphs        the same as CUDA graphs (GPU, small batches)
-    fast, no dropout    the same without dropout, as SSAST and ViTMAE have none
-    vitmae              Hugging Face's ViTMAEForPreTraining at these sizes; benchmarks/baselines/vitmae.py says what
-                        differs
+    fast, no dropout    the same without dropout, because SSAST and ViTMAE have none
+    vitmae              Hugging Face's ViTMAEForPreTraining at these sizes; benchmarks/baselines/vitmae.py lists
+                        the differences
     vitmae compiled     torch.compile of it
-    ssast               SSAST at these sizes, objective "joint" (one pass), by TrainStep on what ``fast`` runs on
-    ssast, two passes   the same with objective "joint_two_pass", as the official code has it
+    ssast               SSAST at these sizes, objective "joint" (one pass), by TrainStep with the same impl as ``fast``
+    ssast, two passes   the same with objective "joint_two_pass", as in the official code
 
-Before anything is timed, every column makes an update as in the timing, but with a given mask, without dropout, at a
-rate of 0 and with the layers' weights scaled up, so that each layer shows in the loss. Its loss and its gradient's norm
-must agree within tests/common/policy.py: of MAE-AST's columns with the fp32 reference's, of SSAST's with those of
-SSAST(impl="torch", attention="sdpa") in fp32, of ViTMAE's with the loss counted from its predictions. (Compiled columns
-without their backward, which would be compiled twice.) A run before the timing must then have moved every matrix.
+Before anything is timed, every column makes one update as in the timing, but with a given mask, without dropout, at
+learning rate 0 and with the layers' weights scaled up, so that each layer affects the loss. Its loss and gradient norm
+must agree within tests/common/policy.py: for MAE-AST with the fp32 reference, for SSAST with
+SSAST(impl="torch", attention="sdpa") in fp32, for ViTMAE with the loss computed from its predictions. (Compiled columns
+are checked without their backward, which would be compiled twice.) A run before the timing must change every matrix.
 A column that raises or fails a check is left out and recorded under ``failed``: the other columns are timed, and the
 benchmark fails at its end.
 
-Three kinds of cases. ``main``: models and clips in all columns. ``ssast``: MAE-AST against SSAST, without dropout.
-``sweep``: one factor at a time (clips a batch, their length, mask ratio, layers) from one base point.
+There are three sections of cases. ``main``: models and clips in all columns. ``ssast``: MAE-AST against SSAST, without
+dropout. ``sweep``: one factor at a time (clips per batch, their length, mask ratio, layers) from one base point.
 
 The case ``mixed`` has clips of unequal length. The paper's setting (``pad_audio`` false, ``random_crop`` true,
-``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s; its batches are neighbours in a
-list sorted by length, the shortest and the longest among them, so that little but the cap is lost. The packed columns
-take the same clips in random batches, whole. Each column is credited with the audio that it trains on. Compiled columns
-are left out there: every batch has another shape. ``equal`` is its counterpart: as much audio in clips of 10 s.
+``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s. Its batches are neighbours in a
+list sorted by length, including the shortest and the longest, so that cropping loses little except for the cap. The
+packed columns take the same clips, uncropped, in random batches. Each column is credited with the audio that it trains
+on. Compiled columns are left out there, because every batch has another shape. ``equal`` is its counterpart: as much
+audio in clips of 10 s.
 
-Memory is the median of three steps; on a CPU it is what the process has resident.
+Memory is the median of three steps; on a CPU it is the resident memory of the process.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ ALL = ("original", "reference", "compiled", "fast", "vitmae", "vitmae compiled")
 AGAINST_SSAST = ("fast, no dropout", "ssast", "ssast, two passes")
 SWEPT = ("original", "fast", "ssast")
 LR = 1e-4
-SEED = 1  # of the masks of a check
-GAIN = 60.0  # of N inputs, times GAIN / sqrt(N): from a spread of 0.02 to one that keeps the stream's
+SEED = 1  # of the masks in a check
+GAIN = (
+    60.0  # scales a matrix with N inputs by GAIN / sqrt(N): from a std of 0.02 to one that keeps the std of the stream
+)
 MEMORY_RUNS = 3
 NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout"), 0.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,11 +91,11 @@ class Case:
     """A model, clips, and columns.
 
     Attributes:
-        mixed: Clips of unequal length.
-        batches: Of a round.
-        part: "main", "ssast" or "sweep".
-        factor: Of a sweep, what differs from the base point; "" is that point itself.
-        sizes: Fields of the configuration that differ from the preset's.
+        mixed: Whether the clips have unequal lengths.
+        batches: Number of batches per round.
+        section: "main", "ssast" or "sweep".
+        factor: In a sweep, the property that differs from the base point; "" for that point itself.
+        sizes: Configuration fields that differ from the preset.
     """
 
     name: str
@@ -104,7 +107,7 @@ class Case:
     rounds: int = ROUNDS
     mixed: bool = False
     batches: int = 1
-    part: str = "main"
+    section: str = "main"
     factor: str = ""
     sizes: dict[str, Any] = field(default_factory=dict)
 
@@ -113,43 +116,43 @@ class Case:
         return MAEASTConfig.preset(self.preset, **{"encoder_layerdrop": 0.0, **self.sizes})
 
     def toy(self) -> Case:
-        """The same at a size that takes a second."""
+        """The same case at a size that takes about a second."""
         sizes = {"embed_dim": 32, "decoder_embed_dim": 32, "ffn_dim": 128, "num_heads": 2, "encoder_layers": 1}
         sizes = {**self.sizes, **sizes}
         return replace(self, clips=2, batches=min(self.batches, 2), seconds=min(self.seconds, 2.0), sizes=sizes)
 
 
 def sweeps(preset: str, clips: int, changes: dict[str, Sequence[Any]]) -> list[Case]:
-    """The base point, and for each factor the points that differ from it in that alone.
+    """The base point, and for each factor the points that differ from it in that factor only.
 
     Args:
-        preset: Of the base point.
-        clips: Of the base point.
-        changes: By factor: clips of a batch, seconds of a clip, mask ratios, layers of the encoder.
+        preset: Model sizes of the base point.
+        clips: Clips per batch at the base point.
+        changes: Factor -> values: clips per batch, seconds per clip, mask ratios, encoder layers.
     """
-    base = Case("sweep base", preset, clips, SWEPT, BEST, part="sweep")
+    base = Case("sweep base", preset, clips, SWEPT, BEST, section="sweep")
     cases = [base]
     for factor, values in changes.items():
         for value in values:
             case = replace(base, factor=factor, name=f"sweep {factor} {value:g}")
             if factor in ("clips", "seconds"):
                 case = replace(case, **{factor: value})
-            else:  # SSAST knows neither a mask ratio nor MAE-AST's two kinds of layers
+            else:  # SSAST has neither a mask ratio nor separate encoder and decoder layers
                 case = replace(case, sizes={factor: value}, columns=SWEPT[:2])
             cases.append(case)
     return cases
 
 
-RATIOS = (0.5, 0.6, 0.9)  # and the base point's 0.75
+RATIOS = (0.5, 0.6, 0.9)  # the base point has 0.75
 ON_CPU = (
     Case("patch_small", "patch_small", 4, (*ALL[:4], "fast, no dropout", *ALL[4:])),
     Case("frame_small", "frame_small", 4, EAGER),
     Case("patch_base", "patch_base", 2, (*EAGER, "fast, no dropout", *ALL[4:]), BEST),
     Case("mixed", "patch_tiny", 4, EAGER, BEST, mixed=True, batches=3),
     Case("equal", "patch_tiny", 5, ("original", "fast"), BEST, batches=3),
-    Case("ssast patch_small", "patch_small", 4, AGAINST_SSAST, BEST, part="ssast"),
-    Case("ssast frame_small", "frame_small", 4, AGAINST_SSAST, BEST, part="ssast"),
-    Case("ssast patch_base", "patch_base", 2, AGAINST_SSAST, BEST, part="ssast"),
+    Case("ssast patch_small", "patch_small", 4, AGAINST_SSAST, BEST, section="ssast"),
+    Case("ssast frame_small", "frame_small", 4, AGAINST_SSAST, BEST, section="ssast"),
+    Case("ssast patch_base", "patch_base", 2, AGAINST_SSAST, BEST, section="ssast"),
     *sweeps(
         "patch_small",
         1,
@@ -161,20 +164,20 @@ ON_CPU = (
         },
     ),
 )
-# In order of value: gpu.py runs them one process after another until its time is up. Compiling takes minutes.
+# Most important first: gpu.py runs them, one process each, until its time is up. Compiling takes minutes.
 ON_GPU_CASES = (
     Case("patch_base", "patch_base", 256, (*EAGER, "vitmae", "fast, gelu", "fast, no dropout")),
     Case("mixed", "patch_base", 64, (*EAGER, "fast, gelu"), mixed=True, batches=4),
     Case("equal", "patch_base", 72, (*EAGER, "fast, gelu"), batches=4),
     Case("few clips", "patch_base", 8, (*EAGER, "fast, graphs")),
     Case("frame_base", "frame_base", 256, EAGER),
-    Case("ssast patch_base", "patch_base", 128, AGAINST_SSAST, part="ssast"),
-    Case("ssast frame_base", "frame_base", 128, AGAINST_SSAST, part="ssast"),
+    Case("ssast patch_base", "patch_base", 128, AGAINST_SSAST, section="ssast"),
+    Case("ssast frame_base", "frame_base", 128, AGAINST_SSAST, section="ssast"),
     Case("patch_base compiled", "patch_base", 256, ("reference", "compiled", "fast", "vitmae compiled")),
     Case("few clips compiled", "patch_base", 8, ("reference", "compiled", "fast")),
     *sweeps(
         "patch_base",
-        16,  # of 60 s as many as the original's attention weights leave room for
+        16,  # at 60 s the original's attention weights leave no room for more
         {
             "clips": (32, 64, 128, 256),
             "seconds": (1.0, 2.0, 5.0, 20.0, 60.0),
@@ -184,82 +187,84 @@ ON_GPU_CASES = (
     ),
 )
 CASES = ON_GPU_CASES if ON_GPU else ON_CPU
-AFTER_FORWARD = ("backward", "optimizer", "update")  # stages of a step; all others are of its forward
+AFTER_FORWARD = ("backward", "optimizer", "update")  # stages after the forward; all others belong to the forward
 
 
 @dataclass
 class Batch:
-    """Log-mel (B, T, F) with frame counts (B,), also on the host, and the seconds that each clip lasts."""
+    """Log-mel (B, T, F), frame counts (B,) on the device and on the host, and the length of each clip in seconds."""
 
-    features: Tensor
-    frames: Tensor
-    on_host: list[int]
+    log_mel: Tensor
+    num_frames: Tensor
+    host_frames: list[int]
     seconds: list[float]
 
 
 class Stages:
-    """Seconds between its calls, added up under the names that they bring; on a GPU by the device's clock."""
+    """Accumulates seconds by stage, on a GPU with the device's clock: each call ends the stage that it names."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[str, Any]] = []
+        self.events: list[tuple[str, Any]] = []
         self("")
 
     def __call__(self, stage: str) -> None:
-        mark: Any = time.perf_counter()
+        event: Any = time.perf_counter()
         if ON_GPU:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        self.marks.append((stage, mark))
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.events.append((stage, event))
 
     def seconds(self) -> dict[str, float]:
-        """To be asked once the device is done."""
-        found: dict[str, float] = {}
-        for (_, before), (stage, mark) in zip(self.marks, self.marks[1:], strict=False):
-            found[stage] = found.get(stage, 0.0) + (before.elapsed_time(mark) / 1e3 if ON_GPU else mark - before)
-        return found
+        """Seconds by stage. Call it after the device has finished."""
+        seconds_by_stage: dict[str, float] = {}
+        for (_, start), (stage, end) in zip(self.events, self.events[1:], strict=False):
+            seconds_by_stage[stage] = seconds_by_stage.get(stage, 0.0) + (
+                start.elapsed_time(end) / 1e3 if ON_GPU else end - start
+            )
+        return seconds_by_stage
 
 
-class Yardstick:
-    """The mask that a batch is checked with, and what an update must then tell.
+class ExpectedUpdate:
+    """The mask with which a batch is checked, and the loss and gradient norm that an update must then return.
 
     Args:
-        draw: The mask of a batch.
-        model: Whose weights' gradient counts.
-        loss: In fp32 and without dropout, of a batch and a mask, as plainly as can be.
+        draw: Returns the mask of a batch.
+        model: Model for whose weights the gradient norm is computed.
+        loss: Loss of a batch and a mask in plain PyTorch, in fp32 and without dropout.
     """
 
     def __init__(
         self, draw: Callable[[Batch], Tensor], model: nn.Module, loss: Callable[[Batch, Tensor], Tensor]
     ) -> None:
         self.draw, self.model, self.loss = draw, model, loss
-        self.known: dict[int, tuple[Tensor, float, float]] = {}
+        self.cache: dict[int, tuple[Tensor, float, float]] = {}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, float, float]:
-        """The mask, the loss, and the gradient's norm."""
-        if id(batch) not in self.known:
+        """Mask, loss and gradient norm of a batch."""
+        if id(batch) not in self.cache:
             mask = self.draw(batch)
             loss = self.loss(batch, mask)
             weights = [p for p in self.model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-            self.known[id(batch)] = mask, loss.item(), norm.item()
-        return self.known[id(batch)]
+            grad_norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+            self.cache[id(batch)] = mask, loss.item(), grad_norm.item()
+        return self.cache[id(batch)]
 
 
 @dataclass
-class Kind:
-    """One way to do the step in any precision; ``loss`` takes (batch, mask or None).
+class Variant:
+    """One implementation of the step, in any precision; ``loss`` takes (batch, mask or None).
 
     Attributes:
-        statistics: What has statistics of the batch in training, and needs them in a check as well.
-        flops: Of a step's training on a clip with L tokens, which the model cannot do without.
-        train_step: Options of TrainStep, which then does the step whole; None: ``loss``, backward, clipping and AdamW.
+        statistics: Module that computes statistics of the batch in training; a check needs them as well.
+        flops: Minimum training FLOPs of a step on a clip with L tokens.
+        train_step: Options of TrainStep, which then makes the step. None: ``loss``, backward, clipping and AdamW.
     """
 
     model: nn.Module
     loss: Callable[[Batch, Mask], Tensor]
     batches: list[Batch]
-    yardstick: Yardstick
+    expected_update: ExpectedUpdate
     flops: Callable[[int], int]
     statistics: nn.Module | None = None
     train_step: dict[str, Any] | None = None
@@ -270,30 +275,32 @@ def autocast(precision: str) -> torch.autocast:
 
 
 @contextmanager
-def without_dropout(kinds: Sequence[Kind]) -> Iterator[None]:
-    """As in training, with statistics of the batch, but without dropout, and with the layers' matrices scaled up.
+def without_dropout(variants: Sequence[Variant]) -> Iterator[None]:
+    """Models as in training, with statistics of the batch, but without dropout and with scaled-up layer matrices.
 
-    As they are initialised, a layer changes the loss by less than bf16 does. Afterwards all is as it was: weights,
-    running statistics, training mode.
+    With the initial weights a layer changes the loss by less than the rounding of bf16 does. Weights, running
+    statistics and training mode are restored afterwards.
     """
-    models = {kind.model for kind in kinds}
-    named = [pair for model in models for pair in model.named_parameters()]
-    matrices = [p.detach() for name, p in named if p.dim() == 2 and re.search(r"layers?\.\d+\.", name)]
-    running = [x for kind in kinds if kind.statistics is not None for x in kind.statistics.buffers()]
-    kept = [(x, x.clone()) for x in (*matrices, *running)]
+    models = {variant.model for variant in variants}
+    named_parameters = [pair for model in models for pair in model.named_parameters()]
+    matrices = [p.detach() for name, p in named_parameters if p.dim() == 2 and re.search(r"layers?\.\d+\.", name)]
+    running_stats = [
+        tensor for variant in variants if variant.statistics is not None for tensor in variant.statistics.buffers()
+    ]
+    saved_values = [(tensor, tensor.clone()) for tensor in (*matrices, *running_stats)]
     for matrix in matrices:
         matrix.mul_(GAIN * matrix.shape[1] ** -0.5)
     for model in models:
         model.eval()
-    for kind in kinds:
-        if kind.statistics is not None:
-            kind.statistics.train()
+    for variant in variants:
+        if variant.statistics is not None:
+            variant.statistics.train()
     try:
         yield
     finally:
         with torch.no_grad():
-            for x, before in kept:
-                x.copy_(before)
+            for tensor, saved in saved_values:
+                tensor.copy_(saved)
         for model in models:
             model.train()
 
@@ -304,23 +311,25 @@ def labelled(name: str, precision: str) -> str:
 
 
 class Column:
-    """A kind in a precision.
+    """A variant in a precision.
 
     Args:
-        kind: May be shared by columns, which then train the same weights.
-        optimizer: Of these weights, where there is no TrainStep.
+        name: Name of the variant.
+        variant: May be shared by columns, which then train the same weights.
+        precision: "fp32" or "bf16".
+        optimizer: Optimizer of these weights; None with TrainStep.
     """
 
-    def __init__(self, name: str, kind: Kind, precision: str, optimizer: torch.optim.Optimizer | None) -> None:
+    def __init__(self, name: str, variant: Variant, precision: str, optimizer: torch.optim.Optimizer | None) -> None:
         self.name = labelled(name, precision)
-        self.kind, self.precision, self.model = kind, precision, kind.model.train()
+        self.variant, self.precision, self.model = variant, precision, variant.model.train()
         self.compiled = "compiled" in name
         self.clock: Callable[[str], None] = lambda stage: None
         self.update, self.optimizer = None, optimizer
-        if kind.train_step is not None:
-            self.update = TrainStep(self.model, LR, precision=precision, **kind.train_step)
+        if variant.train_step is not None:
+            self.update = TrainStep(self.model, LR, precision=precision, **variant.train_step)
             self.optimizer = self.update.optimizer
-            if not kind.train_step.get("graphs"):
+            if not variant.train_step.get("graphs"):
                 forward = self.update.forward
 
                 def timed(*inputs: Any, **options: Any) -> Any:
@@ -331,40 +340,40 @@ class Column:
                 self.update.forward = timed
 
     def run(self, clock: Callable[[str], None] = lambda stage: None) -> float:
-        """One update a batch; returns the last loss. ``clock`` is told of every stage as it ends."""
+        """Make one update per batch; return the last loss. ``clock`` is called with each stage as it ends."""
         self.clock = clock
         if isinstance(self.model, Original):
             self.model.clock = clock
-        for batch in self.kind.batches:
+        for batch in self.variant.batches:
             loss, _ = self.one_update(batch)
         return loss.item()
 
     def one_update(self, batch: Batch, mask: Mask = None, **options: Any) -> tuple[Tensor, Tensor]:
-        """The loss, and the gradient's norm before clipping; ``options`` go to TrainStep."""
+        """Loss, and gradient norm before clipping; ``options`` go to TrainStep."""
         if self.update is not None:
-            numbers = self.update(batch.features, batch.on_host, mask, **options)
+            metrics = self.update(batch.log_mel, batch.host_frames, mask, **options)
             self.clock("update")
-            return numbers.loss, numbers.grad_norm
+            return metrics.loss, metrics.grad_norm
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.precision):
-            loss = self.kind.loss(batch, mask)
-        if not isinstance(self.model, Original):  # which tells of its parts itself
+            loss = self.variant.loss(batch, mask)
+        if not isinstance(self.model, Original):  # which calls the clock itself
             self.clock("forward")
         loss.backward()
         self.clock("backward")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         self.optimizer.step()
         self.clock("optimizer")
-        return loss, norm
+        return loss, grad_norm
 
     def check(self, batch: Batch, mask: Tensor) -> tuple[float, float]:
-        """Loss and gradient's norm of an update as in ``run`` that leaves weights, rate and moments as they were."""
+        """Loss and gradient norm of an update as in ``run``; weights, learning rate and moments are restored."""
         if self.compiled:
             with torch.no_grad(), autocast(self.precision):
-                return self.kind.loss(batch, mask).item(), float("nan")
+                return self.variant.loss(batch, mask).item(), float("nan")
         try:
-            loss, norm = self._update_at_rate_0(batch, mask)
-            return loss.item(), norm.item()
+            loss, grad_norm = self._update_at_zero_rate(batch, mask)
+            return loss.item(), grad_norm.item()
         finally:  # other columns may train the same weights with the same optimizer
             self.optimizer.zero_grad(set_to_none=True)
             for state in self.optimizer.state.values():
@@ -375,320 +384,343 @@ class Column:
                     group["lr"] = LR
             else:
                 self.update.lr.fill_(LR)
-                self.update.restore()  # no graph is kept that was recorded without dropout
+                self.update.restore()  # drops CUDA graphs, which were recorded without dropout
 
-    def _update_at_rate_0(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _update_at_zero_rate(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.update is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
             return self.one_update(batch, mask)
-        if self.update.graphs is not None:  # a graph draws its masks: the same one, by its seed
+        if self.update.graphs is not None:  # a CUDA graph draws its masks itself; the seed selects the same mask
             return self.one_update(batch, None, lr=0.0, seed=SEED)
-        two = getattr(self.model.config, "objective", "") == "joint_two_pass"
-        return self.one_update(batch, (mask, mask) if two else mask, lr=0.0)
+        two_passes = getattr(self.model.config, "objective", "") == "joint_two_pass"
+        return self.one_update(batch, (mask, mask) if two_passes else mask, lr=0.0)
 
 
-def check_moved(column: Column, before: dict[str, Tensor]) -> None:
-    """Raises AssertionError where a matrix is what it was before a run."""
-    still = [name for name, x in before.items() if torch.equal(x, column.model.get_parameter(name))]
-    assert not still, f"{column.name}: an update does not move {', '.join(still)}"
+def check_moved(column: Column, old_values: dict[str, Tensor]) -> None:
+    """Raise AssertionError if a run left a matrix unchanged."""
+    unchanged = [
+        name for name, old_value in old_values.items() if torch.equal(old_value, column.model.get_parameter(name))
+    ]
+    assert not unchanged, f"{column.name}: an update does not change {', '.join(unchanged)}"
 
 
 def matrices_of(column: Column) -> dict[str, Tensor]:
-    """Copies of a column's weights, vectors left out: a bias may stand still."""
-    return {n: p.detach().clone() for n, p in column.model.named_parameters() if p.dim() > 1 and p.requires_grad}
+    """Copies of a column's trained matrices. Vectors are left out, because a bias may stay unchanged."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in column.model.named_parameters()
+        if parameter.dim() > 1 and parameter.requires_grad
+    }
 
 
 def stack_flops(tokens: int, layers: int, width: int, inner: int) -> int:
-    """Of the matrix products of a transformer stack's forward over one clip."""
+    """FLOPs of the matrix products in a transformer stack's forward over one clip."""
     return layers * tokens * (8 * width * width + 4 * width * inner + 4 * tokens * width)
 
 
 def mae_ast_flops(config: MAEASTConfig, tokens: int) -> int:
-    """Train FLOPs of MAE-AST on a clip of L tokens: three times the forward's matrix products, all as in the paper.
+    """Training FLOPs of MAE-AST on a clip of L tokens: three times the forward's matrix products, as in the paper.
 
-    An implementation that leaves some of them out (all but the hidden tokens of the last layer) is credited with them,
-    one that does more of them (projecting every patch, recomputing) is not.
+    An implementation that skips some of them (the visible tokens in the last layer) is credited with all of them. Extra
+    products (projecting every patch, recomputing) do not count.
     """
-    visible = num_visible(tokens, config.mask_ratio)
-    hidden, width, patch = tokens - visible, config.decoder_embed_dim, config.patch_dim
-    forward = 2 * visible * patch * config.embed_dim
-    forward += stack_flops(visible, config.encoder_layers, config.embed_dim, config.ffn_dim)
+    visible_tokens = num_visible(tokens, config.mask_ratio)
+    masked_tokens, width, patch_dim = tokens - visible_tokens, config.decoder_embed_dim, config.patch_dim
+    forward = 2 * visible_tokens * patch_dim * config.embed_dim
+    forward += stack_flops(visible_tokens, config.encoder_layers, config.embed_dim, config.ffn_dim)
     forward += stack_flops(tokens, config.decoder_layers, width, config.ffn_dim)
-    forward += 2 * visible * config.embed_dim * width if config.has_projection else 0
-    forward += 2 * hidden * width * 2 * patch + 2 * hidden * hidden * patch  # heads, InfoNCE
+    forward += 2 * visible_tokens * config.embed_dim * width if config.has_projection else 0
+    forward += (
+        2 * masked_tokens * width * 2 * patch_dim + 2 * masked_tokens * masked_tokens * patch_dim
+    )  # heads, InfoNCE
     return 3 * forward
 
 
 def ssast_flops(config: SSASTConfig, tokens: int) -> int:
-    """As ``mae_ast_flops``; the two passes of "joint_two_pass" are counted both."""
-    visible = num_visible(tokens, config.mask_ratio)
-    hidden, width, patch = tokens - visible, config.embed_dim, config.patch_dim
-    one = 2 * visible * patch * width + stack_flops(tokens + 2, config.layers, width, config.ffn_dim)
-    heads = 2 * (2 * hidden * width * (width + patch)) + 2 * hidden * hidden * patch
-    return 3 * ((2 if config.objective == "joint_two_pass" else 1) * one + heads)
+    """As ``mae_ast_flops``; for "joint_two_pass" both passes count."""
+    visible_tokens = num_visible(tokens, config.mask_ratio)
+    masked_tokens, width, patch_dim = tokens - visible_tokens, config.embed_dim, config.patch_dim
+    one_pass = 2 * visible_tokens * patch_dim * width + stack_flops(tokens + 2, config.layers, width, config.ffn_dim)
+    heads = 2 * (2 * masked_tokens * width * (width + patch_dim)) + 2 * masked_tokens * masked_tokens * patch_dim
+    return 3 * ((2 if config.objective == "joint_two_pass" else 1) * one_pass + heads)
 
 
 def vitmae_flops(config: MAEASTConfig, tokens: int) -> int:
-    """As ``mae_ast_flops``, for what vitmae.py lists: a class token, a Linear in between, one head over all tokens."""
-    visible, width, patch = num_visible(tokens, config.mask_ratio), config.decoder_embed_dim, config.patch_dim
-    forward = 2 * tokens * patch * config.embed_dim + 2 * (visible + 1) * config.embed_dim * width
-    forward += stack_flops(visible + 1, config.encoder_layers, config.embed_dim, config.ffn_dim)
-    forward += stack_flops(tokens + 1, config.decoder_layers, width, config.ffn_dim) + 2 * tokens * width * patch
+    """As ``mae_ast_flops``, with a class token, a Linear before the decoder and one head over all tokens."""
+    visible_tokens, width, patch_dim = (
+        num_visible(tokens, config.mask_ratio),
+        config.decoder_embed_dim,
+        config.patch_dim,
+    )
+    forward = 2 * tokens * patch_dim * config.embed_dim + 2 * (visible_tokens + 1) * config.embed_dim * width
+    forward += stack_flops(visible_tokens + 1, config.encoder_layers, config.embed_dim, config.ffn_dim)
+    forward += stack_flops(tokens + 1, config.decoder_layers, width, config.ffn_dim) + 2 * tokens * width * patch_dim
     return 3 * forward
 
 
 def make_batch(seconds: list[float], config: MAEASTConfig, generator: torch.Generator) -> Batch:
-    """Noise with the mean and the spread of log-mel, in clips of these lengths (25 ms windows every 10 ms)."""
-    frames = torch.tensor([1 + int(100 * second - 2.5) for second in seconds])
-    features = torch.randn(len(seconds), int(frames.max()), config.num_mel_bins, generator=generator) * 4.0 - 6.0
-    return Batch(features.to(DEVICE), frames.to(DEVICE), frames.tolist(), seconds)
+    """Noise with the mean and std of log-mel, in clips of these lengths (25 ms windows every 10 ms)."""
+    num_frames = torch.tensor([1 + int(100 * clip_seconds - 2.5) for clip_seconds in seconds])
+    log_mel = torch.randn(len(seconds), int(num_frames.max()), config.num_mel_bins, generator=generator) * 4.0 - 6.0
+    return Batch(log_mel.to(DEVICE), num_frames.to(DEVICE), num_frames.tolist(), seconds)
 
 
 def make_batches(case: Case) -> tuple[list[Batch], list[Batch]]:
-    """Batches of the column ``original`` and of the packed ones."""
+    """Batches of the column ``original``, and of the packed columns."""
     config, generator = case.config, torch.Generator().manual_seed(0)
     if not case.mixed:
         batches = [make_batch([case.seconds] * case.clips, config, generator) for _ in range(case.batches)]
         return batches, batches
-    # Half of the corpus lasts 10 s, as AudioSet's clips; half 2 to 35 s, 12 in the mean, about as LibriSpeech's.
+    # Half of the clips last 10 s, as in AudioSet; half 2 to 35 s with a mean of 12 s, about as in LibriSpeech.
     random = np.random.default_rng(0)
     corpus = np.sort(np.concatenate((np.full(128, SECONDS), 2.0 + 33.0 * random.beta(2.2, 5.0, 128))))
-    every = corpus.reshape(-1, case.clips)
-    neighbours = every[np.linspace(0, len(every) - 1, case.batches).round().astype(int)]  # both ends included
+    groups = corpus.reshape(-1, case.clips)
+    neighbours = groups[np.linspace(0, len(groups) - 1, case.batches).round().astype(int)]  # both ends included
     cropped = np.minimum(neighbours.min(1, keepdims=True), CROP).repeat(case.clips, 1)
-    packed = random.permutation(neighbours.ravel()).reshape(neighbours.shape)
-    return tuple([make_batch(row.tolist(), config, generator) for row in rows] for rows in (cropped, packed))
+    shuffled = random.permutation(neighbours.ravel()).reshape(neighbours.shape)
+    return tuple(
+        [make_batch(lengths.tolist(), config, generator) for lengths in clip_lengths]
+        for clip_lengths in (cropped, shuffled)
+    )
 
 
 def draw_mask(config: MAEASTConfig, batch: Batch, seed: int | None = None) -> Tensor:
-    """(B, L) bool, True = masked: a mask for each clip."""
-    tokens = batch.frames // config.patch_size[0] * config.grid_f
-    width = batch.features.shape[1] // config.patch_size[0] * config.grid_f
-    return sample_mask(config.masking, tokens, config.grid_f, config.mask_ratio, seed=seed, max_tokens=width)
+    """(B, L) bool, True = masked: one mask per clip."""
+    num_tokens = batch.num_frames // config.patch_size[0] * config.grid_f
+    max_tokens = batch.log_mel.shape[1] // config.patch_size[0] * config.grid_f
+    return sample_mask(config.masking, num_tokens, config.grid_f, config.mask_ratio, seed=seed, max_tokens=max_tokens)
 
 
-def mae_ast_kinds(case: Case, wanted: Sequence[str], failed: Failed) -> tuple[dict[str, Kind], MAEAST]:
-    """MAE-AST's kinds with equal weights, and the reference."""
+def mae_ast_variants(case: Case, names: Sequence[str], failed: Failed) -> tuple[dict[str, Variant], MAEAST]:
+    """Variants of MAE-AST with equal weights, and the reference model."""
     config = case.config
     original = Original(config).to(DEVICE)
     weights = convert_state_dict(original.state_dict(), config)
 
-    def ours(config: MAEASTConfig = config, **how: str) -> MAEAST:
-        model = MAEAST(config, **how)
+    def build(config: MAEASTConfig = config, **options: str) -> MAEAST:
+        model = MAEAST(config, **options)
         model.load_state_dict(weights)
         return model.to(DEVICE)
 
-    reference = ours(impl="torch", attention="sdpa")
-    for_original, packed = make_batches(case)
-    most = max(batch.features.shape[1] for batch in for_original) // config.patch_size[0] * config.grid_f
-    if most > len(original.encoder_positions):  # its table ends at 2048 tokens, 41 s of patches
-        original.encoder_positions = sinusoid(most, config.embed_dim).to(DEVICE)
-        original.decoder_positions = sinusoid(most, config.decoder_embed_dim).to(DEVICE)
+    reference = build(impl="torch", attention="sdpa")
+    original_batches, batches = make_batches(case)
+    max_tokens = max(batch.log_mel.shape[1] for batch in original_batches) // config.patch_size[0] * config.grid_f
+    if max_tokens > len(original.encoder_positions):  # its table has 2048 positions, 41 s of patches
+        original.encoder_positions = sinusoid(max_tokens, config.embed_dim).to(DEVICE)
+        original.decoder_positions = sinusoid(max_tokens, config.decoder_embed_dim).to(DEVICE)
 
     def packed_loss(model: Callable[..., Any]) -> Callable[[Batch, Mask], Tensor]:
         def loss(batch: Batch, mask: Mask) -> Tensor:
             mask = draw_mask(config, batch) if mask is None else mask
-            return model(batch.features, batch.frames, mask, sizes=reference.sizes_of(batch.on_host)).loss
+            return model(batch.log_mel, batch.num_frames, mask, sizes=reference.sizes_of(batch.host_frames)).loss
 
         return loss
 
     def original_loss(batch: Batch, mask: Mask) -> Tensor:
-        return original(batch.features, mask).loss
+        return original(batch.log_mel, mask).loss
 
-    # The original takes clips of one length only; the reference takes those too.
-    yardstick = Yardstick(lambda batch: draw_mask(config, batch, SEED), reference, packed_loss(reference))
-    shared: dict[str, Any] = {"yardstick": yardstick, "flops": lambda tokens: mae_ast_flops(config, tokens)}
-    plain = Kind(reference, packed_loss(reference), packed, statistics=reference.input_norm, **shared)
-    kinds = {"original": Kind(original, original_loss, for_original, statistics=original.batch_norm, **shared)}
-    kinds["reference"] = plain
-    if "compiled" in wanted:
-        kinds["compiled"] = replace(plain, loss=packed_loss(torch.compile(reference, fullgraph=True)))
-    ways = {"fast": {}, "fast, gelu": {"recompute": "gelu"}, "fast, graphs": {}, "fast, no dropout": {}}
-    for name, how in ways.items():
-        if name not in wanted:
+    # The original needs clips of one length; the reference accepts them too.
+    expected_update = ExpectedUpdate(lambda batch: draw_mask(config, batch, SEED), reference, packed_loss(reference))
+    shared: dict[str, Any] = {"expected_update": expected_update, "flops": lambda tokens: mae_ast_flops(config, tokens)}
+    reference_variant = Variant(reference, packed_loss(reference), batches, statistics=reference.input_norm, **shared)
+    variants = {
+        "original": Variant(original, original_loss, original_batches, statistics=original.batch_norm, **shared)
+    }
+    variants["reference"] = reference_variant
+    if "compiled" in names:
+        variants["compiled"] = replace(reference_variant, loss=packed_loss(torch.compile(reference, fullgraph=True)))
+    fast_options = {"fast": {}, "fast, gelu": {"recompute": "gelu"}, "fast, graphs": {}, "fast, no dropout": {}}
+    for name, options in fast_options.items():
+        if name not in names:
             continue
         with failed.catch(*labels(case, name)):
-            options = replace(config, **NO_DROPOUT) if name == "fast, no dropout" else config
-            model = ours(options, impl="triton" if ON_GPU else "torch", **how)
-            more = {"statistics": model.input_norm, "train_step": {"graphs": name == "fast, graphs"}}
-            kinds[name] = Kind(model, packed_loss(model), packed, **shared, **more)
-    return kinds, reference
+            variant_config = replace(config, **NO_DROPOUT) if name == "fast, no dropout" else config
+            model = build(variant_config, impl="triton" if ON_GPU else "torch", **options)
+            extra = {"statistics": model.input_norm, "train_step": {"graphs": name == "fast, graphs"}}
+            variants[name] = Variant(model, packed_loss(model), batches, **shared, **extra)
+    return variants, reference
 
 
-def ssast_config(config: MAEASTConfig, frames: int, objective: str) -> SSASTConfig:
-    """SSAST as deep and wide as MAE-AST's encoder, hiding its own share: 400 of 512 tokens."""
+def ssast_config(config: MAEASTConfig, num_frames: int, objective: str) -> SSASTConfig:
+    """SSAST with the depth and width of MAE-AST's encoder, and its own mask ratio: 400 of 512 tokens."""
     sizes = {"patch_size": config.patch_size, "embed_dim": config.embed_dim, "num_heads": config.num_heads}
-    sizes |= {"layers": config.encoder_layers, "input_frames": max(1024, frames), "objective": objective}
-    every = sizes["input_frames"] // config.patch_size[0] * config.grid_f
-    return SSASTConfig(**sizes, mask_patches=400 * every // 512)
+    sizes |= {"layers": config.encoder_layers, "input_frames": max(1024, num_frames), "objective": objective}
+    all_tokens = sizes["input_frames"] // config.patch_size[0] * config.grid_f
+    return SSASTConfig(**sizes, mask_patches=400 * all_tokens // 512)
 
 
-def ssast_kinds(case: Case, wanted: Sequence[str], failed: Failed) -> dict[str, Kind]:
-    """SSAST's kinds with equal weights; a check hides the same tokens in both of two passes."""
+def ssast_variants(case: Case, names: Sequence[str], failed: Failed) -> dict[str, Variant]:
+    """Variants of SSAST with equal weights; in a check both of two passes mask the same tokens."""
     _, batches = make_batches(case)
-    frames = max(batch.features.shape[1] for batch in batches)
+    num_frames = max(batch.log_mel.shape[1] for batch in batches)
     weights: dict[str, Tensor] = {}
 
-    def model(objective: str, **how: str) -> SSAST:
-        made = SSAST(ssast_config(case.config, frames, objective), **how)
+    def model(objective: str, **options: str) -> SSAST:
+        ssast = SSAST(ssast_config(case.config, num_frames, objective), **options)
         if not weights:
-            weights.update(made.state_dict())
-        made.load_state_dict(weights)
-        return made.to(DEVICE)
+            weights.update(ssast.state_dict())
+        ssast.load_state_dict(weights)
+        return ssast.to(DEVICE)
 
-    plain = model("joint", impl="torch", attention="sdpa")
-    batches = [replace(batch, features=plain.normalize(batch.features)) for batch in batches]
+    joint_reference = model("joint", impl="torch", attention="sdpa")
+    batches = [replace(batch, log_mel=joint_reference.normalize(batch.log_mel)) for batch in batches]
 
     def loss_of(model: SSAST) -> Callable[[Batch, Mask], Tensor]:
-        two = model.config.objective == "joint_two_pass"
-        return lambda batch, mask: model(batch.features, batch.frames, (mask, mask) if two else mask).loss
+        two_passes = model.config.objective == "joint_two_pass"
+        return lambda batch, mask: model(batch.log_mel, batch.num_frames, (mask, mask) if two_passes else mask).loss
 
     def draw(batch: Batch) -> Tensor:
-        return plain.sample_mask(batch.frames, batch.features.shape[1], seed=SEED)
+        return joint_reference.sample_mask(batch.num_frames, batch.log_mel.shape[1], seed=SEED)
 
-    kinds = {}
+    variants = {}
     for name, objective in (("ssast", "joint"), ("ssast, two passes", "joint_two_pass")):
-        if name not in wanted:
+        if name not in names:
             continue
         with failed.catch(*labels(case, name)):
-            made = model(objective, impl="triton" if ON_GPU else "torch")
+            ssast = model(objective, impl="triton" if ON_GPU else "torch")
 
-            def flops(tokens: int, config: SSASTConfig = made.config) -> int:
+            def flops(tokens: int, config: SSASTConfig = ssast.config) -> int:
                 return ssast_flops(config, tokens)
 
-            # The yardstick has the kind's own objective: two passes add up other gradients than one.
-            own = plain if objective == "joint" else model(objective, impl="torch", attention="sdpa")
-            yardstick = Yardstick(draw, own, loss_of(own))
-            kinds[name] = Kind(made, loss_of(made), batches, yardstick, flops, train_step={})
-    return kinds
+            # The expected update uses the variant's objective: two passes sum other gradients than one.
+            reference = joint_reference if objective == "joint" else model(objective, impl="torch", attention="sdpa")
+            expected_update = ExpectedUpdate(draw, reference, loss_of(reference))
+            variants[name] = Variant(ssast, loss_of(ssast), batches, expected_update, flops, train_step={})
+    return variants
 
 
-def vitmae_kinds(case: Case, wanted: Sequence[str], ours: nn.Module) -> dict[str, Kind]:
-    """ViTMAE's kinds."""
+def vitmae_variants(case: Case, names: Sequence[str], reference: nn.Module) -> dict[str, Variant]:
+    """Variants of ViTMAE."""
     config = case.config
     batches, _ = make_batches(case)
-    model = vitmae.build(config, batches[0].features.shape[1]).to(DEVICE)
+    model = vitmae.build(config, batches[0].log_mel.shape[1]).to(DEVICE)
 
     def loss_of(model: Callable[..., Any]) -> Callable[[Batch, Mask], Tensor]:
         def loss(batch: Batch, mask: Mask) -> Tensor:
             noise = None if mask is None else mask.float()
-            return model(vitmae.pixels(batch.features, config), noise=noise).loss
+            return model(vitmae.pixels(batch.log_mel, config), noise=noise).loss
 
         return loss
 
     def expected(batch: Batch, mask: Tensor) -> Tensor:
-        return vitmae.check(model, vitmae.pixels(batch.features, config), mask, ours)
+        return vitmae.check(model, vitmae.pixels(batch.log_mel, config), mask, reference)
 
-    yardstick = Yardstick(lambda batch: draw_mask(config, batch, SEED), model, expected)
-    kinds = {"vitmae": Kind(model, loss_of(model), batches, yardstick, lambda tokens: vitmae_flops(config, tokens))}
-    if "vitmae compiled" in wanted:
-        kinds["vitmae compiled"] = replace(kinds["vitmae"], loss=loss_of(torch.compile(model, fullgraph=True)))
-    return kinds
+    expected_update = ExpectedUpdate(lambda batch: draw_mask(config, batch, SEED), model, expected)
+    variants = {
+        "vitmae": Variant(model, loss_of(model), batches, expected_update, lambda tokens: vitmae_flops(config, tokens))
+    }
+    if "vitmae compiled" in names:
+        variants["vitmae compiled"] = replace(variants["vitmae"], loss=loss_of(torch.compile(model, fullgraph=True)))
+    return variants
 
 
-def left_out(case: Case, compiled: bool = True) -> dict[str, str]:
-    """Columns of a case that cannot run here, and why."""
-    compiler = no_compiler() if compiled else "not at toy sizes"
-    why = {name: compiler for name in case.columns if "compiled" in name and compiler}
-    library = vitmae.missing(case.config)
-    return why | {name: library for name in case.columns if "vitmae" in name and library}
+def unavailable_columns(case: Case, compiled: bool = True) -> dict[str, str]:
+    """Columns of a case that cannot run on this machine, with the reason."""
+    compiler_reason = no_compiler() if compiled else "not at toy sizes"
+    reasons = {name: compiler_reason for name in case.columns if "compiled" in name and compiler_reason}
+    library_reason = vitmae.missing(case.config)
+    return reasons | {name: library_reason for name in case.columns if "vitmae" in name and library_reason}
 
 
 def labels(case: Case, *names: str) -> list[str]:
-    """Names in results of these columns of a case."""
+    """Names of these columns of a case in the results."""
     return [labelled(name, precision) for name in names for precision in case.precisions if runs_in(name, precision)]
 
 
 def runs_in(name: str, precision: str) -> bool:
-    """Compiled columns run in the best precision alone: compiling takes minutes."""
+    """Whether a column runs in a precision. Compiled columns run only in the best one: compiling takes minutes."""
     return "compiled" not in name or precision in BEST
 
 
 def make_columns(case: Case, compiled: bool, failed: Failed) -> list[Column]:
-    """The columns of a case; kinds are in their order, precision by precision. Those that raise go to ``failed``."""
+    """Columns of a case, by precision and in the case's order. Those that raise go to ``failed``."""
     torch.manual_seed(0)
-    torch.compiler.reset()  # a case's graphs must not use up the recompilations of the next one's ...
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # ... and end in eager code unnoticed
-    without = left_out(case, compiled)
-    wanted = [name for name in case.columns if name not in without]
-    kinds, reference = mae_ast_kinds(case, wanted, failed)
-    if ssast := [name for name in wanted if "ssast" in name]:
-        with failed.catch(*labels(case, *ssast)):
-            kinds |= ssast_kinds(case, wanted, failed)
-    if others := [name for name in wanted if "vitmae" in name]:
-        with failed.catch(*labels(case, *others)):
-            kinds |= vitmae_kinds(case, wanted, reference)
+    torch.compiler.reset()  # graphs of one case must not use up the recompilation limit of the next ...
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # ... and silently fall back to eager code
+    unavailable = unavailable_columns(case, compiled)
+    names = [name for name in case.columns if name not in unavailable]
+    variants, reference = mae_ast_variants(case, names, failed)
+    if ssast_names := [name for name in names if "ssast" in name]:
+        with failed.catch(*labels(case, *ssast_names)):
+            variants |= ssast_variants(case, names, failed)
+    if vitmae_names := [name for name in names if "vitmae" in name]:
+        with failed.catch(*labels(case, *vitmae_names)):
+            variants |= vitmae_variants(case, names, reference)
     optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
     columns = []
     for precision in case.precisions:
-        for name in wanted:
-            if name not in kinds or not runs_in(name, precision):
+        for name in names:
+            if name not in variants or not runs_in(name, precision):
                 continue
-            kind = kinds[name]
+            variant = variants[name]
             with failed.catch(labelled(name, precision)):
-                if kind.train_step is None and kind.model not in optimizers:
+                if variant.train_step is None and variant.model not in optimizers:
                     options = {"lr": LR, "betas": (0.9, 0.98), "eps": 1e-6, "fused": True}
-                    optimizers[kind.model] = torch.optim.AdamW(kind.model.parameters(), **options)
-                columns.append(Column(name, kind, precision, optimizers.get(kind.model)))
+                    optimizers[variant.model] = torch.optim.AdamW(variant.model.parameters(), **options)
+                columns.append(Column(name, variant, precision, optimizers.get(variant.model)))
     return columns
 
 
 def check(columns: list[Column], failed: Failed) -> dict[str, float]:
-    """Relative distance of each column's loss from what it must be: same weights, same mask, no dropout.
+    """Relative error of each column's loss with equal weights and mask, without dropout.
 
-    A column where it, or that of the gradient's norm, is larger than the policy allows goes to ``failed``, as does one
-    that raises.
+    A column that raises, or whose error of the loss or gradient norm exceeds the policy's limit, goes to ``failed``.
     """
     errors: dict[str, float] = {}
-    for yardstick in {column.kind.yardstick for column in columns}:
-        yardstick.known.clear()  # of other weights
-    with without_dropout(every_kind(columns)):
+    for expected_update in {column.variant.expected_update for column in columns}:
+        expected_update.cache.clear()  # values of other weights
+    with without_dropout(all_variants(columns)):
         for column in columns:
             with failed.catch(column.name):
-                errors[column.name] = max(check_batch(column, batch) for batch in column.kind.batches)
+                errors[column.name] = max(check_batch(column, batch) for batch in column.variant.batches)
     return errors
 
 
 def check_batch(column: Column, batch: Batch) -> float:
-    """Relative distance of a column's loss on a batch.
+    """Relative error of a column's loss on a batch.
 
     Raises:
-        AssertionError: It, or that of the gradient's norm, is larger than the policy allows.
+        AssertionError: The error of the loss or of the gradient norm exceeds the policy's limit.
     """
-    mask, *expected = column.kind.yardstick(batch)
-    allowed = (BF16_LOSS if column.precision == "bf16" else ONE_STEP, GRAD_NORM[column.precision])
-    found = column.check(batch, mask)
-    errors = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
-    for what, error, limit in zip(("loss", "gradient's norm"), errors, allowed, strict=True):
-        if what == "loss" or not column.compiled:
-            assert error <= limit, f"{column.name}: {what} {error:.3g} off the plain one, allowed {limit:.3g}"
+    mask, *expected = column.variant.expected_update(batch)
+    limits = (BF16_LOSS if column.precision == "bf16" else ONE_STEP, GRAD_NORM[column.precision])
+    actual = column.check(batch, mask)
+    errors = [
+        abs(actual_value - expected_value) / abs(expected_value)
+        for actual_value, expected_value in zip(actual, expected, strict=True)
+    ]
+    for quantity, error, limit in zip(("loss", "gradient norm"), errors, limits, strict=True):
+        if quantity == "loss" or not column.compiled:
+            assert error <= limit, (
+                f"{column.name}: {quantity} is off by {error:.3g} relative to plain PyTorch, allowed {limit:.3g}"
+            )
     return errors[0]
 
 
-def every_kind(columns: list[Column]) -> list[Kind]:
-    """The columns' kinds, and their yardsticks' models as kinds, each model once."""
-    kinds = {column.kind.model: column.kind for column in columns}
+def all_variants(columns: list[Column]) -> list[Variant]:
+    """The columns' variants and, as variants, the models of their expected updates; each model once."""
+    variants = {column.variant.model: column.variant for column in columns}
     for column in columns:
-        model = column.kind.yardstick.model
-        if model not in kinds:
-            kinds[model] = replace(column.kind, model=model, statistics=getattr(model, "input_norm", None))
-    return list(kinds.values())
+        model = column.variant.expected_update.model
+        if model not in variants:
+            variants[model] = replace(column.variant, model=model, statistics=getattr(model, "input_norm", None))
+    return list(variants.values())
 
 
 def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Callable[[], None], dict[str, Any]]:
-    """Checks and warms up the columns of a case.
+    """Check and warm up the columns of a case.
 
     Returns:
-        A round, which runs every column once in turn and keeps their times, and where they are kept. Its ``failed``
-        holds the columns that raised or are wrong, with the reason; they have no times.
+        A function that runs one round (every column once, in turn) and records the times, and the record. Its
+        ``failed`` holds the columns that raised or are wrong, with the reason; they have no times.
     """
     failed = Failed()
     columns = make_columns(case, compiled, failed)
     errors = check(columns, failed)
     config = case.config
     record: dict[str, Any] = {
-        "part": case.part,
+        "part": case.section,
         "factor": case.factor,
         "preset": case.preset,
         "clips": case.clips,
@@ -696,16 +728,16 @@ def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Calla
         "mask_ratio": config.mask_ratio,
         "encoder_layers": config.encoder_layers,
         "mixed": case.mixed,
-        "left_out": left_out(case, compiled),
+        "left_out": unavailable_columns(case, compiled),
         "failed": failed,
         "peak": {},
         "columns": {},
     }
-    products = []
+    product_turns = []
     for precision in case.precisions:
         calls, work = peaks(DTYPES[precision], toy)
-        products.append(Turns({"product": calls["product"]}, once=toy))
-        record["peak"][precision] = {**products[-1].samples["product"], "work": work["product"]}
+        product_turns.append(Turns({"product": calls["product"]}, single=toy))
+        record["peak"][precision] = {**product_turns[-1].samples["product"], "work": work["product"]}
     for column in columns:
         if column.name not in failed:
             with failed.catch(column.name):
@@ -713,7 +745,7 @@ def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Calla
     columns = [column for column in columns if column.name not in failed]
 
     def one_round() -> None:
-        for turns in products:
+        for turns in product_turns:
             turns()
         for column in list(columns):
             with failed.catch(column.name):
@@ -726,30 +758,30 @@ def measure(case: Case, compiled: bool = True, toy: bool = False) -> tuple[Calla
 
 
 def warm_up(column: Column, case: Case) -> dict[str, Any]:
-    """A column's first steps, and its entry in the record.
+    """Run a column's first steps, and return its entry in the record.
 
     Raises:
-        AssertionError: They leave a matrix as it was.
+        AssertionError: The steps leave a matrix unchanged.
     """
-    before = matrices_of(column)
+    old_values = matrices_of(column)
     column.run()
-    check_moved(column, before)
-    del before
+    check_moved(column, old_values)
+    del old_values
     memory = []
     for _ in range(MEMORY_RUNS):
         column.optimizer.zero_grad(set_to_none=True)
         memory.append(peak_bytes(column.run, DEVICE))
     peak = None if None in memory else round(statistics.median(memory))
-    batches = column.kind.batches
+    batches = column.variant.batches
     patch, grid_f = case.config.patch_size[0], case.config.grid_f
-    tokens = [[frames // patch * grid_f for frames in batch.on_host] for batch in batches]
+    tokens = [[frames // patch * grid_f for frames in batch.host_frames] for batch in batches]
     entry: dict[str, Any] = {
         "precision": column.precision,
         "steps": len(batches),
-        "clips": sum(len(batch.frames) for batch in batches),
+        "clips": sum(len(batch.num_frames) for batch in batches),
         "audio_seconds": sum(sum(batch.seconds) for batch in batches),
         "tokens": sum(map(sum, tokens)),
-        "flops": sum(column.kind.flops(count) for counts in tokens for count in counts),
+        "flops": sum(column.variant.flops(count) for counts in tokens for count in counts),
         "peak_bytes_a_clip": None if peak is None else peak // case.clips,
         "seconds": [],
         "cpu_seconds": [],
@@ -761,17 +793,17 @@ def warm_up(column: Column, case: Case) -> dict[str, Any]:
 
 
 def time_column(column: Column, entry: dict[str, Any]) -> None:
-    """Runs a column once and adds its times to its entry.
+    """Run a column once, and add its times to its entry.
 
     Raises:
-        AssertionError: Its loss is not finite.
+        AssertionError: The loss is not finite.
     """
     synchronize()
-    began, worked = time.perf_counter(), time.process_time()
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     clock = Stages()
     loss = column.run(clock)
     synchronize()
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+    seconds, cpu_seconds = time.perf_counter() - wall_start, time.process_time() - cpu_start
     assert np.isfinite(loss), f"{column.name}: loss {loss}"
     entry["seconds"].append(seconds)
     entry["cpu_seconds"].append(cpu_seconds)
@@ -786,8 +818,8 @@ def pytest_generate_tests(metafunc: Any) -> None:
 def bench_step(case: Case, benchmark: Any) -> None:
     if benchmark.disabled:
         case = case.toy()
-    for name, why in left_out(case, benchmark.enabled).items():
-        print(f"without the column {name}: {why}")
+    for name, reason in unavailable_columns(case, benchmark.enabled).items():
+        print(f"column {name} left out: {reason}")
     with load_average(benchmark.extra_info):
         one_round, record = measure(case, compiled=benchmark.enabled, toy=benchmark.disabled)
         benchmark.pedantic(one_round, rounds=case.rounds)

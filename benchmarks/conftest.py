@@ -1,4 +1,4 @@
-"""What pytest and pytest-benchmark need to know in this folder; nothing here is loaded by the test suite."""
+"""Hooks of pytest and pytest-benchmark for this folder. The test suite does not load this file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPARED_ROUNDS = 15  # at least, where two commits are compared: the median of 5 is off by 5 % too often
-sys.path.append(str(ROOT / "tests" / "common"))  # policy.py: an output is checked before it is timed
+COMPARED_ROUNDS = 15  # minimum for comparing two commits: the median of 5 rounds is off by 5 % too often
+sys.path.append(str(ROOT / "tests" / "common"))  # policy.py: outputs are checked before they are timed
 
 
-# Log records for tools that nobody runs here; pytest would keep them all, and compiling takes many times as long.
+# Log records for external tools. pytest would capture them all, which makes compiling many times slower.
 logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    parser.addoption("--only", type=json.loads, help="JSON list of cases, as bench_step[mixed]: compare.py's")
+    parser.addoption(
+        "--only", type=json.loads, help="JSON list of cases, for example bench_step[mixed]; set by compare.py"
+    )
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds of a test")
 
@@ -39,15 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (only := config.getoption("only")) is not None:
-        items[:] = [item for item in items if item.name in only]
+    if (selected_names := config.getoption("only")) is not None:
+        items[:] = [item for item in items if item.name in selected_names]
 
 
 if importlib.util.find_spec("pytest_benchmark") is not None:
 
     @pytest.fixture
     def benchmark(benchmark: Any) -> Any:
-        """pytest-benchmark's; under compare.py every round waits for its turn."""
+        """The fixture of pytest-benchmark; under compare.py every round waits for its turn."""
         if turns := os.environ.get("MAE_AST_FAST_BENCH_TURNS"):
             read, write = map(int, turns.split(","))
             pedantic = benchmark.pedantic
@@ -56,7 +58,7 @@ if importlib.util.find_spec("pytest_benchmark") is not None:
                 def waiting() -> None:
                     os.write(write, b"?")
                     if os.read(read, 1) != b"!":
-                        raise RuntimeError("nobody grants turns any more")
+                        raise RuntimeError("compare.py ended: no more turns")
                     round_()
 
                 return pedantic(waiting, rounds=max(rounds, COMPARED_ROUNDS))
@@ -77,7 +79,7 @@ def _processor() -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """What a reader needs; pytest-benchmark's own answer also holds the host's name."""
+    """Machine facts for readers of the results. pytest-benchmark's default would include the host name."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -99,7 +101,7 @@ def _version(name: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Of the GPU; None: there is none, or nothing that tells it."""
+    """Version of the GPU driver; None if it is unknown."""
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
@@ -108,10 +110,10 @@ def _driver() -> str | None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
-    """Commit, its time, and whether the tree differs from it (earlier results do not count).
+    """Commit, its time, and whether the tree differs from it (ignoring earlier results).
 
-    ``MAE_AST_FAST_COMMIT`` names the commit of a tree without ``.git``. What neither it nor git answers is None: this
-    function never raises, because pytest-benchmark calls it before it writes any timing.
+    ``MAE_AST_FAST_COMMIT`` names the commit of a tree without ``.git``. Unknown values are None. This function never
+    raises, because pytest-benchmark calls it before it writes any timing.
     """
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/studies/quality/results")
     return {
@@ -122,17 +124,21 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in this tree; None: no git, no repository here, or one that git does not trust."""
-    ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # not a repository around this tree
+    """Output of git in this tree; None without git, without a repository, or in one that git does not trust."""
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # ignore a repository around this tree
     command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=ROOT, env=ceiling, capture_output=True, text=True, timeout=60, check=False)
+        process = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    words = [word.replace(f"{ROOT}{os.sep}", "") for word in sys.argv[1:]]  # where the tree lies is nobody's business
-    output_json["command"] = ["python", "-m", "pytest", *words]
+    arguments = [
+        argument.replace(f"{ROOT}{os.sep}", "") for argument in sys.argv[1:]
+    ]  # do not publish the tree's location
+    output_json["command"] = ["python", "-m", "pytest", *arguments]

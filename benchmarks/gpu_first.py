@@ -1,12 +1,12 @@
-"""What to measure first on a GPU, in one call of at most nine minutes: the most useful numbers come first.
+"""``make gpu``: the most useful measurements on a GPU, most useful first, in one call of at most nine minutes.
 
 python benchmarks/gpu_first.py                              all sections, into benchmarks/results/gpu
 python benchmarks/gpu_first.py --sections step,profile      some of them
-python benchmarks/gpu_first.py --toy                        all at tiny sizes, to see that everything runs
+python benchmarks/gpu_first.py --toy                        all at tiny sizes, to check that everything runs
 
-Sections, in this order (``how`` in the results says how each number was measured):
+Sections, in this order (``how`` in the results describes each measurement):
 
-    peaks        what the GPU reaches: a copy, and matrix products of the model's shapes
+    peaks        peak rates of the GPU: a copy, and matrix products of the model's shapes
     step         TrainStep of patch_base on 256 clips of 10 s: correct? milliseconds, clips/s, MB/clip
     profile      the kernels of that step, by time
     ops          each operation: correct? milliseconds forward, and forward and backward
@@ -16,15 +16,15 @@ Sections, in this order (``how`` in the results says how each number was measure
     compiled     the same step with torch.compile
     tests        the kernels' tests in bf16
 
-Every number is written as soon as it is there, to five JSON files at most: a call that is killed keeps its numbers.
-A measurement that raises is recorded, and the next one runs. A section that crashes, hangs past its limit or leaves the
-GPU unusable is recorded, and the next one runs in a new process. A section begins only if its estimate fits into the
-remaining time. Values are checked against the reference first: a wrong result is timed too, with a field ``wrong``.
+Every number is written at once, to at most five JSON files, so a killed call keeps its numbers. A measurement that
+raises is recorded, and the next one runs. A section that crashes, hangs past its limit or leaves the GPU unusable is
+recorded, and the next one runs in a new process. A section starts only if its estimate fits into the remaining time.
+Values are first compared with the reference; a wrong result is still timed, and has a field ``wrong``.
 
-`mae-ast-fast tune` is not part of it: it takes longer than this call.
+`mae-ast-fast tune` is not included, because it takes longer than this call.
 
-Needs torch, triton, numpy, pytest and this tree installed; hypothesis for most of the tests. No network.
-Exit codes: 0; 1 something failed, is wrong or was not measured; 2 this machine cannot run it.
+Needs torch, triton, numpy, pytest and this tree installed; hypothesis for most of the tests. Needs no network.
+Exit codes: 0 success; 1 something failed, is wrong or was not measured; 2 this machine cannot run it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from typing import Any
 import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests" / "common"))  # policy.py: the limits of the checks
-Task = tuple[str, Callable[[], Any]]  # what is measured, and the function that measures it
+sys.path.append(str(ROOT / "tests" / "common"))  # policy.py: tolerances of the checks
+Task = tuple[str, Callable[[], Any]]  # label, and the function that measures it
 TEST_FILES = (
     *("test_add_layer_norm.py", "test_feed_forward.py", "test_info_nce.py", "test_short_attention.py"),
     *("test_scatter_tokens.py", "test_flash.py", "test_bias_gelu.py", "test_train_step.py", "test_packed_sizes.py"),
@@ -65,22 +65,24 @@ SELECTED_TESTS = "bfloat16 or bf16 or cuda or waits"
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Sizes of what is measured.
+    """Sizes of the measurements.
 
     Attributes:
-        clips: Of a batch, each of ``seconds`` seconds.
-        few: Clips of the batches that the host bounds.
-        rounds: Calls that are timed; numbers are their medians.
-        values: Of the tensor that is copied.
-        rows: Of the matrix products: visible tokens of a batch, and all.
-        sizes: Fields of the model that differ from patch_base's.
+        clips: Clips per batch.
+        seconds: Length of a clip.
+        few_clips: Clips per batch in the section ``host``, where the host limits the speed.
+        rounds: Number of timed calls; results are their medians.
+        copy_values: Number of elements of the copied tensor.
+        square: Rows and columns of the square matrices.
+        rows: Rows of the matrix products: visible tokens of a batch, and all tokens.
+        sizes: Configuration fields that differ from patch_base.
     """
 
     clips: int = 256
     seconds: float = 10.0
-    few: tuple[int, ...] = (4, 8, 16, 32, 64)
+    few_clips: tuple[int, ...] = (4, 8, 16, 32, 64)
     rounds: int = 20
-    values: int = 1 << 29
+    copy_values: int = 1 << 29
     square: int = 8192
     rows: tuple[int, ...] = (31744, 126976)
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -90,9 +92,9 @@ _NARROW = {"embed_dim": 32, "decoder_embed_dim": 32, "ffn_dim": 64, "num_heads":
 TOY = Scale(
     clips=2,
     seconds=2.0,
-    few=(2,),
+    few_clips=(2,),
     rounds=2,
-    values=1 << 10,
+    copy_values=1 << 10,
     square=64,
     rows=(32,),
     sizes={**_NARROW, "encoder_layers": 1, "decoder_layers": 1},
@@ -102,24 +104,24 @@ TOY = Scale(
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def timed(call: Callable[[], object], rounds: int, warm: int = 3) -> dict[str, float]:
-    """Milliseconds of a call: by CUDA events (median, least), and until the host has queued it (median)."""
+def timed(call: Callable[[], object], rounds: int, warm_up: int = 3) -> dict[str, float]:
+    """Milliseconds of a call: by CUDA events (median, minimum), and until the host has queued it (median)."""
     import torch
 
-    for _ in range(warm):
+    for _ in range(warm_up):
         call()
     torch.cuda.synchronize()
-    device, host = [], []
+    device_ms, host_ms = [], []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began = time.perf_counter()
+        queue_start = time.perf_counter()
         start.record()
         call()
         end.record()
-        host.append(1e3 * (time.perf_counter() - began))
+        host_ms.append(1e3 * (time.perf_counter() - queue_start))
         torch.cuda.synchronize()
-        device.append(start.elapsed_time(end))
-    return {"ms": statistics.median(device), "least_ms": min(device), "host_ms": statistics.median(host)}
+        device_ms.append(start.elapsed_time(end))
+    return {"ms": statistics.median(device_ms), "least_ms": min(device_ms), "host_ms": statistics.median(host_ms)}
 
 
 def config_of(scale: Scale) -> Any:
@@ -128,8 +130,10 @@ def config_of(scale: Scale) -> Any:
     return MAEASTConfig.preset("patch_base", encoder_layerdrop=0.0, **scale.sizes)
 
 
-def model_of(scale: Scale, clips: int, impl: str = "triton", attention: str = "auto", recompute: str = "none") -> tuple:
-    """A model in training mode, and log-mel (clips, frames, 128) of noise, both on the GPU. Equal weights each time."""
+def model_of(
+    scale: Scale, clips: int, *, impl: str = "triton", attention: str = "auto", recompute: str = "none"
+) -> tuple:
+    """A model in training mode, and log-mel noise (clips, frames, 128), both on the GPU. Weights are always equal."""
     import torch
 
     from mae_ast_fast import MAEAST
@@ -138,37 +142,37 @@ def model_of(scale: Scale, clips: int, impl: str = "triton", attention: str = "a
     torch.manual_seed(0)
     with torch.device("cuda"):  # initialising the weights on one CPU core takes a second
         model = MAEAST(config, impl=impl, attention=attention, recompute=recompute)
-        features = torch.randn(clips, int(100 * scale.seconds) - 2, config.num_mel_bins) * 4.0 - 6.0
-    return model.train(), features
+        log_mel = torch.randn(clips, int(100 * scale.seconds) - 2, config.num_mel_bins) * 4.0 - 6.0
+    return model.train(), log_mel
 
 
-def plain_step(model: Any, features: Any, forward: Callable[[Any], Any]) -> Callable[[], None]:
+def plain_step(model: Any, log_mel: Any, forward: Callable[[Any], Any]) -> Callable[[], None]:
     """An update in plain PyTorch: bf16 autocast, clipping at 10, fused AdamW."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
-    def run() -> None:
+    def update() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = forward(features).loss
+            loss = forward(log_mel).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return run
+    return update
 
 
 # -------------------------------------------------------------------------------------------------------- sections
 
 
 def peaks(scale: Scale) -> Iterator[Task]:
-    """CUDA events, median of 10 calls, bf16. GB/s count bytes read and written. x W^T, dy W and dy^T x are a Linear's
-    forward, input gradient and weight gradient; MxNxK are rows, outputs and inputs."""
+    """CUDA events, median of 10 calls, bf16. GB/s count bytes read and written. x W^T, dy W and dy^T x are the forward,
+    input gradient and weight gradient of a Linear; MxNxK are rows, outputs and inputs."""
     import torch
 
     def copy() -> float:
-        source = torch.empty(scale.values, dtype=torch.bfloat16, device="cuda").normal_()
+        source = torch.empty(scale.copy_values, dtype=torch.bfloat16, device="cuda").normal_()
         target = torch.empty_like(source)
         return 4 * source.numel() / timed(lambda: target.copy_(source), 10)["ms"] / 1e6
 
@@ -187,66 +191,66 @@ def peaks(scale: Scale) -> Iterator[Task]:
 
 
 def step(scale: Scale) -> Iterator[Task]:
-    """TrainStep, bf16, dropout 0.1, CUDA events, median of 20 updates. ``loss off by``: relative distance from plain
-    PyTorch with equal weights and mask, without dropout; ``wrong``: it, or the gradient norm's, exceeds
-    mae_ast_fast.tools.bench's limits. MB/clip: allocator's peak of an update above weights and AdamW's state."""
+    """TrainStep, bf16, dropout 0.1, CUDA events, median of 20 updates. ``loss off by``: relative difference from
+    plain PyTorch with equal weights and mask, without dropout; ``wrong``: it, or that of the gradient norm, exceeds the
+    tolerances of mae_ast_fast.tools.bench. MB/clip: the allocator's peak in an update above weights and AdamW state."""
     from mae_ast_fast import TrainStep
     from mae_ast_fast.tools.bench import check, peak_bytes
 
-    plain, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+    reference, log_mel = model_of(scale, scale.clips, impl="torch", attention="sdpa")
 
-    def column(name: str, how: dict[str, str]) -> dict[str, Any]:
-        model, _ = model_of(scale, 1, **how)
-        model.load_state_dict(plain.state_dict())
+    def column(name: str, options: dict[str, str]) -> dict[str, Any]:
+        model, _ = model_of(scale, 1, **options)
+        model.load_state_dict(reference.state_dict())
         update = TrainStep(model, precision="bf16")
         entry: dict[str, Any] = {}
         try:
-            entry["loss off by"] = check(name, update, plain, features, "bf16")
+            entry["loss off by"] = check(name, update, reference, log_mel, precision="bf16")
         except (ValueError, ZeroDivisionError) as error:
             entry["wrong"] = str(error)
         model.train()
-        entry |= timed(lambda: update(features), scale.rounds)
+        entry |= timed(lambda: update(log_mel), scale.rounds)
         entry["clips/s"] = 1e3 * scale.clips / entry["ms"]
         update.optimizer.zero_grad(set_to_none=True)
-        entry["MB/clip"] = peak_bytes(lambda: update(features), features.device) / scale.clips / 1e6
+        entry["MB/clip"] = peak_bytes(lambda: update(log_mel), log_mel.device) / scale.clips / 1e6
         return entry
 
-    ways = {
+    model_options = {
         "fast": {},
         "fast, attention=short": {"attention": "short"},
         "fast, attention=sdpa": {"attention": "sdpa"},
         "fast, recompute=gelu": {"recompute": "gelu"},
     }
-    for name, how in ways.items():
-        yield name, partial(column, name, how)
+    for name, options in model_options.items():
+        yield name, partial(column, name, options)
 
 
 def profile(scale: Scale) -> Iterator[Task]:
-    """torch.profiler, CUDA activities of three updates of ``fast``: (kernel, launches/step, ms/step), 80 by time."""
+    """torch.profiler, CUDA activities of three updates of ``fast``: (kernel, launches/step, ms/step), 80 slowest."""
     import torch
 
     from mae_ast_fast import TrainStep
 
     def kernels() -> list[tuple[str, float, float]]:
-        model, features = model_of(scale, scale.clips)
+        model, log_mel = model_of(scale, scale.clips)
         update = TrainStep(model, precision="bf16")
         for _ in range(3):
-            update(features)
+            update(log_mel)
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             for _ in range(3):
-                update(features)
+                update(log_mel)
             torch.cuda.synchronize()
-        rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
-        return [(row.key[:110], row.count / 3, row.self_device_time_total / 3e3) for row in rows[:80]]
+        kernel_rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
+        return [(row.key[:110], row.count / 3, row.self_device_time_total / 3e3) for row in kernel_rows[:80]]
 
     yield "kernels", kernels
 
 
 def ops(scale: Scale) -> Iterator[Task]:
     """Operations of bench_ops.py at its base point (256 clips, bf16, no dropout), CUDA events, median of 10 calls, ms.
-    ``work``: bytes or FLOP of forward, and forward and backward. ``wrong``: rms of the output or a gradient against
-    the reference in fp32 exceeds tests/common/policy.py's cap."""
+    ``work``: bytes or FLOP of forward, and forward and backward. ``wrong``: the rms error of the output or a
+    gradient against the reference in fp32 exceeds the cap of tests/common/policy.py."""
     import bench_ops
     from op_cases import OPS, Clips, Op, Point
 
@@ -259,7 +263,7 @@ def ops(scale: Scale) -> Iterator[Task]:
         except AssertionError as error:
             entry["wrong"] = str(error)
         calls = bench_ops.calls(op.columns[name], op, 0.0)
-        return entry | {what: timed(call, min(scale.rounds, 10))["ms"] for what, call in calls.items()}
+        return entry | {timing: timed(call, min(scale.rounds, 10))["ms"] for timing, call in calls.items()}
 
     def operation(make: Callable[[Point, Clips], Op]) -> dict[str, Any]:
         op = make(point, Clips(point))
@@ -274,8 +278,8 @@ def ops(scale: Scale) -> Iterator[Task]:
 
 
 def attention(scale: Scale) -> Iterator[Task]:
-    """All clips of one length, bf16, CUDA events, median of 20 calls, ms. Encoder: visible tokens of a clip, decoder:
-    all of them. Dropout 0.1 and 0. ``sdpa``: cuDNN or FlashAttention, whichever the name says."""
+    """All clips of equal length, bf16, CUDA events, median of 20 calls, ms. Encoder: visible tokens of a clip; decoder:
+    all tokens. Dropout 0.1 and 0. ``sdpa``: cuDNN or FlashAttention, as in the name."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -285,56 +289,59 @@ def attention(scale: Scale) -> Iterator[Task]:
     config = config_of(scale)
     tokens = (int(100 * scale.seconds) - 2) // config.patch_size[0] * config.grid_f
     heads, width = config.num_heads, config.embed_dim // config.num_heads
-    ways = {
+    backends = {
         "aten": ("aten", SDPBackend.FLASH_ATTENTION),
         "short": ("short", SDPBackend.FLASH_ATTENTION),
         "sdpa, cuDNN": ("sdpa", SDPBackend.CUDNN_ATTENTION),
         "sdpa, FlashAttention": ("sdpa", SDPBackend.FLASH_ATTENTION),
     }
 
-    def both(rows: int, rate: float, backend: str, kernel: SDPBackend) -> dict[str, float]:
+    def measure_backend(rows: int, dropout: float, backend: str, kernel: SDPBackend) -> dict[str, float]:
         cu_seqlens = torch.arange(scale.clips + 1, dtype=torch.int32, device="cuda") * rows
         shape = (scale.clips * rows, 3, heads, width)
         qkv = torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(shape[0], heads, width, device="cuda", dtype=torch.bfloat16)
 
         def forward() -> torch.Tensor:
-            return attend(qkv, cu_seqlens, rows, rate, backend)
+            return attend(qkv, cu_seqlens, rows, dropout, backend)
 
         def forward_and_backward() -> object:
             return torch.autograd.grad(forward(), qkv, grad)
 
         with sdpa_kernel([kernel]):
             with torch.no_grad():
-                found = {"forward": timed(forward, scale.rounds)["ms"]}
-            return found | {"forward + backward": timed(forward_and_backward, scale.rounds)["ms"]}
+                result = {"forward": timed(forward, scale.rounds)["ms"]}
+            return result | {"forward + backward": timed(forward_and_backward, scale.rounds)["ms"]}
 
-    for place, rows in (("encoder", num_visible(tokens, config.mask_ratio)), ("decoder", tokens)):
-        for rate in (0.1, 0.0):
-            for name, (backend, kernel) in ways.items():
+    for stack, rows in (("encoder", num_visible(tokens, config.mask_ratio)), ("decoder", tokens)):
+        for dropout in (0.1, 0.0):
+            for name, (backend, kernel) in backends.items():
                 if backend != "short" or rows <= 128:
-                    yield f"{place}, dropout {rate:g}, {name}", partial(both, rows, rate, backend, kernel)
+                    yield (
+                        f"{stack}, dropout {dropout:g}, {name}",
+                        partial(measure_backend, rows, dropout, backend, kernel),
+                    )
 
 
 def host(scale: Scale) -> Iterator[Task]:
-    """TrainStep, bf16, few clips. ms: CUDA events, a wait after each update. host_ms: until the host has queued an
-    update. wall_ms: 20 updates without a wait between them, divided by 20."""
+    """TrainStep, bf16, few clips. ms: CUDA events, with a wait after each update. host_ms: until the host has queued
+    an update. wall_ms: 20 updates without waits, divided by 20."""
     import torch
 
     from mae_ast_fast import TrainStep
 
     def column(clips: int, graphs: bool) -> dict[str, float]:
-        model, features = model_of(scale, clips)
+        model, log_mel = model_of(scale, clips)
         update = TrainStep(model, precision="bf16", graphs=graphs)
-        entry = timed(lambda: update(features), scale.rounds)
+        entry = timed(lambda: update(log_mel), scale.rounds)
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        wall_start = time.perf_counter()
         for _ in range(scale.rounds):
-            update(features)
+            update(log_mel)
         torch.cuda.synchronize()
-        return entry | {"wall_ms": 1e3 * (time.perf_counter() - began) / scale.rounds}
+        return entry | {"wall_ms": 1e3 * (time.perf_counter() - wall_start) / scale.rounds}
 
-    for clips in scale.few:
+    for clips in scale.few_clips:
         for graphs in (False, True):
             yield f"{clips} clips, {'CUDA graphs' if graphs else 'eager'}", partial(column, clips, graphs)
 
@@ -347,44 +354,44 @@ def plain(scale: Scale) -> Iterator[Task]:
     from baselines.original import Original
 
     def reference() -> dict[str, float]:
-        model, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
-        return timed(plain_step(model, features, model), min(scale.rounds, 10))
+        model, log_mel = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+        return timed(plain_step(model, log_mel, model), min(scale.rounds, 10))
 
     def original() -> dict[str, float]:
-        _, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+        _, log_mel = model_of(scale, scale.clips, impl="torch", attention="sdpa")
         torch.manual_seed(0)
         model = Original(config_of(scale)).to("cuda").train()
-        return timed(plain_step(model, features, model), min(scale.rounds, 5), warm=1)
+        return timed(plain_step(model, log_mel, model), min(scale.rounds, 5), warm_up=1)
 
     yield "reference", reference
     yield "original", original
 
 
 def compiled(scale: Scale) -> Iterator[Task]:
-    """As ``reference`` of ``plain``, with torch.compile(fullgraph=True). compile_s: until the first update is done."""
+    """As ``reference`` of ``plain``, with torch.compile(fullgraph=True). compile_s: until the first update ends."""
     import torch
 
     def reference() -> dict[str, float]:
-        model, features = model_of(scale, scale.clips, impl="torch", attention="sdpa")
+        model, log_mel = model_of(scale, scale.clips, impl="torch", attention="sdpa")
         forward = torch.compile(model, fullgraph=True, backend="aot_eager" if scale is TOY else "inductor")
-        began = time.monotonic()
-        run = plain_step(model, features, forward)
-        run()
+        compile_start = time.monotonic()
+        update = plain_step(model, log_mel, forward)
+        update()
         torch.cuda.synchronize()
-        seconds = time.monotonic() - began
-        return timed(run, min(scale.rounds, 10)) | {"compile_s": seconds}
+        seconds = time.monotonic() - compile_start
+        return timed(update, min(scale.rounds, 10)) | {"compile_s": seconds}
 
     yield "reference", reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the run.
+    """A section of the run.
 
     Attributes:
-        tasks: Its measurements, in order; the docstring says how they are made. None: the tests.
-        file: Stem of the JSON file that it is written to.
-        estimate: Seconds that it should take on an H200; it begins only if as much is left.
+        tasks: Yields its measurements in order; its docstring describes the method. None: the tests.
+        file: Stem of the JSON file for its results.
+        estimate: Estimated seconds on an H200; the section starts only if that much time is left.
     """
 
     tasks: Callable[[Scale], Iterator[Task]] | None
@@ -392,7 +399,9 @@ class Section:
     estimate: float
 
 
-TESTS_HOW = f"pytest -k '{SELECTED_TESTS}', one process per file, up to 8 at a time; kernels compiled, not interpreted."
+TESTS_METHOD = (
+    f"pytest -k '{SELECTED_TESTS}', one process per file, up to 8 at a time; kernels compiled, not interpreted."
+)
 SECTIONS = {
     "peaks": Section(peaks, "step", 10),
     "step": Section(step, "step", 40),
@@ -404,16 +413,16 @@ SECTIONS = {
     "compiled": Section(compiled, "plain", 100),
     "tests": Section(None, "tests", 60),
 }
-PATIENCE = 3.0  # estimates until a section is stopped
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
-START = 120.0  # seconds in which the measuring process must have found the GPU
+LIMIT_FACTOR = 3.0  # a section is stopped after this many times its estimate
+PR_SET_PDEATHSIG = 1  # option of Linux' prctl: signal to send to a process when its parent ends
+START_SECONDS = 120.0  # time limit for the measuring process to find the GPU
 
 
 # --------------------------------------------------------------------------------------------- the measuring process
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
-    """What a measurement returns, or ``{"failed": why, "at": where}`` where it raises."""
+    """Result of a measurement, or ``{"failed": reason, "at": location}`` if it raises."""
     try:
         return measure()
     except Exception as error:
@@ -425,7 +434,7 @@ def message_of(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def about() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """GPU, driver, versions and commit, for every result file."""
     import numpy
     import torch
@@ -433,7 +442,7 @@ def about() -> dict[str, Any]:
     from conftest import pytest_benchmark_generate_commit_info
 
     properties = torch.cuda.get_device_properties(0)
-    driver = gpu._said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = gpu.command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gpu": properties.name,
         "arch": f"sm_{properties.major}{properties.minor}",
@@ -450,27 +459,27 @@ def about() -> dict[str, Any]:
     }
 
 
-def work(connection: Connection, toy: bool) -> None:
-    """Runs the sections whose names arrive; sends (label, value) of each measurement, and (None, error) at the end.
+def measure_sections(connection: Connection, toy: bool) -> None:
+    """Run requested sections; send (label, value) of each measurement, and (None, error) at the end of a section.
 
-    The first message is ("about", versions and names) or ("unusable", why). It ends after an error, because an illegal
-    access of a kernel spoils everything after it.
+    The first message is ("about", machine information) or ("unusable", reason). The process ends after an error,
+    because after an illegal memory access of a kernel every further call fails.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a kernel that hangs must not keep the GPU
-    os.setpgid(0, 0)  # what it starts (compilers) ends with it
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hanging kernel must not keep the GPU
+    os.setpgid(0, 0)  # child processes (compilers) end with it
     import torch
 
     if not torch.cuda.is_available():
-        connection.send(("unusable", "PyTorch sees no CUDA device here"))
+        connection.send(("unusable", "PyTorch finds no CUDA device"))
         return
     scale = TOY if toy else Scale()
-    connection.send(("about", about()))
-    while (order := connection.recv()) is not None:
-        name, seconds = order
-        until, error = time.monotonic() + seconds, None
+    connection.send(("about", machine_info()))
+    while (request := connection.recv()) is not None:
+        name, seconds = request
+        deadline, error = time.monotonic() + seconds, None
         try:
             for label, measure in SECTIONS[name].tasks(scale):
-                connection.send((label, attempt(measure) if time.monotonic() < until else "not begun: no time left"))
+                connection.send((label, attempt(measure) if time.monotonic() < deadline else "not begun: no time left"))
                 gc.collect()
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
@@ -482,51 +491,51 @@ def work(connection: Connection, toy: bool) -> None:
 
 
 class Worker:
-    """The process that measures; the GPU is touched nowhere else, so that a crash costs one section.
+    """The measuring process. Only it uses the GPU, so a crash costs one section.
 
     Attributes:
-        about: Versions and names of the machine.
+        about: Result of ``machine_info``.
 
     Raises:
-        gpu.Unusable: It finds no GPU.
+        gpu.Unusable: The process finds no GPU.
     """
 
     def __init__(self, toy: bool) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, end = context.Pipe()
-        self.process = context.Process(target=work, args=(end, toy))
+        self.connection, worker_end = context.Pipe()
+        self.process = context.Process(target=measure_sections, args=(worker_end, toy))
         self.process.start()
-        end.close()
+        worker_end.close()
         try:
-            label, self.about = self.receive(time.monotonic() + START)
+            kind, self.about = self.receive(time.monotonic() + START_SECONDS)
         except TimeoutError:
-            label, self.about = "unusable", f"the measuring process found no GPU in {START:.0f} s"
+            kind, self.about = "unusable", f"the measuring process found no GPU in {START_SECONDS:.0f} s"
         except EOFError:
-            label, self.about = "unusable", "the measuring process ended before it found a GPU; its output says why"
-        if label == "unusable":
+            kind, self.about = "unusable", "the measuring process ended before it found a GPU; its output says why"
+        if kind == "unusable":
             self.stop()
             raise gpu.Unusable(self.about)
 
-    def receive(self, until: float) -> tuple[str | None, Any]:
-        """Its next message.
+    def receive(self, deadline: float) -> tuple[str | None, Any]:
+        """The next message of the process.
 
         Raises:
-            TimeoutError: None came until then, on time.monotonic()'s clock.
-            EOFError: It died.
+            TimeoutError: No message came before ``deadline``, on the clock of time.monotonic().
+            EOFError: The process died.
         """
-        if not self.connection.poll(max(0.0, until - time.monotonic())):
+        if not self.connection.poll(max(0.0, deadline - time.monotonic())):
             raise TimeoutError
         return self.connection.recv()
 
     def close(self) -> None:
-        """Lets it end by itself; it is idle."""
+        """Let the idle process end."""
         with contextlib.suppress(OSError):
             self.connection.send(None)
             self.process.join(10.0)
         self.stop()
 
     def stop(self) -> None:
-        """Kills it, and what it started."""
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -537,9 +546,9 @@ class Worker:
 
 
 class Results:
-    """The result files: ``{"about": ..., "sections": {name: {"how", "status", "seconds", "found"}}}`` each.
+    """The result files, each ``{"about": ..., "sections": {name: {"how", "status", "seconds", "found"}}}``.
 
-    ``status`` is running, done, failed, died, stopped or not begun; all but done and running have a ``reason``.
+    ``status`` is running, done, failed, died, stopped or not begun; all except done and running have a ``reason``.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -550,9 +559,9 @@ class Results:
     def begin(self, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         section = SECTIONS[name]
-        how = TESTS_HOW if section.tasks is None else " ".join((section.tasks.__doc__ or "").split())
+        method = TESTS_METHOD if section.tasks is None else " ".join((section.tasks.__doc__ or "").split())
         self.began = time.monotonic()
-        self.sections[name] = {"how": how, "status": "running", "seconds": 0.0, "found": {}}
+        self.sections[name] = {"how": method, "status": "running", "seconds": 0.0, "found": {}}
         self.save(name)
 
     def add(self, name: str, label: str, value: Any) -> None:
@@ -569,30 +578,30 @@ class Results:
         print(json.dumps(entry["found"], default=str)[:2500], flush=True)
 
     def save(self, name: str) -> None:
-        """Writes the section's file as a whole or not at all."""
+        """Write the section's file atomically."""
         self.sections[name]["seconds"] = round(time.monotonic() - self.began, 1)
         file = SECTIONS[name].file
         sections = {name: entry for name, entry in self.sections.items() if SECTIONS[name].file == file}
-        part = self.folder / f".{file}.partial"
-        part.write_text(json.dumps({"about": self.about, "sections": sections}, indent=1, default=str) + "\n")
-        os.replace(part, self.folder / f"{file}.json")
+        partial_path = self.folder / f".{file}.partial"
+        partial_path.write_text(json.dumps({"about": self.about, "sections": sections}, indent=1, default=str) + "\n")
+        os.replace(partial_path, self.folder / f"{file}.json")
 
     def good(self) -> bool:
-        """Whether everything was measured and is right."""
-        text = json.dumps([entry["found"] for entry in self.sections.values()], default=str)
-        bad = any(word in text for word in ('"failed": "', '"wrong": ', '"not begun'))
-        return not bad and all(entry["status"] == "done" for entry in self.sections.values())
+        """Whether everything was measured and is correct."""
+        text = json.dumps([entry["found"] for entry in self.sections.copy_values()], default=str)
+        incomplete = any(word in text for word in ('"failed": "', '"wrong": ', '"not begun'))
+        return not incomplete and all(entry["status"] == "done" for entry in self.sections.copy_values())
 
 
 # -------------------------------------------------------------------------------------------------------------- run
 
 
-def run_section(name: str, worker: Worker, results: Results, until: float) -> bool:
-    """Measures a section; returns whether the worker can go on to another one."""
+def run_section(name: str, worker: Worker, results: Results, deadline: float) -> bool:
+    """Measure a section; returns whether the worker can run another one."""
     try:
-        worker.connection.send((name, until - time.monotonic()))
+        worker.connection.send((name, deadline - time.monotonic()))
         while True:
-            label, value = worker.receive(until + 1.0)
+            label, value = worker.receive(deadline + 1.0)
             if label is not None:
                 results.add(name, label, value)
             else:
@@ -600,14 +609,14 @@ def run_section(name: str, worker: Worker, results: Results, until: float) -> bo
                 return value is None
     except TimeoutError:
         results.end(name, "stopped", "it ran longer than its limit")
-    except (EOFError, OSError):  # OSError: it died before the section was sent
+    except (EOFError, OSError):  # OSError: the process died before the request was sent
         worker.process.join(5.0)
         results.end(name, "died", f"exit status {worker.process.exitcode}")
     return False
 
 
-def run_tests(results: Results, files: Sequence[Path], until: float) -> None:
-    """The kernels' tests in bf16; what is not there is a line."""
+def run_tests(results: Results, files: Sequence[Path], deadline: float) -> None:
+    """Run the kernels' tests in bf16; a file that cannot run gets a line with the reason."""
     jobs = []
     workers = max(1, min(8, os.cpu_count() or 1))
     hypothesis = importlib.util.find_spec("hypothesis") is not None
@@ -621,7 +630,7 @@ def run_tests(results: Results, files: Sequence[Path], until: float) -> None:
     failed: list[str] = []
     output: list[str] = []
 
-    def done(outcome: gpu.Outcome) -> None:
+    def on_outcome(outcome: gpu.Outcome) -> None:
         entry = dataclasses.asdict(outcome)
         if outcome.status == "failed" and not outcome.failed:  # pytest itself failed, or the process crashed
             entry["output"] = next(text for text in output if text.startswith(f"==== {outcome.name}:"))[-4000:]
@@ -629,12 +638,19 @@ def run_tests(results: Results, files: Sequence[Path], until: float) -> None:
         if outcome.status in ("failed", "timed out"):
             failed.append(f"{outcome.name} {outcome.status}")
 
-    gpu.run_jobs(jobs, until - time.monotonic(), workers, output.append, done)
+    gpu.run_jobs(jobs, deadline - time.monotonic(), workers, log=output.append, on_outcome=on_outcome)
     results.end("tests", "failed" if failed else "done", ", ".join(failed))
 
 
-def run(sections: Sequence[str], results: Results, deadline: float, limit: float | None, toy: bool) -> None:
-    """Runs the sections in order until the deadline, on time.monotonic()'s clock.
+def run(sections: Sequence[str], results: Results, deadline: float, *, limit: float | None, toy: bool) -> None:
+    """Run the sections in order.
+
+    Args:
+        sections: Names in ``SECTIONS``.
+        results: Receives the measurements.
+        deadline: End of the run on the clock of time.monotonic().
+        limit: Seconds after which a section is stopped; None: ``LIMIT_FACTOR`` times its estimate.
+        toy: Whether to use tiny sizes.
 
     Raises:
         gpu.Unusable: There is no GPU.
@@ -645,25 +661,25 @@ def run(sections: Sequence[str], results: Results, deadline: float, limit: float
         for name in sections:
             results.begin(name)
             section = SECTIONS[name]
-            left = deadline - time.monotonic()
-            if left < section.estimate:
-                results.end(name, "not begun", f"{left:.0f} s left, it takes about {section.estimate:.0f}")
+            remaining = deadline - time.monotonic()
+            if remaining < section.estimate:
+                results.end(name, "not begun", f"{remaining:.0f} s left, it takes about {section.estimate:.0f}")
                 continue
-            until = min(deadline, time.monotonic() + (limit or PATIENCE * section.estimate))
+            section_deadline = min(deadline, time.monotonic() + (limit or LIMIT_FACTOR * section.estimate))
             if section.tasks is None:
                 if worker is not None:
-                    worker.close()  # its memory is free for the tests
+                    worker.close()  # frees its memory for the tests
                     worker = None
                 names = TEST_FILES[:1] if toy else TEST_FILES
                 files = [path for name in names for path in (ROOT / "tests").rglob(name)]
-                run_tests(results, files, until)
+                run_tests(results, files, section_deadline)
                 continue
             try:
                 worker = worker or Worker(toy)
-            except gpu.Unusable as error:  # lost since the last section
+            except gpu.Unusable as error:  # the GPU was lost since the last section
                 results.end(name, "not begun", str(error))
                 continue
-            if not run_section(name, worker, results, until):
+            if not run_section(name, worker, results, section_deadline):
                 worker.stop()
                 worker = None
         if worker is not None:
@@ -675,19 +691,21 @@ def run(sections: Sequence[str], results: Results, deadline: float, limit: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sections; returns the exit code."""
-    began = time.monotonic()
+    """Run the sections; returns the exit code."""
+    start = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu", metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=540.0, metavar="S", help="of the whole call (default: 540)")
+    parser.add_argument(
+        "--seconds", type=float, default=540.0, metavar="S", help="time limit of the whole call (default: 540)"
+    )
     parser.add_argument("--sections", default=",".join(SECTIONS), metavar="NAMES", help="with commas (default: all)")
     parser.add_argument(
         "--limit", type=float, metavar="S", help="seconds after which a section is stopped (default: 3 x its estimate)"
     )
-    parser.add_argument("--commit", metavar="ID", help="commit of the tree, where it has no .git")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--commit", metavar="ID", help="commit of a tree without .git")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to check that everything runs")
     arguments = parser.parse_args(argv)
     sections = arguments.sections.split(",")
     if unknown := [name for name in sections if name not in SECTIONS]:
@@ -695,7 +713,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.commit:
         os.environ["MAE_AST_FAST_COMMIT"] = arguments.commit
     try:
-        gpu._check_installed()
+        gpu.check_installed()
         gpu.check_writable(arguments.out)
     except gpu.Unusable as error:
         print(f"gpu_first: {error}", file=sys.stderr)
@@ -704,11 +722,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["benchmarks/gpu_first.py", *(sys.argv[1:] if argv is None else argv)]
     results = Results(arguments.out, {"started": started, "command": command, "toy": arguments.toy})
     try:
-        run(sections, results, began + arguments.seconds, arguments.limit, arguments.toy)
+        run(sections, results, start + arguments.seconds, limit=arguments.limit, toy=arguments.toy)
     except gpu.Unusable as error:
         print(f"gpu_first: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.out}, {time.monotonic() - began:.0f} s")
+    print(f"{arguments.out}, {time.monotonic() - start:.0f} s")
     return 0 if results.good() else 1
 
 

@@ -1,21 +1,21 @@
 """MAE-AST in the implementation style of the paper (arXiv 2203.16691): the benchmarks' column ``original``.
 
-Our own plain writing of that style, not the authors' text: a Python loop over the clips of a batch where the public
-code has one (drawing masks, picking visible tokens, putting them back), heads and losses for the whole batch as there,
-every patch projected, hidden or not, attention weights written out, one projection each for q, k and v, the whole
-sequence through all decoder layers, losses in fp32. It computes what the paper's code computes, oddities that touch the
-numbers included (padded frames count in the statistics, one chunk mask for the whole batch), takes the official
-parameter names, and is held to the recorded tensors (tests/models/test_original.py).
+Written by us in that style, not copied from the authors. As in the public code, Python loops over the clips of a batch
+draw masks, select visible tokens and restore the sequence; heads and losses run over the whole batch; every patch is
+projected, masked or not; attention weights are materialised; q, k and v have separate projections; the whole sequence
+runs through all decoder layers; losses are in fp32. It computes the same values as the paper's code, including its
+peculiarities (padded frames count in the statistics, one chunk mask for the whole batch). It has the official parameter
+names and is tested against the recorded tensors (tests/models/test_original.py).
 
-What is slow in it, and the functions of ``mae_ast_fast`` that stand for each:
+Its slow parts, and the functions of ``mae_ast_fast`` that replace them:
 
     1. ``chunk_mask``, ``random_mask``    a loop that draws masks                  ``masking.sample_mask``
-    2. ``Original.select_visible``        a loop that picks visible tokens         ``ops.gather_patches``
-    3. ``Original.decoder_input``         a loop that puts them back               ``ops.scatter_tokens``
-    4. ``Original.predict``               heads; all layers saw the whole batch    the last layer's ``only``
+    2. ``Original.select_visible``        a loop that selects visible tokens       ``ops.gather_patches``
+    3. ``Original.decoder_input``         a loop that restores the sequence        ``ops.scatter_tokens``
+    4. ``Original.predict``               heads; all layers ran over all tokens    the last layer's ``query_rows``
     5. ``Original.losses``                batched products (B, M, M)               ``ops.info_nce``, ``ops.masked_mse``
 
-Letters: B clips, T frames, L tokens a clip, K visible and M masked ones, D width, P values a patch, H heads.
+Letters: B clips, T frames, L tokens per clip, K of them visible, M masked, D width, P values per patch, H heads.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def random_mask(clips: int, tokens: int, mask_ratio: float) -> Tensor:
 
 def chunk_mask(clips: int, tokens: int, grid_f: int, mask_ratio: float) -> Tensor:
     """(B, L) bool, True = masked: one mask of random squares for the whole batch, as ``chunk_official`` describes."""
-    count = tokens - num_visible(tokens, mask_ratio)
+    num_masked = tokens - num_visible(tokens, mask_ratio)
     size = int(torch.randint(CHUNK_SIZES[0], CHUNK_SIZES[-1] + 1, ()))
-    hidden: set[int] = set()
-    while len(hidden) <= count:  # loop 1
+    masked: set[int] = set()
+    while len(masked) <= num_masked:  # loop 1
         start = int(torch.randint(tokens, ()))
         for i in range(size):
             for j in range(size):
                 if start + i + grid_f * j < tokens:
-                    hidden.add(start + i + grid_f * j)
+                    masked.add(start + i + grid_f * j)
     mask = torch.zeros(clips, tokens, dtype=torch.bool)
-    mask[:, sorted(hidden)[:count]] = True
+    mask[:, sorted(masked)[:num_masked]] = True
     return mask
 
 
@@ -160,13 +160,13 @@ class TransformerStack(nn.Module):
 
 
 class Original(nn.Module):
-    """MAE-AST pretraining, in the paper's style; parameters carry the official names.
+    """MAE-AST pretraining in the paper's style; parameters have the official names.
 
     Args:
         config: Sizes, dropout, masking (``chunk`` means the paper's rule, as ``chunk_official``) and loss weights.
 
     Attributes:
-        clock: None, or called with the name of each stage of a forward as it ends. It changes no computation.
+        clock: None, or a function that is called with the name of each forward stage as it ends.
     """
 
     def __init__(self, config: MAEASTConfig) -> None:
@@ -201,7 +201,7 @@ class Original(nn.Module):
         x = F.dropout(x, self.config.input_dropout, self.training)
         self._ended("project all patches")
         if mask is None:
-            mask = self.draw_mask(*patches.shape[:2]).to(source.device)
+            mask = self.draw_mask(patches.shape[0], patches.shape[1]).to(source.device)
         x = self.select_visible(x, mask)
         self._ended("mask, gather")
         x = self.encoder(x)
@@ -257,11 +257,11 @@ class Original(nn.Module):
         return torch.stack(sequences) + self.decoder_positions[: mask.shape[1]]
 
     def predict(self, x: Tensor, patches: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Decoder output (B, L, D) -> both predictions and the targets of the hidden tokens, each (B, M, P)."""
+        """Decoder output (B, L, D) -> both predictions and the targets of the masked tokens, each (B, M, P)."""
         clips = x.shape[0]
-        hidden = x[mask].view(clips, -1, x.shape[2])  # (B, M, D): as many in every clip
+        masked = x[mask].view(clips, -1, x.shape[2])  # (B, M, D): equal counts in all clips
         target = patches[mask].view(clips, -1, patches.shape[2])
-        return self.final_proj_reconstruction(hidden), self.final_proj_classification(hidden), target
+        return self.final_proj_reconstruction(masked), self.final_proj_classification(masked), target
 
     def losses(self, reconstruction: Tensor, classification: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared error and InfoNCE over the targets of the same clip (paper, equation 1), in fp32."""

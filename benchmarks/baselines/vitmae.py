@@ -1,15 +1,15 @@
 """Hugging Face's ``ViTMAEForPreTraining`` at MAE-AST's sizes: the benchmarks' column ``vitmae``.
 
-The same tokens, widths, heads, depths and mask ratio, on clips of one length. Needs transformers (the ``bench`` extra).
-What differs from MAE-AST, and stays as the library has it:
+Tokens, widths, heads, depths and mask ratio equal MAE-AST's, on clips of one length. Needs transformers (the ``bench``
+extra). Differences from MAE-AST that are part of the Hugging Face model:
 
-- a class token in front of the tokens of encoder and decoder;
-- a Linear between encoder and decoder though their widths are equal;
-- one head, over all tokens, and the reconstruction loss alone: no InfoNCE;
-- pre-norm layers, q, k and v projected one by one, no dropout anywhere (it is off by default);
-- masks of single tokens at random, drawn as the argsort of noise; input that is normalised already.
+- a class token before the tokens of encoder and decoder;
+- a Linear between encoder and decoder even if their widths are equal;
+- one head over all tokens and only the reconstruction loss, no InfoNCE;
+- pre-norm layers, separate projections of q, k and v, no dropout (off by default);
+- random masks of single tokens, drawn as the argsort of noise; input that is already normalised.
 
-The library takes square images alone: the tables of positions are replaced by ours for the grid of a spectrogram.
+The Hugging Face model accepts only square images, so its position tables are replaced by ours for a spectrogram's grid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mae_ast_fast.ops.masking import num_visible
 
 
 def missing(config: MAEASTConfig) -> str | None:
-    """Why there is no such column; None: there is."""
+    """Why this column is not available; None if it is."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed (pip install .[bench])"
     if config.patch_size[0] != config.patch_size[1]:
@@ -36,12 +36,12 @@ def missing(config: MAEASTConfig) -> str | None:
 
 
 def build(config: MAEASTConfig, frames: int) -> nn.Module:
-    """A ``ViTMAEForPreTraining`` for images (1, ``frames`` cut to whole patches, F); it is called by ``loss``."""
+    """A ``ViTMAEForPreTraining`` for images of size (1, ``frames`` cut to whole patches, F)."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     class Spectrograms(ViTMAEForPreTraining):
         def patchify(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
-            # With the flag the method skips its test for a square image; it makes no other difference there.
+            # The flag only skips the method's check for square images.
             return super().patchify(pixel_values, interpolate_pos_encoding=True)
 
     size = config.patch_size[0]
@@ -71,35 +71,43 @@ def build(config: MAEASTConfig, frames: int) -> nn.Module:
 
 
 def _positions(tokens: int, width: int) -> nn.Parameter:
-    """(1, 1 + L, D) fixed, 0 for the class token."""
+    """Fixed positions (1, 1 + L, D), zero for the class token."""
     return nn.Parameter(F.pad(sinusoid(tokens, width), (0, 0, 1, 0))[None], requires_grad=False)
 
 
-def pixels(features: Tensor, config: MAEASTConfig) -> Tensor:
-    """Log-mel (B, T, F) as the benchmark makes it -> normalised images (B, 1, T', F) of whole patches."""
-    whole = features.shape[1] // config.patch_size[0] * config.patch_size[0]
-    return ((features[:, None, :whole] + 6.0) / 8.0).contiguous()
+def pixels(log_mel: Tensor, config: MAEASTConfig) -> Tensor:
+    """The benchmark's log-mel (B, T, F) -> normalised images (B, 1, T', F) of whole patches."""
+    whole_frames = log_mel.shape[1] // config.patch_size[0] * config.patch_size[0]
+    return ((log_mel[:, None, :whole_frames] + 6.0) / 8.0).contiguous()
 
 
-def check(model: nn.Module, image: Tensor, mask: Tensor, ours: nn.Module) -> Tensor:
-    """The loss for a mask (B, L), from the predictions, counted here.
+def check(model: nn.Module, image: Tensor, mask: Tensor, reference: nn.Module) -> Tensor:
+    """Loss for a mask (B, L), computed here from the model's predictions.
 
     Raises:
-        AssertionError: The model hides other tokens, its encoder runs over others than the visible ones and the class
-            token, or its number of parameters is not that of ``ours`` and what the module's list says.
+        AssertionError: The model masks other tokens, its encoder does not run over exactly the visible tokens and the
+            class token, or its number of parameters differs from ``reference`` by other than the listed differences.
     """
-    config: MAEASTConfig = ours.config
-    size, tokens = config.patch_size[0], mask.shape[1]
-    noise = mask.float()  # the visible ones come first
-    told: Any = model(image, noise=noise)
-    assert torch.equal(told.mask.bool(), mask), "ViTMAE hides other tokens than the mask"
-    seen = model.vit(image, noise=noise).last_hidden_state.shape[1]
-    assert seen == 1 + num_visible(tokens, config.mask_ratio), f"ViTMAE's encoder sees {seen} tokens"
+    config: MAEASTConfig = reference.config
+    patch_size, tokens = config.patch_size[0], mask.shape[1]
+    noise = mask.float()  # low noise is visible
+    output: Any = model(image, noise=noise)
+    assert torch.equal(output.mask.bool(), mask), "ViTMAE masks other tokens than the mask"
+    encoder_tokens = model.vit(image, noise=noise).last_hidden_state.shape[1]
+    assert encoder_tokens == 1 + num_visible(tokens, config.mask_ratio), (
+        f"ViTMAE's encoder sees {encoder_tokens} tokens"
+    )
     width, inner = config.embed_dim, config.decoder_embed_dim
-    more = width + (0 if config.has_projection else width * inner + inner)  # class token, Linear in between
-    less = inner * config.patch_dim + config.patch_dim  # InfoNCE's head
-    got = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    expected = sum(p.numel() for p in ours.parameters()) + more - less
-    assert got == expected, f"ViTMAE has {got} parameters, expected {expected}"
-    patches = F.unfold(image, size, stride=size).transpose(1, 2)
-    return (told.logits.float() - patches)[mask].square().mean()
+    extra_parameters = width + (
+        0 if config.has_projection else width * inner + inner
+    )  # class token, Linear before the decoder
+    missing_parameters = inner * config.patch_dim + config.patch_dim  # InfoNCE's head
+    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    expected_parameters = (
+        sum(parameter.numel() for parameter in reference.parameters()) + extra_parameters - missing_parameters
+    )
+    assert num_parameters == expected_parameters, (
+        f"ViTMAE has {num_parameters} parameters, expected {expected_parameters}"
+    )
+    patches = F.unfold(image, patch_size, stride=patch_size).transpose(1, 2)
+    return (output.logits.float() - patches)[mask].square().mean()

@@ -1,11 +1,10 @@
-"""Writes the tables of README.md and docs/benchmarks.md, and docs/figures, from the files in benchmarks/results.
+"""Write the tables of README.md and docs/benchmarks.md, and docs/figures, from the files in benchmarks/results.
 
-python benchmarks/reports/report.py                     ``--check`` only compares, ``--dirty`` takes results of
+python benchmarks/reports/report.py                     ``--check`` only compares, ``--dirty`` accepts results of
                                                         uncommitted code
-python benchmarks/reports/report.py --results FOLDER    the tables and figures of another folder's results, in its
+python benchmarks/reports/report.py --results FOLDER    write tables and figures of the results in FOLDER to its
                                                         report.md
-python benchmarks/reports/report.py --check-age         how many commits of mae_ast_fast and kernels each result is
-                                                        older than
+python benchmarks/reports/report.py --check-age         number of commits to mae_ast_fast and kernels since each result
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def benchmark_result(name: str, dirty: bool) -> dict[str, Any]:
-    """A file of pytest-benchmark.
+    """A result file of pytest-benchmark.
 
     Raises:
-        ValueError: It was measured on code that is in no commit or names none, and ``dirty`` does not allow that.
+        ValueError: It was measured on uncommitted code or names no commit, and ``dirty`` is false.
     """
     result = json.loads((RESULTS / name).read_text())
     if result["commit_info"]["dirty"] and not dirty:
@@ -40,7 +39,7 @@ def benchmark_result(name: str, dirty: bool) -> dict[str, Any]:
 
 
 def commit_of(result: dict[str, Any]) -> str:
-    """The commit of a result, shortened; "unknown" where none was recorded."""
+    """Abbreviated commit of a result; "unknown" if none was recorded."""
     return (result["commit_info"]["id"] or "unknown")[:12]
 
 
@@ -52,16 +51,18 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 def pretrain_table() -> str:
     """Held-out results of the README's first command, from a run's summary.json."""
     summary = json.loads((RESULTS / "pretrain_summary.json").read_text())
-    rate = f"{summary['clips_per_second']:.0f} clips/s"
+    speed_text = f"{summary['clips_per_second']:.0f} clips/s"
     if "commit_info" in summary:
-        rate += f", commit {commit_of(summary)}"
-    rows = [("all", summary["held_out"]), *summary["held_out_by_kind"].items()]
-    rows = [(kind, report) for kind, report in rows if report["clips"] >= 8]  # fewer say nothing
+        speed_text += f", commit {commit_of(summary)}"
+    reports = [("all", summary["held_out"]), *summary["held_out_by_kind"].items()]
+    reports = [
+        (clip_kind, report) for clip_kind, report in reports if report["clips"] >= 8
+    ]  # fewer clips are not meaningful
     names = list(summary["held_out"]["baselines"])
     lines = [
         f"A run of the first command ({summary['parameters'] / 1e6:.1f} M parameters, {summary['steps']} updates, "
         f"{summary['train_seconds'] / 60:.1f} minutes on {summary['threads']} CPU threads in {summary['precision']}, "
-        f"{rate}). Held-out squared error of hidden patches, beside what averages "
+        f"{speed_text}). Held-out squared error of hidden patches, beside what averages "
         "and straight lines make of the same visible patches; InfoNCE top-1 accuracy beside chance:",
         "",
         "| held-out clips | "
@@ -69,13 +70,13 @@ def pretrain_table() -> str:
         + " | accuracy | chance |",
         "|---" * (len(names) + 4) + "|",
     ]
-    for kind, report in rows:
+    for clip_kind, report in reports:
         errors = [report["reconstruction_mse"], *(report["baselines"][name] for name in names)]
-        cells = [f"{kind} ({report['clips']})", *(f"{error:.3f}" for error in errors)]
+        cells = [f"{clip_kind} ({report['clips']})", *(f"{error:.3f}" for error in errors)]
         lines.append(f"| {' | '.join(cells)} | {100 * report['accuracy']:.1f} % | {100 * report['chance']:.2f} % |")
     better = [
-        f"{name.replace('_', ' ')} on {kind}"
-        for kind, report in rows
+        f"{name.replace('_', ' ')} on {clip_kind}"
+        for clip_kind, report in reports
         for name, error in report["baselines"].items()
         if error <= report["reconstruction_mse"]
     ]
@@ -83,24 +84,27 @@ def pretrain_table() -> str:
     return "\n".join(lines)
 
 
-def of_part(result: dict[str, Any], part: str) -> dict[str, Any]:
-    """The result of bench_step.py with the cases of one part alone."""
-    return {**result, "benchmarks": [case for case in result["benchmarks"] if case["extra_info"]["part"] == part]}
+def section_of(result: dict[str, Any], section: str) -> dict[str, Any]:
+    """A result of bench_step.py with the cases of one section only."""
+    return {**result, "benchmarks": [case for case in result["benchmarks"] if case["extra_info"]["part"] == section]}
 
 
-def audio_ratios(other: dict[str, Any], column: dict[str, Any]) -> list[float]:
-    """How many times as fast as the other column, for equal audio, in each round."""
-    share = column["audio_seconds"] / other["audio_seconds"]
-    return [a / b * share for a, b in zip(other["seconds"], column["seconds"], strict=True)]
+def audio_ratios(baseline: dict[str, Any], column: dict[str, Any]) -> list[float]:
+    """Speed relative to the baseline column, for equal audio, in each round."""
+    audio_ratio = column["audio_seconds"] / baseline["audio_seconds"]
+    return [
+        baseline_seconds / column_seconds * audio_ratio
+        for baseline_seconds, column_seconds in zip(baseline["seconds"], column["seconds"], strict=True)
+    ]
 
 
-def audio_speed(other: dict[str, Any], column: dict[str, Any]) -> float:
-    """The median over the rounds."""
-    return statistics.median(audio_ratios(other, column))
+def audio_speed(baseline: dict[str, Any], column: dict[str, Any]) -> float:
+    """Median of ``audio_ratios``."""
+    return statistics.median(audio_ratios(baseline, column))
 
 
 def ranged(ratios: Sequence[float]) -> str:
-    """Median (min - max) of the rounds' ratios; a tie where some are on the other side of 1."""
+    """Median (min - max) of the rounds' ratios; marked as a tie if 1 lies between min and max."""
     low, high = min(ratios), max(ratios)
     if low == high:
         return f"{low:.2f} x"
@@ -109,17 +113,17 @@ def ranged(ratios: Sequence[float]) -> str:
 
 
 def rate(column: dict[str, Any], unit: str) -> float:
-    """Clips, tokens, seconds of audio or FLOP a second: the median over the rounds."""
+    """Clips, tokens, seconds of audio or FLOP per second: the median over the rounds."""
     return statistics.median(column[unit] / seconds for seconds in column["seconds"])
 
 
 def short(value: float) -> str:
-    """Three digits, or all before the point where there are more."""
+    """Three significant digits; all digits of numbers from 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def forward_share(column: dict[str, Any]) -> float | None:
-    """Of a step's time, what passes until the loss is there; None where nobody saw that."""
+    """Share of a step's time until the loss is computed; None if it was not recorded."""
     after = ("backward", "optimizer", "update")
     shares = [
         1.0 - sum(sample.get(stage, 0.0) for stage in after) / sum(sample.values())
@@ -130,13 +134,13 @@ def forward_share(column: dict[str, Any]) -> float | None:
 
 
 def mfu(case: dict[str, Any], column: dict[str, Any]) -> float:
-    """The model's FLOPs a second as a share of a large matrix product's in the same precision, in its best round."""
-    peak = case["peak"][column["precision"]]
-    return rate(column, "flops") / (peak["work"] / min(peak["seconds"]))
+    """The model's FLOP/s as a share of those of a large matrix product in the same precision, in its best round."""
+    product = case["peak"][column["precision"]]
+    return rate(column, "flops") / (product["work"] / min(product["seconds"]))
 
 
 def _measures(case: dict[str, Any], column: dict[str, Any]) -> list[str]:
-    """Cells: share of the forward, clips/s, tokens/s, hours of audio an hour, MB a clip, MFU."""
+    """Cells: share of the forward, clips/s, tokens/s, hours of audio per hour, MB/clip, MFU."""
     share, peak = forward_share(column), column["peak_bytes_a_clip"]
     return [
         "" if share is None else f"{100 * share:.0f} %",
@@ -162,47 +166,51 @@ MEASURES = "of it forward | clips/s | tokens/s | hours of audio an hour | MB a c
 
 
 def step_table(result: dict[str, Any]) -> str:
-    """Seconds of a training step by column, and where ``original`` spends them; from bench_step.py."""
-    result = of_part(result, "main")
+    """Seconds per training step by column, and the stages of ``original``; from bench_step.py."""
+    result = section_of(result, "main")
     cases = {case["param"]: case["extra_info"] for case in result["benchmarks"]}
     precisions = [p for p in ("fp32", "bf16") if any(p in case["peak"] for case in cases.values())]
     lines = [where_and_when(result, "the first column of the same precision, for equal audio")]
     mixed = cases.get("mixed", {}).get("columns", {})
     original = next((column for name, column in mixed.items() if name.startswith("original")), None)
-    whole = next((column for name, column in mixed.items() if not name.startswith("original")), None)
-    if original and whole:
-        lengths = [second for batch in whole["clip_seconds"] for second in batch]
+    uncropped = next((column for name, column in mixed.items() if not name.startswith("original")), None)
+    if original and uncropped:
+        clip_lengths = [second for batch in uncropped["clip_seconds"] for second in batch]
         lines[0] += (
-            f" In `mixed`, clips of {min(lengths):.1f} to {max(lengths):.1f} s, `original` crops the "
-            f"{whole['audio_seconds']:.0f} s of audio to {original['audio_seconds']:.0f} s, which alone count for it; "
-            "the others take them whole."
+            f" In `mixed`, clips of {min(clip_lengths):.1f} to {max(clip_lengths):.1f} s, `original` crops the "
+            f"{uncropped['audio_seconds']:.0f} s of audio to {original['audio_seconds']:.0f} s, "
+            "which alone count for it; the others take them whole."
         )
 
-    def has(name: str, kind: str) -> bool:
-        return any(column.startswith(kind) for column in cases[name]["columns"])
+    def has_variant(name: str, variant: str) -> bool:
+        return any(column.startswith(variant) for column in cases[name]["columns"])
 
-    bare = {
-        kind: [name for name in cases if f"{name} compiled" not in cases and not has(name, kind)]
-        for kind in ("compiled", "vitmae compiled")
+    without_compiled = {
+        variant: [name for name in cases if f"{name} compiled" not in cases and not has_variant(name, variant)]
+        for variant in ("compiled", "vitmae compiled")
     }
-    told = [f"`{kind}` on {', '.join(names)}" for kind, names in bare.items() if names]
-    if told:
-        lines[0] += f" Not measured: {'; '.join(told)}, nor anything compiled with 6 layers: compiling takes minutes, "
+    unmeasured = [f"`{variant}` on {', '.join(names)}" for variant, names in without_compiled.items() if names]
+    if unmeasured:
+        lines[0] += (
+            f" Not measured: {'; '.join(unmeasured)}, nor anything compiled with 6 layers: compiling takes minutes, "
+        )
         lines[0] += "and ViTMAE takes square patches of one length alone."
     lines[0] += f" What stands behind the seconds is of {precisions[-1]}. {MEANING}"
-    heads = " | ".join(f"{precision}: s a step | speed" for precision in precisions)
-    count = 2 + 2 * len(precisions) + MEASURES.count("|") + 1
-    lines += ["", f"| case | column | {heads} | {MEASURES} |", "|---" * count + "|"]
+    headings = " | ".join(f"{precision}: s a step | speed" for precision in precisions)
+    num_cells = 2 + 2 * len(precisions) + MEASURES.count("|") + 1
+    lines += ["", f"| case | column | {headings} | {MEASURES} |", "|---" * num_cells + "|"]
     for name, case in cases.items():
-        kinds = list(dict.fromkeys(column.removesuffix(" bf16") for column in case["columns"]))
-        for kind in kinds:
-            cells, last = [f"{name}, {case['clips']} clips", kind], None
+        variants = list(dict.fromkeys(column.removesuffix(" bf16") for column in case["columns"]))
+        for variant in variants:
+            cells, last_column = [f"{name}, {case['clips']} clips", variant], None
             for precision in precisions:
-                column = case["columns"].get(kind if precision == "fp32" else f"{kind} bf16")
-                first = next((other for other in case["columns"].values() if other["precision"] == precision), None)
-                cells += [_seconds(column), ranged(audio_ratios(first, column))] if column else ["", ""]
-                last = column or last
-            lines.append(f"| {' | '.join([*cells, *_measures(case, last)])} |")
+                column = case["columns"].get(variant if precision == "fp32" else f"{variant} bf16")
+                first_column = next(
+                    (other for other in case["columns"].values() if other["precision"] == precision), None
+                )
+                cells += [_seconds(column), ranged(audio_ratios(first_column, column))] if column else ["", ""]
+                last_column = column or last_column
+            lines.append(f"| {' | '.join([*cells, *_measures(case, last_column)])} |")
     lines += ["", f"Faster than `fast`, or a tie: {', '.join(ahead_of_fast(cases)) or 'nothing'}."]
     originals = {
         name: column
@@ -211,38 +219,38 @@ def step_table(result: dict[str, Any]) -> str:
         if key.startswith("original")
     }
     lines += ["", *stage_lines(originals)] if originals else []
-    without = {f"`{name}`: {why}" for case in cases.values() for name, why in case["left_out"].items()}
-    lines += ["", f"Left out: {'; '.join(sorted(without))}."] if without else []
+    left_out = {f"`{name}`: {reason}" for case in cases.values() for name, reason in case["left_out"].items()}
+    lines += ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
     return "\n".join([*lines, *failed_lines(result)])
 
 
 def failed_lines(result: dict[str, Any]) -> list[str]:
-    """Columns that raised or computed something else, and why; no line where there is none."""
-    told = [
-        f"`{name}` on {case.get('param') or case['name']}: {why}"
+    """Lines that list columns that raised or computed wrong values, with the reason; empty if there are none."""
+    failures = [
+        f"`{name}` on {case.get('param') or case['name']}: {reason}"
         for case in result["benchmarks"]
-        for name, why in case["extra_info"].get("failed", {}).items()
+        for name, reason in case["extra_info"].get("failed", {}).items()
     ]
-    return ["", f"Failed, not timed: {'; '.join(told)}."] if told else []
+    return ["", f"Failed, not timed: {'; '.join(failures)}."] if failures else []
 
 
 def ahead_of_fast(cases: dict[str, dict[str, Any]]) -> list[str]:
-    """Columns that beat ``fast`` of their precision, for equal audio, in the median or, as ties, in some round."""
-    found = []
+    """Columns faster than ``fast`` of their precision, for equal audio, in the median or (a tie) in some round."""
+    faster = []
     for name, case in cases.items():
         for column, samples in case["columns"].items():
             fast = case["columns"].get("fast bf16" if column.endswith(" bf16") else "fast")
             if fast is not None and samples is not fast and max(ratios := audio_ratios(fast, samples)) > 1.0:
-                found.append(f"`{column}` on {name}, {ranged(ratios)}")
-    return found
+                faster.append(f"`{column}` on {name}, {ranged(ratios)}")
+    return faster
 
 
 def stage_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
-    """Where each case's ``original`` column spends its time, in percent of the median round's sum."""
+    """Table of the stages of each case's ``original`` column, in percent of the sum of their medians."""
     stages = list(next(iter(cases.values()))["stages"][0])
     precisions = [case["precision"] for case in cases.values()]
-    heads = [f"{name}, {precision}" for name, precision in zip(cases, precisions, strict=True)]
-    lines = [f"| stage of `original` | {' | '.join(heads)} |", "|---" * (len(cases) + 1) + "|"]
+    headings = [f"{name}, {precision}" for name, precision in zip(cases, precisions, strict=True)]
+    lines = [f"| stage of `original` | {' | '.join(headings)} |", "|---" * (len(cases) + 1) + "|"]
     medians = {
         name: {stage: statistics.median(sample[stage] for sample in case["stages"]) for stage in stages}
         for name, case in cases.items()
@@ -257,26 +265,26 @@ PAPER = {"speed": 3.0, "memory": 2.0}  # of MAE-AST against SSAST, arXiv 2203.16
 
 
 def against_ssast(case: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """How many times as fast as each SSAST column MAE-AST is, and how much less memory and FLOPs a clip it takes."""
+    """Ratios of each SSAST column to MAE-AST: speed, memory and FLOPs per clip."""
     columns = case["columns"]
-    ours = next((column for name, column in columns.items() if name.startswith("fast, no dropout")), None)
-    told: dict[str, dict[str, float | None]] = {}
-    if ours is None:
-        return told
-    for name, theirs in columns.items():
+    mae_ast = next((column for name, column in columns.items() if name.startswith("fast, no dropout")), None)
+    ratios: dict[str, dict[str, float | None]] = {}
+    if mae_ast is None:
+        return ratios
+    for name, ssast in columns.items():
         if name.startswith("ssast"):
-            memory = (theirs["peak_bytes_a_clip"], ours["peak_bytes_a_clip"])
-            told[name] = {
-                "speed": audio_speed(theirs, ours),
+            memory = (ssast["peak_bytes_a_clip"], mae_ast["peak_bytes_a_clip"])
+            ratios[name] = {
+                "speed": audio_speed(ssast, mae_ast),
                 "memory": None if None in memory else memory[0] / memory[1],
-                "FLOPs": theirs["flops"] / ours["flops"],
+                "FLOPs": ssast["flops"] / mae_ast["flops"],
             }
-    return told
+    return ratios
 
 
 def ssast_table(result: dict[str, Any]) -> str:
     """MAE-AST against SSAST; from bench_step.py."""
-    result = of_part(result, "ssast")
+    result = section_of(result, "ssast")
     lines = [
         where_and_when(result, "SSAST") + " Both models run in this library, without dropout, on the same kernels and "
         f"attention. The paper reports {PAPER['speed']:g} x the speed and {PAPER['memory']:g} x less memory. {MEANING}",
@@ -289,13 +297,13 @@ def ssast_table(result: dict[str, Any]) -> str:
         for key, column in case["columns"].items():
             cells = [f"{name.removeprefix('ssast ')}, {case['clips']} clips", key, _seconds(column)]
             cells += [*_measures(case, column), f"{column['flops'] / column['clips'] / 1e9:.1f}"]
-            found = ratios.get(key, {}).values()
-            cells += ["" if ratio is None else f"{ratio:.2f} x" for ratio in found] or [""] * 3
+            column_ratios = ratios.get(key, {}).values()
+            cells += ["" if ratio is None else f"{ratio:.2f} x" for ratio in column_ratios] or [""] * 3
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *failed_lines(result)])
 
 
-FACTORS = {  # of a sweep -> (what it is called, its unit)
+FACTORS = {  # factor of a sweep -> (label, unit)
     "clips": ("clips a batch", ""),
     "seconds": ("length of a clip", " s"),
     "mask_ratio": ("mask ratio", ""),
@@ -307,9 +315,9 @@ GROWTH = {"seconds": "time", "bytes": "memory"}
 
 
 def sweep(result: dict[str, Any], factor: str) -> list[tuple[float, dict[str, dict[str, Any]]]]:
-    """(value, columns by name without precision) of the points that differ in a factor alone, the base point among
-    them, ascending."""
-    cases = (case["extra_info"] for case in of_part(result, "sweep")["benchmarks"])
+    """(value, columns by name without precision) of the points that differ only in a factor, in ascending order. The
+    base point is one of them."""
+    cases = (case["extra_info"] for case in section_of(result, "sweep")["benchmarks"])
     points = [
         (case[factor], {name.removesuffix(" bf16"): column for name, column in case["columns"].items()})
         for case in cases
@@ -322,104 +330,114 @@ Law = tuple[float, float, float]  # a, b, p of a + b x^p
 
 
 def law(x: Sequence[float], y: Sequence[float]) -> Law:
-    """y = a + b x^p with a, b >= 0 and p of 0.5 to 3: the least squares of relative errors.
+    """Fit y = a + b x^p with a, b >= 0 and 0.5 <= p <= 3 by least squares of the relative errors.
 
-    A fixed cost is no part of the power: a line that does not start at 0 has p = 1.
+    The fixed cost a does not affect the power: a line that does not start at 0 has p = 1.
     """
     fits = []
     for p in (hundredth / 100 for hundredth in range(50, 301)):
-        # Of a / y + b x^p / y = 1.
+        # Linear least squares of a / y + b x^p / y = 1.
         u, v = [1.0 / value for value in y], [value**p / other for value, other in zip(x, y, strict=True)]
-        uu, uv, vv = (sum(map(math.prod, zip(*pair, strict=True))) for pair in ((u, u), (u, v), (v, v)))
-        determinant = uu * vv - uv * uv
-        a = (sum(u) * vv - sum(v) * uv) / determinant if determinant > 0.0 else 0.0
-        b = (sum(v) - a * uv) / vv
+        sum_uu, sum_uv, sum_vv = (sum(map(math.prod, zip(*pair, strict=True))) for pair in ((u, u), (u, v), (v, v)))
+        determinant = sum_uu * sum_vv - sum_uv * sum_uv
+        a = (sum(u) * sum_vv - sum(v) * sum_uv) / determinant if determinant > 0.0 else 0.0
+        b = (sum(v) - a * sum_uv) / sum_vv
         if a < 0.0:
-            a, b = 0.0, sum(v) / vv
+            a, b = 0.0, sum(v) / sum_vv
         elif b < 0.0:
-            a, b = sum(u) / uu, 0.0
+            a, b = sum(u) / sum_uu, 0.0
         fits.append((sum((a * c + b * d - 1.0) ** 2 for c, d in zip(u, v, strict=True)), (a, b, p)))
     return min(fits)[1]
 
 
 def growth(result: dict[str, Any], factor: str) -> dict[str, dict[str, tuple[list[float], list[float], Law]]]:
-    """How time and memory grow with a factor: column -> what -> (values, what was measured, law); of 4 points or more.
+    """Growth of time and memory with a factor: column -> quantity -> (values, measurements, law). Needs 4 points.
 
-    Of a batch where the factor is its clips, else of one clip.
+    The quantities are per batch if the factor is the number of clips, otherwise per clip.
     """
     points = sweep(result, factor)
-    told: dict[str, dict[str, tuple[list[float], list[float], Law]]] = {}
+    growth_by_column: dict[str, dict[str, tuple[list[float], list[float], Law]]] = {}
     for name in dict.fromkeys(name for _, columns in points for name in columns):
-        having = [(value, columns[name]) for value, columns in points if name in columns]
-        clips = [column["clips"] / column["steps"] for _, column in having]
-        one = [1.0 if factor == "clips" else 1.0 / count for count in clips]
-        found = {
-            "seconds": [statistics.median(c["seconds"]) / c["steps"] * f for (_, c), f in zip(having, one, strict=True)]
+        measured = [(value, columns[name]) for value, columns in points if name in columns]
+        clips = [column["clips"] / column["steps"] for _, column in measured]
+        scale = [1.0 if factor == "clips" else 1.0 / count for count in clips]
+        quantities = {
+            "seconds": [
+                statistics.median(column["seconds"]) / column["steps"] * clip_scale
+                for (_, column), clip_scale in zip(measured, scale, strict=True)
+            ]
         }
-        if all(column["peak_bytes_a_clip"] for _, column in having):
-            memory = zip(having, clips, one, strict=True)
-            found["bytes"] = [column["peak_bytes_a_clip"] * count * f for (_, column), count, f in memory]
-        values = [value for value, _ in having]
+        if all(column["peak_bytes_a_clip"] for _, column in measured):
+            memory = zip(measured, clips, scale, strict=True)
+            quantities["bytes"] = [
+                column["peak_bytes_a_clip"] * count * clip_scale for (_, column), count, clip_scale in memory
+            ]
+        values = [value for value, _ in measured]
         if len(values) > 3:
-            told[name] = {what: (values, y, law(values, y)) for what, y in found.items()}
-    return told
+            growth_by_column[name] = {
+                quantity: (values, quantity_values, law(values, quantity_values))
+                for quantity, quantity_values in quantities.items()
+            }
+    return growth_by_column
 
 
 def sweep_table(result: dict[str, Any]) -> str:
-    """One factor at a time: milliseconds and memory of a clip by column, and how both grow; from bench_step.py."""
-    cases = [case["extra_info"] for case in of_part(result, "sweep")["benchmarks"]]
+    """One factor at a time: milliseconds and memory per clip by column, and their growth; from bench_step.py."""
+    cases = [case["extra_info"] for case in section_of(result, "sweep")["benchmarks"]]
     first = next((case for case in cases if case["factor"] == ""), cases[0])
     names = list(dict.fromkeys(name.removesuffix(" bf16") for case in cases for name in case["columns"]))
-    heads = " | ".join([*(f"`{name}`, ms a clip" for name in names), *(f"`{name}`, MB a clip" for name in names)])
+    headings = " | ".join([*(f"`{name}`, ms a clip" for name in names), *(f"`{name}`, MB a clip" for name in names)])
     precision = next(iter(first["peak"]))
     base = (
         f"{first['preset']}, {first['clips']} clips of {first['seconds']:g} s, mask ratio {first['mask_ratio']:g}, "
         f"{first['encoder_layers']} layers, {precision}"
     )
     lines = [
-        where_and_when(of_part(result, "sweep"), "`original`") + f" Base point: {base}.",
+        where_and_when(section_of(result, "sweep"), "`original`") + f" Base point: {base}.",
         "",
-        f"| one thing changed | {heads} | speed of `fast` |",
+        f"| one thing changed | {headings} | speed of `fast` |",
         "|---" * (2 + 2 * len(names)) + "|",
     ]
-    for factor, (called, unit) in FACTORS.items():
+    for factor, (label, unit) in FACTORS.items():
         for value, columns in sweep(result, factor):
-            cells = [f"{called}: {value:g}{unit}"]
-            having = [columns.get(name) for name in names]
-            cells += [short(1e3 / rate(column, "clips")) if column else "" for column in having]
-            peaks = [column and column["peak_bytes_a_clip"] for column in having]
+            cells = [f"{label}: {value:g}{unit}"]
+            row_columns = [columns.get(name) for name in names]
+            cells += [short(1e3 / rate(column, "clips")) if column else "" for column in row_columns]
+            peaks = [column and column["peak_bytes_a_clip"] for column in row_columns]
             cells += [short(peak / 1e6) if peak else "" for peak in peaks]
-            both = columns.get("original"), columns.get("fast")
-            cells.append(ranged(audio_ratios(*both)) if all(both) else "")
+            original, fast = columns.get("original"), columns.get("fast")
+            cells.append(ranged(audio_ratios(original, fast)) if original and fast else "")
             lines.append(f"| {' | '.join(cells)} |")
-    told = [
+    growth_texts = [
         f"with {FACTORS[factor][0]}, `{name}` "
         + ", ".join(
-            f"{GROWTH[what]} {p:.2f} (fixed {100 * a / y[-1]:.0f} %)" for what, (_, y, (a, _, p)) in found.items()
+            f"{GROWTH[quantity]} {p:.2f} (fixed {100 * a / y[-1]:.0f} %)"
+            for quantity, (_, y, (a, _, p)) in fits.items()
         )
         for factor in ("clips", "seconds")
-        for name, found in growth(result, factor).items()
+        for name, fits in growth(result, factor).items()
     ]
-    what = "Powers p of growth, of a + b x^p fitted; the fixed part a as a share at the largest x"
-    lines += ["", f"{what}: {'; '.join(told)}."] if told else []
-    return "\n".join([*lines, *failed_lines(of_part(result, "sweep"))])
+    quantity = "Powers p of growth, of a + b x^p fitted; the fixed part a as a share at the largest x"
+    lines += ["", f"{quantity}: {'; '.join(growth_texts)}."] if growth_texts else []
+    return "\n".join([*lines, *failed_lines(section_of(result, "sweep"))])
 
 
 def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool | None]]:
-    """What the step is to reach on one H100, and what a run of bench_step.py on a GPU measured.
+    """Goals of the step on one H100, compared with a run of bench_step.py on a GPU.
 
     Base patch model, bf16, dropout 0.1, at least 256 clips of 10 s, all columns of one run, medians over its rounds.
 
     Returns:
-        (what, goal, measured, reached) of each goal; ("not measured", None) where a case or column is missing.
+        (name, goal, measured, reached) of each goal; measured and reached are ("not measured", None) if a case or
+        column is missing.
     """
     cases = {case["param"]: case["extra_info"]["columns"] for case in result["benchmarks"]}
 
     def ahead_of(other: str) -> float:
-        """In the case where both took turns: compiled columns have one of their own."""
+        """Speed relative to another column, in the case that has both (compiled columns have a separate case)."""
         pairs = [cases[name] for name in ("patch_base", "patch_base compiled") if other in cases.get(name, {})]
         ratios = zip(pairs[0][other]["seconds"], pairs[0]["fast bf16"]["seconds"], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in ratios)
+        return statistics.median(other_seconds / fast_seconds for other_seconds, fast_seconds in ratios)
 
     def megabytes(name: str) -> float:
         return cases["patch_base"][name]["peak_bytes_a_clip"] / 1e6
@@ -436,22 +454,22 @@ def goals(result: dict[str, Any]) -> list[tuple[str, str, str, bool | None]]:
         ("MB a clip, `fast, gelu bf16`", 50.0, lambda: megabytes("fast, gelu bf16"), operator.le),
         ("audio a second, clips of unequal length against equal ones", 0.9, mixed_against_equal, operator.ge),
     ]
-    told: list[tuple[str, str, str, bool | None]] = []
-    for what, goal, measure, reaches in rows:
+    judged: list[tuple[str, str, str, bool | None]] = []
+    for name, goal, measure, reaches in rows:
         try:
             measured = measure()
-        except (KeyError, IndexError, TypeError):  # no such case, no column, nothing that counts memory
-            told.append((what, f"{goal:g}", "not measured", None))
+        except (KeyError, IndexError, TypeError):  # no such case or column, or memory was not measured
+            judged.append((name, f"{goal:g}", "not measured", None))
         else:
-            told.append((what, f"{goal:g}", f"{measured:.4g}", reaches(measured, goal)))
-    return told
+            judged.append((name, f"{goal:g}", f"{measured:.4g}", reaches(measured, goal)))
+    return judged
 
 
 def where_and_when(result: dict[str, Any], against: str = "the first column of a case") -> str:
-    """The sentences above a table of columns that took turns."""
+    """Sentences above a table of columns that took turns: machine, commit and method."""
     machine, commit = result["machine_info"], commit_of(result)
     cases = [case["extra_info"] for case in result["benchmarks"]]
-    loads = [case[f"load_average_{when}"][0] for case in cases for when in ("before", "after")]
+    loads = [case[f"load_average_{moment}"][0] for case in cases for moment in ("before", "after")]
     rounds = min((len(sample["seconds"]) for case in cases for sample in _samples(case["columns"])), default=0)
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit {commit}, load "
@@ -463,8 +481,8 @@ def where_and_when(result: dict[str, Any], against: str = "the first column of a
 
 
 def _samples(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each column, or, where it has several, of each thing that is timed."""
-    return [s for column in columns.values() for s in ([column] if "seconds" in column else column.values())]
+    """Samples of each column or, if a column has several timings, of each timing."""
+    return [sample for column in columns.values() for sample in ([column] if "seconds" in column else column.values())]
 
 
 def milliseconds(samples: list[float]) -> str:
@@ -473,13 +491,21 @@ def milliseconds(samples: list[float]) -> str:
 
 
 def times_as_fast(first: dict[str, Any], column: dict[str, Any]) -> float:
-    """How many times as fast as the first column: the median of the rounds' own ratios."""
-    return statistics.median(a / b for a, b in zip(first["seconds"], column["seconds"], strict=True))
+    """Speed relative to the first column: the median of the rounds' ratios."""
+    return statistics.median(
+        first_seconds / column_seconds
+        for first_seconds, column_seconds in zip(first["seconds"], column["seconds"], strict=True)
+    )
 
 
 def speed(first: dict[str, Any], column: dict[str, Any]) -> str:
-    """``ranged``, of the rounds' own ratios."""
-    return ranged([a / b for a, b in zip(first["seconds"], column["seconds"], strict=True)])
+    """Text of the rounds' ratios, see ``ranged``."""
+    return ranged(
+        [
+            first_seconds / column_seconds
+            for first_seconds, column_seconds in zip(first["seconds"], column["seconds"], strict=True)
+        ]
+    )
 
 
 def ops_table(result: dict[str, Any]) -> str:
@@ -493,27 +519,31 @@ def ops_table(result: dict[str, Any]) -> str:
         "|---" * 9 + "|",
     ]
     for case in (case["extra_info"] for case in result["benchmarks"]):
-        first, peak = next(iter(case["columns"].values()), None), case["peak"]
+        first_column, peak = next(iter(case["columns"].values()), None), case["peak"]
         for name, column in case["columns"].items():
             cells = [case["op"], case["point"], name]
-            for what in ("forward", "forward + backward"):
-                timed = column.get(what)
-                cells += [milliseconds(timed["seconds"]), speed(first[what], timed)] if timed else ["", ""]
-            what = list(column)[-1]
-            rate = case["work"][what] / statistics.median(column[what]["seconds"]) / 1e9
+            for timing in ("forward", "forward + backward"):
+                timing_samples = column.get(timing)
+                cells += (
+                    [milliseconds(timing_samples["seconds"]), speed(first_column[timing], timing_samples)]
+                    if timing_samples
+                    else ["", ""]
+                )
+            timing = list(column)[-1]
+            rate = case["work"][timing] / statistics.median(column[timing]["seconds"]) / 1e9
             share = rate * 1e9 / (peak["work"] / min(peak["seconds"]))
             cells += [f"{rate:.3g} {'GB/s' if case['unit'] == 'bytes' else 'GFLOP/s'}", f"{100 * share:.0f} %"]
             lines.append(f"| {' | '.join(cells)} |")
     cases = [case["extra_info"]["left_out"] for case in result["benchmarks"]]
-    left_out = {f"`{name}`: {why}" for case in cases for name, why in case.items()}
+    left_out = {f"`{name}`: {reason}" for case in cases for name, reason in case.items()}
     lines += ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
     slower = [
-        f"`{name}` on {case['op']}, {case['point']}, {times_as_fast(first[what], column[what]):.2f} x"
+        f"`{name}` on {case['op']}, {case['point']}, {times_as_fast(first_column[timing], column[timing]):.2f} x"
         for case in (case["extra_info"] for case in result["benchmarks"])
-        for first in [case["columns"].get("original")]
+        for first_column in [case["columns"].get("original")]
         for name, column in case["columns"].items()
-        for what in [list(column)[-1]]
-        if first is not None and times_as_fast(first[what], column[what]) < 1.0
+        for timing in [list(column)[-1]]
+        if first_column is not None and times_as_fast(first_column[timing], column[timing]) < 1.0
     ]
     lines += ["", f"Slower than `original`: {'; '.join(slower) or 'nothing'}."]
     return "\n".join([*lines, *failed_lines(result)])
@@ -530,20 +560,20 @@ def masking_table(result: dict[str, Any]) -> str:
         "|---" * 8 + "|",
     ]
     for case in (case["extra_info"] for case in result["benchmarks"]):
-        first = next(iter(case["columns"].values()))
+        first_column = next(iter(case["columns"].values()))
         for name, column in case["columns"].items():
             cells = [case["point"], case["strategy"], str(case["clips"]), str(case["tokens"]), name]
             rate = case["clips"] / statistics.median(column["seconds"])
-            cells += [milliseconds(column["seconds"]), speed(first, column), f"{rate:,.0f}"]
+            cells += [milliseconds(column["seconds"]), speed(first_column, column), f"{rate:,.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
-            if times_as_fast(first, column) < 1.0:
-                slower.append(f"`{name}` on {case['point']}, {times_as_fast(first, column):.2f} x")
+            if times_as_fast(first_column, column) < 1.0:
+                slower.append(f"`{name}` on {case['point']}, {times_as_fast(first_column, column):.2f} x")
     lines += ["", f"Slower than the paper's loop: {'; '.join(slower) or 'nothing'}."]
     return "\n".join(lines)
 
 
 def data_table(result: dict[str, Any]) -> str:
-    """Milliseconds and audio a second of each stage and column, the goal, and the wait for data; from bench_data.py."""
+    """Milliseconds and audio per second of each stage and column, goals, and waiting for data; from bench_data.py."""
     lines = [
         where_and_when(result),
         "",
@@ -552,32 +582,35 @@ def data_table(result: dict[str, Any]) -> str:
     ]
     goals: dict[str, list[str]] = {}
     waits = []
-    for found in result["benchmarks"]:
-        what, case = found["name"].removeprefix("bench_"), found["extra_info"]
-        first = next(iter(case["columns"].values()))
+    for benchmark in result["benchmarks"]:
+        stage, case = benchmark["name"].removeprefix("bench_"), benchmark["extra_info"]
+        first_column = next(iter(case["columns"].values()))
         for name, column in case["columns"].items():
             seconds, audio = statistics.median(column["seconds"]), case["audio_seconds"]
-            worked = column.get("cpu_seconds")  # not of a run, which has several processes
-            cells = [what, name, milliseconds(column["seconds"]), speed(first, column)]
+            cpu_seconds = column.get("cpu_seconds")  # not recorded for a run, which has several processes
+            cells = [stage, name, milliseconds(column["seconds"]), speed(first_column, column)]
             cells += [f"{case['clips'] / seconds:.0f}", f"{audio / seconds:,.0f}"]
-            cells += [f"{audio / statistics.median(worked):,.0f}" if worked else "", f"{audio * 0.032 / seconds:,.0f}"]
+            cells += [
+                f"{audio / statistics.median(cpu_seconds):,.0f}" if cpu_seconds else "",
+                f"{audio * 0.032 / seconds:,.0f}",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
             if "waiting" in column:
-                whole, later = (_percent(column[key]) for key in ("waiting", "waiting_later"))
-                waits.append(f"{name} {whole}, in the second half of its updates {later}")
+                share, later_share = (_percent(column[key]) for key in ("waiting", "waiting_later"))
+                waits.append(f"{name} {share}, in the second half of its updates {later_share}")
         if "goal" in case:
-            name, least = case["goal"]
-            ratio = times_as_fast(first, case["columns"][name])
-            goal = f"`{name}` at least {least:g} x as fast as `{next(iter(case['columns']))}`"
-            goals.setdefault(goal, []).append(f"{what} {ratio:.1f} x, {'reached' if ratio >= least else 'missed'}")
-    lines += [line for goal, told in goals.items() for line in ("", f"Goal: {goal}. {'; '.join(told)}.")]
+            name, min_speed = case["goal"]
+            ratio = times_as_fast(first_column, case["columns"][name])
+            goal = f"`{name}` at least {min_speed:g} x as fast as `{next(iter(case['columns']))}`"
+            goals.setdefault(goal, []).append(f"{stage} {ratio:.1f} x, {'reached' if ratio >= min_speed else 'missed'}")
+    lines += [line for goal, results in goals.items() for line in ("", f"Goal: {goal}. {'; '.join(results)}.")]
     if waits:
         lines += ["", f"Of the time of a run of `pretrain`, waiting for data: {'; '.join(waits)}."]
     return "\n".join(lines)
 
 
 def data_rate_table(result: dict[str, Any]) -> str:
-    """How much audio one thread brings to the training, our ways beside the official one; from bench_data.py."""
+    """Audio that one thread supplies to training, ours compared with the official column; from bench_data.py."""
     shown = ("FLAC shards, loader", "PCM16 shards, loader", "FLAC shards + fbank", "PCM16 shards + fbank")
     lines = [
         f"{where_and_when(result, '`official`')} One thread. `official`: a FLAC file decoded and "
@@ -588,15 +621,15 @@ def data_rate_table(result: dict[str, Any]) -> str:
         "| clips | column | clips/s | hours of audio an hour | speed |",
         "|---" * 5 + "|",
     ]
-    for found in result["benchmarks"]:
-        if not found["name"].startswith("bench_loader["):
+    for benchmark in result["benchmarks"]:
+        if not benchmark["name"].startswith("bench_loader["):
             continue
-        case = found["extra_info"]
+        case = benchmark["extra_info"]
         first, *_ = case["columns"]
         for name in (first, *(name for name in shown if name in case["columns"])):
             column = case["columns"][name]
             seconds = statistics.median(column["seconds"])
-            cells = [found["name"][len("bench_loader[") : -1], name, f"{case['clips'] / seconds:,.0f}"]
+            cells = [benchmark["name"][len("bench_loader[") : -1], name, f"{case['clips'] / seconds:,.0f}"]
             cells += [f"{case['audio_seconds'] / seconds:,.0f}", speed(case["columns"][first], column)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -611,13 +644,16 @@ STEP_CPU = "step_cpu.json"
 
 
 def distances(result: dict[str, Any], column: str) -> list[float]:
-    """Relative distance of a column's loss from the reference's, update by update."""
-    ours, theirs = (result["columns"][name]["rows"] for name in (column, "reference"))
-    return [a["loss"] / b["loss"] - 1.0 for a, b in zip(ours, theirs, strict=True)]
+    """Relative difference of a column's loss from the reference's, per update."""
+    column_rows, reference_rows = (result["columns"][name]["rows"] for name in (column, "reference"))
+    return [
+        column_row["loss"] / reference_row["loss"] - 1.0
+        for column_row, reference_row in zip(column_rows, reference_rows, strict=True)
+    ]
 
 
 def convergence_table(dirty: bool) -> str:
-    """Losses of the fast step beside those of the plain one."""
+    """Losses of the fast step compared with those of the plain one."""
     result = benchmark_result("convergence_cpu.json", dirty)
     lines = [
         f"{result['machine_info']['processor']}, commit {commit_of(result)}. "
@@ -630,10 +666,17 @@ def convergence_table(dirty: bool) -> str:
     ]
     for name, column in result["columns"].items():
         losses = [row["loss"] for row in column["rows"]]
-        far = [abs(each) for each in distances(result, name)]
-        first, every = (f"{100 * statistics.fmean(part):.2g} %" for part in (far[:20], far))
-        means = [f"{statistics.fmean(part):.3f}" for part in (losses[:20], losses[-20:])]
-        cells = [name, *means, *(("", "") if name == "reference" else (first, every)), f"{column['seconds']:.0f}"]
+        absolute_distances = [abs(distance) for distance in distances(result, name)]
+        first_mean, all_mean = (
+            f"{100 * statistics.fmean(values):.2g} %" for values in (absolute_distances[:20], absolute_distances)
+        )
+        means = [f"{statistics.fmean(values):.3f}" for values in (losses[:20], losses[-20:])]
+        cells = [
+            name,
+            *means,
+            *(("", "") if name == "reference" else (first_mean, all_mean)),
+            f"{column['seconds']:.0f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -657,19 +700,19 @@ PAGES = {
 
 
 def render(text: str, page: str = "README.md", dirty: bool = False) -> str:
-    """A page's text with every marked table made anew; ``dirty`` takes results of uncommitted code too."""
+    """A page's text with every marked table regenerated; ``dirty`` accepts results of uncommitted code."""
     for name in PAGES[page]:
         pattern = rf"(<!-- report:{name} -->\n)(.*?)<!-- /report -->"
-        place = re.search(pattern, text, re.S)
-        if place is None:
+        marked = re.search(pattern, text, re.S)
+        if marked is None:
             raise ValueError(f"{page} has no place for the table {name!r}")
-        begin, end = place.span(2)
+        begin, end = marked.span(2)
         text = f"{text[:begin]}{TABLES[name](dirty)}\n{text[end:]}"
     return text
 
 
-def own_page(folder: Path) -> str:
-    """Every table and figure of the result files in a folder, of this machine as it is."""
+def machine_page(folder: Path) -> str:
+    """Page with every table and figure of the result files in a folder, including results of uncommitted code."""
     import report_figures
 
     global RESULTS
@@ -687,7 +730,7 @@ def own_page(folder: Path) -> str:
 
 
 def ages() -> list[str]:
-    """Of each result file: its commit, and the commits to mae_ast_fast and kernels since."""
+    """One line per result file: its commit, and the number of commits to mae_ast_fast and kernels since."""
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
@@ -697,8 +740,8 @@ def ages() -> list[str]:
             continue
         command = ["git", "rev-list", "--count", f"{commit}..HEAD", "--", "mae_ast_fast", "kernels"]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            count = done.stdout.strip() or f"unknown, {done.stderr.strip()}"
+            process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            count = process.stdout.strip() or f"unknown, {process.stderr.strip()}"
         except OSError as error:
             count = f"unknown, {error}"
         lines.append(f"{path.name}: {commit[:12]}, commits to mae_ast_fast and kernels since: {count}")
@@ -708,16 +751,16 @@ def ages() -> list[str]:
 def main() -> int:
     import report_figures
 
-    words = sys.argv[1:]
-    if "--check-age" in words:
+    arguments = sys.argv[1:]
+    if "--check-age" in arguments:
         print("\n".join(ages()))
         return 0
-    if "--results" in words:
-        folder = Path(words[words.index("--results") + 1])
-        (folder / "report.md").write_text(own_page(folder) + "\n")
+    if "--results" in arguments:
+        folder = Path(arguments[arguments.index("--results") + 1])
+        (folder / "report.md").write_text(machine_page(folder) + "\n")
         print(folder / "report.md")
         return 0
-    dirty, check, changed = "--dirty" in words, "--check" in words, False
+    dirty, check, changed = "--dirty" in arguments, "--check" in arguments, False
     for page in PAGES:
         before = (ROOT / page).read_text()
         after = render(before, page, dirty)
@@ -731,6 +774,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import report  # under the name by which report_figures knows it
+    import report  # under the module name that report_figures uses
 
     sys.exit(report.main())

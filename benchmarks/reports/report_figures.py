@@ -1,7 +1,7 @@
-"""Draws docs/figures from the result files in benchmarks/results, for report.py. Needs matplotlib.
+"""Draw docs/figures from the result files in benchmarks/results, for report.py. Needs matplotlib.
 
-The same results give the same files. Each names in its text the result that it is drawn from, so that a figure of other
-results than the committed ones is noticed (``stale``).
+Equal results give equal files. The metadata of each figure contains a hash of its result file, so that ``stale`` finds
+figures of other results than the committed ones.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _megabytes(column: dict[str, Any]) -> float:
     return (column["peak_bytes_a_clip"] or 0) / 1e6
 
 
-def _bars(axis: Any, names: list[str], values: list[float], form: str = "{:.3g}") -> None:
+def _bars(axis: Any, names: list[str], values: list[float], number_format: str = "{:.3g}") -> None:
     """Horizontal bars, the first one on top."""
     bars = axis.barh(names, values, color=[_color(name) for name in names])
-    axis.bar_label(bars, [form.format(value) for value in values], padding=2, fontsize=7)
+    axis.bar_label(bars, [number_format.format(value) for value in values], padding=2, fontsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.tick_params(labelsize=7)
@@ -55,7 +55,7 @@ def _bars(axis: Any, names: list[str], values: list[float], form: str = "{:.3g}"
 
 def step_bars(result: dict[str, Any]) -> Any:
     """Throughput and memory by column of each main case."""
-    cases = report.of_part(result, "main")["benchmarks"]
+    cases = report.section_of(result, "main")["benchmarks"]
     rows = [len(case["extra_info"]["columns"]) for case in cases]
     figure, axes = _pyplot().subplots(
         len(cases),
@@ -75,8 +75,8 @@ def step_bars(result: dict[str, Any]) -> Any:
 
 
 def waterfall(result: dict[str, Any]) -> Any:
-    """What each step from ``original`` to the fastest column brings in the first main case; its loss's error beside."""
-    case = report.of_part(result, "main")["benchmarks"][0]
+    """Gain of each step from ``original`` to the fastest column in the first main case, with the error of the loss."""
+    case = report.section_of(result, "main")["benchmarks"][0]
     columns = case["extra_info"]["columns"]
     ladder = [
         ("original", "the paper's style"),
@@ -84,22 +84,22 @@ def waterfall(result: dict[str, Any]) -> Any:
         ("fast", "attention clip by clip,\nTrainStep"),
         ("fast bf16", "bf16"),
     ]
-    if "original" not in columns:  # on a GPU all is bf16
-        ladder = [(f"{name} bf16", what) for name, what in ladder[:2]]
+    if "original" not in columns:  # on a GPU all columns are bf16
+        ladder = [(f"{name} bf16", description) for name, description in ladder[:2]]
         ladder.append(("fast bf16", "Triton kernels, FlashAttention,\nTrainStep"))
-    ladder = [(name, what) for name, what in ladder if name in columns]  # a column may have failed
+    ladder = [(name, description) for name, description in ladder if name in columns]  # a column may have failed
     figure, axis = _pyplot().subplots(figsize=(8, 3.6), constrained_layout=True)
-    before, labels = 0.0, []
-    for i, (name, what) in enumerate(ladder):
+    previous, labels = 0.0, []
+    for i, (name, description) in enumerate(ladder):
         rate = report.rate(columns[name], "clips")
-        color = "C7" if i == 0 else "C2" if rate >= before else "C3"
-        axis.bar(i, rate - before, bottom=before, color=color, width=0.6)
+        color = "C7" if i == 0 else "C2" if rate >= previous else "C3"
+        axis.bar(i, rate - previous, bottom=previous, color=color, width=0.6)
         change = f"\n{report.audio_speed(columns[ladder[i - 1][0]], columns[name]):.2f} x" if i else ""
-        axis.text(i, max(rate, before), f"{rate:.3g}{change}", ha="center", va="bottom", fontsize=8)
+        axis.text(i, max(rate, previous), f"{rate:.3g}{change}", ha="center", va="bottom", fontsize=8)
         if i:
-            axis.plot([i - 0.7, i + 0.3], [before, before], color="black", linewidth=0.5)
-        labels.append(f"{name}\n{what}\nloss off by {columns[name]['loss_error']:.0e}")
-        before = rate
+            axis.plot([i - 0.7, i + 0.3], [previous, previous], color="black", linewidth=0.5)
+        labels.append(f"{name}\n{description}\nloss off by {columns[name]['loss_error']:.0e}")
+        previous = rate
     axis.set_xticks(range(len(ladder)), labels, fontsize=7)
     axis.set(ylabel="clips/s", title=f"{case['param']}: what each step brings (dropout 0.1 in all)")
     axis.title.set_fontsize(9)
@@ -109,24 +109,28 @@ def waterfall(result: dict[str, Any]) -> Any:
 
 
 def ssast(result: dict[str, Any]) -> Any:
-    """How much faster and smaller MAE-AST is than SSAST, beside what the paper reports."""
-    cases = report.of_part(result, "ssast")["benchmarks"]
-    found = {
+    """Speed and memory of MAE-AST relative to SSAST, compared with the paper."""
+    cases = report.section_of(result, "ssast")["benchmarks"]
+    ratios_by_column = {
         f"{case['param'].removeprefix('ssast ')}, {name}": ratios
         for case in cases
         for name, ratios in report.against_ssast(case["extra_info"]).items()
     }
-    figure, axes = _pyplot().subplots(1, 2, figsize=(10, 1.2 + 0.35 * len(found)), sharey=True, constrained_layout=True)
-    for axis, what in zip(axes, ("speed", "memory"), strict=True):
-        values = [ratios[what] or 0.0 for ratios in found.values()]
-        bars = axis.barh(list(found), values, color=["C8" if "two passes" in name else "C1" for name in found])
+    figure, axes = _pyplot().subplots(
+        1, 2, figsize=(10, 1.2 + 0.35 * len(ratios_by_column)), sharey=True, constrained_layout=True
+    )
+    for axis, quantity in zip(axes, ("speed", "memory"), strict=True):
+        values = [ratios[quantity] or 0.0 for ratios in ratios_by_column.values()]
+        bars = axis.barh(
+            list(ratios_by_column), values, color=["C8" if "two passes" in name else "C1" for name in ratios_by_column]
+        )
         axis.bar_label(bars, [f"{value:.2f} x" for value in values], padding=2, fontsize=7)
-        if what == "speed":
-            flops = [ratios["FLOPs"] for ratios in found.values()]
-            axis.plot(flops, range(len(found)), "k|", markersize=14, label="ratio of FLOPs")
-        axis.axvline(report.PAPER[what], color="C0", linestyle="--", label=f"paper: {report.PAPER[what]:g} x")
+        if quantity == "speed":
+            flops = [ratios["FLOPs"] for ratios in ratios_by_column.values()]
+            axis.plot(flops, range(len(ratios_by_column)), "k|", markersize=14, label="ratio of FLOPs")
+        axis.axvline(report.PAPER[quantity], color="C0", linestyle="--", label=f"paper: {report.PAPER[quantity]:g} x")
         axis.set_title(
-            {"speed": "speed of MAE-AST against SSAST", "memory": "memory of SSAST / MAE-AST"}[what], fontsize=9
+            {"speed": "speed of MAE-AST against SSAST", "memory": "memory of SSAST / MAE-AST"}[quantity], fontsize=9
         )
         axis.margins(x=0.12)
         axis.tick_params(labelsize=7)
@@ -138,25 +142,25 @@ def ssast(result: dict[str, Any]) -> Any:
 
 
 def scaling(result: dict[str, Any]) -> Any:
-    """Time and memory against the clips of a batch and against the length of a clip, with a fitted law."""
+    """Time and memory over the clips per batch and over the clip length, with fitted laws."""
     from matplotlib.ticker import LogLocator
 
     figure, axes = _pyplot().subplots(2, 2, figsize=(9, 6.4), constrained_layout=True)
     for row, factor in zip(axes, ("clips", "seconds"), strict=True):
-        called, unit = report.FACTORS[factor]
+        label, unit = report.FACTORS[factor]
         values = [value for value, _ in report.sweep(result, factor)]
-        of = "a batch" if factor == "clips" else "a clip"
-        for name, found in report.growth(result, factor).items():
-            for axis, what in zip(row, ("seconds", "bytes"), strict=True):
-                if what in found:
-                    x, y, (*_, power) = found[what]
-                    y = [value / 1e6 for value in y] if what == "bytes" else y
+        per = "a batch" if factor == "clips" else "a clip"
+        for name, growth in report.growth(result, factor).items():
+            for axis, quantity in zip(row, ("seconds", "bytes"), strict=True):
+                if quantity in growth:
+                    x, y, (*_, power) = growth[quantity]
+                    y = [value / 1e6 for value in y] if quantity == "bytes" else y
                     axis.loglog(x, y, "o-", color=_color(name), markersize=4, label=f"{name}: a + b x^{power:.2f}")
-        for axis, what in zip(row, (f"seconds of a step, {of}", f"MB at the peak, {of}"), strict=True):
+        for axis, quantity in zip(row, (f"seconds of a step, {per}", f"MB at the peak, {per}"), strict=True):
             if not axis.lines:  # fewer than two points were measured
                 continue
-            axis.set_xlabel(f"{called}{',' + unit if unit else ''}", fontsize=8)
-            axis.set_ylabel(what, fontsize=8)
+            axis.set_xlabel(f"{label}{',' + unit if unit else ''}", fontsize=8)
+            axis.set_ylabel(quantity, fontsize=8)
             axis.set_xticks(values, [f"{value:g}" for value in values])
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.minorticks_off()
@@ -168,23 +172,23 @@ def scaling(result: dict[str, Any]) -> Any:
 
 
 def roofline(result: dict[str, Any]) -> Any:
-    """Rates of the operations at the base point against what the machine reached in the same rounds."""
+    """Rates of the operations at the base point, compared with the machine's peak in the same rounds."""
     cases = [case["extra_info"] for case in result["benchmarks"] if case["extra_info"]["point"] == "base point"]
     figure, axes = _pyplot().subplots(1, 2, figsize=(11, 5.5), constrained_layout=True)
     for axis, unit, roof in zip(axes, ("bytes", "FLOP"), ("a large copy", "a large matrix product"), strict=True):
-        chosen = [case for case in cases if case["unit"] == unit]
+        unit_cases = [case for case in cases if case["unit"] == unit]
         names, values = [], []
-        for case in chosen:
+        for case in unit_cases:
             for name, column in case["columns"].items():
-                what = list(column)[-1]
+                timing = list(column)[-1]
                 names.append(f"{case['op']}, {name}")
-                values.append(case["work"][what] / statistics.median(column[what]["seconds"]) / 1e9)
-        if not chosen:
+                values.append(case["work"][timing] / statistics.median(column[timing]["seconds"]) / 1e9)
+        if not unit_cases:
             continue
         colors = [COLORS.get(name.rpartition(", ")[2], "C2") for name in names]
         bars = axis.barh(names, values, color=colors)
         axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=6)
-        peaks = [case["peak"]["work"] / statistics.median(case["peak"]["seconds"]) / 1e9 for case in chosen]
+        peaks = [case["peak"]["work"] / statistics.median(case["peak"]["seconds"]) / 1e9 for case in unit_cases]
         axis.axvline(
             statistics.median(peaks), color="black", linestyle="--", label=f"{roof}: {statistics.median(peaks):.3g}"
         )
@@ -198,14 +202,14 @@ def roofline(result: dict[str, Any]) -> Any:
 
 
 def convergence(result: dict[str, Any]) -> Any:
-    """Losses of the plain and of the fast step on the same audio, seeds and masks, and their distance."""
+    """Losses of the plain and the fast step on equal audio, seeds and masks, and their difference."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
     for index, (name, column) in enumerate(result["columns"].items()):
         steps = [row["step"] for row in column["rows"]]
         style = {"color": f"C{index}", "linestyle": "-" if index == 0 else "--", "linewidth": 1, "label": name}
         axes[0].plot(steps, [row["loss"] for row in column["rows"]], **style)
         if name != "reference":
-            axes[1].plot(steps, [100 * far for far in report.distances(result, name)], **style)
+            axes[1].plot(steps, [100 * distance for distance in report.distances(result, name)], **style)
     axes[0].set(xlabel="update", ylabel="loss", title="same audio, weights, masks; no dropout")
     axes[1].set(xlabel="update", ylabel="%", title="loss against reference")
     for axis in axes:
@@ -215,7 +219,7 @@ def convergence(result: dict[str, Any]) -> Any:
     return figure
 
 
-DRAWN: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {  # file -> (result, function)
+FIGURE_SOURCES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {  # file -> (result, function)
     "step_bars.png": (report.STEP_CPU, step_bars),
     "waterfall.png": (report.STEP_CPU, waterfall),
     "ssast.png": (report.STEP_CPU, ssast),
@@ -225,29 +229,29 @@ DRAWN: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {  # file -> (re
 }
 
 
-def _sign(name: str) -> str:
+def _source_tag(name: str) -> str:
     return f"{name} {hashlib.sha256((report.RESULTS / name).read_bytes()).hexdigest()[:16]}"
 
 
 def write(dirty: bool = False) -> None:
-    """Draws every figure whose result is there."""
+    """Draw every figure whose result file exists."""
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for file, (name, draw) in DRAWN.items():
+    for file, (name, draw) in FIGURE_SOURCES.items():
         if (report.RESULTS / name).is_file():
             figure = draw(report.benchmark_result(name, dirty))
-            text = {"Software": None, "Source": _sign(name)}
+            text = {"Software": None, "Source": _source_tag(name)}
             figure.savefig(FIGURES / file, dpi=100, metadata=text)
             _pyplot().close(figure)
 
 
 def stale() -> list[str]:
-    """Figures that are missing or are not of the results that are there."""
+    """Figures that are missing or were drawn from other results."""
     from PIL import Image
 
-    wrong = []
-    for file, (name, _) in DRAWN.items():
+    stale_files = []
+    for file, (name, _) in FIGURE_SOURCES.items():
         if (report.RESULTS / name).is_file():
             path = FIGURES / file
-            if not path.is_file() or Image.open(path).info.get("Source") != _sign(name):
-                wrong.append(file)
-    return wrong
+            if not path.is_file() or Image.open(path).info.get("Source") != _source_tag(name):
+                stale_files.append(file)
+    return stale_files

@@ -1,14 +1,14 @@
-"""Does the fast step learn what the plain one learns? 200 updates of each on the same audio, seeds and masks.
+"""Compare the losses of the fast and the plain step over 200 updates on the same audio, seeds and masks.
 
 python benchmarks/studies/convergence.py                      the default corpus, fetched once; or --data FOLDER
 python benchmarks/studies/convergence.py --steps 20 --out c.json
 
-Runs of ``mae-ast-fast pretrain`` as it is, from the same weights, on the same batches in the same order, with the
-same masks and without dropout, whose draws would differ:
+The runs use ``mae-ast-fast pretrain`` with equal weights, batches, order and masks, and without dropout, whose draws
+would differ:
 
     reference    impl="torch", attention="sdpa", fp32
-    fast         what "auto" takes on a CPU, impl="triton" on a GPU, in fp32: what the implementation changes
-    NAME bf16    the same in bf16: what the precision changes, in the plain step and in the fast one
+    fast         "auto" on a CPU, impl="triton" on a GPU, in fp32: the effect of the implementation
+    NAME bf16    the same in bf16: the effect of the precision, in the plain step and in the fast one
 
 Every update's losses go to benchmarks/results/convergence_cpu.json (gpu on a GPU); report.py draws them.
 """
@@ -35,8 +35,8 @@ RESULTS = Path(__file__).parent.parent / "results"
 NO_DROPOUT = dict.fromkeys(
     ("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0
 )
-MODEL = {"embed_dim": 192, "encoder_layers": 4, "decoder_layers": 2, "norm_first": True}  # as recipes/quick.yaml
-KEPT = ("step", "loss", "loss_reconstruction", "loss_classification", "accuracy", "grad_norm")
+MODEL = {"embed_dim": 192, "encoder_layers": 4, "decoder_layers": 2, "norm_first": True}  # as in recipes/quick.yaml
+METRICS = ("step", "loss", "loss_reconstruction", "loss_classification", "accuracy", "grad_norm")
 
 
 def columns() -> dict[str, dict[str, str]]:
@@ -51,9 +51,9 @@ def columns() -> dict[str, dict[str, str]]:
 
 
 def converge(data: str | None, steps: int, folder: Path) -> dict[str, Any]:
-    """Runs them all; what the result file holds."""
+    """Run all columns; returns the content of the result file."""
     result: dict[str, Any] = {"steps": steps, "columns": {}}
-    for name, how in columns().items():
+    for name, run_options in columns().items():
         options = PretrainOptions(
             data=data,
             out=str(folder / name),
@@ -64,16 +64,16 @@ def converge(data: str | None, steps: int, folder: Path) -> dict[str, Any]:
             model_args={**MODEL, **NO_DROPOUT},
             save_every=steps,
             evaluate_every=steps,
-            **how,
+            **run_options,
         )
         summary = pretrain(options)
         rows = [row for row in read_metrics(folder / name / "metrics.jsonl") if "loss" in row]
         result["columns"][name] = {
-            "options": how,
+            "options": run_options,
             "precision": summary["precision"],
             "seconds": summary["train_seconds"],
             "clips_per_second": summary["clips_per_second"],
-            "rows": [{key: row[key] for key in KEPT} for row in rows],
+            "rows": [{key: row[key] for key in METRICS} for row in rows],
         }
         result["data"], result["model"] = summary["data"], summary["config"]
     result["machine_info"] = pytest_benchmark_generate_machine_info()

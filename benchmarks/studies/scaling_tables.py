@@ -1,9 +1,9 @@
-"""Writes the tables of docs/scaling.md: training the base model on 1 to 1,024 GPUs, by formulas and scaling.simulate.
+"""Write the tables of docs/scaling.md: training the base model on 1 to 1,024 GPUs, by formulas and scaling.simulate.
 
 python benchmarks/studies/scaling_tables.py          ``--check`` only compares
 
-They follow from the files in benchmarks/results and from ``ASSUMED`` alone. As soon as a GPU result is committed (`make
-gpu-full` writes gpu_ARCH_COMMIT_bench_step.json), its speed takes the place of the assumed one.
+The tables depend only on the files in benchmarks/results and on ``ASSUMED``. Once a GPU result is committed (`make
+gpu-full` writes gpu_ARCH_COMMIT_bench_step.json), its speed replaces the assumed one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scaling import RESULTS, ROOT, SECONDS, Link, Step, all_reduce_seconds, buck
 
 PAGE = ROOT / "docs" / "scaling.md"
 
-# What no machine here can measure: value, unit, where it comes from.
+# Values that were not measured: value, unit, source.
 ASSUMED = {
     "peak": (989.4e12, "FLOP/s", "NVIDIA H100 SXM datasheet: bf16 dense (1,979 with sparsity)"),
     "share": (0.25, "of the peak", "**assumption**, cautious: the share of it that a whole step reaches"),
@@ -43,11 +43,11 @@ ASSUMED = {
     "price": (3.0, "$ a GPU hour", "**assumption**: put your own here"),
 }
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-AUDIOSET, EPOCHS = 2_000_000, 32  # clips of 10 s; as often as Audio-MAE reads it (arXiv 2207.06405)
+AUDIOSET, EPOCHS = 2_000_000, 32  # clips of 10 s; number of epochs of Audio-MAE (arXiv 2207.06405)
 HOURS = 1_000_000
-PCM = 32_000  # bytes of a second of 16 kHz PCM16
+PCM = 32_000  # bytes per second of 16 kHz PCM16
 GLOBAL_BATCH = 4096  # clips
-GOOD = 0.9  # efficiency
+MIN_EFFICIENCY = 0.9  # efficiency
 
 
 def assumed(name: str) -> float:
@@ -56,14 +56,14 @@ def assumed(name: str) -> float:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that the tables are about, patch_base, on one GPU.
+    """The model of the tables, patch_base, on one GPU.
 
     Attributes:
-        parameters: Of the model.
-        flops: Of a clip's forward and backward.
-        clips: A second.
-        forward: Share of forward and backward that is the forward's.
-        source: Where ``clips`` comes from.
+        parameters: Number of parameters.
+        flops: FLOPs of forward and backward per clip.
+        clips: Clips per second.
+        forward: Share of the forward in the time of forward and backward.
+        source: Source of ``clips``.
     """
 
     parameters: int
@@ -74,30 +74,35 @@ class Base:
 
     @property
     def gradients(self) -> int:
-        """Bytes, fp32."""
+        """Bytes of the fp32 gradients."""
         return 4 * self.parameters
 
     @property
     def update(self) -> float:
-        """Seconds of AdamW: reads weight, gradient and two moments, writes all but the gradient, fp32."""
+        """Seconds of AdamW, which reads weight, gradient and two moments and writes all but the gradient, in fp32."""
         return 28 * self.parameters / (assumed("link share") * assumed("memory rate"))
 
     def step(self, clips: float) -> Step:
-        """A step of so many clips a GPU."""
+        """A step with ``clips`` clips per GPU."""
         seconds = max(clips, assumed("least")) / self.clips - self.update
-        parts = seconds * self.forward, seconds * (1.0 - self.forward)
-        return Step(*parts, self.update, buckets(self.gradients), assumed("spread"))
+        return Step(
+            forward=seconds * self.forward,
+            backward=seconds * (1.0 - self.forward),
+            update=self.update,
+            buckets=buckets(self.gradients),
+            spread=assumed("spread"),
+        )
 
 
 def _fast_column(name: str) -> dict[str, Any] | None:
-    """``fast bf16`` of patch_base in a result of bench_step.py; None where it failed or was not measured."""
+    """``fast bf16`` of patch_base in a result of bench_step.py; None if it failed or was not measured."""
     cases = {case["param"]: case["extra_info"]["columns"] for case in result(name)["benchmarks"]}
     return cases.get("patch_base", {}).get("fast bf16")
 
 
 @functools.cache
 def base() -> Base:
-    """From a committed GPU result (`make gpu-full` writes gpu_ARCH_COMMIT_bench_step.json); else from assumptions."""
+    """The model with the speed of the latest GPU result in benchmarks/results or, without one, the assumed speed."""
     import torch
 
     from mae_ast_fast import MAEAST, MAEASTConfig
@@ -105,20 +110,20 @@ def base() -> Base:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MAEAST(MAEASTConfig.preset("patch_base")).parameters())
     paths = sorted(RESULTS.glob("gpu_*_bench_step.json"), key=lambda path: path.stat().st_mtime)
-    found = [path.name for path in paths if _fast_column(path.name) is not None]
-    name = found[-1] if found else "step_cpu.json"
-    of_step, column = result(name), _fast_column(name)
+    gpu_results = [path.name for path in paths if _fast_column(path.name) is not None]
+    name = gpu_results[-1] if gpu_results else "step_cpu.json"
+    step_result, column = result(name), _fast_column(name)
     flops = column["flops"] / column["clips"]
-    if not found:
+    if not gpu_results:
         clips = assumed("share") * assumed("peak") / flops
         return Base(parameters, flops, clips, 1 / 3, "assumed, no GPU was measured")
     clips = column["clips"] / statistics.median(column["seconds"])
     forward = statistics.median(stages["forward"] / sum(stages.values()) for stages in column["stages"])
-    return Base(parameters, flops, clips, forward, f"measured on {of_step['machine_info']['processor']}: {name}")
+    return Base(parameters, flops, clips, forward, f"measured on {step_result['machine_info']['processor']}: {name}")
 
 
 def link(gpus: int, network: str) -> Link:
-    """Of a ring or tree through so many GPUs: NVLink in a node; beyond it, what a node's network has for it."""
+    """Connection of ``gpus`` GPUs: NVLink within a node, otherwise the node's share of the network."""
     node, share = assumed("node"), assumed("link share")
     if gpus <= node:
         return Link(assumed("hop"), share * assumed("nvlink"), tree=True)
@@ -134,20 +139,20 @@ def link(gpus: int, network: str) -> Link:
 NETWORKS = ("8 x 400 Gb/s", "1 x 400 Gb/s", "1 x 100 Gb/s")
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def short(value: float) -> str:
-    """Three digits, with thousands."""
+    """Three significant digits, with thousands separators."""
     if value and abs(value) < 100:
         return f"{value:.3g}"
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
 def size(count: float) -> str:
-    """Bytes, decimal."""
+    """Bytes with a decimal unit."""
     unit = min(4, int(math.log10(max(count, 1.0)) // 3))
     return f"{short(count / 1000**unit)} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
@@ -162,39 +167,39 @@ def duration(seconds: float) -> str:
 
 
 def assumptions_table() -> str:
-    def told(value: float, unit: str) -> str:
+    def format_value(value: float, unit: str) -> str:
         if unit.startswith("bytes"):
             return size(value) + unit.removeprefix("bytes")
         if unit == "FLOP/s":
             return f"{value / 1e12:,g} TFLOP/s"
         return duration(value) if unit == "s" else f"{value:,g} {unit}"
 
-    rows = [(name, told(value, unit), why) for name, (value, unit, why) in ASSUMED.items()]
+    rows = [(name, format_value(value, unit), source) for name, (value, unit, source) in ASSUMED.items()]
     return table(("what", "value", "from"), rows)
 
 
 def model_table() -> str:
-    of = base()
-    per = of.parameters
-    how = f"{assumed('share'):g} of the peak / FLOPs" if "assumed" in of.source else "clips / seconds"
+    model = base()
+    parameters = model.parameters
+    speed_formula = f"{assumed('share'):g} of the peak / FLOPs" if "assumed" in model.source else "clips / seconds"
     rows = [
-        ("parameters P", "counted", f"{per:,}"),
-        ("gradients, fp32", "4 P", size(of.gradients)),
-        ("buckets of them", "the first of 1 MiB, the others of 25 MiB", str(len(buckets(of.gradients)))),
-        ("weights, gradients and AdamW's two moments, fp32", "16 P", size(16 * per)),
-        ("checkpoint: weights and moments", "12 P", size(12 * per)),
-        ("FLOPs of a clip, forward and backward", "counted (benchmarks/bench_step.py)", f"{of.flops / 1e9:.1f} G"),
-        (f"clips/s of one GPU, {of.source}", how, short(of.clips)),
-        ("audio a second of one GPU", f"{SECONDS:g} s a clip", duration(of.clips * SECONDS)),
-        ("AdamW", "28 P bytes / (0.8 of the memory rate)", duration(of.update)),
+        ("parameters P", "counted", f"{parameters:,}"),
+        ("gradients, fp32", "4 P", size(model.gradients)),
+        ("buckets of them", "the first of 1 MiB, the others of 25 MiB", str(len(buckets(model.gradients)))),
+        ("weights, gradients and AdamW's two moments, fp32", "16 P", size(16 * parameters)),
+        ("checkpoint: weights and moments", "12 P", size(12 * parameters)),
+        ("FLOPs of a clip, forward and backward", "counted (benchmarks/bench_step.py)", f"{model.flops / 1e9:.1f} G"),
+        (f"clips/s of one GPU, {model.source}", speed_formula, short(model.clips)),
+        ("audio a second of one GPU", f"{SECONDS:g} s a clip", duration(model.clips * SECONDS)),
+        ("AdamW", "28 P bytes / (0.8 of the memory rate)", duration(model.update)),
     ]
     return table(("base model", "formula", ""), rows)
 
 
 def throughput_table() -> str:
-    """Weak scaling: every GPU has the same batch."""
-    of, batch = base(), assumed("batch")
-    alone = simulate(of.step(batch), 1, link(1, NETWORKS[0]))
+    """Weak scaling: the batch per GPU is constant."""
+    model, batch = base(), assumed("batch")
+    alone = simulate(model.step(batch), 1, link(1, NETWORKS[0]))
     rows = []
     for gpus in GPUS:
         cells = [f"{gpus:,}", f"{batch * gpus:,.0f}"]
@@ -202,30 +207,35 @@ def throughput_table() -> str:
             if gpus <= assumed("node") and network != NETWORKS[0]:
                 cells.append("")
                 continue
-            between = link(gpus, network)
-            seconds = simulate(of.step(batch), gpus, between)
-            sent = sum(all_reduce_seconds(b, gpus, between) for b in buckets(of.gradients))
+            connection = link(gpus, network)
+            seconds = simulate(model.step(batch), gpus, connection)
+            transfer_seconds = sum(all_reduce_seconds(bucket, gpus, connection) for bucket in buckets(model.gradients))
             share = f"{100 * alone / seconds:.0f} %"
-            cells.append(f"{short(1e3 * sent)} / {short(1e3 * seconds)} ms, {share}, {short(batch * gpus / seconds)}")
+            cells.append(
+                f"{short(1e3 * transfer_seconds)} / {short(1e3 * seconds)} ms, {share}, {short(batch * gpus / seconds)}"
+            )
         rows.append(cells)
-    heads = ("GPUs", "clips an update", *(f"NVLink, then {network} a node" for network in NETWORKS))
-    return table(heads, rows)
+    headings = ("GPUs", "clips an update", *(f"NVLink, then {network} a node" for network in NETWORKS))
+    return table(headings, rows)
 
 
 def strong_table() -> str:
-    """Strong scaling: the same update, shared by more GPUs."""
-    of, rows, alone = base(), [], 0.0
+    """Strong scaling: the clips per update are constant."""
+    model, rows, alone = base(), [], 0.0
     for gpus in GPUS:
-        local = GLOBAL_BATCH / gpus
-        micro = max(1, math.ceil(local / assumed("batch")))
-        cells = [f"{gpus:,}", f"{local:g}" if micro == 1 else f"{micro} x {local / micro:g}"]
+        clips_per_gpu = GLOBAL_BATCH / gpus
+        micro_batches = max(1, math.ceil(clips_per_gpu / assumed("batch")))
+        cells = [
+            f"{gpus:,}",
+            f"{clips_per_gpu:g}" if micro_batches == 1 else f"{micro_batches} x {clips_per_gpu / micro_batches:g}",
+        ]
         for network in NETWORKS:
             if gpus <= assumed("node") and network != NETWORKS[0]:
                 cells.append("")
                 continue
-            step = of.step(local / micro)
-            last = simulate(step, gpus, link(gpus, network))
-            seconds = last + (micro - 1) * (step.forward + step.backward)
+            step = model.step(clips_per_gpu / micro_batches)
+            last_seconds = simulate(step, gpus, link(gpus, network))
+            seconds = last_seconds + (micro_batches - 1) * (step.forward + step.backward)
             alone = alone or seconds
             cells.append(
                 f"{short(1e3 * seconds)} ms, {100 * alone / seconds / gpus:.0f} %, {short(GLOBAL_BATCH / seconds)}"
@@ -235,55 +245,56 @@ def strong_table() -> str:
 
 
 def cost_table() -> str:
-    of, batch, rows = base(), assumed("batch"), []
-    works = {"AudioSet": AUDIOSET * EPOCHS, "hours": HOURS * 3600 / SECONDS}
+    model, batch, rows = base(), assumed("batch"), []
+    workloads = {"AudioSet": AUDIOSET * EPOCHS, "hours": HOURS * 3600 / SECONDS}
     for gpus in GPUS:
-        rate = batch * gpus / simulate(of.step(batch), gpus, link(gpus, NETWORKS[1]))
+        rate = batch * gpus / simulate(model.step(batch), gpus, link(gpus, NETWORKS[1]))
         cells = [f"{gpus:,}", short(rate)]
-        for clips in works.values():
+        for clips in workloads.values():
             hours = clips / rate / 3600
             cells += [duration(3600 * hours), short(hours * gpus), f"{hours * gpus * assumed('price'):,.0f}"]
         rows.append(cells)
-    heads = ["GPUs", "clips/s"]
+    headings = ["GPUs", "clips/s"]
     for name in (f"AudioSet, {EPOCHS} epochs", f"{HOURS / 1e6:g} M hours, once"):
-        heads += [name, "GPU hours", "$"]
-    return table(heads, rows)
+        headings += [name, "GPU hours", "$"]
+    return table(headings, rows)
 
 
 def decoding(name: str) -> float:
-    """Seconds of audio that one core decodes in a second; the median of benchmarks/bench_data.py."""
+    """Seconds of audio that one core decodes per second; the median of benchmarks/bench_data.py."""
     cases = {case["name"]: case["extra_info"] for case in result("data_cpu.json")["benchmarks"]}
     decode = cases["bench_decode"]
     return decode["audio_seconds"] / statistics.median(decode["columns"][name]["cpu_seconds"])
 
 
 def formats() -> dict[str, tuple[float, str]]:
-    """Bytes of a second of audio, and the column of bench_data.py that decodes it."""
+    """Format -> bytes per second of audio, and the column of bench_data.py that decodes it."""
     data = result("scaling_data.json")
-    told = {"PCM16": (float(PCM), "wav")}
+    rates = {"PCM16": (float(PCM), "wav")}
     if data is not None:
-        told["FLAC"] = (PCM * data["flac_share"], "flac")
-    return told | {"Opus, 24 kb/s": (3000.0, "opus")}
+        rates["FLAC"] = (PCM * data["flac_share"], "flac")
+    return rates | {"Opus, 24 kb/s": (3000.0, "opus")}
 
 
 def storage_table() -> str:
-    of = base()
-    audio = of.clips * SECONDS
+    model = base()
+    audio = model.clips * SECONDS
     rows = []
     for name, (rate, column) in formats().items():
-        one = audio * rate
-        fed = [
-            math.floor(assumed("link share") * assumed(source) / one) for source in ("nvme", "ethernet", "infiniband")
+        bytes_per_second = audio * rate
+        fed_gpus = [
+            math.floor(assumed("link share") * assumed(source) / bytes_per_second)
+            for source in ("nvme", "ethernet", "infiniband")
         ]
         cells = [
             name,
             f"{rate / 1000:.3g} kB",
-            f"{size(one)}/s",
-            f"{size(one * assumed('node'))}/s",
-            f"{size(one * GPUS[-1])}/s",
+            f"{size(bytes_per_second)}/s",
+            f"{size(bytes_per_second * assumed('node'))}/s",
+            f"{size(bytes_per_second * GPUS[-1])}/s",
         ]
-        rows.append([*cells, *map(str, fed), short(audio / decoding(column))])
-    heads = (
+        rows.append([*cells, *map(str, fed_gpus), short(audio / decoding(column))])
+    headings = (
         "format",
         "a second of audio",
         "a GPU",
@@ -294,16 +305,16 @@ def storage_table() -> str:
         "400 Gb/s",
         "cores a GPU to decode",
     )
-    return table(heads, rows)
+    return table(headings, rows)
 
 
 def shards_table() -> str:
-    sets = {"AudioSet, 2 M clips of 10 s": AUDIOSET * SECONDS, "1 M hours": HOURS * 3600.0}
+    datasets = {"AudioSet, 2 M clips of 10 s": AUDIOSET * SECONDS, "1 M hours": HOURS * 3600.0}
     rows = []
-    for name, seconds in sets.items():
-        for kind, (rate, _) in formats().items():
+    for name, seconds in datasets.items():
+        for codec, (rate, _) in formats().items():
             total = seconds * rate
-            cells = [name, kind, size(total)]
+            cells = [name, codec, size(total)]
             for shard in (256e6, 1e9, 4e9):
                 cells.append(f"{math.ceil(total / shard):,}")
             rows.append(cells)
@@ -311,18 +322,18 @@ def shards_table() -> str:
 
 
 def memory_table() -> str:
-    of = base()
+    model = base()
     activations = assumed("batch") * assumed("clip memory")
     rows = []
     for gpus in (1, 8, 64, 1024):
-        whole, part = 16 * of.parameters, 16 * of.parameters / gpus
+        state, sharded_state = 16 * model.parameters, 16 * model.parameters / gpus
         rows.append(
             [
                 f"{gpus:,}",
-                size(whole),
-                size(part),
+                size(state),
+                size(sharded_state),
                 size(activations),
-                f"{100 * (whole + activations) / assumed('memory'):.0f} %",
+                f"{100 * (state + activations) / assumed('memory'):.0f} %",
             ]
         )
     return table(
@@ -338,57 +349,64 @@ def memory_table() -> str:
 
 
 def fsdp_table() -> str:
-    per = base().parameters
+    parameters = base().parameters
     rows = [
-        ("DDP", "all-reduce of fp32 gradients", "2 (n - 1) / n x 4 P", size(8 * per)),
+        ("DDP", "all-reduce of fp32 gradients", "2 (n - 1) / n x 4 P", size(8 * parameters)),
         (
             "FSDP2, bf16",
             "two all-gathers in bf16, reduce-scatter in fp32",
             "(n - 1) / n x (2 + 2 + 4) P",
-            size(8 * per),
+            size(8 * parameters),
         ),
-        ("FSDP2, fp32", "two all-gathers and a reduce-scatter in fp32", "(n - 1) / n x (4 + 4 + 4) P", size(12 * per)),
+        (
+            "FSDP2, fp32",
+            "two all-gathers and a reduce-scatter in fp32",
+            "(n - 1) / n x (4 + 4 + 4) P",
+            size(12 * parameters),
+        ),
     ]
     return table(("", "an update", "bytes a GPU sends", "for many GPUs"), rows)
 
 
 def checkpoint_table() -> str:
-    of, data, rows = base(), result("scaling_data.json"), []
-    written = 12 * of.parameters / assumed("disk")
+    model, data, rows = base(), result("scaling_data.json"), []
+    write_seconds = 12 * model.parameters / assumed("disk")
     for gpus in (1, 8, 64, 512, 1024):
-        failure = assumed("failure") / gpus * 3600
-        every = math.sqrt(2 * written * failure)
-        lost = written / every + every / 2 / failure
-        rows.append([f"{gpus:,}", duration(failure), duration(written), duration(every), f"{100 * lost:.2g} %"])
-    told = table(("GPUs", "to a failure", "to write", "best interval", "lost to writing and redoing"), rows)
+        failure_seconds = assumed("failure") / gpus * 3600
+        interval = math.sqrt(2 * write_seconds * failure_seconds)
+        lost = write_seconds / interval + interval / 2 / failure_seconds
+        rows.append(
+            [f"{gpus:,}", duration(failure_seconds), duration(write_seconds), duration(interval), f"{100 * lost:.2g} %"]
+        )
+    text = table(("GPUs", "to a failure", "to write", "best interval", "lost to writing and redoing"), rows)
     if data is not None:
-        told += (
+        text += (
             f"\n\nMeasured here, one process, a busy machine's disk: {size(data['checkpoint_bytes'])} in "
             f"{duration(data['checkpoint_seconds'])}; an update waited {duration(data['checkpoint_holds_seconds'])}."
         )
-    return told
+    return text
 
 
 def sampler_table() -> str:
-    """What the sampler of a micro-batch does, beside what a GPU needs: each goes through its own lane alone."""
+    """Rate of a sampler compared with the need of a GPU; each sampler serves one stream."""
     data = result("scaling_data.json")
     if data is None:
         return "Not measured yet."
-    of, rate = base(), data["sampler_windows_per_second"]
+    model, rate = base(), data["sampler_windows_per_second"]
     rows = []
-    whole = HOURS * 3600
+    total_seconds = HOURS * 3600
     for name, audio, seconds in (
         ("AudioSet", AUDIOSET * SECONDS, SECONDS),
-        (f"{HOURS / 1e6:g} M hours", whole, SECONDS),
-        (f"{HOURS / 1e6:g} M hours", whole, 3 * SECONDS),
+        (f"{HOURS / 1e6:g} M hours", total_seconds, SECONDS),
+        (f"{HOURS / 1e6:g} M hours", total_seconds, 3 * SECONDS),
     ):
-        windows, needed = audio / seconds, of.clips * SECONDS / seconds
-        cells = [name, f"{seconds:g} s", f"{windows:,.0f}", size(windows * data["manifest_bytes"])]
-        cells += [short(rate), short(needed), f"{needed / rate:.0%}"]
-        rows.append([*cells, *(duration(windows / gpus / rate) for gpus in (8, 1024))])
-    heads = ("data", "windows of", "windows", "manifests, if a cut is a window", "windows/s of a sampler")
-    heads += ("windows/s that a GPU trains on", "of a core, a GPU", "to replay an epoch, 8 lanes", "1,024 lanes")
-    return table(heads, rows)
+        num_crops, needed_rate = audio / seconds, model.clips * SECONDS / seconds
+        cells = [name, f"{seconds:g} s", f"{num_crops:,.0f}", size(num_crops * data["manifest_bytes"])]
+        cells += [short(rate), short(needed_rate), f"{needed_rate / rate:.0%}"]
+        rows.append([*cells, *(duration(num_crops / gpus / rate) for gpus in (8, 1024))])
+    headings = ("data", "windows of", "windows", "manifests, if a cut is a window", "windows/s of a sampler")
+    headings += ("windows/s that a GPU trains on", "of a core, a GPU", "to replay an epoch, 8 lanes", "1,024 lanes")
+    return table(headings, rows)
 
 
 def prediction_table() -> str:
@@ -406,12 +424,12 @@ def prediction_table() -> str:
         ]
         cells.append(short(1e3 * predicted["seconds"][point]))
         if measured is not None:
-            told = measured["errors"][point]
-            cells += [short(1e3 * told["measured"]), f"{100 * told['error']:+.0f} %"]
+            errors = measured["errors"][point]
+            cells += [short(1e3 * errors["measured"]), f"{100 * errors['error']:+.0f} %"]
         else:
             cells += ["not yet", ""]
         rows.append(cells)
-    heads = (
+    headings = (
         "ms a step",
         "1 process",
         "2",
@@ -423,35 +441,35 @@ def prediction_table() -> str:
         "4, measured",
         "prediction off by",
     )
-    return table(heads, rows)
+    return table(headings, rows)
 
 
 def summary() -> str:
-    """What it all comes to, in the order in which it matters."""
-    of, data, price = base(), result("scaling_data.json"), assumed("price")
+    """Main results, most important first."""
+    model, data, price = base(), result("scaling_data.json"), assumed("price")
     batch, node = assumed("batch"), int(assumed("node"))
-    rate = batch * node / simulate(of.step(batch), node, link(node, NETWORKS[0]))
+    rate = batch * node / simulate(model.step(batch), node, link(node, NETWORKS[0]))
     audioset, hours = (clips / rate / 3600 * node for clips in (AUDIOSET * EPOCHS, HOURS * 3600 / SECONDS))
-    least = []
+    min_batches = []
     for network in NETWORKS:
         for clips in (1 << power for power in range(5, 13)):
-            alone, together = (simulate(of.step(clips), gpus, link(gpus, network)) for gpus in (1, 64))
-            if alone / together >= GOOD:
-                least.append(f"{clips} with {network}")
+            alone, together = (simulate(model.step(clips), gpus, link(gpus, network)) for gpus in (1, 64))
+            if alone / together >= MIN_EFFICIENCY:
+                min_batches.append(f"{clips} with {network}")
                 break
     lines = [
         f"The base model is small: {EPOCHS} epochs of AudioSet are {short(audioset)} GPU hours "
         f"(${audioset * price:,.0f}) on a node of {node}, a million hours once {short(hours)} (${hours * price:,.0f}). "
         "More GPUs buy a shorter wait.",
-        f"A GPU trains on {duration(of.clips * SECONDS)} of audio a second, {size(of.clips * SECONDS * PCM)} of PCM16: "
-        "storage has to be built for that.",
-        f"On 64 GPUs all-reduces cost less than {100 * (1 - GOOD):.0f} % of the time from so many clips a GPU and "
-        f"update on: {', '.join(least)} a node.",
-        f"FSDP2 saves {size(16 * of.parameters * (1 - 1 / 64))} of a GPU's {size(assumed('memory'))}, and sends as "
+        f"A GPU trains on {duration(model.clips * SECONDS)} of audio a second, "
+        f"{size(model.clips * SECONDS * PCM)} of PCM16: storage has to be built for that.",
+        f"On 64 GPUs all-reduces cost less than {100 * (1 - MIN_EFFICIENCY):.0f} % of the time from so many clips a GPU "
+        f"and update on: {', '.join(min_batches)} a node.",
+        f"FSDP2 saves {size(16 * model.parameters * (1 - 1 / 64))} of a GPU's {size(assumed('memory'))}, and sends as "
         "many bytes in bf16: DDP is the mode for this model.",
     ]
     if data is not None:
-        share = of.clips / data["sampler_windows_per_second"]
+        share = model.clips / data["sampler_windows_per_second"]
         lines.append(f"A GPU's own sampler takes {share:.0%} of a core with windows of {SECONDS:g} s.")
     return "\n".join(f"- {line}" for line in lines)
 
@@ -474,16 +492,16 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """The page with every marked table made anew.
+    """The page with every marked table regenerated.
 
     Raises:
-        ValueError: The page has no place for a table.
+        ValueError: The page has no marks for a table.
     """
     for name, make in TABLES.items():
-        place = re.search(rf"<!-- scaling:{name} -->\n(.*?)<!-- /scaling -->", text, re.S)
-        if place is None:
+        marked = re.search(rf"<!-- scaling:{name} -->\n(.*?)<!-- /scaling -->", text, re.S)
+        if marked is None:
             raise ValueError(f"{PAGE.name} has no place for the table {name!r}")
-        begin, end = place.span(1)
+        begin, end = marked.span(1)
         text = f"{text[:begin]}{make()}\n{text[end:]}"
     return text
 

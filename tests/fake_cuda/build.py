@@ -1,4 +1,4 @@
-"""Builds the fake GPU's library, and says what a process needs to run on it."""
+"""Build the fake GPU's library, and the environment and command of processes that use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = "13."  # the CUDA release whose structures the source describes
 
 
 class CannotRun(RuntimeError):
-    """The fake GPU does not work on this machine; the message says why."""
+    """The fake GPU does not work on this machine; the message gives the reason."""
 
 
 def cache() -> Path:
@@ -31,10 +31,10 @@ def cache() -> Path:
 
 
 def library() -> Path:
-    """Path of ``libcuda.so.1``, built where the source or the compiler's flags are new. Safe in parallel.
+    """Path of ``libcuda.so.1``, built if the source or the compiler flags changed. Safe in parallel.
 
     Raises:
-        CannotRun: Another machine than x86-64 Linux, no g++, a PyTorch without CUDA 13, or an error of g++.
+        CannotRun: The machine is not x86-64 Linux, g++ is missing or fails, or PyTorch is not built for CUDA 13.
     """
     import torch
 
@@ -52,10 +52,12 @@ def library() -> Path:
     handle, name = tempfile.mkstemp(dir=built.parent)
     os.close(handle)
     try:
-        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", name], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CannotRun(f"g++ failed on {SOURCE.name}:\n{done.stderr[-4000:]}")
-        os.replace(name, built)  # whole or not at all, whoever else builds it
+        process = subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", name], capture_output=True, text=True, check=False
+        )
+        if process.returncode:
+            raise CannotRun(f"g++ failed on {SOURCE.name}:\n{process.stderr[-4000:]}")
+        os.replace(name, built)  # atomic, also if other processes build it
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
@@ -63,7 +65,7 @@ def library() -> Path:
 
 
 def environment(built: Path) -> dict[str, str]:
-    """This process's environment, changed so that a Python process started with it runs on the fake GPU."""
+    """Environment in which a Python process runs on the fake GPU, based on this process's environment."""
     changed = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     folder, root = str(built.parent), SOURCE.parent.parent
     tests = f"{root}:{root / 'common'}"
@@ -82,6 +84,6 @@ def environment(built: Path) -> dict[str, str]:
     }
 
 
-def command(*arguments: str) -> list[str]:
-    """The command line that runs a script (or ``-m``, a module) and its arguments on the fake GPU."""
+def script_command(*arguments: str) -> list[str]:
+    """Command that runs a script (or ``-m`` and a module) with its arguments on the fake GPU."""
     return [sys.executable, str(SOURCE.with_name("run.py")), *arguments]

@@ -1,4 +1,4 @@
-"""The fixture ``fake_cuda``: runs a script on the fake GPU, in a process of its own."""
+"""The fixture ``fake_cuda``, which runs a script on the fake GPU in a new process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from . import build
 
 Run = Callable[..., dict[str, Any]]
-SECONDS = 240  # of a script: below pytest's limit of a test
+SECONDS = 240  # time limit of a script, below pytest's limit for a test
 
 
 @pytest.fixture(scope="session")
 def fake_cuda_environment() -> dict[str, str]:
-    """Environment of processes on the fake GPU. Skips where there can be none, and fails in CI."""
+    """Environment of processes on the fake GPU. If it is not available, the test is skipped; in CI it fails."""
     return environment_or_skip()
 
 
@@ -28,30 +28,32 @@ def environment_or_skip() -> dict[str, str]:
         return build.environment(build.library())
     except build.CannotRun as reason:
         give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        give_up(f"the fake GPU does not run here: {reason}")
+        give_up(f"the fake GPU is not available: {reason}")
 
 
 @pytest.fixture(scope="session")
 def fake_cuda(fake_cuda_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs Python source on the fake GPU and returns what it gave to ``measure.report``.
+    """Run Python source on the fake GPU; returns the values that it passed to ``measure.report``.
 
-    ``fake_cuda(source, *arguments)``: arguments are the script's ``sys.argv[1:]``. The test fails with the script's
-    output where the script does not end well.
+    Call ``fake_cuda(source, *arguments)``; the arguments become the script's ``sys.argv[1:]``. If the script fails, the
+    test fails with the script's output.
     """
 
     def run(source: str, *arguments: str) -> dict[str, Any]:
         script = tmp_path_factory.mktemp("fake_cuda") / "script.py"
         script.write_text(source)
-        done = subprocess.run(
-            build.command(str(script), *arguments),
+        process = subprocess.run(
+            build.script_command(str(script), *arguments),
             env=fake_cuda_environment,
             capture_output=True,
             text=True,
             timeout=SECONDS,
             check=False,
         )
-        if done.returncode:
-            pytest.fail(f"exit status {done.returncode} on the fake GPU\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        if process.returncode:
+            pytest.fail(
+                f"exit status {process.returncode} on the fake GPU\n{process.stdout[-4000:]}\n{process.stderr[-8000:]}"
+            )
+        return json.loads(process.stdout.splitlines()[-1])
 
     return run

@@ -1,4 +1,4 @@
-"""For scripts on the fake GPU: counts what a block of code asks of the device.
+"""For scripts on the fake GPU: count the device operations of a block of code.
 
 Usage: ``with Measure() as update: step(features)``, then ``report(update=update)``, which prints one line of JSON.
 """
@@ -20,32 +20,32 @@ def counts() -> Counter[tuple[str, str]]:
     """Number of events since the process started, by kind and name."""
     library = ctypes.CDLL(os.environ["FAKE_CUDA"])
     library.fake_cuda_counts.restype = ctypes.c_char_p
-    found: Counter[tuple[str, str]] = Counter()
+    events: Counter[tuple[str, str]] = Counter()
     for line in library.fake_cuda_counts().decode().splitlines():
         kind, number, name = line.split("\t")
-        found[kind, name] += int(number)
-    return found
+        events[kind, name] += int(number)
+    return events
 
 
 class Measure:
-    """Counts what happens inside ``with``, in all threads of the process.
+    """Counts device operations inside ``with``, in all threads of the process.
 
     Attributes:
         kernels: Launches by name: kernels, calls of cuBLAS and cuFFT, memsets ("memset") and replays ("graph").
         captured: The same, recorded in a CUDA graph instead of launched.
         waits: Calls that make the host wait for the device, by name.
-        warned: Places that PyTorch's ``set_sync_debug_mode`` warned of, as "file:line".
+        warned: Lines that PyTorch's ``set_sync_debug_mode`` warned of, as "file:line".
         copies: Copies by kinds of memory, such as "pinned to device". A copy of pageable memory can make the host wait.
-        illegal: Calls and launches that CUDA does not allow, most of them only during capture, by name.
-        peak_bytes: Most bytes of device memory in use at a time, as PyTorch's allocator counts them.
-        seconds: Time of the host.
+        illegal: Calls and launches that CUDA forbids, most of them only during capture, by name.
+        peak_bytes: Peak device memory in bytes, as counted by PyTorch's allocator.
+        seconds: Host time.
     """
 
     def __enter__(self) -> Measure:
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the mode is a prototype
+            warnings.simplefilter("ignore")  # the warning that the mode is a prototype
             torch.cuda.set_sync_debug_mode("warn")
         self._catch = warnings.catch_warnings(record=True)
         self._caught = self._catch.__enter__()
@@ -56,13 +56,13 @@ class Measure:
 
     def __exit__(self, *error: object) -> None:
         self.seconds = time.perf_counter() - self._began
-        found = counts() - self._before
+        events = counts() - self._before
         self._catch.__exit__(*error)
         torch.cuda.set_sync_debug_mode("default")
         self.peak_bytes = torch.cuda.max_memory_allocated()
         names = {"launch": "kernels", "captured": "captured", "wait": "waits", "copy": "copies", "illegal": "illegal"}
         for kind, name in names.items():
-            setattr(self, name, {key[1]: number for key, number in found.items() if key[0] == kind})
+            setattr(self, name, {key[1]: number for key, number in events.items() if key[0] == kind})
         self.warned = []
         for warning in self._caught:
             if "synchronizing CUDA operation" in str(warning.message):
@@ -77,11 +77,11 @@ class Measure:
 
     def numbers(self) -> dict[str, Any]:
         """All attributes, for JSON."""
-        found = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return {"launches": self.launches, **found}
+        attributes = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"launches": self.launches, **attributes}
 
 
 def report(**values: Any) -> None:
-    """Prints values as one line of JSON; each ``Measure`` as its numbers."""
-    found = {name: value.numbers() if isinstance(value, Measure) else value for name, value in values.items()}
-    print(json.dumps(found), flush=True)
+    """Print values as one line of JSON; a ``Measure`` becomes its ``numbers()``."""
+    results = {name: value.numbers() if isinstance(value, Measure) else value for name, value in values.items()}
+    print(json.dumps(results), flush=True)

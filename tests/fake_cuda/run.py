@@ -1,4 +1,4 @@
-"""Runs a Python script or module on the fake GPU.
+"""Run a Python script or module on the fake GPU.
 
 python tests/fake_cuda/run.py SCRIPT [ARGUMENTS]
 python tests/fake_cuda/run.py -m MODULE [ARGUMENTS]
@@ -13,38 +13,40 @@ from pathlib import Path
 
 
 def work_around_limits() -> None:
-    """Changes PyTorch where it reads values that the fake GPU never computed, or calls a library that is not replaced.
+    """Change the parts of PyTorch that read values which the fake GPU never computed, or call an unsupported library.
 
-    Call it in a process of its own making (a worker started with ``spawn``, say); ``run.py`` has called it in this one.
+    ``run.py`` calls it. Other processes, for example workers started with ``spawn``, must call it themselves.
     """
     import torch
 
-    # cuDNN is not replaced: attention takes FlashAttention, convolutions take PyTorch's own kernels.
+    # cuDNN is not replaced: attention uses FlashAttention, convolutions use PyTorch's kernels.
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
 
-    # Adam checks `0 <= lr` and reads the answer from the device where lr is a tensor.
-    made, truth = torch.optim.Adam.__init__, torch.Tensor.__bool__
+    # Adam checks `0 <= lr`, and reads the answer from the device if lr is a tensor.
+    adam_init, tensor_bool = torch.optim.Adam.__init__, torch.Tensor.__bool__
 
-    def make(self, *arguments, **options) -> None:
-        torch.Tensor.__bool__ = lambda tensor: True if tensor.is_cuda else truth(tensor)
+    def patched_init(self, *arguments, **options) -> None:
+        torch.Tensor.__bool__ = lambda tensor: True if tensor.is_cuda else tensor_bool(tensor)
         try:
-            made(self, *arguments, **options)
+            adam_init(self, *arguments, **options)
         finally:
-            torch.Tensor.__bool__ = truth
+            torch.Tensor.__bool__ = tensor_bool
 
-    torch.optim.Adam.__init__ = make
+    torch.optim.Adam.__init__ = patched_init
 
 
 def main() -> None:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # tests/ instead of this folder, whose names are short
+    sys.path[0] = str(
+        Path(__file__).resolve().parent.parent
+    )  # tests/ instead of this folder, whose module names are ambiguous
     from fake_cuda import build
 
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["-m"]:
         sys.exit(__doc__)
-    if "FAKE_CUDA" not in os.environ:  # a library is preloaded when a process starts: start this one again
-        command = build.command(*arguments)
+    if "FAKE_CUDA" not in os.environ:  # a library can only be preloaded at the start of a process: restart this one
+        command = build.script_command(*arguments)
         os.execve(command[0], command, build.environment(build.library()))
     work_around_limits()
     if arguments[0] == "-m":

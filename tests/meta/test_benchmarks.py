@@ -1,4 +1,4 @@
-"""Benchmarks of ops, masks and data: they run, refuse wrong outputs, and their tables count from raw samples."""
+"""Benchmarks of ops, masks and data: they run, reject wrong outputs, and their tables use raw samples."""
 
 from __future__ import annotations
 
@@ -32,21 +32,23 @@ from mae_ast_fast.data.shards import Batch, Shards  # noqa: E402
 
 
 @pytest.mark.ci
-def test_all_run_at_toy_sizes() -> None:
+def test_benchmarks_toy_sizes_run() -> None:
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "not step", "--benchmark-disable", "-q"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     for name in [name for name in variables if name.startswith("PYTEST_") or name == "MAE_AST_FAST_BENCH_DATA"]:
         del variables[name]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout
-    cases, of_data = sum(len(points) for _, points in bench_ops.OPS.values()) + len(bench_masking.POINTS), 8
+    assert process.returncode == 0, process.stdout
+    cases, data_cases = sum(len(points) for _, points in bench_ops.OPS.values()) + len(bench_masking.POINTS), 8
     if all(importlib.util.find_spec(library) for library in (*TRAIN_EXTRA, "torchaudio")):
-        assert re.search(rf"\b{cases + of_data} passed", done.stdout) and "skipped" not in done.stdout, done.stdout
+        assert re.search(rf"\b{cases + data_cases} passed", process.stdout) and "skipped" not in process.stdout, (
+            process.stdout
+        )
     else:
-        assert re.search(rf"\b{cases} passed, {of_data} skipped", done.stdout), done.stdout
+        assert re.search(rf"\b{cases} passed, {data_cases} skipped", process.stdout), process.stdout
 
 
 TINY = "def bench_tiny(benchmark):\n    benchmark.pedantic(lambda: None, rounds=2)\n"
@@ -55,7 +57,7 @@ NO_GIT = {"id": None, "time": None, "dirty": None}
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
-    """A tree without ``.git`` that has one benchmark."""
+    """A tree without ``.git`` and with one benchmark."""
     folder = tmp_path / "export" / "benchmarks"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "benchmarks" / "conftest.py", folder)
@@ -64,14 +66,14 @@ def export(tmp_path: Path) -> Path:
 
 
 def commit_info(export: Path, **variables: str) -> dict[str, Any]:
-    """What pytest-benchmark writes down of the commit."""
+    """``commit_info`` that pytest-benchmark writes."""
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "MAE_AST_FAST_COMMIT"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "MAE_AST_FAST_COMMIT"}
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_tiny.py", "--benchmark-json=out.json", "-q"]
-    done = subprocess.run(
-        command, cwd=export, env={**kept, **variables}, capture_output=True, text=True, check=False, timeout=120
+    process = subprocess.run(
+        command, cwd=export, env={**environment, **variables}, capture_output=True, text=True, check=False, timeout=120
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads((export / "out.json").read_text())
     assert len(result["benchmarks"]) == 1
     return result["commit_info"]
@@ -93,14 +95,14 @@ def test_benchmark_json_in_untrusted_repository_is_written(export: Path, tmp_pat
 
 
 def test_benchmark_json_inside_other_repository_names_no_commit(export: Path) -> None:
-    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    for words in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "other"]):
-        subprocess.run(["git", *words], cwd=export.parent, check=True, capture_output=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "other"]):
+        subprocess.run(["git", *arguments], cwd=export.parent, check=True, capture_output=True)
     assert commit_info(export) == NO_GIT
 
 
 class WrongGradient(torch.autograd.Function):
-    """The right values, and gradients 2 % too large."""
+    """Correct values, and gradients 2 % too large."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class WrongGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("name", bench_ops.OPS)
-def test_a_wrong_op_is_not_timed(name: str) -> None:
+def test_bench_ops_check_rejects_wrong_op(name: str) -> None:
     op = bench_ops.make_op(name, bench_ops.Point().toy(), compiled=False)
     for column in op.columns:
         bench_ops.check(op, column)
@@ -152,7 +154,7 @@ def test_bench_ops_with_broken_columns_keeps_the_others(clips: int, monkeypatch:
     assert failed["raises"] == "RuntimeError: no kernel image" and "output 0" in failed["wrong"]
 
 
-def test_dropout_that_does_nothing_is_not_timed() -> None:
+def test_bench_ops_calls_rejects_ineffective_dropout() -> None:
     op = bench_ops.make_op("add_layer_norm", bench_ops.Point().toy(), compiled=False)
     right = op.columns["reference"]
     bench_ops.calls(right, op, 0.1)
@@ -160,44 +162,44 @@ def test_dropout_that_does_nothing_is_not_timed() -> None:
         bench_ops.calls(lambda dropout=0.0, **x: right(**x), op, 0.1)
 
 
-def test_a_wrong_mask_is_not_timed() -> None:
+def test_bench_masking_check_rejects_wrong_mask() -> None:
     point = bench_masking.Point(clips=3, seconds=2.0)
     drawn = bench_masking.columns(point)
     bench_masking.check(point, drawn)
 
-    def one_more() -> Tensor:
+    def with_extra_token() -> Tensor:
         mask = drawn["torch"]()
         mask[0, int((~mask[0]).nonzero()[0])] = True
         return mask
 
-    with pytest.raises(AssertionError, match="hidden tokens differ"):
-        bench_masking.check(point, drawn | {"torch": one_more})
-    counts = torch.tensor([8, 16, point.tokens])
-    moved = bench_masking.draw(point, counts, torch.tensor(0), "torch").roll(8, 1)
+    with pytest.raises(AssertionError, match="a wrong number of tokens is hidden"):
+        bench_masking.check(point, drawn | {"torch": with_extra_token})
+    num_tokens = torch.tensor([8, 16, point.tokens])
+    moved = bench_masking.draw(point, num_tokens, torch.tensor(0), impl="torch").roll(8, 1)
     with pytest.raises(AssertionError, match="past a clip's end"):
-        bench_masking.check_mask(moved, counts, point)
+        bench_masking.check_mask(moved, num_tokens, point)
 
 
-def test_wrong_sound_is_not_timed() -> None:
+def test_bench_data_rejects_wrong_samples() -> None:
     pcm = np.random.default_rng(0).normal(0, 3000, 16000).astype(np.int16)
-    whole = bench_data.to_float(pcm)
+    samples = bench_data.to_float(pcm)
     for name in ("wav", "mp3"):
-        bench_data.check_decoded(name, whole, pcm)
-    off = whole.copy()
-    off[9] += 2 / 32768
-    with pytest.raises(AssertionError, match="other samples"):
-        bench_data.check_decoded("flac", off, pcm)
-    for wrong in (whole[:8000], whole * 2):
+        bench_data.check_decoded(name, samples, pcm)
+    wrong_samples = samples.copy()
+    wrong_samples[9] += 2 / 32768
+    with pytest.raises(AssertionError, match="samples differ"):
+        bench_data.check_decoded("flac", wrong_samples, pcm)
+    for distorted in (samples[:8000], samples * 2):
         with pytest.raises(AssertionError, match="rms off"):
-            bench_data.check_decoded("mp3", wrong, pcm)
-    bench_data.check_resampled("x", whole, whole[:-1])
+            bench_data.check_decoded("mp3", distorted, pcm)
+    bench_data.check_resampled("x", samples, samples[:-1])
     with pytest.raises(AssertionError, match="off, allowed"):
-        bench_data.check_resampled("x", off, whole)
+        bench_data.check_resampled("x", wrong_samples, samples)
     with pytest.raises(AssertionError, match="samples, expected"):
-        bench_data.check_resampled("x", whole, whole[:-2])
+        bench_data.check_resampled("x", samples, samples[:-2])
 
 
-def test_wrong_log_mel_is_not_timed() -> None:
+def test_check_fbank_rejects_wrong_log_mel() -> None:
     pytest.importorskip("torchaudio", reason="needs torchaudio")
     waveforms = torch.from_numpy(np.random.default_rng(0).normal(0, 3000, (2, 8000)).astype(np.int16))
     lengths = torch.tensor([8000, 4000])
@@ -221,39 +223,37 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shards]:
     return flac, bench_data.make_shards(flac, folder / "shards", "wav", len(pcm))
 
 
-def test_other_batches_than_of_the_files_are_not_timed(sound: tuple[Path, Shards]) -> None:
+def test_check_batches_rejects_wrong_batches(sound: tuple[Path, Shards]) -> None:
     flac, shards = sound
     crops = next(shards.batches(**bench_data.BATCHES))
     names = [crop.segment.name for crop in crops]
-    right = shards.read(crops)
-    bench_data.check_batches([right], [names], flac)
-    assert right.num_samples[0] < right.waveforms.shape[1]
+    batch = shards.read(crops)
+    bench_data.check_batches([batch], [names], flac)
+    assert batch.num_samples[0] < batch.waveforms.shape[1]
 
-    def changed(place: int) -> Batch:
-        waveforms = right.waveforms.clone()
-        waveforms[0, place] += 1
-        return right._replace(waveforms=waveforms)
+    def changed(index: int) -> Batch:
+        waveforms = batch.waveforms.clone()
+        waveforms[0, index] += 1
+        return batch._replace(waveforms=waveforms)
 
     shifted = shards.read([crops[0].segment.crop(1, crops[0].num_samples - 1), *crops[1:]])
-    fewer, one = shards.read(crops[1:]), [shards.read([crop]) for crop in crops]
+    fewer, single_clips = shards.read(crops[1:]), [shards.read([crop]) for crop in crops]
     faults = [("x", "damaged")]
     for batches, order, message in (
-        ([changed(9)], [names], "other samples"),
+        ([changed(9)], [names], "samples differ"),
         ([changed(-1)], [names], "not zero"),
-        ([shifted], [names], "other samples"),
-        ([right._replace(faults=faults)], [names], "damaged"),
-        ([fewer], [names], "other clips"),
+        ([shifted], [names], "samples differ"),
+        ([batch._replace(faults=faults)], [names], "damaged"),
+        ([fewer], [names], "wrong clips"),
         ([fewer], [names[1:]], "3 clips of 4 files"),
-        ([right, right], [names, names], "8 clips of 4 files"),
-        (one[::-1], [[name] for name in names], "another order"),
+        ([batch, batch], [names, names], "8 clips of 4 files"),
+        (single_clips[::-1], [[name] for name in names], "wrong order"),
     ):
         with pytest.raises(AssertionError, match=message):
             bench_data.check_batches(batches, order, flac)
 
 
-def test_other_features_than_the_official_ones_are_not_timed(
-    sound: tuple[Path, Shards], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_features_rejects_wrong_log_mel(sound: tuple[Path, Shards], monkeypatch: pytest.MonkeyPatch) -> None:
     flac, shards = sound
     batches = list(shards.batches(**bench_data.BATCHES))
     order = [[crop.segment.name for crop in crops] for crops in batches]
@@ -280,7 +280,7 @@ def test_other_features_than_the_official_ones_are_not_timed(
             bench_data.check_features(name, iter(()), official())
 
 
-def test_a_sampler_that_loses_clips_is_not_timed(sound: tuple[Path, Shards]) -> None:
+def test_check_plan_rejects_lost_clips(sound: tuple[Path, Shards]) -> None:
     _, shards = sound
     plan = list(shards.batches(**bench_data.BATCHES))
     segment = plan[0][0].segment
@@ -289,14 +289,14 @@ def test_a_sampler_that_loses_clips_is_not_timed(sound: tuple[Path, Shards]) -> 
     for wrong, message in (
         ([plan[0][1:]], "3 of 4 clips"),
         ([*plan, plan[0][:1]], r"4 of 4 clips, \{1, 2\}"),
-        ([[*plan[0][1:], segment.crop(0, 5)]], "in parts"),
+        ([[*plan[0][1:], segment.crop(0, 5)]], "is cropped"),
         ([plan[0] * 100], r"a batch of 2\d\d\.\d\d s"),
     ):
         with pytest.raises(AssertionError, match=message):
             bench_data.check_plan(wrong, 4, 1)
 
 
-def test_a_run_that_went_wrong_is_not_reported() -> None:
+def test_check_run_rejects_wrong_run() -> None:
     row = {"loss": 3.0, "clips": 10, "clips_per_second": 5.0, "waited": 0.25, "faults": 0}
     rows = [row | {"step": 1}, row | {"step": 2, "waited": 0.75}]
     bench_data.check_run({"data_wait_share": 0.25}, rows, 2)
@@ -304,7 +304,7 @@ def test_a_run_that_went_wrong_is_not_reported() -> None:
         ({"loss": float("nan")}, "losses"),
         ({"step": 3}, r"updates \[1, 3\], expected 2"),
         ({"faults": 1}, "cannot be read"),
-        ({"waited": 0.0}, "a share of 0.25 in summary.json, of 0.0625"),
+        ({"waited": 0.0}, "waiting share 0.25 in summary.json, 0.0625"),
     ):
         with pytest.raises(AssertionError, match=message):
             bench_data.check_run({"data_wait_share": 0.25}, [rows[0], rows[1] | changes], 2)
@@ -312,14 +312,14 @@ def test_a_run_that_went_wrong_is_not_reported() -> None:
         bench_data.check_run({"data_wait_share": 0.125}, rows[:1], 2)
 
 
-def test_columns_take_turns() -> None:
-    ran: list[str] = []
-    turns = Turns({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, wall=True, once=True)
-    assert ran == ["a", "b"]
+def test_turns_calls_columns_in_turn() -> None:
+    calls: list[str] = []
+    turns = Turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, host_clock=True, single=True)
+    assert calls == ["a", "b"]
     for _ in range(3):
         turns()
-    assert ran == ["a", "b"] * 4
-    assert {len(kept) for sample in turns.samples.values() for kept in sample.values()} == {3}
+    assert calls == ["a", "b"] * 4
+    assert {len(values) for sample in turns.samples.values() for values in sample.values()} == {3}
 
 
 def result(**cases: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def sample(*seconds: float) -> dict[str, list[float]]:
     return {"seconds": list(seconds), "cpu_seconds": [2 * s for s in seconds]}
 
 
-def test_tables_count_from_raw_samples() -> None:
+def test_report_tables_use_raw_samples() -> None:
     columns = {"original": sample(0.2, 0.4, 0.9), "torch": sample(0.1, 0.1, 0.3)}
     masks = report.masking_table(
         result(x={"point": "p", "strategy": "s", "clips": 8, "tokens": 512, "columns": columns})
@@ -346,11 +346,11 @@ def test_tables_count_from_raw_samples() -> None:
         "| p | s | 8 | 512 | original | 400 (300 - 650) | 1.00 x | 20 |",
         "| p | s | 8 | 512 | torch | 100 (100 - 200) | 3.00 x (2.00 - 4.00) | 80 |",
     ]
-    of_data = {"columns": columns, "clips": 40, "audio_seconds": 100.0}
-    run = of_data | {"columns": {"no worker": {"seconds": [1.0, 2.0, 4.0], "waiting": [0.1, 0.2, 0.4]}}}
+    data_case = {"columns": columns, "clips": 40, "audio_seconds": 100.0}
+    run = data_case | {"columns": {"no worker": {"seconds": [1.0, 2.0, 4.0], "waiting": [0.1, 0.2, 0.4]}}}
     run["columns"]["no worker"]["waiting_later"] = [0.0, 0.01, 0.01]
-    cases = {"decode": of_data, "loader[a]": of_data | {"goal": ["torch", 3.0]}}
-    cases |= {"loader[b]": of_data | {"goal": ["torch", 3.1]}, "run": run}
+    cases = {"decode": data_case, "loader[a]": data_case | {"goal": ["torch", 3.0]}}
+    cases |= {"loader[b]": data_case | {"goal": ["torch", 3.1]}, "run": run}
     data = report.data_table(result(**cases)).splitlines()
     assert data[4] == "| decode | original | 400 (300 - 650) | 1.00 x | 100 | 250 | 125 | 8 |"
     assert data[10] == "| run | no worker | 2e+03 (1.5e+03 - 3e+03) | 1.00 x | 20 | 50 |  | 2 |"

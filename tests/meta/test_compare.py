@@ -1,4 +1,4 @@
-"""make bench-compare: what it runs, whose turn it is, and what it calls slower."""
+"""make bench-compare: the benchmarks that it selects, their turns, and its verdict."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ TREE = {
     ("changed", "letters"),
     [
         ("benchmarks/helper.py", "a"),
-        ("pack/thing.py", "abc"),  # the package passes it on; b and c import files that import it
+        ("pack/thing.py", "abc"),  # the package re-exports it; b and c import files that import it
         ("pack/sub/deep.py", "b"),
         ("pack/other.py", "b"),
         ("pack/__init__.py", "c"),
@@ -74,8 +74,8 @@ TREE = {
         ("pack/unused.py", ""),
     ],
 )
-def test_affected_follows_imports_of_any_tree(
-    compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, letters: str
+def test_affected_any_tree_follows_imports(
+    *, compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, letters: str
 ) -> None:
     for name, text in TREE.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,13 @@ def test_affected_follows_imports_of_any_tree(
     assert compare.affected([changed]) == [f"bench_{letter}.py" for letter in letters]
 
 
-def test_sources_of_every_benchmark_are_files_of_the_tree(compare) -> None:
+def test_sources_every_benchmark_lists_files_of_tree(compare) -> None:
     files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
     assert [file.name for file in files] == [DATA, MASKING, OPS, STEP]
     for file in files:
-        found = compare.sources(file)
-        assert all((ROOT / name).is_file() for name in found)
-        assert {name.partition("/")[0] for name in found} == {"benchmarks", "mae_ast_fast", "kernels"}
+        sources = compare.sources(file)
+        assert all((ROOT / name).is_file() for name in sources)
+        assert {name.partition("/")[0] for name in sources} == {"benchmarks", "mae_ast_fast", "kernels"}
 
 
 def result(**seconds: list[float]) -> dict:
@@ -99,28 +99,30 @@ def result(**seconds: list[float]) -> dict:
     return {"benchmarks": [{"fullname": "benchmarks/b.py::case", "extra_info": {"columns": columns}}]}
 
 
-def test_five_percent_of_the_median_is_slower(compare) -> None:
+def test_verdict_median_five_percent_slower_is_slower(compare) -> None:
     base = result(fast=[1.0, 1.0, 1.0], reference=[1.0] * 3, original=[1.0] * 3, gone=[1.0] * 3)
     head = result(fast=[1.04, 1.04, 9.0], reference=[1.051] * 3, original=[2.0] * 3, new=[1.0] * 3)
-    found = {column: (round(ratio, 3), slower) for _, column, ratio, slower in compare.verdict(base, head)}
-    assert found == {"fast": (0.962, ""), "reference": (0.951, "slower"), "original": (0.5, "noise")}
+    outcomes = {column: (round(ratio, 3), outcome) for _, column, ratio, outcome in compare.verdict(base, head)}
+    assert outcomes == {"fast": (0.962, ""), "reference": (0.951, "slower"), "original": (0.5, "noise")}
     with pytest.raises(compare.Unusable, match="no column in common"):
         compare.verdict(result(fast=[1.0]), result(slow=[1.0]))
 
 
-def test_what_counts_was_seen_twice(compare, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """And a column that cannot have changed says whether anything can be told at all."""
-    monkeypatch.setattr(compare, "git", lambda *words: "mae_ast_fast/training/step.py\n" if words[0] == "diff" else "")
-    found = []
-    monkeypatch.setattr(compare, "compare", lambda *arguments: found.pop(0))
+def test_main_counts_only_repeated_outcomes(compare, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A baseline column that changes repeatedly makes the result inconclusive."""
+    monkeypatch.setattr(
+        compare, "git", lambda *arguments: "mae_ast_fast/training/step.py\n" if arguments[0] == "diff" else ""
+    )
+    results = []
+    monkeypatch.setattr(compare, "compare", lambda *arguments, **options: results.pop(0))
 
     def run(*rounds: tuple[float, float]) -> int:
         for original, fast in rounds:
             columns = {"original": original, "fast": fast}
             base = result(**{name: [value] for name, value in columns.items()})
-            found.append(compare.verdict(base, result(original=[1.0], fast=[1.0])))
+            results.append(compare.verdict(base, result(original=[1.0], fast=[1.0])))
         code = compare.main(["x"])
-        assert not found
+        assert not results
         return code
 
     assert run((1.0, 1.0)) == 0  # and not measured again
@@ -130,42 +132,42 @@ def test_what_counts_was_seen_twice(compare, monkeypatch: pytest.MonkeyPatch, ca
     capsys.readouterr()
     for original in (0.9, 1.1):
         assert run((original, 0.9), (original, 0.9)) == 2
-        assert "too noisy here" in capsys.readouterr().err
+        assert "the machine is too noisy" in capsys.readouterr().err
 
 
-def test_several_timings_of_a_column_are_each_judged(compare) -> None:
+def test_verdict_several_timings_are_judged_separately(compare) -> None:
     def timed(forward: float, both: float) -> dict:
         columns = {"fast": {"forward": {"seconds": [forward]}, "both": {"seconds": [both]}}}
         return {"benchmarks": [{"fullname": "b.py::c", "extra_info": {"columns": columns}}]}
 
     rows = compare.verdict(timed(1.0, 1.0), timed(1.0, 2.0))
-    assert [(column, slower) for _, column, _, slower in rows] == [("fast forward", ""), ("fast both", "slower")]
+    assert [(column, outcome) for _, column, _, outcome in rows] == [("fast forward", ""), ("fast both", "slower")]
 
 
-def test_rounds_take_turns_to_the_last(compare, tmp_path: Path) -> None:
-    """Also where one has more rounds, and where one dies before its first."""
-    said = tmp_path / "said"
-    code = f"""
+def test_take_turns_unequal_rounds_alternate_to_the_end(compare, tmp_path: Path) -> None:
+    """Also if one process has more rounds, or ends before its first."""
+    log = tmp_path / "said"
+    program = f"""
 import os, sys
 read, write = map(int, os.environ["{compare.TURNS}"].split(","))
 for _ in range(int(sys.argv[2])):
     os.write(write, b"?")
     assert os.read(read, 1) == b"!"
     for what in ("begins", "ends"):
-        with open({str(said)!r}, "a") as file:
+        with open({str(log)!r}, "a") as file:
             file.write(sys.argv[1] + " " + what + chr(10))
 """
     for rounds, expected in (((3, 3), "ABBAAB"), ((1, 3), "ABBB"), ((0, 2), "BB")):
-        said.write_text("")
+        log.write_text("")
         sides = [
-            compare.Side([sys.executable, "-c", code, name, str(count)], dict(os.environ), tmp_path / f"{name}.log")
+            compare.Side([sys.executable, "-c", program, name, str(count)], dict(os.environ), tmp_path / f"{name}.log")
             for name, count in zip("AB", rounds, strict=True)
         ]
         assert compare.take_turns(sides) == [0, 0]
-        lines = [f"{name} {what}" for name in expected for what in ("begins", "ends")]
-        assert said.read_text().splitlines() == lines
+        lines = [f"{name} {event}" for name in expected for event in ("begins", "ends")]
+        assert log.read_text().splitlines() == lines
 
 
-def test_a_wrong_call_says_how(compare, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_wrong_arguments_print_usage(compare, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([]) == 2 and "usage" in capsys.readouterr().err
     assert compare.main(["no-such-commit"]) == 2 and "no-such-commit" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The fake GPU counts: launches, waits, copies, memory and what stream capture does not allow."""
+"""The fake GPU counts launches, waits, copies, memory, and calls that stream capture forbids."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def counted(fake_cuda: Run) -> dict[str, Any]:
     return fake_cuda(SCRIPT, "a", "b c")
 
 
-def test_device_properties_are_those_of_an_h200(counted: dict[str, Any]) -> None:
+def test_device_properties_match_h200(counted: dict[str, Any]) -> None:
     assert (counted["major"], counted["minor"], counted["multi_processor_count"]) == (9, 0, 132)
     assert counted["total_memory"] == 143771 << 20
     assert (counted["L2_cache_size"], counted["warp_size"]) == (60 << 20, 32)
@@ -96,16 +96,16 @@ def test_device_properties_are_those_of_an_h200(counted: dict[str, Any]) -> None
     assert counted["regs_per_multiprocessor"] == 65536
 
 
-def test_known_operations_are_counted_by_name(counted: dict[str, Any]) -> None:
-    found = counted["launches"]
-    assert found["launches"] == sum(found["kernels"].values()) == 2, found["kernels"]
-    assert sorted("add" in name.lower() for name in found["kernels"]) == [False, True]
-    assert sorted("cublas" in name for name in found["kernels"]) == [False, True]
-    assert found["copies"] == {"pinned to device": 1}
-    assert (found["waits"], found["warned"], found["illegal"], found["captured"]) == ({}, [], {}, {})
+def test_launches_are_counted_by_name(counted: dict[str, Any]) -> None:
+    launches = counted["launches"]
+    assert launches["launches"] == sum(launches["kernels"].values()) == 2, launches["kernels"]
+    assert sorted("add" in name.lower() for name in launches["kernels"]) == [False, True]
+    assert sorted("cublas" in name for name in launches["kernels"]) == [False, True]
+    assert launches["copies"] == {"pinned to device": 1}
+    assert (launches["waits"], launches["warned"], launches["illegal"], launches["captured"]) == ({}, [], {}, {})
 
 
-def test_peak_bytes_are_those_of_the_allocator(counted: dict[str, Any]) -> None:
+def test_peak_bytes_match_allocator(counted: dict[str, Any]) -> None:
     assert counted["memory"]["peak_bytes"] - counted["before"] == 3 << 20
 
 
@@ -114,26 +114,26 @@ def test_views_launch_nothing(counted: dict[str, Any]) -> None:
     assert (counted["nothing"]["waits"], counted["nothing"]["copies"]) == ({}, {})
 
 
-def test_item_is_a_wait_with_its_line(counted: dict[str, Any]) -> None:
+def test_item_counts_wait_and_line(counted: dict[str, Any]) -> None:
     line = next(number for number, text in enumerate(SCRIPT.splitlines(), 1) if "the line that waits" in text)
     assert counted["item"]["waits"] == {"cudaStreamSynchronize": 1}
     assert [place.rpartition(":")[2] for place in counted["item"]["warned"]] == [str(line)]
 
 
-def test_synchronize_is_a_wait_that_torch_does_not_warn_of(counted: dict[str, Any]) -> None:
+def test_synchronize_counts_wait_without_warning(counted: dict[str, Any]) -> None:
     assert counted["synchronize"]["waits"] == {"cudaDeviceSynchronize": 1}
     assert counted["synchronize"]["warned"] == []
 
 
-def test_copies_of_pageable_memory_are_named(counted: dict[str, Any]) -> None:
+def test_pageable_copies_are_counted_by_kind(counted: dict[str, Any]) -> None:
     assert counted["pageable"]["copies"] == {"pageable to device": 1}
 
 
-def test_copies_between_host_and_device_keep_values(counted: dict[str, Any]) -> None:
+def test_copies_keep_values(counted: dict[str, Any]) -> None:
     assert counted["returned"] == [0, 1, 2, 3, 4]
 
 
-def test_capture_records_and_replay_is_one_launch(counted: dict[str, Any]) -> None:
+def test_capture_records_and_replay_counts_one_launch(counted: dict[str, Any]) -> None:
     assert sum(counted["capture"]["captured"].values()) == 2
     assert counted["capture"]["illegal"] == {}
     assert counted["replay"]["kernels"] == {"graph": 1}
@@ -150,41 +150,41 @@ def test_capture_records_and_replay_is_one_launch(counted: dict[str, Any]) -> No
         ("malloc", "cudaMalloc"),
     ],
 )
-def test_capture_counts_what_it_does_not_allow(counted: dict[str, Any], call: str, reason: str) -> None:
+def test_capture_counts_illegal_calls(counted: dict[str, Any], call: str, reason: str) -> None:
     assert counted["illegal"]["nothing"] == {}
     assert [name.partition(":")[0] for name in counted["illegal"][call]] == [reason]
 
 
-def test_allocation_above_the_memory_raises(counted: dict[str, Any]) -> None:
+def test_allocation_above_memory_raises(counted: dict[str, Any]) -> None:
     assert counted["out of memory"]
 
 
-def test_launch_configuration_that_no_gpu_takes_is_illegal(counted: dict[str, Any]) -> None:
+def test_invalid_launch_configuration_is_illegal(counted: dict[str, Any]) -> None:
     assert counted["statuses"] == [0, 9]
     assert counted["configuration"]["illegal"] == {"launch configuration of unknown": 1}
 
 
-def test_script_gets_its_arguments(counted: dict[str, Any]) -> None:
+def test_script_receives_arguments(counted: dict[str, Any]) -> None:
     assert counted["arguments"] == ["a", "b c"]
 
 
-def test_failing_script_fails_the_test_with_its_error(fake_cuda: Run) -> None:
+def test_failing_script_fails_with_its_error(fake_cuda: Run) -> None:
     with pytest.raises(pytest.fail.Exception, match="ZeroDivisionError"):
         fake_cuda("1 / 0")
 
 
-def test_run_by_hand_needs_no_environment(fake_cuda_environment: dict[str, str], tmp_path: Path) -> None:
+def test_run_script_needs_no_environment(fake_cuda_environment: dict[str, str], tmp_path: Path) -> None:
     assert fake_cuda_environment
     (tmp_path / "hand.py").write_text(
         "import sys, torch; print(torch.cuda.get_device_name(), sys.argv[1:]); sys.exit(3)"
     )
     done = subprocess.run(
-        build.command(str(tmp_path / "hand.py"), "--x", "1"), capture_output=True, text=True, check=False
+        build.script_command(str(tmp_path / "hand.py"), "--x", "1"), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (3, "NVIDIA H200 (fake) ['--x', '1']\n"), done.stderr
 
 
-def test_source_that_does_not_compile_skips_and_fails_in_ci(
+def test_uncompilable_source_skips_and_fails_in_ci(
     fake_cuda_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = tmp_path / "fake_cuda.cpp"
@@ -198,7 +198,7 @@ def test_source_that_does_not_compile_skips_and_fails_in_ci(
         environment_or_skip()
 
 
-def test_tests_do_not_see_the_fake_gpu(fake_cuda_environment: dict[str, str]) -> None:
+def test_fake_gpu_is_invisible_to_tests(fake_cuda_environment: dict[str, str]) -> None:
     library = fake_cuda_environment["FAKE_CUDA"]
     assert library not in os.environ.get("LD_PRELOAD", "")
     assert library not in Path("/proc/self/maps").read_text()

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_first.py on the fake GPU: each section writes its results, whatever happens to another one."""
+"""benchmarks/gpu_first.py on the fake GPU: each section writes its results, even if another one fails."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import gpu  # noqa: E402
 import gpu_first  # noqa: E402
 
 SCRIPT = str(ROOT / "benchmarks" / "gpu_first.py")
-# Python runs this file when it starts: in the measuring process, which gpu_first.py starts, and in its tests too.
-START = """
+# sitecustomize.py, which every Python process runs at its start: also the measuring process and the tests.
+SITE_CUSTOMIZE = """
 from fake_cuda.run import work_around_limits
 work_around_limits()
 import os, signal, time, torch, torch.nn.attention
@@ -29,17 +29,17 @@ def raises(*arguments, **options): raise RuntimeError("sabotaged")
 def dies(*arguments, **options): os.kill(os.getpid(), signal.SIGKILL)
 def hangs(*arguments, **options): time.sleep(600)
 """
-Start = Callable[..., "subprocess.Popen[str]"]
+StartGpuFirst = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(fake_cuda_environment: dict[str, str], tmp_path: Path) -> Start:
-    """Starts gpu_first.py on the fake GPU at toy sizes; results are in ``tmp_path / "out"``."""
+def start(fake_cuda_environment: dict[str, str], tmp_path: Path) -> StartGpuFirst:
+    """Start gpu_first.py on the fake GPU at toy sizes; results are in ``tmp_path / "out"``."""
 
     def popen(*arguments: str, sabotage: str = "") -> subprocess.Popen[str]:
         site = tmp_path / "site"
         site.mkdir()
-        (site / "sitecustomize.py").write_text(START + sabotage)
+        (site / "sitecustomize.py").write_text(SITE_CUSTOMIZE + sabotage)
         paths = os.pathsep.join([str(site), fake_cuda_environment["PYTHONPATH"]])
         variables = {**fake_cuda_environment, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, SCRIPT, "--toy", "--commit", "abc123", "--out", str(tmp_path / "out"), *arguments]
@@ -55,17 +55,17 @@ def sections(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: entry for file in files for name, entry in json.loads(file.read_text())["sections"].items()}
 
 
-def ended(process: subprocess.Popen[str], code: int) -> None:
+def assert_exit_code(process: subprocess.Popen[str], code: int) -> None:
     output, _ = process.communicate(timeout=240)
     assert process.returncode == code, output
 
 
 @pytest.mark.ci
-def test_gpu_first_writes_every_section(start: Start, tmp_path: Path) -> None:
-    ended(start(), 1)  # values of the fake GPU are wrong, and cuDNN is not there
-    found = sections(tmp_path / "out")
-    assert set(found) == set(gpu_first.SECTIONS)
-    for name, entry in found.items():
+def test_gpu_first_writes_every_section(start: StartGpuFirst, tmp_path: Path) -> None:
+    assert_exit_code(start(), 1)  # the fake GPU computes wrong values and has no cuDNN
+    entries = sections(tmp_path / "out")
+    assert set(entries) == set(gpu_first.SECTIONS)
+    for name, entry in entries.items():
         assert entry["status"] == ("failed" if name == "tests" else "done"), (name, entry)
         assert len(entry["how"]) > 40 and entry["seconds"] >= 0.0 and entry["found"], name
     for file in (tmp_path / "out").iterdir():
@@ -74,49 +74,49 @@ def test_gpu_first_writes_every_section(start: Start, tmp_path: Path) -> None:
         assert about["gpu"] == "NVIDIA H200 (fake)" and about["arch"] == "sm_90" and "driver" in about
         assert {"torch", "triton", "cuda", "python", "numpy", "started"} <= set(about)
     for name in ("peaks", "host", "plain", "compiled"):
-        assert '"failed"' not in json.dumps(found[name]["found"]), name
-    assert len(found["step"]["found"]) == 4
-    for column in found["step"]["found"].values():
+        assert '"failed"' not in json.dumps(entries[name]["found"]), name
+    assert len(entries["step"]["found"]) == 4
+    for column in entries["step"]["found"].values():
         assert {"ms", "host_ms", "clips/s", "MB/clip"} <= set(column)
-    assert {"eager", "CUDA graphs"} == {name.partition(", ")[2] for name in found["host"]["found"]}
+    assert {"eager", "CUDA graphs"} == {name.partition(", ")[2] for name in entries["host"]["found"]}
     for name in ("aten", "short", "sdpa, FlashAttention"):
-        assert set(found["attention"]["found"][f"encoder, dropout 0.1, {name}"]) == {"forward", "forward + backward"}
-    assert "forward + backward" in found["ops"]["found"]["add_layer_norm"]["fast"]
-    assert not [name for name, op in found["ops"]["found"].items() if "failed" in op]
-    (outcome,) = found["tests"]["found"].values()
+        assert set(entries["attention"]["found"][f"encoder, dropout 0.1, {name}"]) == {"forward", "forward + backward"}
+    assert "forward + backward" in entries["ops"]["found"]["add_layer_norm"]["fast"]
+    assert not [name for name, op in entries["ops"]["found"].items() if "failed" in op]
+    (outcome,) = entries["tests"]["found"].values()
     assert outcome["passed"] and outcome["failed"] and not outcome["skipped"]  # they ran on the GPU, in bf16
 
 
 @pytest.mark.ci
-def test_gpu_first_section_that_raises_does_not_stop_the_others(start: Start, tmp_path: Path) -> None:
+def test_gpu_first_section_that_raises_does_not_stop_the_others(start: StartGpuFirst, tmp_path: Path) -> None:
     sabotage = "del torch.nn.attention.sdpa_kernel\ntorch.Tensor.normal_ = raises\n"
-    ended(start("--sections", "attention,peaks", sabotage=sabotage), 1)
-    found = sections(tmp_path / "out")
-    assert found["attention"]["status"] == "failed" and "sdpa_kernel" in found["attention"]["reason"]
-    assert found["peaks"]["status"] == "done"
-    assert found["peaks"]["found"]["copy, GB/s"]["failed"] == "RuntimeError: sabotaged"
-    assert found["peaks"]["found"]["64x64x64, TFLOP/s"]["x W^T"] > 0.0
+    assert_exit_code(start("--sections", "attention,peaks", sabotage=sabotage), 1)
+    entries = sections(tmp_path / "out")
+    assert entries["attention"]["status"] == "failed" and "sdpa_kernel" in entries["attention"]["reason"]
+    assert entries["peaks"]["status"] == "done"
+    assert entries["peaks"]["found"]["copy, GB/s"]["failed"] == "RuntimeError: sabotaged"
+    assert entries["peaks"]["found"]["64x64x64, TFLOP/s"]["x W^T"] > 0.0
 
 
 @pytest.mark.ci
-def test_gpu_first_section_that_dies_or_hangs_does_not_stop_the_others(start: Start, tmp_path: Path) -> None:
+def test_gpu_first_section_that_dies_or_hangs_does_not_stop_the_others(start: StartGpuFirst, tmp_path: Path) -> None:
     sabotage = (
         "torch.nn.attention.sdpa_kernel = dies\n"
         "normal_ = torch.Tensor.normal_\n"  # of a model's weights, too
         "torch.Tensor.normal_ = lambda x, *a, **k: hangs() if x.dtype == torch.bfloat16 else normal_(x, *a, **k)\n"
     )
-    ended(start("--sections", "attention,peaks,plain", "--limit", "15", sabotage=sabotage), 1)
-    found = sections(tmp_path / "out")
-    assert (found["attention"]["status"], found["attention"]["reason"]) == ("died", "exit status -9")
-    assert (found["peaks"]["status"], found["peaks"]["reason"]) == ("stopped", "it ran longer than its limit")
-    assert found["plain"]["status"] == "done" and set(found["plain"]["found"]) == {"reference", "original"}
+    assert_exit_code(start("--sections", "attention,peaks,plain", "--limit", "15", sabotage=sabotage), 1)
+    entries = sections(tmp_path / "out")
+    assert (entries["attention"]["status"], entries["attention"]["reason"]) == ("died", "exit status -9")
+    assert (entries["peaks"]["status"], entries["peaks"]["reason"]) == ("stopped", "it ran longer than its limit")
+    assert entries["plain"]["status"] == "done" and set(entries["plain"]["found"]) == {"reference", "original"}
 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -124,7 +124,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.ci
-def test_gpu_first_killed_keeps_what_was_measured(start: Start, tmp_path: Path) -> None:
+def test_gpu_first_killed_keeps_what_was_measured(start: StartGpuFirst, tmp_path: Path) -> None:
     sabotage = (
         "randn = torch.randn\n"  # of the features, in fp32
         "torch.randn = lambda *s, **k: hangs() if k.get('dtype') == torch.bfloat16 else randn(*s, **k)\n"
@@ -137,17 +137,17 @@ def test_gpu_first_killed_keeps_what_was_measured(start: Start, tmp_path: Path) 
     measuring = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    found = sections(tmp_path / "out")
-    assert found["plain"]["status"] == "done" and set(found["plain"]["found"]) == {"reference", "original"}
-    assert found["peaks"]["status"] == "running" and set(found["peaks"]["found"]) == {"copy, GB/s"}
-    assert "attention" not in found
-    while any(map(alive, measuring)):  # nobody keeps the GPU
+    entries = sections(tmp_path / "out")
+    assert entries["plain"]["status"] == "done" and set(entries["plain"]["found"]) == {"reference", "original"}
+    assert entries["peaks"]["status"] == "running" and set(entries["peaks"]["found"]) == {"copy, GB/s"}
+    assert "attention" not in entries
+    while any(map(is_alive, measuring)):  # no process keeps the GPU
         assert measuring and time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_gpu_first_without_gpu_says_so(tmp_path: Path) -> None:
-    done = subprocess.run(
+def test_gpu_first_without_gpu_exits_with_message(tmp_path: Path) -> None:
+    process = subprocess.run(
         [sys.executable, SCRIPT, "--out", str(tmp_path / "out"), "--sections", "peaks"],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -155,7 +155,7 @@ def test_gpu_first_without_gpu_says_so(tmp_path: Path) -> None:
         check=False,
         timeout=120,
     )
-    assert done.returncode == 2 and "gpu_first: PyTorch sees no CUDA device here" in done.stderr
+    assert process.returncode == 2 and "gpu_first: PyTorch finds no CUDA device" in process.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -166,17 +166,15 @@ def test_gpu_first_rejects_unknown_section(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("out", ["file/results", "file"])
-def test_gpu_first_out_that_is_no_folder_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
-) -> None:
+def test_gpu_first_invalid_out_is_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
     (tmp_path / "file").write_text("")
     assert gpu_first.main(["--toy", "--out", str(tmp_path / out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"gpu_first: --out must be a folder that can be written, got {tmp_path / out}: ")
+    assert line.startswith(f"gpu_first: --out must be a writable folder, got {tmp_path / out}: ")
 
 
-class Idle:
-    """A measuring process that has nothing to do."""
+class IdleWorker:
+    """A measuring process that does nothing."""
 
     def __init__(self, toy: bool) -> None:
         self.about = {"gpu": "G"}
@@ -185,16 +183,16 @@ class Idle:
 
 
 def test_gpu_first_section_without_time_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_first, "Worker", Idle)
+    monkeypatch.setattr(gpu_first, "Worker", IdleWorker)
     results = gpu_first.Results(tmp_path, {})
     seconds = gpu_first.SECTIONS["compiled"].estimate - 1.0
-    gpu_first.run(["compiled"], results, time.monotonic() + seconds, None, False)
+    gpu_first.run(["compiled"], results, time.monotonic() + seconds, limit=None, toy=False)
     entry = sections(tmp_path)["compiled"]
     assert entry["status"] == "not begun" and entry["reason"].endswith("s left, it takes about 100")
     assert not results.good()
 
 
-def test_gpu_first_tests_that_cannot_run_are_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_first_tests_that_cannot_run_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_a.py").write_text("from hypothesis import given\n")
     monkeypatch.setattr(gpu_first.importlib.util, "find_spec", lambda name: None)
     results = gpu_first.Results(tmp_path / "out", {})
@@ -206,11 +204,11 @@ def test_gpu_first_tests_that_cannot_run_are_a_line(tmp_path: Path, monkeypatch:
     }
 
 
-def test_gpu_first_test_files_exist() -> None:
+def test_gpu_first_test_files_exist_once() -> None:
     assert [name for name in gpu_first.TEST_FILES if len(list((ROOT / "tests").rglob(name))) != 1] == []
 
 
-def test_gpu_first_tests_run_side_by_side_and_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_first_tests_run_in_parallel_and_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    ci\n    long\n    network\n")
     (tmp_path / "test_a.py").write_text("def test_bf16(): pass\ndef test_fp32(): assert False\n")
     (tmp_path / "test_b.py").write_text("def test_bf16(): assert False, 'off'\n")

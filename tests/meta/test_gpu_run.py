@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: what it writes down of tests that pass, fail, hang or are skipped, and where it refuses."""
+"""benchmarks/gpu.py: its report of tests that pass, fail, hang or are skipped, and the machines that it refuses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FILES = {
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
-    """A tree of toys, on a machine that says it has a GPU."""
+    """A tree of toy files, on a machine that seems to have a GPU."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(textwrap.dedent(text))
@@ -55,15 +55,15 @@ def tree(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(tree: Path, *argv: str, stem: str) -> tuple[int, dict, str]:
+def run_gpu(tree: Path, *argv: str, stem: str) -> tuple[int, dict, str]:
     code = gpu.main(["--out", str(tree / "out"), *argv])
     files = {path.name for path in (tree / "out").iterdir()}
     assert {f"{stem}.json", f"{stem}.txt"} <= files
     return code, json.loads((tree / "out" / f"{stem}.json").read_text()), (tree / "out" / f"{stem}.txt").read_text()
 
 
-def test_what_passed_failed_and_was_skipped_is_written_down(tree, capsys):
-    code, report, text = run(
+def test_gpu_run_reports_passed_failed_and_skipped(tree, capsys):
+    code, report, text = run_gpu(
         tree,
         "--jobs",
         "2",
@@ -97,22 +97,22 @@ def test_what_passed_failed_and_was_skipped_is_written_down(tree, capsys):
     assert "kernels: 1 skipped: could not import 'no_such_library'" in printed
 
 
-def test_all_stages_pass(tree):
+def test_gpu_run_all_stages_pass_exits_zero(tree):
     (tree / "tests/models/test_golden.py").write_text("def test_fine(): pass")
-    code, report, _ = run(tree, "--stage", "kernels,suite", "--commit", "abc", stem="gpu_sm_90_abc_kernels_suite")
+    code, report, _ = run_gpu(tree, "--stage", "kernels,suite", "--commit", "abc", stem="gpu_sm_90_abc_kernels_suite")
     assert code == 0
     assert [stage["status"] for stage in report["stages"].values()] == ["passed", "passed"]
 
 
 @pytest.mark.ci
-def test_a_stage_that_hangs_is_stopped_and_what_was_done_is_kept(tree):
+def test_gpu_run_hanging_stage_is_stopped_and_keeps_results(tree):
     child = tree / "child"
     (tree / "tests/models/test_golden.py").write_text(
         "import subprocess, sys, time\ndef test_hangs():\n"
         "    process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         f"    open({str(child)!r}, 'w').write(str(process.pid))\n    time.sleep(60)\n"
     )
-    code, report, text = run(
+    code, report, text = run_gpu(
         tree, "--stage", "kernels", "--jobs", "2", "--limit", "15", stem="gpu_sm_90_0123456789ab_kernels"
     )
     assert code == 1
@@ -125,28 +125,30 @@ def test_a_stage_that_hangs_is_stopped_and_what_was_done_is_kept(tree):
     assert any("stopped after 15 s, the stage's limit" in problem for problem in stage["problems"])
     assert "test_hangs" in text
     deadline = time.monotonic() + 5.0
-    while running(int(child.read_text())):  # what the test started ends with it
+    while is_running(int(child.read_text())):  # processes of the test end with it
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def running(pid: int) -> bool:
-    """Whether a process is there that is not dead and merely unread by its parent."""
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
 
 
-def test_what_there_was_no_time_for_is_a_failure(tree):
-    code, report, _ = run(tree, "--stage", "kernels", "--limit", "0.000001", stem="gpu_sm_90_0123456789ab_kernels")
+def test_gpu_run_job_without_time_is_failure(tree):
+    code, report, _ = run_gpu(tree, "--stage", "kernels", "--limit", "0.000001", stem="gpu_sm_90_0123456789ab_kernels")
     assert code == 1
-    assert [file["problems"] for file in report["stages"]["kernels"]["files"]] == [["not begun: no time was left"]] * 2
+    assert [file["problems"] for file in report["stages"]["kernels"]["files"]] == [
+        ["not started: no time was left"]
+    ] * 2
 
 
-def test_a_crash_is_a_failure(tree):
+def test_gpu_run_crashed_test_is_failure(tree):
     (tree / "tests/test_good.py").write_text("import os\ndef test_dies(): os.abort()")
-    code, report, _ = run(tree, "--stage", "kernels", stem="gpu_sm_90_0123456789ab_kernels")
+    code, report, _ = run_gpu(tree, "--stage", "kernels", stem="gpu_sm_90_0123456789ab_kernels")
     assert code == 1
     assert "test_good.py: pytest ended with code -6" in report["stages"]["kernels"]["problems"]
 
@@ -165,7 +167,7 @@ def bench_step(case, benchmark):
 
 
 @pytest.fixture
-def cases(tree: Path, monkeypatch) -> Path:
+def benchmark_tree(tree: Path, monkeypatch) -> Path:
     """The tree with a benchmark of five cases, of which the fourth takes a minute."""
     pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
@@ -177,14 +179,16 @@ def cases(tree: Path, monkeypatch) -> Path:
     return tree
 
 
-def measured(path: Path) -> list[str]:
+def measured_cases(path: Path) -> list[str]:
     return [case["param"] for case in json.loads(path.read_text())["benchmarks"]]
 
 
 @pytest.mark.ci
-def test_step_stage_past_its_limit_keeps_finished_cases(cases: Path, monkeypatch, capsys) -> None:
+def test_step_stage_past_limit_keeps_finished_cases(benchmark_tree: Path, monkeypatch, capsys) -> None:
     monkeypatch.delenv("MAE_AST_FAST_COMMIT", raising=False)
-    code, report, _ = run(cases, "--stage", "step", "--commit", "abc", "--limit", "20", stem="gpu_sm_90_abc_step")
+    code, report, _ = run_gpu(
+        benchmark_tree, "--stage", "step", "--commit", "abc", "--limit", "20", stem="gpu_sm_90_abc_step"
+    )
     stage = report["stages"]["step"]
     assert (code, stage["status"]) == (1, "failed")
     assert {file["name"]: file["status"] for file in stage["files"]} == {
@@ -193,13 +197,13 @@ def test_step_stage_past_its_limit_keeps_finished_cases(cases: Path, monkeypatch
         "bench_step[slow]": "timed out",
         "bench_step[c]": "timed out",
     }
-    merged = cases / "out" / "gpu_sm_90_abc_step_bench_step.json"
-    assert measured(merged) == ["a: 1", "a: 2", "b"]
+    merged = benchmark_tree / "out" / "gpu_sm_90_abc_step_bench_step.json"
+    assert measured_cases(merged) == ["a: 1", "a: 2", "b"]
     result = json.loads(merged.read_text())
     assert {case["extra_info"]["commit"] for case in result["benchmarks"]} == {"abc"}
     assert {"machine_info", "commit_info"} <= set(result) and result["command"][0] == "benchmarks/gpu.py"
     printed = capsys.readouterr().out
-    assert "goal: clips/s: 3500, not measured" in printed  # the summary, and no case of the goals
+    assert "goal: clips/s: 3500, not measured" in printed  # the summary; no case has the goals' column
 
 
 DRIVER = """
@@ -214,9 +218,9 @@ gpu.main(["--stage", "step", "--out", "out"])
 
 
 @pytest.mark.ci
-def test_gpu_run_killed_keeps_finished_cases(cases: Path) -> None:
+def test_gpu_run_killed_keeps_finished_cases(benchmark_tree: Path) -> None:
     command = [sys.executable, "-c", DRIVER.format(machine=MACHINE), str(SCRIPT)]
-    process = subprocess.Popen(command, cwd=cases, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=benchmark_tree, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
         if "bench_step[b]" in line:
             break
@@ -227,16 +231,22 @@ def test_gpu_run_killed_keeps_finished_cases(cases: Path) -> None:
     for pid in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-    assert measured(cases / "out" / "gpu_sm_90_0123456789ab_step_bench_step.json") == ["a: 1", "a: 2", "b"]
+    assert measured_cases(benchmark_tree / "out" / "gpu_sm_90_0123456789ab_step_bench_step.json") == [
+        "a: 1",
+        "a: 2",
+        "b",
+    ]
 
 
 @pytest.mark.ci
-def test_gpu_cases_are_collected_in_their_order() -> None:
-    """Of the real files: the step case by case, the operations' points together."""
+def test_benchmark_cases_keep_order_and_group_points() -> None:
+    """Of the real files: one group per case of the step, and one per operation with all points."""
     ops = gpu.benchmark_cases(ROOT / "benchmarks" / "bench_ops.py")
     assert "bench_ops[info_nce]" in ops and len(ops["bench_ops[info_nce]"]) == 4
     step = gpu.benchmark_cases(ROOT / "benchmarks" / "bench_step.py")
-    assert next(iter(step)).startswith("bench_step[patch_") and {len(cases) for cases in step.values()} == {1}
+    assert next(iter(step)).startswith("bench_step[patch_") and {
+        len(benchmark_tree) for benchmark_tree in step.values()
+    } == {1}
     late = [name.startswith("bench_step[sweep") for name in step]
     assert late == sorted(late) and any(late)
 
@@ -250,14 +260,14 @@ assert words[:4] == ["--tool", "memcheck", "--error-exitcode", "99"], words
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "told"),
+    ("body", "status", "message"),
     [
         ("print('sum 8'); sys.exit(99 if 'pytest' in words else 0)", "failed", "found memory errors"),
         ("print('sum 8'); sys.exit(subprocess.run(words[4:]).returncode if 'pytest' in words else 0)", "passed", ""),
-        ("print('========= Device not supported'); sys.exit(1)", "not run", "does not work here: Device not supported"),
+        ("print('========= Device not supported'); sys.exit(1)", "not run", "does not work: Device not supported"),
     ],
 )
-def test_memcheck(tree, monkeypatch, body, status, told):
+def test_memcheck_stage_reports_sanitizer_result(*, tree, monkeypatch, body, status, message):
     (tree / "tests/test_good.py").write_text(
         "import os\ndef test_values_and_gradients_bfloat16():\n"
         "    assert os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1'\ndef test_other(): assert False"
@@ -267,63 +277,68 @@ def test_memcheck(tree, monkeypatch, body, status, told):
     tool.write_text(SANITIZER.format(python=sys.executable, body=body))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    code, report, _ = run(tree, "--stage", "memcheck", stem="gpu_sm_90_0123456789ab_memcheck")
+    code, report, _ = run_gpu(tree, "--stage", "memcheck", stem="gpu_sm_90_0123456789ab_memcheck")
     stage = report["stages"]["memcheck"]
     assert (stage["status"], code) == (status, int(status == "failed"))
-    assert told in " ".join(stage["problems"])
+    assert message in " ".join(stage["problems"])
     if status == "passed":
-        assert [file["name"] for file in stage["files"]] == ["test_good.py"]  # no models, no goldens
+        assert [file["name"] for file in stage["files"]] == ["test_good.py"]  # neither models nor recorded tensors
         assert stage["passed"] == 1
 
 
-def test_memcheck_is_not_installed(tree, monkeypatch):
+def test_memcheck_stage_without_sanitizer_is_not_run(tree, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    code, report, _ = run(tree, "--stage", "memcheck", stem="gpu_sm_90_0123456789ab_memcheck")
+    code, report, _ = run_gpu(tree, "--stage", "memcheck", stem="gpu_sm_90_0123456789ab_memcheck")
     assert code == 0
     assert report["stages"]["memcheck"]["problems"] == ["compute-sanitizer is not on PATH"]
 
 
-def test_memcheck_covers_every_kernel():
-    """The names that it selects by are those of the test files."""
+def test_memcheck_selection_covers_every_kernel():
+    """The selection uses names of existing tests."""
     kernels, _ = gpu.test_files()
-    wanted = re.findall(r"test_\w+", gpu.MEMCHECK)
-    ops = [file for file in kernels if file.name not in gpu.OTHERS]
+    selected = re.findall(r"test_\w+", gpu.MEMCHECK)
+    ops = [file for file in kernels if file.name not in gpu.OTHER_KERNEL_TESTS]
     assert len(ops) >= 8
     for file in ops:
-        assert any(f"def {name}(" in file.read_text() for name in wanted), file.name
-    assert {file.name for file in kernels} >= gpu.OTHERS
+        assert any(f"def {name}(" in file.read_text() for name in selected), file.name
+    assert {file.name for file in kernels} >= gpu.OTHER_KERNEL_TESTS
 
 
-def test_every_test_file_is_in_one_stage():
+def test_test_files_every_file_is_in_one_stage():
     kernels, others = gpu.test_files()
     assert sorted(kernels + others) == sorted((ROOT / "tests").rglob("test_*.py"))
     assert len({*kernels, *others}) == len(kernels) + len(others)
 
 
-def python(*argv: str, **more: str) -> subprocess.CompletedProcess[str]:
+def run_python(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, check=False, env={**os.environ, **more}, timeout=120
+        [sys.executable, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **variables},
+        timeout=120,
     )
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
-    done = python(str(SCRIPT), "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2
-    assert done.stderr.startswith("gpu: PyTorch sees no CUDA device here")
+def test_gpu_run_without_gpu_or_unknown_stage_exits_with_message(tmp_path):
+    process = run_python(str(SCRIPT), "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert process.returncode == 2
+    assert process.stderr.startswith("gpu: PyTorch finds no CUDA device")
     assert not list(tmp_path.iterdir())
-    done = python(str(SCRIPT), "--stage", "kernel")
-    assert done.returncode == 2
-    assert "stages are environment, kernels, suite, memcheck, step, benchmarks, got kernel" in done.stderr
+    process = run_python(str(SCRIPT), "--stage", "kernel")
+    assert process.returncode == 2
+    assert "stages are environment, kernels, suite, memcheck, step, benchmarks, got kernel" in process.stderr
 
 
-def test_another_tree_than_the_installed_one(monkeypatch, tmp_path):
-    gpu._check_installed()
+def test_check_installed_other_tree_raises(monkeypatch, tmp_path):
+    gpu.check_installed()
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     with pytest.raises(gpu.Unusable, match=r"not .*: install this tree with .* -m pip install --no-deps"):
-        gpu._check_installed()
+        gpu.check_installed()
 
 
-def test_a_library_that_the_tests_need(monkeypatch):
+def test_environment_missing_library_raises(monkeypatch):
     monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_library"))
     with pytest.raises(gpu.Unusable, match="lacks no_such_library"):
         gpu.environment()

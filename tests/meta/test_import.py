@@ -1,4 +1,4 @@
-"""What importing the package may not do, each in a fresh process: load audio libraries or Triton, touch a GPU."""
+"""Importing the package must not load audio libraries or Triton, or use a GPU; each test runs in a new process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mae_ast_fast
 
-# Optional extras, and what the contract names. tqdm is not among them: huggingface_hub imports it.
+# Libraries that the package must not load. tqdm is not among them, because huggingface_hub imports it.
 OPTIONAL = [
     *("triton", "torchaudio", "lhotse", "soundfile", "soxr", "av", "matplotlib", "tensorboard", "jsonargparse"),
     *("fairseq", "timm", "flash_attn", "scipy", "pytest", "transformers", "torchmetrics", "s3prl"),
@@ -21,15 +21,15 @@ MODULES = sorted(
     if ".kernels" not in module.name
     and not module.name.endswith(
         ("__main__", ".hf", ".integrations.transformers")
-    )  # integrations/transformers.py is transformers' classes
+    )  # integrations/transformers.py subclasses transformers' classes
 )
 
-BLOCK = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"  # None: as if it were not installed
+BLOCK = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"  # None: as if not installed
 NO_GPU = """
 import torch
 
 def refuse(*args, **kwargs):
-    raise AssertionError("CUDA was asked for at import")
+    raise AssertionError("CUDA was queried at import")
 
 for name in ("is_available", "device_count", "current_device", "get_device_properties", "get_device_capability",
              "get_device_name", "init", "_lazy_init", "synchronize", "is_bf16_supported", "mem_get_info"):
@@ -53,67 +53,69 @@ with torch.autocast("cpu", torch.bfloat16):
 """
 
 
-def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new interpreter."""
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-c", code], check=False, cwd=folder, capture_output=True, text=True, timeout=120
     )
 
 
-def run(folder: Path, code: str) -> str:
-    done = python(code, folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_checked(folder: Path, code: str) -> str:
+    process = run_python(code, folder)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def loaded_by(tmp_path: Path, statements: str) -> set[str]:
-    """The top-level modules that are loaded after the statements."""
+def modules_loaded_by(tmp_path: Path, statements: str) -> set[str]:
+    """Top-level modules that are loaded after the statements."""
     code = f"{statements}\nimport json, sys\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    return set(json.loads(run(tmp_path, code).splitlines()[-1]))
+    return set(json.loads(run_checked(tmp_path, code).splitlines()[-1]))
 
 
-def test_the_package_loads_nothing_optional_and_no_gpu(tmp_path: Path) -> None:
+def test_import_package_loads_nothing_optional_and_no_gpu(tmp_path: Path) -> None:
     code = f"import mae_ast_fast\n{'import torch; assert not torch.cuda.is_initialized()'}"
-    loaded = loaded_by(tmp_path, code)
+    loaded = modules_loaded_by(tmp_path, code)
     assert {"torch", "mae_ast_fast"} <= loaded
     assert not loaded & set(OPTIONAL)
 
 
-def test_no_module_of_the_package_loads_anything_optional(tmp_path: Path) -> None:
+def test_import_every_module_loads_nothing_optional(tmp_path: Path) -> None:
     assert {
         "mae_ast_fast.models.mae_ast",
         "mae_ast_fast.training.pretrain",
         "mae_ast_fast.cli",
         "mae_ast_fast.data.decoder",
     } <= set(MODULES)
-    loaded = loaded_by(tmp_path, "\n".join(f"import {name}" for name in MODULES))
+    loaded = modules_loaded_by(tmp_path, "\n".join(f"import {name}" for name in MODULES))
     assert not loaded & set(OPTIONAL)
 
 
-def test_import_does_not_ask_for_cuda(tmp_path: Path) -> None:
+def test_import_does_not_query_cuda(tmp_path: Path) -> None:
     imports = "\n".join(f"import {name}" for name in MODULES)
-    run(tmp_path, f"{NO_GPU}\nimport mae_ast_fast\n{imports}")
+    run_checked(tmp_path, f"{NO_GPU}\nimport mae_ast_fast\n{imports}")
 
 
-def test_construction_does_not_ask_for_cuda(tmp_path: Path) -> None:
-    run(tmp_path, f"{NO_GPU}\nfrom mae_ast_fast import *\nMAEAST(MAEASTConfig.preset('patch_tiny', encoder_layers=1))")
+def test_construction_does_not_query_cuda(tmp_path: Path) -> None:
+    run_checked(
+        tmp_path, f"{NO_GPU}\nfrom mae_ast_fast import *\nMAEAST(MAEASTConfig.preset('patch_tiny', encoder_layers=1))"
+    )
 
 
-def test_import_and_a_training_step_work_without_the_optional_libraries(tmp_path: Path) -> None:
-    run(tmp_path, BLOCK + "\n".join(f"import {name}" for name in MODULES) + STEP)
+def test_training_step_without_optional_libraries_works(tmp_path: Path) -> None:
+    run_checked(tmp_path, BLOCK + "\n".join(f"import {name}" for name in MODULES) + STEP)
 
 
-def test_the_block_blocks(tmp_path: Path) -> None:
-    """The check itself: what it forbids cannot be imported or called under it."""
+def test_block_prevents_imports_and_cuda_queries(tmp_path: Path) -> None:
+    """The checks themselves: forbidden imports and calls fail."""
     for name in ("soundfile", "matplotlib.pyplot", "torchaudio"):
-        done = python(f"{BLOCK}\nimport {name}", tmp_path)
-        assert done.returncode != 0 and "ModuleNotFoundError" in done.stderr and name in done.stderr
-    done = python(f"{NO_GPU}\ntorch.cuda.is_available()", tmp_path)
-    assert done.returncode != 0 and "CUDA was asked for" in done.stderr
+        process = run_python(f"{BLOCK}\nimport {name}", tmp_path)
+        assert process.returncode != 0 and "ModuleNotFoundError" in process.stderr and name in process.stderr
+    process = run_python(f"{NO_GPU}\ntorch.cuda.is_available()", tmp_path)
+    assert process.returncode != 0 and "CUDA was queried" in process.stderr
 
 
-def test_import_draws_no_random_number_and_sets_nothing(tmp_path: Path) -> None:
-    """Only our own modules count: they are imported again, with all that they import loaded (huggingface_hub draws)."""
+def test_import_draws_no_random_number_and_changes_no_setting(tmp_path: Path) -> None:
+    """Only our modules count: they are imported again after their dependencies (huggingface_hub draws numbers)."""
     code = """
 import random, sys, numpy, torch, mae_ast_fast
 for name in [name for name in sys.modules if name.split(".")[0] == "mae_ast_fast"]:
@@ -129,10 +131,10 @@ before = state()
 import mae_ast_fast
 assert state() == before
 """
-    run(tmp_path, code)
+    run_checked(tmp_path, code)
 
 
-def test_public_paths_are_attributes_after_import_of_the_package_alone(tmp_path: Path) -> None:
+def test_public_paths_are_attributes_after_import_of_package(tmp_path: Path) -> None:
     code = """
 import mae_ast_fast
 assert mae_ast_fast.load_fairseq is mae_ast_fast.checkpoint.load_fairseq
@@ -140,10 +142,10 @@ assert mae_ast_fast.SSAST is mae_ast_fast.ssast.SSAST
 import mae_ast_fast.checkpoint
 assert mae_ast_fast.load_fairseq is mae_ast_fast.checkpoint.load_fairseq
 """
-    run(tmp_path, code)
+    run_checked(tmp_path, code)
 
 
-def test_names_of_the_package() -> None:
+def test_package_exports_public_names() -> None:
     names = ["MAEAST", "MAEASTConfig", "SSAST", "SSASTConfig", "TrainStep", "fbank", "load_fairseq"]
     assert sorted(mae_ast_fast.__all__) == names
     assert all(hasattr(mae_ast_fast, name) for name in mae_ast_fast.__all__)

@@ -43,24 +43,24 @@ class Import:
     """``source`` imports ``target``: dotted names below the package.
 
     Attributes:
-        inside: Name of the function around the import, "" at the top of the module.
-        names: What is imported.
+        function: Name of the function that contains the import, "" at the top of the module.
+        names: Imported names.
     """
 
     source: str
     target: str
-    inside: str
+    function: str
     names: tuple[str, ...]
 
 
 def modules() -> dict[str, Path]:
     """Dotted name below the package -> file."""
-    found = {}
+    paths = {}
     for prefix, folder in (("", PACKAGE), ("kernels.", ROOT / "kernels")):
         for path in sorted(folder.rglob("*.py")):
             name = ".".join(path.relative_to(folder).with_suffix("").parts)
-            found[prefix + name if name == "__init__" else prefix + name.removesuffix(".__init__")] = path
-    return found
+            paths[prefix + name if name == "__init__" else prefix + name.removesuffix(".__init__")] = path
+    return paths
 
 
 MODULES = modules()
@@ -69,7 +69,7 @@ MODULES = modules()
 def targets(node: ast.Import | ast.ImportFrom, source: str, path: Path) -> list[str]:
     """Dotted names below the package of the modules that a statement imports."""
     if isinstance(node, ast.Import):
-        return [a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == "mae_ast_fast"]
+        return [alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "mae_ast_fast"]
     if node.level:
         parts = source.split(".") if path.name == "__init__.py" and source != "__init__" else source.split(".")[:-1]
         parts = parts[: len(parts) - node.level + 1] + (node.module or "").split(".") * bool(node.module)
@@ -80,52 +80,55 @@ def targets(node: ast.Import | ast.ImportFrom, source: str, path: Path) -> list[
     base = ".".join(parts)
     if not base:
         return [alias.name if alias.name in LAYERS else "" for alias in node.names]
-    inner = [f"{base}.{alias.name}" for alias in node.names]
-    return [name if name in MODULES else base for name in inner]
+    submodules = [f"{base}.{alias.name}" for alias in node.names]
+    return [name if name in MODULES else base for name in submodules]
 
 
 def imports_of(source: str, path: Path) -> Iterator[Import]:
-    """Imports of the package's own modules, those in functions too; those for type checkers alone do not run."""
+    """Imports of the package's modules, also inside functions, but not those under TYPE_CHECKING."""
 
-    def walk(node: ast.AST, inside: str) -> Iterator[Import]:
+    def walk(node: ast.AST, function: str) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
             if isinstance(child, (ast.Import, ast.ImportFrom)):
                 names = tuple(alias.name for alias in child.names)
-                yield from (Import(source, target, inside, names) for target in targets(child, source, path))
-            yield from walk(child, child.name if isinstance(child, ast.FunctionDef) else inside)
+                yield from (Import(source, target, function, names) for target in targets(child, source, path))
+            yield from walk(child, child.name if isinstance(child, ast.FunctionDef) else function)
 
     yield from walk(ast.parse(path.read_text()), "")
 
 
-IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path)]
+IMPORTS = [statement for name, path in MODULES.items() for statement in imports_of(name, path)]
 
 
 def folder(module: str) -> str:
     return module.split(".", maxsplit=1)[0]
 
 
-def test_layers_every_module_has_one() -> None:
+def test_every_module_has_a_layer() -> None:
     assert {folder(name) for name in MODULES} == {*LAYERS, *TOP}
 
 
-def test_imports_go_to_lower_layers_or_the_same_folder() -> None:
+def test_imports_go_to_lower_layers_or_same_folder() -> None:
     wrong, used = [], set()
-    for found in IMPORTS:
-        source, target = folder(found.source), folder(found.target)
+    for statement in IMPORTS:
+        source, target = folder(statement.source), folder(statement.target)
         if source in TOP or source == target:
             continue
-        if target in ("", "__init__") and found.names == ("__version__",):
+        if target in ("", "__init__") and statement.names == ("__version__",):
             continue
         if LAYERS.get(target, 99) < LAYERS[source]:
             continue
-        exception = found.source, found.inside, target
+        exception = statement.source, statement.function, target
         used.add(exception)
         if exception not in EXCEPTIONS:
-            wrong.append(f"{found.source} imports {found.target}" + f" in {found.inside}()" * bool(found.inside))
+            wrong.append(
+                f"{statement.source} imports {statement.target}"
+                + f" in {statement.function}()" * bool(statement.function)
+            )
     assert not wrong, "\n".join(wrong)
-    assert used == EXCEPTIONS, f"exceptions that nothing needs: {EXCEPTIONS - used}"
+    assert used == EXCEPTIONS, f"unused exceptions: {EXCEPTIONS - used}"
 
 
 def test_public_paths_only_re_export() -> None:
@@ -136,41 +139,41 @@ def test_public_paths_only_re_export() -> None:
         assert isinstance(exported, ast.Assign) and exported.targets[0].id == "__all__", name
 
 
-def test_public_paths_are_imported_by_the_package_alone() -> None:
-    importers = {found.source for found in IMPORTS if folder(found.target) in PUBLIC_PATHS}
-    assert importers == {"__init__"}, "which makes them attributes of the package"
+def test_public_paths_are_imported_only_by_package() -> None:
+    importers = {statement.source for statement in IMPORTS if folder(statement.target) in PUBLIC_PATHS}
+    assert importers == {"__init__"}, "the package must import them, so that they are its attributes"
 
 
-def test_modules_import_each_other_in_no_cycle() -> None:
-    """Imports at the top alone: those inside functions may close a cycle within a folder."""
+def test_module_imports_have_no_cycle() -> None:
+    """Only imports at the top of a module: those inside functions may close a cycle within a folder."""
     edges: dict[str, set[str]] = {name: set() for name in MODULES}
-    for found in IMPORTS:
-        if not found.inside and found.target in edges and found.target != found.source:
-            edges[found.source].add(found.target)
+    for statement in IMPORTS:
+        if not statement.function and statement.target in edges and statement.target != statement.source:
+            edges[statement.source].add(statement.target)
     remaining = dict(edges)
-    while free := [name for name, needs in remaining.items() if not needs & remaining.keys()]:
-        for name in free:
+    while independent := [name for name, dependencies in remaining.items() if not dependencies & remaining.keys()]:
+        for name in independent:
             del remaining[name]
-    assert not remaining, f"in or behind a cycle: {sorted(remaining)}"
+    assert not remaining, f"in a cycle, or depending on one: {sorted(remaining)}"
 
 
-def test_loading_and_training_checkpoints_do_not_import_each_other() -> None:
+def test_checkpoint_modules_do_not_import_each_other() -> None:
     pair = {"checkpoints.load", "checkpoints.training"}
-    assert not [found for found in IMPORTS if {found.source, found.target} == pair]
+    assert not [statement for statement in IMPORTS if {statement.source, statement.target} == pair]
 
 
-def test_package_has_at_most_12_files_and_none_over_600_lines() -> None:
+def test_package_file_count_and_length_within_limits() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 12
     sizes = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert not {name: size for name, size in sizes.items() if size > 600}
 
 
 @pytest.mark.parametrize("name", mae_ast_fast.__all__)
-def test_package_exports_what_it_lists(name: str) -> None:
+def test_package_exports_listed_names(name: str) -> None:
     assert callable(getattr(mae_ast_fast, name))
 
 
-def test_public_paths_give_the_same_objects() -> None:
+def test_public_paths_export_same_objects() -> None:
     import mae_ast_fast.checkpoint
     import mae_ast_fast.ops
     import mae_ast_fast.s3prl

@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: what they hold, and that what they install works away from the checkout."""
+"""The wheel and the source distribution: their content, and their installation outside the checkout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_requirements_exclude_the_torchaudio_that_torch_2_11_cannot_load() -> None:
+def test_requirements_exclude_broken_torchaudio() -> None:
     (torchaudio,) = (
         requirement
         for requirement in map(Requirement, metadata.requires("mae-ast-fast"))
@@ -55,7 +55,7 @@ def test_requirements_exclude_the_torchaudio_that_torch_2_11_cannot_load() -> No
 
 
 @pytest.mark.ci
-def test_wheel_and_sdist_hold_the_package(built: Path) -> None:
+def test_wheel_and_sdist_contain_package(built: Path) -> None:
     (wheel,) = (built / "dist").glob("mae_ast_fast-*.whl")
     (sdist,) = (built / "dist").glob("mae_ast_fast-*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
@@ -68,17 +68,23 @@ def test_wheel_and_sdist_hold_the_package(built: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2 and "mae_ast_fast" in tops, f"only the package and its metadata, got {tops}"
     with tarfile.open(sdist) as archive:
-        inside = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"setup.py", "pyproject.toml", "kernels/__init__.py", "mae_ast_fast/models/mae_ast.py", "LICENSE"} <= inside
+        sdist_names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {
+        "setup.py",
+        "pyproject.toml",
+        "kernels/__init__.py",
+        "mae_ast_fast/models/mae_ast.py",
+        "LICENSE",
+    } <= sdist_names
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
-def test_installs_and_runs_away_from_the_checkout(built: Path, tmp_path: Path, kind: str) -> None:
-    (artefact,) = (built / "dist").glob(kind)
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_wheel_and_sdist_install_outside_checkout(built: Path, tmp_path: Path, pattern: str) -> None:
+    (artefact,) = (built / "dist").glob(pattern)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
     subprocess.run([*pip, "--target", tmp_path / "site", artefact], check=True)
-    run = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", SMOKE, str(tmp_path / "site")],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site")},
@@ -86,4 +92,4 @@ def test_installs_and_runs_away_from_the_checkout(built: Path, tmp_path: Path, k
         text=True,
         check=False,
     )
-    assert run.returncode == 0 and "smoke test passed" in run.stdout, run.stderr
+    assert process.returncode == 0 and "smoke test passed" in process.stdout, process.stderr

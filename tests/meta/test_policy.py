@@ -1,4 +1,4 @@
-"""The helpers that judge all other tests: what they must let through and what they must fail."""
+"""The comparison helpers of all other tests: tensors that they must accept and reject."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def check(request: pytest.FixtureRequest):
     return CHECKS[request.param]
 
 
-def test_bounds_are_no_laxer_than_decided() -> None:
-    """The recorded cases and the interface fix the first three; the others are one computation in another order."""
+def test_bounds_are_within_agreed_limits() -> None:
+    """The recorded cases and the interface fix the first three; the others bound a change of summation order."""
     assert policy.GOLDEN <= 1e-5 and policy.GOLDEN_ZERO <= 1e-6 and policy.FBANK_ABS <= 1e-3
     assert policy.ROUNDING <= 2e-6 and policy.ROUNDING_GRAD <= 2e-5
     assert policy.HALF_FEATURES[torch.float16] <= 1e-2 and policy.HALF_FEATURES[torch.bfloat16] <= 2.5e-2
 
 
-def test_equal_and_nearly_equal_tensors_pass(check) -> None:
+def test_assert_close_nearly_equal_tensors_pass(check) -> None:
     assert_close, bound = check
     x = values()
     assert_close(x, x)
@@ -55,7 +55,7 @@ def _swapped(x: torch.Tensor, bound: float) -> torch.Tensor:
 
 
 def _low_precision_statistics(x: torch.Tensor, bound: float) -> torch.Tensor:
-    """Rows normalised with a mean that was taken in bf16: what an offset hides."""
+    """Rows normalised with a mean computed in bf16; an offset hides the error."""
     rows = x + 30
     return (rows - rows.bfloat16().mean(1, keepdim=True).double()) + x - x
 
@@ -79,7 +79,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_fails(check, wrong: str) -> None:
+def test_assert_close_wrong_tensor_fails(check, wrong: str) -> None:
     assert_close, bound = check
     x = values()
     expected = x - x.mean(1, keepdim=True) if wrong == "low-precision statistics" else x
@@ -87,7 +87,7 @@ def test_what_is_wrong_fails(check, wrong: str) -> None:
         assert_close(WRONG[wrong](x, bound), expected)
 
 
-def test_nan_and_infinity_never_match(check) -> None:
+def test_assert_close_nan_and_infinity_fail(check) -> None:
     assert_close, _ = check
     for value in (NAN, INF):
         for actual, expected in ((value, 1.0), (1.0, value), (value, value)):
@@ -95,25 +95,25 @@ def test_nan_and_infinity_never_match(check) -> None:
                 assert_close(torch.tensor([1.0, actual]), torch.tensor([1.0, expected]))
 
 
-def test_nothing_but_zero_matches_zero(check) -> None:
+def test_assert_close_zero_matches_only_zero(check) -> None:
     assert_close, _ = check
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([0.0, 1e-30]), torch.zeros(2))
 
 
-def test_the_message_names_tensor_error_and_bound(check) -> None:
+def test_assert_golden_message_has_tensor_error_and_bound(check) -> None:
     with pytest.raises(AssertionError, match=r"thing: .* = 0\.5, allowed 1e-05"):
         policy.assert_golden(torch.tensor([1.5]), torch.tensor([1.0]), "thing")
 
 
-def test_golden_zero() -> None:
+def test_assert_golden_zero_bounds_absolute_error() -> None:
     policy.assert_golden_zero(torch.tensor([0.9e-6, -0.9e-6]))
     for wrong in (1.1e-6, -1.1e-6, NAN, INF):
         with pytest.raises(AssertionError):
             policy.assert_golden_zero(torch.tensor([0.0, wrong]))
 
 
-def test_fbank_is_absolute() -> None:
+def test_assert_fbank_bounds_absolute_error() -> None:
     x = torch.full((5, 4), -15.9424)
     policy.assert_fbank(x + 0.9e-3, x)
     policy.assert_fbank(x[:0], x[:0])
@@ -126,16 +126,16 @@ def test_fbank_is_absolute() -> None:
         policy.assert_fbank(spoiled, x)
 
 
-def test_no_test_file_sets_a_tolerance_of_its_own() -> None:
-    """Numbers that decide how near is near enough stand in policy.py; a default of approx or allclose is one too."""
-    own = re.compile(r"\b(?:atol|rtol|rel_tol|abs_tol)\s*=\s*[\d.]|\ballclose\(|assert_close\(.*(?:atol|rtol)")
-    found = [
-        f"{path.name}:{number}"
+def test_test_files_set_no_tolerance() -> None:
+    """All tolerances are in policy.py; the defaults of approx and allclose count as tolerances."""
+    tolerance = re.compile(r"\b(?:atol|rtol|rel_tol|abs_tol)\s*=\s*[\d.]|\ballclose\(|assert_close\(.*(?:atol|rtol)")
+    offenders = [
+        f"{path.name}:{line_number}"
         for path in sorted(Path(__file__).parent.parent.rglob("test_*.py"))
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if own.search(line) and path.name != Path(__file__).name
+        for line_number, line in enumerate(path.read_text().splitlines(), 1)
+        if tolerance.search(line) and path.name != Path(__file__).name
     ]
-    assert not found, found
+    assert not offenders, offenders
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -144,15 +144,15 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def normalise(x: torch.Tensor, statistics: torch.dtype) -> torch.Tensor:
-    """Rows minus their mean, over their deviation, with statistics of a given precision."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = wide.to(statistics).mean(1, keepdim=True)
-    deviation = (wide.to(statistics) - mean).square().mean(1, keepdim=True).add(1e-5).sqrt()
-    return ((wide - mean.to(wide.dtype)) / deviation.to(wide.dtype)).to(x.dtype)
+    """Rows minus their mean, divided by their deviation, with statistics in a given precision."""
+    fp32_or_wider = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = fp32_or_wider.to(statistics).mean(1, keepdim=True)
+    deviation = (fp32_or_wider.to(statistics) - mean).square().mean(1, keepdim=True).add(1e-5).sqrt()
+    return ((fp32_or_wider - mean.to(fp32_or_wider.dtype)) / deviation.to(fp32_or_wider.dtype)).to(x.dtype)
 
 
-def three(dtype: torch.dtype, offset: float = 0.0, rows: int = 64) -> tuple[torch.Tensor, ...]:
-    """An honest kernel (columns in another order), the reference in its dtype, and in fp64; and the input."""
+def kernel_reference_exact(dtype: torch.dtype, offset: float = 0.0, rows: int = 64) -> tuple[torch.Tensor, ...]:
+    """A correct kernel (columns in another order), the reference in its dtype and in fp64, and the input."""
     x = (values()[:rows] + offset).to(dtype)
     order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(1))
     kernel = normalise(x[:, order], torch.float32)[:, order.argsort()]
@@ -162,10 +162,10 @@ def three(dtype: torch.dtype, offset: float = 0.0, rows: int = 64) -> tuple[torc
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_an_honest_kernel_passes(dtype: torch.dtype, offset: float, rows: int) -> None:
-    kernel, same, exact, _ = three(dtype, offset, rows)
-    policy.assert_kernel(kernel, same, exact, dtype)
-    policy.assert_kernel(same, same, exact, dtype)
+def test_assert_kernel_correct_kernel_passes(dtype: torch.dtype, offset: float, rows: int) -> None:
+    kernel, reference, exact, _ = kernel_reference_exact(dtype, offset, rows)
+    policy.assert_kernel(kernel, reference, exact, dtype)
+    policy.assert_kernel(reference, reference, exact, dtype)
     zeros = torch.zeros(3, dtype=dtype)
     policy.assert_kernel(zeros, zeros, zeros.double(), dtype)
     policy.assert_kernel(zeros[:0], zeros[:0], zeros[:0].double(), dtype)
@@ -173,8 +173,8 @@ def test_an_honest_kernel_passes(dtype: torch.dtype, offset: float, rows: int) -
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_a_dishonest_kernel_fails(dtype: torch.dtype, offset: float) -> None:
-    kernel, same, exact, x = three(dtype, offset)
+def test_assert_kernel_wrong_kernel_fails(dtype: torch.dtype, offset: float) -> None:
+    kernel, reference, exact, x = kernel_reference_exact(dtype, offset)
     one_element, one_row, unwritten = kernel.clone(), kernel.clone(), kernel.clone()
     one_element[5, 7] += max(8 * torch.finfo(dtype).eps, 2e-5)  # the rows have a deviation of 1
     one_row[-1] = 0
@@ -186,38 +186,38 @@ def test_a_dishonest_kernel_fails(dtype: torch.dtype, offset: float) -> None:
         "one row": one_row,
         "unwritten": unwritten,
     }
-    if offset:  # on zero-mean inputs statistics in low precision hide
+    if offset:  # zero-mean inputs hide statistics in low precision
         wrong["statistics in half precision"] = normalise(x, torch.float16 if dtype != torch.bfloat16 else dtype)
     for name, tensor in wrong.items():
         with pytest.raises(AssertionError):
-            policy.assert_kernel(tensor.to(dtype), same, exact, dtype, name)
+            policy.assert_kernel(tensor.to(dtype), reference, exact, dtype, name)
             print(f"{name} passed")
     with pytest.raises(AssertionError, match="shape"):
-        policy.assert_kernel(kernel[:-1], same, exact, dtype)
+        policy.assert_kernel(kernel[:-1], reference, exact, dtype)
     with pytest.raises(AssertionError, match="dtype"):
-        policy.assert_kernel(kernel.double(), same, exact, dtype)
+        policy.assert_kernel(kernel.double(), reference, exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_sums_over_rows_have_their_own_allowance_and_no_more(dtype: torch.dtype) -> None:
+def test_assert_kernel_summed_rows_widen_bound(dtype: torch.dtype) -> None:
     rows = 64
     x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(3)).to(dtype)
-    exact, same = x.double().sum(0), x.float().sum(0).to(dtype)
-    honest = x.float().view(8, 8, 48).sum(0).sum(0).to(dtype)
-    policy.assert_kernel(honest, same, exact, dtype, summed_rows=rows)
-    lost_row, off = honest - x[-1] * 0.9, honest.clone()
-    off[0] += 0.05 * exact.abs().max()
-    for wrong in (lost_row, off, honest * (1 + max(0.03, 8 * torch.finfo(dtype).eps))):
+    exact, reference = x.double().sum(0), x.float().sum(0).to(dtype)
+    correct = x.float().view(8, 8, 48).sum(0).sum(0).to(dtype)
+    policy.assert_kernel(correct, reference, exact, dtype, summed_rows=rows)
+    lost_row, wrong_element = correct - x[-1] * 0.9, correct.clone()
+    wrong_element[0] += 0.05 * exact.abs().max()
+    for wrong in (lost_row, wrong_element, correct * (1 + max(0.03, 8 * torch.finfo(dtype).eps))):
         with pytest.raises(AssertionError):
-            policy.assert_kernel(wrong, same, exact, dtype, summed_rows=rows)
+            policy.assert_kernel(wrong, reference, exact, dtype, summed_rows=rows)
 
 
-def test_one_row_does_not_excuse_a_wrong_one() -> None:
-    """Few values scatter, and get room for that; 2 % is far outside it."""
+def test_assert_kernel_one_wrong_row_fails() -> None:
+    """Few values have a wider bound, but 2 % is far outside it."""
     for dtype in KERNEL_DTYPES:
-        kernel, same, exact, _ = three(dtype, 0.0, 1)
+        kernel, reference, exact, _ = kernel_reference_exact(dtype, 0.0, 1)
         with pytest.raises(AssertionError):
-            policy.assert_kernel(kernel * 1.02, same, exact, dtype)
+            policy.assert_kernel(kernel * 1.02, reference, exact, dtype)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ def test_one_row_does_not_excuse_a_wrong_one() -> None:
     ],
     ids=str,
 )
-def test_kernel_cap_few_values_has_room_for_scatter_alone(dtype: torch.dtype, count: int, largest: float) -> None:
-    """Whatever the reference does: here it is as wrong as the kernel."""
+def test_assert_kernel_few_values_widen_cap(dtype: torch.dtype, count: int, largest: float) -> None:
+    """The cap does not depend on the reference, which is as wrong as the kernel here."""
     exact = values().flatten()[:count]
     passes, fails = exact * (1 + 0.98 * largest), exact * (1 + 1.01 * largest)
     policy.assert_kernel(passes, passes, exact, dtype)

@@ -10,7 +10,7 @@ from readme_code import README, first_screen
 
 
 @pytest.mark.ci
-def test_first_screen_code_runs_and_gives_what_its_comments_say() -> None:
+def test_first_screen_code_matches_its_comments() -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(compile(first_screen(), str(README), "exec"), names)
@@ -19,8 +19,8 @@ def test_first_screen_code_runs_and_gives_what_its_comments_say() -> None:
     assert all(metric.isfinite() for metric in names["metrics"])
 
 
-def test_first_screen_has_the_two_commands_and_no_picture() -> None:
-    first = README.read_text().splitlines()[:45]
-    text = "\n".join(first)
+def test_first_screen_has_two_commands_and_no_image() -> None:
+    lines = README.read_text().splitlines()[:45]
+    text = "\n".join(lines)
     assert "make pretrain" in text and "make test" in text and "```python" in text
-    assert not [line for line in first if line.startswith("![")]
+    assert not [line for line in lines if line.startswith("![")]

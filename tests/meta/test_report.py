@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed result files."""
+"""Tables and figures of README.md and docs match the committed result files."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ import report_figures  # noqa: E402
 
 
 @pytest.mark.parametrize("page", report.PAGES)
-def test_tables_are_generated(page: str) -> None:
+def test_pages_match_committed_results(page: str) -> None:
     text = (ROOT / page).read_text()
     assert report.render(text, page) == text, "run python benchmarks/reports/report.py"
 
 
-def test_goals_without_columns_are_not_measured() -> None:
-    """Of a result that has neither the compiled column nor ``fast, gelu``, and of one that has no case."""
+def test_goals_missing_columns_are_not_measured() -> None:
+    """For a result without the compiled column and ``fast, gelu``, and for one without cases."""
     result = json.loads((report.RESULTS / report.STEP_CPU).read_text())
-    told = {what: (measured, reached) for what, _, measured, reached in report.goals(result)}
-    assert told["times the speed of `compiled bf16`"] == ("not measured", None)
-    assert told["MB a clip, `fast, gelu bf16`"] == ("not measured", None)
-    assert told["clips/s"][1] is False and float(told["times the speed of `original bf16`"][0]) > 1.0
+    judged = {name: (measured, reached) for name, _, measured, reached in report.goals(result)}
+    assert judged["times the speed of `compiled bf16`"] == ("not measured", None)
+    assert judged["MB a clip, `fast, gelu bf16`"] == ("not measured", None)
+    assert judged["clips/s"][1] is False and float(judged["times the speed of `original bf16`"][0]) > 1.0
     rows = report.goals({"benchmarks": []})
-    assert len(rows) == len(told) and {row[2:] for row in rows} == {("not measured", None)}
+    assert len(rows) == len(judged) and {row[2:] for row in rows} == {("not measured", None)}
 
 
-def test_a_typed_number_is_noticed() -> None:
+def test_render_replaces_edited_number() -> None:
     readme = (ROOT / "README.md").read_text()
     begin = readme.index("<!-- report:data_rate_cpu -->")
     digit = next(i for i in range(begin, len(readme)) if readme[i].isdigit())
@@ -41,7 +41,7 @@ def test_a_typed_number_is_noticed() -> None:
     assert report.render(typed) == readme != typed
 
 
-def test_goals_are_judged_by_medians_of_the_rounds() -> None:
+def test_goals_use_medians_over_rounds() -> None:
     def column(seconds: list[float], megabytes: float = 60.0, audio: float = 2560.0) -> dict:
         return {"seconds": seconds, "clips": 256, "audio_seconds": audio, "peak_bytes_a_clip": megabytes * 1e6}
 
@@ -53,9 +53,9 @@ def test_goals_are_judged_by_medians_of_the_rounds() -> None:
         "fast, gelu bf16": column([0.08] * 3, 49.0),
     }
     cases = {"patch_base": case, "mixed": {"fast bf16": column([0.1] * 3)}, "equal": {"fast bf16": column([0.095] * 3)}}
-    result = {"benchmarks": [{"param": name, "extra_info": {"columns": found}} for name, found in cases.items()]}
-    told = [(goal, measured, reached) for _, goal, measured, reached in report.goals(result)]
-    assert told == [
+    result = {"benchmarks": [{"param": name, "extra_info": {"columns": columns}} for name, columns in cases.items()]}
+    judged = [(goal, measured, reached) for _, goal, measured, reached in report.goals(result)]
+    assert judged == [
         ("3500", "3657", True),
         ("1.25", "1.2", False),
         ("3.7", "4.286", True),
@@ -66,66 +66,69 @@ def test_goals_are_judged_by_medians_of_the_rounds() -> None:
     case["fast, gelu bf16"] = column([0.08] * 3, 51.0)
     cases["mixed"]["fast bf16"] = column([0.11] * 3)
     assert [reached for *_, reached in report.goals(result)] == [True, False, True, True, False, False]
-    compiled = {"compiled bf16": case.pop("compiled bf16"), "fast bf16": column([0.05] * 3)}  # in a case of its own
+    compiled = {"compiled bf16": case.pop("compiled bf16"), "fast bf16": column([0.05] * 3)}  # in a separate case
     result["benchmarks"].append({"param": "patch_base compiled", "extra_info": {"columns": compiled}})
     assert report.goals(result)[1][2:] == ("2", True)
 
 
-def a_column(seconds: list[float], precision: str = "fp32", **more: Any) -> dict[str, Any]:
-    """4 clips of 10 s, 2000 tokens, 40 GFLOP, 2 MB a clip; a quarter of each step is its forward."""
+def make_column(seconds: list[float], precision: str = "fp32", **overrides: Any) -> dict[str, Any]:
+    """A column of 4 clips of 10 s, 2000 tokens, 40 GFLOP, 2 MB per clip; the forward takes a quarter of each step."""
     stages = [{"forward": second / 4, "update": 3 * second / 4} for second in seconds]
     column = {"precision": precision, "loss_error": 1e-7, "steps": 1, "clips": 4, "audio_seconds": 40.0}
     column |= {"tokens": 2000, "flops": 40 * 10**9, "peak_bytes_a_clip": 2 * 10**6, "stages": stages}
-    return column | {"seconds": seconds, "cpu_seconds": seconds, **more}
+    return column | {"seconds": seconds, "cpu_seconds": seconds, **overrides}
 
 
-def a_case(part: str, columns: dict[str, Any], **more: Any) -> dict[str, Any]:
+def make_case(section: str, columns: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     peak = {"seconds": [0.1] * 3, "work": 10 * 10**9}
-    case = {"part": part, "factor": "", "preset": "patch_small", "clips": 4, "seconds": 10.0, "mask_ratio": 0.75}
+    case = {"part": section, "factor": "", "preset": "patch_small", "clips": 4, "seconds": 10.0, "mask_ratio": 0.75}
     case |= {"encoder_layers": 12, "mixed": False, "left_out": {}, "peak": {"fp32": peak, "bf16": peak}}
     loads = {"load_average_before": [0.5], "load_average_after": [1.5]}
-    return {**case, **loads, "columns": columns, **more}
+    return {**case, **loads, "columns": columns, **overrides}
 
 
 def step_result() -> dict[str, Any]:
-    """As bench_step.py writes it: seconds go with clips and with the square of their length, memory with both."""
+    """A result of bench_step.py: seconds grow with clips and the square of their length, memory linearly with both."""
     original = [{"encoder": s / 2, "backward": s / 2} for s in (2.0, 4.0, 9.0)]
     main = {
-        "original": a_column([2.0, 4.0, 9.0], stages=original),
-        "reference": a_column([4.0, 4.0, 4.0]),
-        "fast": a_column([1.0, 1.0, 3.0]),
-        "original bf16": a_column([1.0, 1.0, 1.0], "bf16", stages=original),
-        "fast bf16": a_column([0.5, 0.5, 0.25], "bf16", peak_bytes_a_clip=10**6),
+        "original": make_column([2.0, 4.0, 9.0], stages=original),
+        "reference": make_column([4.0, 4.0, 4.0]),
+        "fast": make_column([1.0, 1.0, 3.0]),
+        "original bf16": make_column([1.0, 1.0, 1.0], "bf16", stages=original),
+        "fast bf16": make_column([0.5, 0.5, 0.25], "bf16", peak_bytes_a_clip=10**6),
     }
     lengths = {"clip_seconds": [[2.0, 18.0], [4.0, 16.0]]}
     mixed = {
-        "original bf16": a_column([1.0] * 3, "bf16", stages=original, audio_seconds=30.0, **lengths),
-        "reference bf16": a_column([1.0] * 3, "bf16", **lengths),
+        "original bf16": make_column([1.0] * 3, "bf16", stages=original, audio_seconds=30.0, **lengths),
+        "reference bf16": make_column([1.0] * 3, "bf16", **lengths),
     }
     against = {
-        "fast, no dropout bf16": a_column([1.0] * 3, "bf16"),
-        "ssast bf16": a_column([2.5] * 3, "bf16", flops=100 * 10**9, peak_bytes_a_clip=5 * 10**6),
+        "fast, no dropout bf16": make_column([1.0] * 3, "bf16"),
+        "ssast bf16": make_column([2.5] * 3, "bf16", flops=100 * 10**9, peak_bytes_a_clip=5 * 10**6),
     }
     cases = {
-        "a": a_case("main", main),
-        "mixed": a_case("main", mixed, mixed=True, left_out={"compiled bf16": "no compiler"}),
-        "ssast small": a_case("ssast", against),
+        "a": make_case("main", main),
+        "mixed": make_case("main", mixed, mixed=True, left_out={"compiled bf16": "no compiler"}),
+        "ssast small": make_case("ssast", against),
     }
 
     speeds = {"original": 1.0, "fast": 2.0}
 
     def swept(clips: int, seconds: float, ratio: float = 1.0) -> dict[str, Any]:
-        took, memory = clips * seconds**2 / 400, int(10**5 * seconds)
+        seconds_per_step, memory = clips * seconds**2 / 400, int(10**5 * seconds)
         sizes = {"clips": clips, "audio_seconds": clips * seconds, "peak_bytes_a_clip": memory}
-        return {f"{name} bf16": a_column([took / speed] * 3, "bf16", **sizes) for name, speed in speeds.items()}
+        return {
+            f"{name} bf16": make_column([seconds_per_step / speed] * 3, "bf16", **sizes)
+            for name, speed in speeds.items()
+        }
 
-    cases["sweep base"] = a_case("sweep", swept(4, 10.0))
+    cases["sweep base"] = make_case("sweep", swept(4, 10.0))
     for clips in (1, 2, 8):
-        cases[f"sweep clips {clips}"] = a_case("sweep", swept(clips, 10.0), factor="clips", clips=clips)
+        cases[f"sweep clips {clips}"] = make_case("sweep", swept(clips, 10.0), factor="clips", clips=clips)
     for seconds in (5.0, 20.0, 40.0):
-        case = a_case("sweep", swept(4, seconds), factor="seconds", seconds=seconds)
+        case = make_case("sweep", swept(4, seconds), factor="seconds", seconds=seconds)
         cases[f"sweep seconds {seconds:g}"] = case
-    cases["sweep mask_ratio 0.5"] = a_case("sweep", swept(4, 10.0), factor="mask_ratio", mask_ratio=0.5)
+    cases["sweep mask_ratio 0.5"] = make_case("sweep", swept(4, 10.0), factor="mask_ratio", mask_ratio=0.5)
     return {
         "machine_info": {"processor": "P", "threads": 2, "torch": "2"},
         "commit_info": {"id": "c" * 40, "dirty": False},
@@ -133,7 +136,7 @@ def step_result() -> dict[str, Any]:
     }
 
 
-def test_the_step_table_counts_from_raw_samples() -> None:
+def test_step_table_uses_raw_samples() -> None:
     result = step_result()
     lines = report.step_table(result).splitlines()
     assert (
@@ -156,13 +159,15 @@ def test_the_step_table_counts_from_raw_samples() -> None:
 
 
 STEP_TABLES = {"main": report.step_table, "ssast": report.ssast_table, "sweep": report.sweep_table}
-PLACES = [(i, name) for i, case in enumerate(step_result()["benchmarks"]) for name in case["extra_info"]["columns"]]
+CASE_COLUMNS = [
+    (i, name) for i, case in enumerate(step_result()["benchmarks"]) for name in case["extra_info"]["columns"]
+]
 
 
-@pytest.mark.parametrize(("place", "name"), PLACES)
-def test_step_tables_show_failed_column(place: int, name: str) -> None:
+@pytest.mark.parametrize(("index", "name"), CASE_COLUMNS)
+def test_step_tables_show_failed_column(index: int, name: str) -> None:
     result = step_result()
-    case = result["benchmarks"][place]
+    case = result["benchmarks"][index]
     del case["extra_info"]["columns"][name]
     case["extra_info"]["failed"] = {name: "AssertionError: loss 1 off"}
     lines = STEP_TABLES[case["extra_info"]["part"]](result).splitlines()
@@ -189,7 +194,7 @@ def test_ops_table_shows_failed_column() -> None:
         assert last.startswith("Failed, not timed: ") and f"`{name}` on {case['param']}: RuntimeError: x" in last
 
 
-def test_figures_without_failed_columns_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_with_failed_columns_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report_figures, "FIGURES", tmp_path)
     result = step_result()
@@ -201,7 +206,7 @@ def test_figures_without_failed_columns_are_drawn(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "step_bars.png").is_file() and (tmp_path / "waterfall.png").is_file()
 
 
-def test_mae_ast_stands_beside_ssast_and_the_paper() -> None:
+def test_ssast_table_compares_mae_ast_with_ssast_and_paper() -> None:
     lines = report.ssast_table(step_result()).splitlines()
     assert "The paper reports 3 x the speed and 2 x less memory" in lines[0]
     assert lines[-2:] == [
@@ -211,13 +216,13 @@ def test_mae_ast_stands_beside_ssast_and_the_paper() -> None:
     ]
 
 
-def test_growth_is_fitted() -> None:
+def test_growth_fits_power_laws() -> None:
     result = step_result()
     for name in ("original", "fast"):
         powers = {
-            (factor, what): round(power, 6)
+            (factor, quantity): round(power, 6)
             for factor in ("clips", "seconds")
-            for what, (*_, (_, _, power)) in report.growth(result, factor)[name].items()
+            for quantity, (*_, (_, _, power)) in report.growth(result, factor)[name].items()
         }
         assert powers == {
             ("clips", "seconds"): 1.0,
@@ -236,37 +241,37 @@ def test_growth_is_fitted() -> None:
     assert "with length of a clip, `fast` time 2.00 (fixed 0 %), memory 1.00 (fixed 0 %)" in lines[-1]
 
 
-def test_a_fixed_cost_is_no_power() -> None:
+def test_law_separates_fixed_cost_from_power() -> None:
     x = [1.0, 2.0, 5.0, 10.0, 60.0]
     for a, b, p in ((7.0, 0.5, 1.0), (0.0, 2.0, 1.7), (100.0, 0.01, 2.0)):
         assert report.law(x, [a + b * value**p for value in x]) == pytest.approx((a, b, p), abs=1e-6)
     assert report.law(x, [4.0] * 5)[:2] == pytest.approx((4.0, 0.0), abs=1e-6)
 
 
-def test_ties_are_told() -> None:
+def test_ranged_and_ahead_of_fast_mark_ties() -> None:
     assert report.ranged([1.2, 1.1, 1.3]) == "1.20 x (1.10 - 1.30)"
     assert report.ranged([1.2, 0.9, 1.3]) == "1.20 x (0.90 - 1.30), tie"
-    slow = a_column([1.0, 1.0, 1.0])
-    columns = {"fast": slow, "sometimes": a_column([2.0, 2.0, 0.9]), "never": a_column([1.1, 2.0, 2.0])}
+    slow = make_column([1.0, 1.0, 1.0])
+    columns = {"fast": slow, "sometimes": make_column([2.0, 2.0, 0.9]), "never": make_column([1.1, 2.0, 2.0])}
     assert report.ahead_of_fast({"a": {"columns": columns}}) == ["`sometimes` on a, 0.50 x (0.50 - 1.11), tie"]
 
 
-def test_mfu_is_against_the_best_round_of_the_product() -> None:
+def test_mfu_uses_best_round_of_product() -> None:
     case = {"peak": {"fp32": {"seconds": [0.4, 0.1, 0.2], "work": 10**10}}}
-    assert report.mfu(case, a_column([1.0, 2.0, 4.0])) == pytest.approx(20 / 100)
+    assert report.mfu(case, make_column([1.0, 2.0, 4.0])) == pytest.approx(20 / 100)
 
 
-def test_the_fast_step_learns_what_the_plain_one_learns() -> None:
-    """By the committed run; the precision's part is read from the table."""
+def test_convergence_fast_matches_reference() -> None:
+    """For the committed run; the effect of the precision is read from the table."""
     result = json.loads((report.RESULTS / "convergence_cpu.json").read_text())
-    distances = [abs(far) for far in report.distances(result, "fast")]
+    distances = [abs(distance) for distance in report.distances(result, "fast")]
     assert len(distances) >= 200 and sum(distances[:20]) / 20 <= CONVERGED_FIRST
     last = {name: sum(row["loss"] for row in column["rows"][-20:]) for name, column in result["columns"].items()}
     for name, loss in last.items():
         assert abs(loss / last["reference"] - 1.0) <= CONVERGED_LAST, name
 
 
-def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_result_of_uncommitted_code_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     result = step_result()
     for dirty in (False, True):
@@ -278,7 +283,7 @@ def test_results_of_uncommitted_code_are_refused(tmp_path: Path, monkeypatch: py
                 report.benchmark_result("x.json", dirty=False)
 
 
-def test_benchmark_result_without_commit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_result_without_commit_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     result = step_result()
     result["commit_info"] = {"id": None, "time": None, "dirty": None}
@@ -288,12 +293,12 @@ def test_benchmark_result_without_commit_is_refused(tmp_path: Path, monkeypatch:
     assert "commit unknown" in report.step_table(report.benchmark_result("x.json", dirty=True))
 
 
-def test_figures_are_of_the_committed_results() -> None:
+def test_figures_match_committed_results() -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     assert report_figures.stale() == [], "run python benchmarks/reports/report.py"
 
 
-def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_equal_results_give_equal_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report_figures, "FIGURES", tmp_path / "figures")
@@ -307,10 +312,10 @@ def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.M
     runs |= {"columns": {name: {"rows": rows} for name in ("reference", "fast")}}
     (tmp_path / "convergence_cpu.json").write_text(json.dumps(runs))
     drawn = []
-    assert report_figures.stale() == list(report_figures.DRAWN)
+    assert report_figures.stale() == list(report_figures.FIGURE_SOURCES)
     for _ in range(2):
         report_figures.write()
-        drawn.append([(report_figures.FIGURES / name).read_bytes() for name in report_figures.DRAWN])
+        drawn.append([(report_figures.FIGURES / name).read_bytes() for name in report_figures.FIGURE_SOURCES])
     assert drawn[0] == drawn[1]
     assert max(map(len, drawn[0])) < 150_000
     assert report_figures.stale() == []
@@ -319,11 +324,11 @@ def test_figures_follow_from_results_alone(tmp_path: Path, monkeypatch: pytest.M
     assert report_figures.stale() == ["roofline.png"]
 
 
-def test_results_of_another_machine_make_a_page_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_page_contains_tables_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", report.RESULTS)
     monkeypatch.setattr(report_figures, "FIGURES", report_figures.FIGURES)
     result = json.loads((report.RESULTS / "masking_cpu.json").read_text())
-    result["commit_info"]["dirty"] = True  # which is theirs to know
+    result["commit_info"]["dirty"] = True  # accepted for the results of another machine
     (tmp_path / "masking_cpu.json").write_text(json.dumps(result))
-    text = report.own_page(tmp_path)
+    text = report.machine_page(tmp_path)
     assert report.masking_table(result) in text and text.count("## ") == 1

@@ -109,7 +109,7 @@ def test_bench_step_toy_case_records_every_column(case: bench_step.Case) -> None
     record = json.loads(json.dumps(record))
     assert record["failed"] == {}
     columns = record["columns"]
-    names = [name for name in case.columns if name not in bench_step.left_out(toy, compiled=False)]
+    names = [name for name in case.columns if name not in bench_step.unavailable_columns(toy, compiled=False)]
     precisions = ["" if precision == "fp32" else " bf16" for precision in case.precisions]
     assert list(columns) == [f"{name}{precision}" for precision in precisions for name in names]
     assert set(record["peak"]) == set(case.precisions)
@@ -130,7 +130,7 @@ def test_bench_step_toy_case_records_every_column(case: bench_step.Case) -> None
 @pytest.mark.parametrize("cases", [bench_step.ON_CPU, bench_step.ON_GPU_CASES], ids=["cpu", "gpu"])
 def test_bench_step_sweep_changes_one_factor_at_a_time(cases: tuple[bench_step.Case, ...]) -> None:
     assert len({case.name for case in cases}) == len(cases)
-    points = [case for case in cases if case.part == "sweep"]
+    points = [case for case in cases if case.section == "sweep"]
     base = next(case for case in points if case.factor == "")
     for case in points:
         assert (case.preset, case.precisions, case.rounds) == (base.preset, base.precisions, base.rounds)
@@ -150,7 +150,7 @@ def test_bench_step_gpu_cases_have_columns_of_the_goals() -> None:
 def test_bench_step_gpu_cases_are_ordered_by_value() -> None:
     """Compiled cases and sweeps come last, so that a run that is stopped has the others."""
     late = [
-        any("compiled" in name for name in case.columns) + 2 * (case.part == "sweep")
+        any("compiled" in name for name in case.columns) + 2 * (case.section == "sweep")
         for case in bench_step.ON_GPU_CASES
     ]
     assert late == sorted(late) and {0, 1, 2} == set(late)
@@ -239,10 +239,10 @@ def test_bench_step_column_that_skips_work_is_not_timed(
     _, record = bench_step.measure(case, compiled=False, toy=True)
     (name,) = record["columns"]
     monkeypatch.setattr(bench_step, "make_columns", broken)
-    messages = {"optimizer": "does not move", "encoder's gradient": "gradient's norm|does not move"}
+    messages = {"optimizer": "does not change", "encoder's gradient": "gradient norm|does not change"}
     _, record = bench_step.measure(case, compiled=False, toy=True)
     assert record["columns"] == {}
-    assert re.search(messages.get(skipped, "loss|gradient's norm"), record["failed"][name])
+    assert re.search(messages.get(skipped, "loss|gradient norm"), record["failed"][name])
 
 
 def raises(*arguments: Any, **options: Any) -> None:
@@ -359,9 +359,9 @@ def test_bench_step_check_restores_model_and_optimizer() -> None:
 
 def test_bench_step_column_without_dropout_is_deterministic() -> None:
     def twice(column: bench_step.Column) -> list[float]:
-        batch = column.kind.batches[0]
-        mask = column.kind.yardstick.draw(batch)
-        return [column.kind.loss(batch, mask).item() for _ in range(2)]
+        batch = column.variant.batches[0]
+        mask = column.variant.expected_update.draw(batch)
+        return [column.variant.loss(batch, mask).item() for _ in range(2)]
 
     without = next(c for name, c in toy_columns("ssast patch_small").items() if name.startswith("fast, no dropout"))
     assert len(set(twice(without))) == 1
@@ -380,13 +380,13 @@ def test_vitmae_column_has_our_sizes() -> None:
     pytest.importorskip("transformers", reason="needs transformers")
     toy = bench_step.ON_CPU[0].toy()
     column = toy_columns("patch_small")["vitmae"]
-    (batch,) = column.kind.batches
+    (batch,) = column.variant.batches
     mask = bench_step.draw_mask(toy.config, batch, seed=1)
-    image = vitmae.pixels(batch.features, toy.config)
+    image = vitmae.pixels(batch.log_mel, toy.config)
     ours = MAEAST(toy.config)
     with torch.no_grad():
         vitmae.check(column.model, image, mask, ours)
-        with pytest.raises(AssertionError, match="hides other tokens"):
+        with pytest.raises(AssertionError, match="masks other tokens"):
             vitmae.check(column.model, image, mask | ~mask, ours)
         deeper = MAEAST(dataclasses.replace(toy.config, encoder_layers=2))
         with pytest.raises(AssertionError, match="parameters, expected"):
