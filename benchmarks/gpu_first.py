@@ -588,9 +588,9 @@ class Results:
 
     def good(self) -> bool:
         """Whether everything was measured and is correct."""
-        text = json.dumps([entry["found"] for entry in self.sections.copy_values()], default=str)
+        text = json.dumps([entry["found"] for entry in self.sections.values()], default=str)
         incomplete = any(word in text for word in ('"failed": "', '"wrong": ', '"not begun'))
-        return not incomplete and all(entry["status"] == "done" for entry in self.sections.copy_values())
+        return not incomplete and all(entry["status"] == "done" for entry in self.sections.values())
 
 
 # -------------------------------------------------------------------------------------------------------------- run

@@ -196,7 +196,7 @@ def measure_round(ranks: int, preset: str, clips: int) -> dict[str, Any]:
     free = max(0, os.cpu_count() - ranks)
     for attempt in range(1, MAX_ATTEMPTS + 1):
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "told.json"
+            target = Path(folder) / "samples.json"
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             arguments = [__file__, "--rank-of", preset, str(clips), str(target)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

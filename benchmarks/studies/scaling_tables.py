@@ -463,8 +463,8 @@ def summary() -> str:
         "More GPUs buy a shorter wait.",
         f"A GPU trains on {duration(model.clips * SECONDS)} of audio a second, "
         f"{size(model.clips * SECONDS * PCM)} of PCM16: storage has to be built for that.",
-        f"On 64 GPUs all-reduces cost less than {100 * (1 - MIN_EFFICIENCY):.0f} % of the time from so many clips a GPU "
-        f"and update on: {', '.join(min_batches)} a node.",
+        f"On 64 GPUs all-reduces cost less than {100 * (1 - MIN_EFFICIENCY):.0f} % of the time from so many clips "
+        f"a GPU and update on: {', '.join(min_batches)} a node.",
         f"FSDP2 saves {size(16 * model.parameters * (1 - 1 / 64))} of a GPU's {size(assumed('memory'))}, and sends as "
         "many bytes in bf16: DDP is the mode for this model.",
     ]

@@ -191,13 +191,13 @@ def check(name: str, step: TrainStep, reference: PretrainingModel, log_mel: Tens
         ValueError: The loss or the gradient norm differs by more than the tolerance.
     """
     clips, frames = log_mel.shape[:2]
-    model = cast(PretrainingModel, step.model)
-    mask = model.sample_mask(torch.full((clips,), frames, device=log_mel.device), frames, seed=0)
-    for model in (reference, step.model):
+    trained = cast(MAEAST | SSAST, step.model)
+    mask = trained.sample_mask(torch.full((clips,), frames, device=log_mel.device), frames, seed=0)
+    for model in (reference, trained):
         model.eval()
     expected_loss, expected_norm = _plain_update(reference, log_mel, mask, precision)
     metrics = step(log_mel, mask=mask, lr=0.0)
-    for model in (reference, step.model):
+    for model in (reference, trained):
         model.train()
     for state in step.optimizer.state.values():
         for moment in state.values():
@@ -213,7 +213,9 @@ def check(name: str, step: TrainStep, reference: PretrainingModel, log_mel: Tens
     return abs(float(metrics.loss) / expected_loss - 1.0)
 
 
-def _plain_update(model: PretrainingModel, log_mel: Tensor, mask: Tensor, precision: str) -> tuple[float, float]:
+def _plain_update(
+    model: PretrainingModel, log_mel: Tensor, mask: Tensor | tuple[Tensor, Tensor], precision: str
+) -> tuple[float, float]:
     """Loss and gradient norm of one backward pass; clears the gradients."""
     dtype = PRECISIONS[precision]
     with torch.autocast(log_mel.device.type, dtype, enabled=dtype is not None):

@@ -76,7 +76,7 @@ def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[s
     if checkpoint is None:
         config = cast(MAEASTConfig, PretrainOptions(preset=preset).model_config())
     else:
-        config = load_mae_ast(checkpoint, "doctor").config
+        config = cast(MAEASTConfig, load_mae_ast(checkpoint, "doctor").config)
     devices, problems = cuda_devices()
     report: dict[str, Any] = {
         "mae_ast_fast": __version__,

@@ -272,9 +272,9 @@ def compile_kernels(
                 process.start()
                 running[process.sentinel] = key, job_folder, process
             for sentinel in wait(list(running)):
-                key, job_folder, process = running.pop(sentinel)
-                process.join()
-                results[key] = _result(job_folder, process.exitcode)
+                key, job_folder, finished = running.pop(sentinel)
+                finished.join()
+                results[key] = _result(job_folder, finished.exitcode)
                 shutil.rmtree(job_folder)  # some MB per kernel, hundreds of kernels
                 store({key: results[key]})
                 progress(len(results), len(sources))

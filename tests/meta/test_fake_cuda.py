@@ -117,7 +117,7 @@ def test_views_launch_nothing(counted: dict[str, Any]) -> None:
 def test_item_counts_wait_and_line(counted: dict[str, Any]) -> None:
     line = next(number for number, text in enumerate(SCRIPT.splitlines(), 1) if "the line that waits" in text)
     assert counted["item"]["waits"] == {"cudaStreamSynchronize": 1}
-    assert [place.rpartition(":")[2] for place in counted["item"]["warned"]] == [str(line)]
+    assert [line_reference.rpartition(":")[2] for line_reference in counted["item"]["warned"]] == [str(line)]
 
 
 def test_synchronize_counts_wait_without_warning(counted: dict[str, Any]) -> None:

@@ -339,6 +339,6 @@ def test_check_installed_other_tree_raises(monkeypatch, tmp_path):
 
 
 def test_environment_missing_library_raises(monkeypatch):
-    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_library"))
+    monkeypatch.setattr(gpu, "REQUIRED", ("torch", "no_such_library"))
     with pytest.raises(gpu.Unusable, match="lacks no_such_library"):
         gpu.environment()

@@ -119,8 +119,8 @@ def test_simulate_shared_processor_ranks_take_turns() -> None:
 
 def test_simulate_spread_waits_for_slowest_rank() -> None:
     step = Step(forward=1.0, backward=2.0, update=0.0, buckets=(MB,), spread=0.1)
-    one, few, many = (simulate(step, ranks, INSTANT_LINK) for ranks in (1, 8, 512))
-    assert 1.05 * one < few < many < 1.5 * one
+    one_rank, few, many = (simulate(step, ranks, INSTANT_LINK) for ranks in (1, 8, 512))
+    assert 1.05 * one_rank < few < many < 1.5 * one_rank
 
 
 def make_round(**samples: list[list[float]]) -> dict:
@@ -167,7 +167,7 @@ def test_median_of_slowest_uses_slowest_rank() -> None:
 
 @pytest.mark.long
 def test_run_rank_two_processes_write_samples(tmp_path: Path) -> None:
-    target = tmp_path / "told.json"
+    target = tmp_path / "samples.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [scaling.__file__, "--rank-of", "patch_tiny", "1", str(target)]
     subprocess.run([sys.executable, *launcher, *arguments], check=True, timeout=200)
