@@ -35,7 +35,7 @@ def loader(
     workers: int = 0,
     stall_seconds: float = 300.0,
     pin_memory: bool = False,
-) -> Iterator[tuple[Batch, Cursor]]:
+) -> Generator[tuple[Batch, Cursor], None, None]:
     """This process's batches, epoch after epoch, without end.
 
     Each of the ``micro_batches`` of an update reads a stream of its own: a share of every epoch in its own order, which

@@ -38,7 +38,8 @@ _SILENT_PEAK = 1e-3  # the idle noise of G.722, which codes silence, peaks at 4e
 _CLIPPED_SHARE = 1e-3  # of the samples at full scale
 _MAX_NAMES = 1000  # per finding of a report; its count is always complete
 
-Split = Callable[[Sequence[AudioFile]], tuple[np.ndarray, np.ndarray, str]]
+# Takes entries of any subclass of AudioFile; returns indices to train on, indices to hold out, and a sentence.
+Split = Callable[[Sequence[Any]], tuple[np.ndarray, np.ndarray, str]]
 
 
 def default_entries(progress: Callable[[str], object]) -> list[AudioFile]:
@@ -62,10 +63,10 @@ class Plan:
     """The input of ``write_shards``.
 
     Attributes:
-        entries: All clips. For a Lhotse cut, ``path`` is a line of input for ``decoder.serve_cuts``.
+        entries: All files or cuts. For a Lhotse cut, ``path`` is a line of input for ``decoder.serve_cuts``.
         entry_bytes: Size of each entry, -1 where there is no regular file.
         shards: Indices of the entries of each shard.
-        from_cuts: Whether the entries are Lhotse cuts.
+        from_cuts: Whether the entries are Lhotse cuts, otherwise audio files.
         codec: ``wav`` or ``flac``.
         min_seconds: Shorter clips are skipped.
         split: Chooses the held-out clips; None: ``splits.split``.
@@ -101,7 +102,7 @@ def prepare_shards(
 
     Args:
         source: Folder of audio, fairseq ``.tsv``, audio file, CutSet manifest (``.jsonl``, ``.jsonl.gz``), Lhotse Shar
-            folder, a URL of one of the last two, or a sequence of entries.
+            folder, a URL of one of the last two, or a sequence of ``AudioFile``.
         out: New folder. The report is written next to it, to ``OUT.report.json``, because Lhotse reads every file in
             the folder.
         codec: ``wav`` (int16) or ``flac``.

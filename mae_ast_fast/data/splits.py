@@ -38,7 +38,7 @@ def split(
     file_groups = [first_name.setdefault(digest, entry.name) for digest, entry in zip(md5, entries, strict=True)]
     if len(first_name) < 2:
         raise ValueError(
-            "holding clips out takes at least two different files, got one: add some, or cut it into several"
+            "expected at least two different files, one of them held out, got one: add files, or cut it into several"
         )
     folders = [entry.group.split("/") if entry.group else [] for entry in entries]
     held_out, description = _choose_groups(file_groups, fraction, seed), "single files, by a hash of their names"
