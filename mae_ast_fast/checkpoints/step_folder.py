@@ -1,4 +1,8 @@
-"""The folder ``step-N`` of a training checkpoint: its files, how they are checked, and how they are read."""
+"""The folder ``step-N`` of a training checkpoint: its files, how they are checked, and how they are read.
+
+``import mae_ast_fast`` imports this file. ``torch.distributed.checkpoint`` takes more than a second to import, so the
+functions that read tensors import it.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,19 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..models.config import MAEASTConfig, SSASTConfig
 from ..models.mae_ast import MAEAST
 from ..models.registry import MODELS
 from ..models.ssast import SSAST
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 SHARDS, TRAINER, CONFIG = "shards", "trainer.json", "config.json"
 
@@ -181,6 +184,9 @@ def tensor_sizes(folder: Path) -> dict[str, torch.Size]:
     Raises:
         ValueError: Values are missing, or a file is not in the format that ``_Writer`` writes.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     sizes: dict[str, torch.Size] = {}
     try:
         metadata = HuggingFaceStorageReader(str(folder / SHARDS)).read_metadata().state_dict_metadata
@@ -231,6 +237,10 @@ def read_tensors(
     Raises:
         ValueError: The tensors differ in name or shape, or a file cannot be read.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     compare_tensors(folder, sizes, tensors)
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:

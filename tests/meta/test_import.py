@@ -90,6 +90,12 @@ def test_import_every_module_loads_nothing_optional(tmp_path: Path) -> None:
     assert not loaded & set(OPTIONAL)
 
 
+def test_import_of_package_leaves_sharded_checkpoints_unloaded(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint brings 700 modules, sympy among them, and more than a second."""
+    code = "import mae_ast_fast, sys; print('torch.distributed.checkpoint' in sys.modules, 'sympy' in sys.modules)"
+    assert run_checked(tmp_path, code).split() == ["False", "False"]
+
+
 def test_import_does_not_query_cuda(tmp_path: Path) -> None:
     imports = "\n".join(f"import {name}" for name in MODULES)
     run_checked(tmp_path, f"{NO_GPU}\nimport mae_ast_fast\n{imports}")
