@@ -1,4 +1,4 @@
-"""``python -m mae_ast_fast`` is ``mae-ast-fast``."""
+"""``python -m mae_ast_fast`` runs the command ``mae-ast-fast``."""
 
 import sys
 

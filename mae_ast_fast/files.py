@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a lock between processes."""
+"""Atomic writes of files, and a lock between processes."""
 
 from __future__ import annotations
 
@@ -12,35 +12,41 @@ from typing import Any
 
 
 def temp_path(path: Path) -> Path:
-    """What ``atomic_write`` writes first; one that a killed process left is of no use."""
+    """The file that ``atomic_write`` writes first. If a killed process left one, it can be deleted."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a path beside ``path`` and the same suffix, then moves that file to ``path`` in one step.
+    """Call ``write`` with a path in the folder of ``path`` and with its suffix, then move that file to ``path``.
 
-    A reader never sees half a file, and what stood there before stays if ``write`` raises. The file gets the mode of
+    A reader never sees an incomplete file, and an existing file stays if ``write`` raises. The file gets the mode of
     any new file (safetensors makes its own readable by their owner alone).
     """
-    partial = temp_path(path)
-    partial.touch()
-    mode = partial.stat().st_mode
+    temp = temp_path(path)
+    temp.touch()
+    mode = temp.stat().st_mode
     try:
-        write(partial)
-        partial.chmod(mode)
-        os.replace(partial, path)
+        write(temp)
+        temp.chmod(mode)
+        os.replace(temp, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """``atomic_write`` of indented JSON."""
-    atomic_write(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+    """Write indented JSON by ``atomic_write``."""
+    atomic_write(path, lambda temp: temp.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps this machine's other processes out while it lasts; a killed holder lets go. Without locks: no effect."""
+    """Keep this machine's other processes out until the context ends, and wait for one that is inside.
+
+    The lock of a killed process is void. On Windows and on file systems without locks, this has no effect.
+
+    Args:
+        path: Lock file.
+    """
     with open(path, "w") as file:
         with contextlib.suppress(ImportError, OSError):  # Windows; file systems without locks
             import fcntl
@@ -53,8 +59,8 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def as_text(options: Any, *names: str) -> None:
-    """Paths become the strings that a run's JSON keeps."""
+def paths_as_text(options: Any, *names: str) -> None:
+    """Convert attributes of ``options`` from paths to strings, as in a run's JSON; None stays."""
     for name in names:
         if getattr(options, name) is not None:
             setattr(options, name, os.fspath(getattr(options, name)))

@@ -256,7 +256,7 @@ def _read(path: str | os.PathLike[str], start: int, samples: int) -> np.ndarray:
 def select(clips: HeldOut, index: int) -> HeldOut:
     """One clip of a set, without its padding."""
     one = clips.select([index])
-    return dataclasses.replace(one, features=one.features[:, : int(one.frames)])
+    return dataclasses.replace(one, log_mel=one.log_mel[:, : int(one.num_frames)])
 
 
 def save_model(model: MAEAST, folder: Path) -> int:

@@ -266,11 +266,11 @@ def test_masked_clips_are_those_of_the_held_out_evaluation():
     waveform = torch.from_numpy(audio.decode(SPEECH, 10.0))[None]
     features, frames = fbank(waveform)
     assert clips.names == ["51a406a1a0.opus", "018e740416.opus"]
-    assert torch.equal(clips.features[0], features[0])
-    expected = HeldOut.of(model, features, frames, ["x"], [""])
+    assert torch.equal(clips.log_mel[0], features[0])
+    expected = HeldOut.of(model, features, frames, names=["x"], kinds=[""])
     assert torch.equal(clips.mask[:1], expected.mask)
     alone = select(clips, 1)
-    assert alone.features.shape[1] == int(alone.frames) < clips.features.shape[1]
+    assert alone.log_mel.shape[1] == int(alone.num_frames) < clips.log_mel.shape[1]
     assert alone.names == ["018e740416.opus"]
 
 
@@ -281,9 +281,9 @@ def test_seed_start_and_length_of_masked_clips():
     assert not torch.equal(first.mask, masked_clips(model, [SPEECH], seed=2).mask)
     late = masked_clips(model, [SPEECH], start=2.5, seconds=3.0)
     samples = audio.decode(SPEECH)[round(2.5 * RATE) : round(5.5 * RATE)]
-    assert torch.equal(late.features, fbank(torch.from_numpy(samples)[None])[0])
+    assert torch.equal(late.log_mel, fbank(torch.from_numpy(samples)[None])[0])
     whole = num_frames(audio.decode(SPEECH).size - 2 * RATE)
-    assert masked_clips(model, [SPEECH], start=2.0, seconds=1e6).frames.tolist() == [whole]
+    assert masked_clips(model, [SPEECH], start=2.0, seconds=1e6).num_frames.tolist() == [whole]
 
 
 def test_masked_clips_that_cannot_be(tmp_path):

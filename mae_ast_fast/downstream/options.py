@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..files import as_text
+from ..files import paths_as_text
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "map")
 # Rates, batches, epochs (or updates, as epochs) and masks of the scripts with which SSAST was fine-tuned (arXiv
@@ -80,7 +80,7 @@ class ProbeOptions:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        as_text(self, "data", "checkpoint", "out", "root", "cache")
+        paths_as_text(self, "data", "checkpoint", "out", "root", "cache")
         if self.metric is not None and self.metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if self.precision not in ("auto", "fp32", "bf16"):

@@ -1,4 +1,4 @@
-"""The data of a pretraining run: its shards, and the statistics that SSAST is normalised by."""
+"""The data of a pretraining run: its shards, and the statistics of SSAST's input normalisation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from ..ops.fbank import fbank
 from ..ops.packing import real_tokens
 from .options import PretrainOptions
 
-STATISTICS_CROPS = 200  # SSAST is normalised by their mean and deviation
+STATISTICS_CROPS = 200  # crops that the statistics are computed from
 
 
 def open_data(
@@ -27,18 +28,22 @@ def open_data(
     *,
     min_seconds: float,
     workers: int,
-    split: Callable[[Sequence[AudioFile]], tuple[np.ndarray, np.ndarray, str]] | None = None,
+    split: Callable[[Sequence[Any]], tuple[np.ndarray, np.ndarray, str]] | None = None,
     progress: bool = True,
 ) -> Shards:
-    """Shards to pretrain on: those that ``source`` names, or those that are made of it, once, in ``cache``/shards.
+    """Open the shards in ``source``, or convert it to shards once, in ``cache``/shards.
 
     Args:
-        source: A folder or URL of shards that ``prepare`` made, or whatever ``prepare.prepare_shards`` takes.
-        cache: Folder.
-        min_seconds, workers, split, progress: See ``prepare.prepare_shards``.
+        source: Folder or URL of shards that ``prepare`` made, or any source of ``prepare.prepare_shards``.
+        cache: Cache folder.
+        min_seconds: Shorter files are skipped, in seconds.
+        workers: Processes that decode audio.
+        split: Function of the files that returns the indices to train on, the indices to hold out, and a sentence that
+            describes the split. None: the default of ``prepare.prepare_shards``.
+        progress: Whether to show progress on stderr.
 
     Raises:
-        ValueError: Nothing usable, or nothing can be held out.
+        ValueError: ``source`` has no usable audio, cannot be read, or has only one file, so that none can be held out.
     """
     try:
         if isinstance(source, (str, os.PathLike)) and prepare.source_format(source) == "prepared":
@@ -47,50 +52,58 @@ def open_data(
     except (OSError, ImportError) as error:
         if "://" not in str(source):
             raise
-        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}") from error  # fsspec says little
+        # fsspec's own messages are short.
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
     folder = Path(cache) / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers, progress=progress)
     if not report["held_out"]:
         raise ValueError(
-            "holding clips out takes at least two different files, got one: add some, or cut it into several"
+            "expected at least two different files, one of them held out, got one: add files, or cut it into several"
         )
     return Shards(folder / plan.key[:24])
 
 
 def training_shards(options: PretrainOptions) -> Shards:
-    """The shards of a run: those that ``options.data`` names, or those that are made of it, once, in the cache.
+    """Open the shards of a run: those in ``options.data``, or those made from it or from the default corpus.
 
     Raises:
-        ValueError: Nothing there can be used.
-        corpus.CorpusError: The default corpus cannot be had.
+        ValueError: The source has no usable audio.
+        corpus.CorpusError: The default corpus cannot be fetched.
     """
     cache = Path(options.cache) if options.cache else corpus.default_cache()
-    opened = functools.partial(open_data, cache=cache, min_seconds=options.min_seconds, workers=options.workers)
+    open_source = functools.partial(open_data, cache=cache, min_seconds=options.min_seconds, workers=options.workers)
     if options.data is not None:
-        return opened(options.data)
+        return open_source(options.data)
     fetched = corpus.fetch(cache)
-    entries, left_out = corpus.default_clips(fetched.cache, fetched.packages)
-    shards = opened(entries, split=corpus.held_out)
+    files, left_out = corpus.default_clips(fetched.cache, fetched.packages)
+    shards = open_source(files, split=corpus.held_out)
     shards.report |= {"corpus": left_out, "packages": fetched.packages, "missing_packages": fetched.missing}
     return shards
 
 
 def log_mel_statistics(shards: Shards, options: PretrainOptions) -> tuple[float, float]:
-    """Mean and standard deviation of the log-mel values of the first crops, by SSAST's front end, to four decimals.
+    """Mean and standard deviation of the first crops' log-mel values, by SSAST's front end, to four decimals.
 
-    Its recipe normalises by such statistics of the whole data set (arXiv 2110.09784, official code).
+    SSAST's recipe normalises by these statistics of the whole data set (arXiv 2110.09784, official code).
+
+    Raises:
+        ValueError: None of the first crops can be read.
     """
-    lengths = {"max_seconds": options.max_seconds, "min_seconds": options.min_seconds}
-    batches = shards.batches(batch_seconds=options.batch_seconds, **lengths, seed=options.seed)
+    batches = shards.batches(
+        batch_seconds=options.batch_seconds,
+        max_seconds=options.max_seconds,
+        min_seconds=options.min_seconds,
+        seed=options.seed,
+    )
     crops = list(itertools.islice(itertools.chain.from_iterable(batches), STATISTICS_CROPS))
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(crops), 16):
         batch = shards.read(crops[start : start + 16])
         if not batch.names:
             continue
-        features, frames = fbank(batch.waveforms, batch.num_samples, frontend="ssast")
-        values = features[real_tokens(frames, features.shape[1])].double()
+        log_mel, num_frames = fbank(batch.waveforms, batch.num_samples, frontend="ssast")
+        values = log_mel[real_tokens(num_frames, log_mel.shape[1])].double()
         count += values.numel()
         total += float(values.sum())
         squares += float(values.square().sum())

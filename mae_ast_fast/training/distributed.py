@@ -1,10 +1,10 @@
-"""Several processes that train one model: who they are, what they tell each other, how the model is spread over them.
+"""Several processes that train one model: their ranks, their communication, and how the model is spread over them.
 
-torchrun starts the processes and tells each its place by environment variables; each has a device of its own.
+torchrun starts the processes and sets their ranks in environment variables. Each process has its own device.
 
-- ``data_parallel``: every process holds the whole model, and gradients are averaged as the backward makes them (DDP).
-- ``shard``: every process holds a share of the weights, gradients and AdamW's state; a layer's weights are gathered
-  when it runs (FSDP2).
+- ``data_parallel``: every process holds the whole model, and gradients are averaged during the backward (DDP).
+- ``shard``: every process holds a share of the weights, gradients and AdamW's state. The weights of a layer are
+  gathered when it runs (FSDP2).
 """
 
 from __future__ import annotations
@@ -26,160 +26,177 @@ from torch import Tensor, nn
 from ..models.transformer import Layer
 
 PARALLEL = ("ddp", "fsdp")
-TIMEOUT = 600.0  # seconds
+TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among all that train.
+    """This process among all processes that train.
 
     Attributes:
-        rank: From 0 on.
-        size: Number of processes.
-        device: Of this one.
+        rank: Index of this process, from 0.
+        world_size: Number of processes.
+        device: Device of this process.
     """
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+    def is_first(self) -> bool:
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Of all processes' tensors of one shape and dtype, on the CPU."""
+        """Sum over the processes, on the CPU; ``values`` has the same shape and dtype in all of them."""
         values = values.detach().cpu().clone()
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def largest(self, value: int) -> int:
-        """Of all processes' numbers."""
-        values = torch.tensor(value)
-        if self.size > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX)
-        return int(values)
+    def maximum(self, value: int) -> int:
+        """Maximum over the processes."""
+        maximum = torch.tensor(value)
+        if self.world_size > 1:
+            dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gave, anything that pickles, in their order."""
-        if self.size == 1:
+        """The values of all processes, in order of rank; each must pickle."""
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.size
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
 
 @contextlib.contextmanager
-def world(device: str = "auto", timeout: float = TIMEOUT) -> Iterator[DistributedContext]:
-    """Joins the processes that torchrun started; a process that was started alone is a world of its own.
+def init_distributed(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[DistributedContext]:
+    """Join the processes that torchrun started, until the context ends; without torchrun, this process is the only one.
 
     Args:
-        device: "cpu", "cuda" (each process of a machine gets one), or "auto".
-        timeout: Seconds after which a process that waits for another gives up.
+        device: "cpu", "cuda" (one GPU per process of a machine), or "auto" (CUDA if available).
+        timeout_seconds: Seconds after which a process that waits for another gives up.
 
     Raises:
-        ValueError: Fewer GPUs than processes, or the environment names a place but not all of it.
+        ValueError: Fewer GPUs than processes, or incomplete environment variables of torchrun.
+        RuntimeError: Some process did not start within ``timeout_seconds``.
     """
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield DistributedContext(0, 1, torch.device(kind))
+        yield DistributedContext(0, 1, torch.device(device_type))
         return
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     if missing := [name for name in names if name not in os.environ]:
         raise ValueError(f"expected the environment of torchrun, with {', '.join(names)}, got no {', '.join(missing)}")
-    rank, size, local = (int(os.environ[name]) for name in names)
-    own = torch.device(kind)
-    if own.type == "cuda":
-        if local >= torch.cuda.device_count():
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    local_device = torch.device(device_type)
+    if local_device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"expected a GPU for each process of this machine, got {torch.cuda.device_count()} for process "
-                f"{local}: start fewer, or use device cpu"
+                f"expected one GPU per process of this machine, got {torch.cuda.device_count()} for process "
+                f"{local_rank}: start fewer, or use device cpu"
             )
-        own = torch.device("cuda", local)
-        torch.cuda.set_device(own)
-    # What lies on the CPU (counts, checkpoints) goes by gloo in either case.
-    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-    bound = own if own.type == "cuda" else None
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    how = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout), "device_id": bound}
-    dist.init_process_group(backend, store=_unused(store, rank, size, timeout), **how)
+        local_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(local_device)
+    # Tensors on the CPU (counts, checkpoints) use gloo in either case.
+    backend = "cpu:gloo,cuda:nccl" if local_device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend,
+        store=_fresh_store(store, rank, world_size, timeout_seconds),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=local_device if local_device.type == "cuda" else None,
+    )
     try:
-        yield DistributedContext(rank, size, own)
+        yield DistributedContext(rank, world_size, local_device)
     finally:
         dist.destroy_process_group()
 
 
-def _unused(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
-    """A part of the store that nobody has written to, the same for all processes of this start.
+def _fresh_store(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
+    """A view of the store under a new prefix, the same for all processes of this start.
 
-    torchrun gives processes that it starts again the store of those before, where gloo finds addresses of dead ones.
+    torchrun reuses its store when it restarts processes, and gloo would find the addresses of dead processes there.
 
     Raises:
-        RuntimeError: Some process does not come.
+        RuntimeError: Some process did not start within ``timeout_seconds``.
     """
-    own, deadline = uuid.uuid4().hex, timedelta(seconds=timeout)
+    token, timeout = uuid.uuid4().hex, timedelta(seconds=timeout_seconds)
     if rank:
-        store.set(f"waits/{rank}", own)
-        store.wait([f"joins/{own}"], deadline)
-        name = store.get(f"joins/{own}").decode()
-        store.set(f"{name}/{rank}", "here")
-        return dist.PrefixStore(name, store)
-    absent, end = set(range(1, size)), time.monotonic() + timeout
+        store.set(f"waits/{rank}", token)
+        store.wait([f"joins/{token}"], timeout)
+        prefix = store.get(f"joins/{token}").decode()
+        store.set(f"{prefix}/{rank}", "here")
+        return dist.PrefixStore(prefix, store)
+    absent, deadline = set(range(1, world_size)), time.monotonic() + timeout_seconds
     while absent:
-        for other in sorted(absent):  # who waits may still be one of before: ask again
+        for other in sorted(absent):  # the key may be stale, left by a previous start: poll again
             if store.check([f"waits/{other}"]):
-                store.set(f"joins/{store.get(f'waits/{other}').decode()}", own)
-            if store.check([f"{own}/{other}"]):
+                store.set(f"joins/{store.get(f'waits/{other}').decode()}", token)
+            if store.check([f"{token}/{other}"]):
                 absent.remove(other)
-        if time.monotonic() > end:
-            raise RuntimeError(f"processes {sorted(absent)} of {size} did not start within {timeout:g} s")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {sorted(absent)} of {world_size} did not start within {timeout_seconds:g} s")
         time.sleep(0.01)
-    return dist.PrefixStore(own, store)
+    return dist.PrefixStore(token, store)
 
 
 def check_parallel(parallel: str | None) -> int:
-    """The number of processes that ``parallel`` (one of ``PARALLEL``, or None: just this one) spreads a model over.
+    """Number of processes that share a model.
+
+    Args:
+        parallel: One of ``PARALLEL``, or None for this process alone.
 
     Raises:
-        ValueError: An unknown name, or there is no process group.
+        ValueError: Unknown name, or there is no process group.
     """
     if parallel is None:
         return 1
     if parallel not in PARALLEL:
         raise ValueError(f"parallel must be None or one of {', '.join(PARALLEL)}, got {parallel!r}")
     if not dist.is_initialized():
-        raise ValueError(f"parallel={parallel!r} needs torch.distributed initialised, as distributed.world does")
+        raise ValueError(
+            f"parallel={parallel!r} needs an initialised torch.distributed, as by distributed.init_distributed"
+        )
     return dist.get_world_size()
 
 
 def broadcast(model: nn.Module) -> None:
-    """Parameters and buffers become those of the first process."""
+    """Copy the parameters and buffers of the first process to all others."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, 0)
 
 
 def data_parallel(module: nn.Module) -> nn.parallel.DistributedDataParallel:
-    """DDP of a module that returns tensors, all of whose parameters are used every time."""
-    how = {"gradient_as_bucket_view": True, "static_graph": True, "find_unused_parameters": False}
-    with warnings.catch_warnings():  # torch 2.14 has another name for broadcast_buffers, which 2.11 does not know
+    """DDP of a module that returns tensors and uses all of its parameters every time."""
+    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; 2.11 does not know the new name
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, **how)
+        return nn.parallel.DistributedDataParallel(
+            module,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+            find_unused_parameters=False,
+        )
 
 
 def shard(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """FSDP2 in place: each layer of the stacks, then the rest. Gradients are reduced in fp32.
+    """FSDP2 in place: shard each layer of the stacks, then the rest. Gradients are reduced in fp32.
 
     Args:
-        model: On its device, with the same weights in all processes.
-        dtype: In which weights are gathered; None: their own.
+        model: Model on its device, with the same weights in all processes.
+        dtype: Dtype of the gathered weights. None: their own.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # What it warns of, writing in place to an output that is a view, nobody does.
+    # FSDP2 warns of in-place writes to an output that is a view. Nothing here writes to one.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,7 +1,7 @@
-"""Held-out evaluation: does the model know more about hidden patches than averages and straight lines do?
+"""Held-out evaluation: does the model predict masked patches better than averages and interpolation do?
 
-On a fixed set of clips and masks, the reconstruction error stands beside baselines that see exactly the same visible
-patches, and the InfoNCE top-1 accuracy beside chance. Letters as in model.py.
+The clips and masks are fixed. The reconstruction error is compared with baselines that see exactly the same visible
+patches, and the InfoNCE top-1 accuracy with chance. Letters as in mae_ast.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.shards import Shards
+from ..data.shards import Segment, Shards
 from ..models.config import MAEASTConfig, SSASTConfig
 from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
@@ -26,12 +26,12 @@ from ..ops.reference import masked_mse, patchify, unpatchify
 from .options import PretrainOptions
 
 HELD_OUT_CLIPS = 64
-CANDIDATES = 4096  # held-out clips among which these are chosen: the first ones of the shards, which are shuffled
+CANDIDATES = 4096  # held-out clips to choose from: the first ones of the shards, which are shuffled
 
 BASELINES = ("mean_of_visible", "mean_of_visible_same_band", "interpolation")
 TO_BEAT = ("mean_of_visible", "interpolation")
-TIME_MARGIN = 0.95  # the share of ``other_times_mse`` under which the model's error must be
-MASK_SEED = 20220331  # held-out masks never change: not with the run's seed, not with its length
+TIME_MARGIN = 0.95  # a model passes if its error is below this share of ``other_times_mse``
+MASK_SEED = 20220331  # held-out masks never change: they depend neither on the run's seed nor on its length
 
 
 @dataclass
@@ -39,61 +39,72 @@ class HeldOut:
     """A fixed set of held-out clips with their masks.
 
     Attributes:
-        features: (B, T, F), as the model's ``features`` makes them.
-        frames: (B,) real frames.
-        mask: (B, L) bool, True = masked, tokens time step by time step for either model.
+        log_mel: (B, T, F), as from the model's ``features``.
+        num_frames: (B,) real frames.
+        mask: (B, L) bool, True = masked, tokens in time-major order for either model.
         names: Clip names.
-        kinds: Kind of each clip ("speech", "sound", ...), empty where unknown.
+        kinds: Kind of each clip ("speech", "sound", ...), empty if unknown.
     """
 
-    features: Tensor
-    frames: Tensor
+    log_mel: Tensor
+    num_frames: Tensor
     mask: Tensor
     names: list[str]
     kinds: list[str]
 
     @classmethod
     def of(
-        cls, model: MAEAST | SSAST, features: Tensor, frames: Tensor, names: Sequence[str], kinds: Sequence[str]
+        cls,
+        model: MAEAST | SSAST,
+        log_mel: Tensor,
+        num_frames: Tensor,
+        *,
+        names: Sequence[str],
+        kinds: Sequence[str],
     ) -> HeldOut:
-        """Draws the fixed masks for a model's patch grid and masking strategy; clip i always gets the same mask."""
+        """Draw the fixed masks for a model's patch grid and masking strategy; clip i always gets the same mask."""
         config = model.config
-        tokens = frames // config.patch_size[0] * config.grid_f
-        width = features.shape[1] // config.patch_size[0] * config.grid_f
-        mask = sample_mask(config.masking, tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED, max_tokens=width)
-        return cls(features, frames, mask, list(names), list(kinds))
+        assert config.masking is not None  # the configuration resolves None
+        num_tokens = num_frames // config.patch_size[0] * config.grid_f
+        max_tokens = log_mel.shape[1] // config.patch_size[0] * config.grid_f
+        mask = sample_mask(
+            config.masking, num_tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED, max_tokens=max_tokens
+        )
+        return cls(log_mel, num_frames, mask, list(names), list(kinds))
 
     def select(self, indices: Sequence[int]) -> HeldOut:
         """The clips at these indices."""
         return HeldOut(
-            self.features[indices],
-            self.frames[indices],
+            self.log_mel[indices],
+            self.num_frames[indices],
             self.mask[indices],
             [self.names[i] for i in indices],
             [self.kinds[i] for i in indices],
         )
 
-    def longest_of_each_kind(self, at_most: int = 6) -> HeldOut:
-        """A few clips to look at: the longest of every kind, as many of each."""
+    def longest_of_each_kind(self, max_clips: int = 6) -> HeldOut:
+        """The longest clips of every kind, equally many of each and about ``max_clips`` in total, at least one each."""
         kinds = sorted(set(self.kinds))
-        order = sorted(range(len(self.names)), key=lambda i: -int(self.frames[i]))
-        share = max(1, at_most // len(kinds))
-        return self.select([i for kind in kinds for i in [j for j in order if self.kinds[j] == kind][:share]])
+        longest_first = sorted(range(len(self.names)), key=lambda i: -int(self.num_frames[i]))
+        per_kind = max(1, max_clips // len(kinds))
+        return self.select(
+            [i for kind in kinds for i in [j for j in longest_first if self.kinds[j] == kind][:per_kind]]
+        )
 
 
 @dataclass
 class Prediction:
-    """What a model makes of masked clips: tokens time step by time step, values in a patch t * kf + f.
+    """Predictions for masked clips: tokens in time-major order, values in a patch at t * kf + f.
 
     Rows run clip by clip, tokens ascending; sum M is their number.
 
     Attributes:
         patches: (B, L, P) all patches, normalised.
         mask: (B, L) bool, True = masked, False past a clip's tokens.
-        reconstruction: (sum M, P) of the masked patches.
-        target: (sum M, P) these patches.
-        info_nce: Mean over the masked tokens, 0 where that objective is off.
-        accuracy: The same.
+        reconstruction: (sum M, P) predictions of the masked patches.
+        target: (sum M, P) the masked patches.
+        info_nce: 0-d, mean over the masked tokens, 0 if that objective is off.
+        accuracy: 0-d, InfoNCE top-1 accuracy over the masked tokens, 0 if that objective is off.
     """
 
     patches: Tensor
@@ -104,71 +115,100 @@ class Prediction:
     accuracy: Tensor
 
 
-def predict(model: MAEAST | SSAST, features: Tensor, frames: Tensor, mask: Tensor) -> Prediction:
-    """Runs a model on masked clips; what comes out is in one order for either.
+def predict(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tensor) -> Prediction:
+    """Run a model on masked clips, and bring its outputs into the same order for either model.
 
-    SSAST in two passes hides the same in both: InfoNCE and accuracy are those of the first, the reconstruction that of
-    the second. With reconstruction off it reconstructs nothing, and zeros, the mean of the data, stand for it.
+    SSAST in two passes gets the same mask in both. InfoNCE and accuracy come from the first pass, the reconstruction
+    from the second. With reconstruction off, zeros, the mean of the data, replace the reconstruction.
 
     Args:
-        features: (B, T, F), as the model's ``features`` makes them.
-        frames: (B,) real frames.
-        mask: (B, L) bool, True = masked, tokens time step by time step.
+        model: Model in evaluation mode.
+        log_mel: (B, T, F), as from the model's ``features``.
+        num_frames: (B,) real frames.
+        mask: (B, L) bool, True = masked, tokens in time-major order.
     """
-    patches = patchify(features, model.config.patch_size)
+    patches = patchify(log_mel, model.config.patch_size)
     if isinstance(model, MAEAST):
-        out = model(features, frames, mask)
-        mean, scale = model.input_norm(features, frames.to(features.device))
-        known = (patches - mean) * scale, out.mask, out.pred_reconstruction, out.target
-        return Prediction(*known, out.loss_classification, out.accuracy)
-    grid_f, (kt, kf) = model.config.grid_f, model.config.patch_size
-    mask = mask[:, : patches.shape[1]].unflatten(1, (-1, grid_f)).transpose(1, 2).flatten(1)  # as SSAST orders tokens
-    two = model.config.objective == "joint_two_pass"
-    out = model(features, frames, (mask, mask) if two else mask)
-    mask, target = (out.mask[1], out.target[1]) if two else (out.mask, out.target)
-    row = mask.flatten().cumsum(0).view_as(mask) - 1  # of each masked token among the outputs
+        out = model(log_mel, num_frames, mask)
+        mean, scale = model.input_norm(log_mel, num_frames.to(log_mel.device))
+        return Prediction(
+            patches=(patches - mean) * scale,
+            mask=out.mask,
+            reconstruction=out.pred_reconstruction,
+            target=out.target,
+            info_nce=out.loss_classification,
+            accuracy=out.accuracy,
+        )
+    config = model.config
+    assert isinstance(config, SSASTConfig)
+    grid_f, (kt, kf) = config.grid_f, config.patch_size
+    mask = mask[:, : patches.shape[1]].unflatten(1, (-1, grid_f)).transpose(1, 2).flatten(1)  # SSAST's token order
+    two_pass = config.objective == "joint_two_pass"
+    out = model(log_mel, num_frames, (mask, mask) if two_pass else mask)
+    mask, target = (out.mask[1], out.target[1]) if two_pass else (out.mask, out.target)
+    row = mask.flatten().cumsum(0).view_as(mask) - 1  # row of each masked token in the outputs
     mask, row = (x.unflatten(1, (grid_f, -1)).transpose(1, 2).flatten(1) for x in (mask, row))
-    guess = out.pred_reconstruction if model.config.reconstruction_weight > 0.0 else torch.zeros_like(target)
-    guess, target = (x[row[mask]].unflatten(1, (kf, kt)).transpose(1, 2).flatten(1) for x in (guess, target))
-    return Prediction(patches, mask, guess, target, out.loss_classification, out.accuracy)
+    reconstruction = out.pred_reconstruction if config.reconstruction_weight > 0.0 else torch.zeros_like(target)
+    reconstruction, target = (
+        x[row[mask]].unflatten(1, (kf, kt)).transpose(1, 2).flatten(1) for x in (reconstruction, target)
+    )
+    return Prediction(
+        patches=patches,
+        mask=mask,
+        reconstruction=reconstruction,
+        target=target,
+        info_nce=out.loss_classification,
+        accuracy=out.accuracy,
+    )
 
 
 def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> dict[str, Any]:
     """Errors of the model and of the baselines on the held-out clips, in the model's normalised space.
 
-    Baselines, each from the same clip's visible patches: ``mean_of_visible``, their mean patch;
-    ``mean_of_visible_same_band``, the mean over those of the same frequency block (all of them where it has none);
-    ``interpolation``, every mel bin interpolated linearly along time between the visible frames on both sides, the
-    nearest value at the edges.
+    Each baseline uses the same clip's visible patches:
 
-    ``other_times_mse`` takes the model's predictions for the other hidden times of the token's frequency block: a
-    model that only knows a clip's averages, as one trained on targets out of order does, is as good there.
+    - ``mean_of_visible``: their mean patch;
+    - ``mean_of_visible_same_band``: the mean over those of the same frequency block (all of them if it has none);
+    - ``interpolation``: every mel bin interpolated linearly along time between the visible frames on both sides, the
+      nearest value at the edges.
+
+    ``other_times_mse`` is the error of the model's predictions for the other masked times of the token's frequency
+    block. It equals the model's error for a model that only knows a clip's averages, for example one that was trained
+    on targets out of order.
+
+    Args:
+        model: Model on any device, in either mode; its mode is restored.
+        held_out: Clips and masks.
+        batch_size: Clips per batch.
 
     Returns:
         ``reconstruction_mse``, ``other_times_mse``,
         ``baselines`` {name: mse}, ``accuracy``, ``chance`` (mean of 1 / M over masked tokens),
-        ``info_nce``, ``masked_tokens``, ``clips``, ``passed`` and ``failures`` (what was not beaten, in words).
+        ``info_nce``, ``masked_tokens``, ``clips``, ``passed`` and ``failures`` (a line per mark that was not beaten).
+
+    Raises:
+        ValueError: No clip has both visible and masked tokens.
     """
     was_training = model.training
     model.eval()
     totals: dict[str, float] = {}
     device = next(model.parameters()).device
     try:
-        for part in _usable(model.config, held_out).split(batch_size):
-            frames = held_out.frames[part]
-            features = held_out.features[part, : int(frames.max())]
-            features = torch.where(real_tokens(frames, features.shape[1])[:, :, None], features, 0)
+        for indices in _usable(model.config, held_out).split(batch_size):
+            num_frames = held_out.num_frames[indices]
+            log_mel = held_out.log_mel[indices, : int(num_frames.max())]
+            log_mel = torch.where(real_tokens(num_frames, log_mel.shape[1])[:, :, None], log_mel, 0)
             with torch.no_grad():
-                sums = _sums(model, features.to(device), frames.to(device), held_out.mask[part].to(device))
+                sums = _sums(model, log_mel.to(device), num_frames.to(device), held_out.mask[indices].to(device))
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
     finally:
         model.train(was_training)
-    rows = totals.pop("rows")
-    means = {name: value / rows for name, value in totals.items()}
+    num_masked = totals.pop("masked_tokens")
+    means = {name: value / num_masked for name, value in totals.items()}
     report: dict[str, Any] = {
         "clips": len(held_out.names),
-        "masked_tokens": int(rows),
+        "masked_tokens": int(num_masked),
         "reconstruction_mse": means.pop("mse"),
         "other_times_mse": means.pop("other_times"),
         "info_nce": means.pop("nce"),
@@ -183,7 +223,7 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
 
 def _usable(config: MAEASTConfig | SSASTConfig, held_out: HeldOut) -> Tensor:
     """Indices of the clips that have both visible and masked tokens."""
-    real = real_tokens(held_out.frames // config.patch_size[0] * config.grid_f, held_out.mask.shape[1])
+    real = real_tokens(held_out.num_frames // config.patch_size[0] * config.grid_f, held_out.mask.shape[1])
     has_both = (held_out.mask & real).any(1) & (~held_out.mask & real).any(1)
     if not has_both.any():
         raise ValueError(f"none of {len(has_both)} held-out clips has both visible and masked tokens")
@@ -191,56 +231,63 @@ def _usable(config: MAEASTConfig | SSASTConfig, held_out: HeldOut) -> Tensor:
 
 
 def failures(model: MAEAST | SSAST, report: dict[str, Any]) -> list[str]:
-    """What a trained model must beat and this report does not: ``TO_BEAT``, and twice the chance accuracy.
+    """A line per mark that a trained model must beat and this report does not: ``TO_BEAT``, and twice chance accuracy.
 
-    ``mean_of_visible_same_band`` is the harder mark that stands beside them. An objective of weight 0 is not asked for.
+    ``mean_of_visible_same_band`` is harder, and reported without being required. An objective of weight 0 is not
+    checked.
     """
-    found = []
+    lines = []
     if model.config.reconstruction_weight > 0.0:
         mse, baselines = report["reconstruction_mse"], report["baselines"]
-        found += [
+        lines += [
             f"reconstruction MSE {mse:.4f} does not beat {name} {baselines[name]:.4f}"
             for name in TO_BEAT
             if not mse < baselines[name]
         ]
-        if not mse < TIME_MARGIN * (other := report["other_times_mse"]):
-            found.append(
-                f"reconstruction MSE {mse:.4f} is hardly below {other:.4f}, that of predictions for other times"
+        if not mse < TIME_MARGIN * (other_times := report["other_times_mse"]):
+            lines.append(
+                f"reconstruction MSE {mse:.4f} is hardly below {other_times:.4f}, that of predictions for other times"
             )
     if model.config.classification_weight > 0.0 and not report["accuracy"] > 2 * report["chance"]:
-        found.append(f"accuracy {report['accuracy']:.4f} is not above twice chance {report['chance']:.4f}")
-    return found
+        lines.append(f"accuracy {report['accuracy']:.4f} is not above twice chance {report['chance']:.4f}")
+    return lines
 
 
-def _sums(model: MAEAST | SSAST, features: Tensor, frames: Tensor, mask: Tensor) -> dict[str, float]:
+def _sums(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tensor) -> dict[str, float]:
     """Sums over the masked tokens of one batch."""
     config = model.config
-    out = predict(model, features, frames, mask)
+    out = predict(model, log_mel, num_frames, mask)
     patches, mask = out.patches, out.mask
-    tokens = real_tokens(frames // config.patch_size[0] * config.grid_f, patches.shape[1])
-    visible = tokens & ~mask
-    counts = mask.sum(1)
-    # With norm_pix_loss every error is taken relative to its target patch's variance, the model's and the baselines'.
+    real = real_tokens(num_frames // config.patch_size[0] * config.grid_f, patches.shape[1])
+    visible = real & ~mask
+    num_masked = mask.sum(1)
+    # With norm_pix_loss, the errors of the model and the baselines are relative to the target patch's variance.
     unit = out.target.var(1) + 1e-6 if config.norm_pix_loss else torch.ones_like(out.target[:, 0])
-    guesses = {
+    baselines = {
         "mean_of_visible": mean_of_visible(patches, visible),
         "mean_of_visible_same_band": mean_of_visible(patches, visible, config.grid_f),
         "interpolation": interpolation(patches, visible, config.patch_size, config.num_mel_bins),
     }
-    sums = {name: (masked_mse(guess[mask], out.target) / unit).sum() for name, guess in guesses.items()}
+    sums = {name: (masked_mse(baseline[mask], out.target) / unit).sum() for name, baseline in baselines.items()}
     sums["mse"] = masked_mse(out.reconstruction, out.target, config.norm_pix_loss).sum()
     sums["other_times"] = other_times_error(out.reconstruction, out.target, mask, config)
-    sums["nce"] = out.info_nce * counts.sum()
-    sums["accuracy"] = out.accuracy * counts.sum()
-    sums["chance"] = (counts > 0).sum()  # M tokens of a clip, each 1 / M
-    sums["rows"] = counts.sum()
+    sums["nce"] = out.info_nce * num_masked.sum()
+    sums["accuracy"] = out.accuracy * num_masked.sum()
+    sums["chance"] = (num_masked > 0).sum()  # M tokens of a clip, each 1 / M
+    sums["masked_tokens"] = num_masked.sum()
     return {name: float(value) for name, value in sums.items()}
 
 
 def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, config: MAEASTConfig | SSASTConfig) -> Tensor:
     """Sum over masked tokens of the mean error of the predictions for their block's other masked times in the clip.
 
-    A token that is its block's only masked one counts with its own error. Rows (sum M, P) as in ``Prediction``.
+    A token that is its block's only masked one counts with its own error.
+
+    Args:
+        prediction: (sum M, P), rows as in ``Prediction``.
+        target: (sum M, P).
+        mask: (B, L) bool, True = masked.
+        config: Configuration of the model.
     """
     target, prediction = target.double(), prediction.double()
     if config.norm_pix_loss:
@@ -248,21 +295,29 @@ def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, config: 
     clip, token = mask.nonzero(as_tuple=True)
     group = clip * config.grid_f + token % config.grid_f
     ones = torch.ones_like(target[:, 0])
-    size = mask.shape[0] * config.grid_f
+    num_groups = mask.shape[0] * config.grid_f
 
-    def total(rows: Tensor) -> Tensor:  # of each row's group
-        return rows.new_zeros(size, *rows.shape[1:]).index_add(0, group, rows)[group]
+    def group_sum(values: Tensor) -> Tensor:  # for each row, the sum over its group
+        return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, group, values)[group]
 
-    # The sum over j of |p_j - t|^2 needs the group's sums only: |p_j|^2, p_j and their number.
+    # The sum over j of |p_j - t|^2 needs only sums over the group: of |p_j|^2, of p_j and of 1.
     squares = prediction.square().sum(1)
-    everyone = total(squares) - 2 * (total(prediction) * target).sum(1) + total(ones) * target.square().sum(1)
-    own = (prediction - target).square().sum(1)
-    others = total(ones) - 1
-    return torch.where(others > 0, (everyone - own) / others.clamp(min=1), own).sum() / target.shape[1]
+    group_error = group_sum(squares) - 2 * (group_sum(prediction) * target).sum(1)
+    group_error = group_error + group_sum(ones) * target.square().sum(1)
+    token_error = (prediction - target).square().sum(1)
+    num_others = group_sum(ones) - 1
+    mean_error = torch.where(num_others > 0, (group_error - token_error) / num_others.clamp(min=1), token_error)
+    return mean_error.sum() / target.shape[1]
 
 
 def mean_of_visible(patches: Tensor, visible: Tensor, grid_f: int = 1) -> Tensor:
-    """Predicts each patch (B, L, P) as the mean visible patch of its clip, per frequency block where grid_f > 1."""
+    """Predict each patch as the mean visible patch of its clip, or of its clip's frequency block.
+
+    Args:
+        patches: (B, L, P).
+        visible: (B, L) bool.
+        grid_f: Frequency blocks that are averaged separately. 1: all together.
+    """
     batch, _, dim = patches.shape
     grid = patches.reshape(batch, -1, grid_f, dim)
     weight = visible.reshape(batch, -1, grid_f, 1).to(patches.dtype)
@@ -273,56 +328,67 @@ def mean_of_visible(patches: Tensor, visible: Tensor, grid_f: int = 1) -> Tensor
 
 
 def interpolation(patches: Tensor, visible: Tensor, patch_size: tuple[int, int], num_mel_bins: int) -> Tensor:
-    """Predicts each patch (B, L, P) by linear interpolation along time between visible frames, per mel bin.
+    """Predict each patch by linear interpolation along time between visible frames, per mel bin.
 
-    Before the first and after the last visible frame of a frequency block the nearest one counts; a block without any
-    takes the clip's mean visible patch.
+    Before the first and after the last visible frame of a frequency block, the nearest one is used. A block without
+    visible frames gets the clip's mean visible patch.
+
+    Args:
+        patches: (B, L, P).
+        visible: (B, L) bool.
+        patch_size: (kt, kf) frames and mel bins of a patch.
+        num_mel_bins: F.
     """
     kt, kf = patch_size
     grid_f = num_mel_bins // kf
     frames = unpatchify(patches, patch_size, num_mel_bins)  # (B, T, F)
-    known = visible.reshape(len(patches), -1, grid_f).repeat_interleave(kt, 1)  # (B, T, blocks)
-    steps = torch.arange(frames.shape[1], device=patches.device)[:, None].expand_as(known)
-    last = torch.where(known, steps, -1).cummax(1).values  # nearest visible frame at or before, -1: none
-    after = torch.where(known, steps, frames.shape[1]).flip(1).cummin(1).values.flip(1)
-    left = torch.where(last >= 0, last, after)
-    right = torch.where(after < frames.shape[1], after, last)
+    is_visible = visible.reshape(len(patches), -1, grid_f).repeat_interleave(kt, 1)  # (B, T, blocks)
+    steps = torch.arange(frames.shape[1], device=patches.device)[:, None].expand_as(is_visible)
+    before = torch.where(is_visible, steps, -1).cummax(1).values  # nearest visible frame at or before, -1: none
+    after = torch.where(is_visible, steps, frames.shape[1]).flip(1).cummin(1).values.flip(1)
+    left = torch.where(before >= 0, before, after)
+    right = torch.where(after < frames.shape[1], after, before)
     gap = (right - left).clamp(min=1)
     share = ((steps - left).to(frames.dtype) / gap).clamp(0, 1)
     left, right, share = (x.repeat_interleave(kf, 2) for x in (left, right, share))
     limit = frames.shape[1] - 1
     low, high = frames.gather(1, left.clamp(0, limit)), frames.gather(1, right.clamp(0, limit))
     filled = patchify(torch.lerp(low, high, share), patch_size)
-    has_any = known.any(1)[:, None].expand(-1, filled.shape[1] // grid_f, -1).reshape(visible.shape)
-    return torch.where(has_any[:, :, None], filled, mean_of_visible(patches, visible))
+    block_has_visible = is_visible.any(1)[:, None].expand(-1, filled.shape[1] // grid_f, -1).reshape(visible.shape)
+    return torch.where(block_has_visible[:, :, None], filled, mean_of_visible(patches, visible))
 
 
 def held_out_set(model: MAEAST | SSAST, shards: Shards, options: PretrainOptions) -> HeldOut:
-    """Features and masks of the clips to evaluate on: the first ``max_seconds`` of each.
+    """Log-mel and masks of the clips to evaluate on: the first ``max_seconds`` of each.
 
-    As many of each kind, spread evenly over the names; none that is silent, and clips of at least 2 s where there are
-    enough of them.
+    Up to ``HELD_OUT_CLIPS`` clips: equally many of each kind if there are enough, spread evenly over the names. This
+    leaves out silent clips, and clips shorter than 2 s or than the median length, whichever is less.
 
     Raises:
-        ValueError: The shards hold none out, or none that can be read.
+        ValueError: The shards have no held-out clip, or none that can be read.
     """
-    segments = [s for s in itertools.islice(shards.segments("held_out"), CANDIDATES) if s.index == 0]
+    candidates = itertools.islice(shards.segments("held_out"), CANDIDATES)
+    segments = [segment for segment in candidates if segment.index == 0]
     if not segments:
-        raise ValueError(f"{shards.source} holds no clip out to evaluate on: expected cuts with split=held_out")
+        raise ValueError(f"{shards.source} has no held-out clip to evaluate on: expected cuts with split=held_out")
     silent = set(shards.report.get("silent", {}).get("names", ()))
     segments = [segment for segment in segments if segment.name not in silent] or segments
     num_samples = np.array([segment.num_samples for segment in segments])
-    least = min(2 * SAMPLE_RATE, np.quantile(num_samples, 0.5))
-    by_kind: dict[str, list] = {}
+    min_samples = min(2 * SAMPLE_RATE, np.quantile(num_samples, 0.5))
+    by_kind: dict[str, list[Segment]] = {}
     for segment in sorted(segments, key=lambda segment: segment.name):
-        if segment.num_samples >= least:
+        if segment.num_samples >= min_samples:
             by_kind.setdefault(segment.kind, []).append(segment)
-    share = HELD_OUT_CLIPS // len(by_kind)
-    chosen = [kind[round(i)] for kind in by_kind.values() for i in np.linspace(0, len(kind) - 1, min(share, len(kind)))]
-    longest = round(options.max_seconds * SAMPLE_RATE)
-    batch = shards.read([segment.crop(0, min(longest, segment.num_samples)) for segment in chosen])
+    per_kind = HELD_OUT_CLIPS // len(by_kind)
+    chosen = [
+        of_kind[round(i)]
+        for of_kind in by_kind.values()
+        for i in np.linspace(0, len(of_kind) - 1, min(per_kind, len(of_kind)))
+    ]
+    max_samples = round(options.max_seconds * SAMPLE_RATE)
+    batch = shards.read([segment.crop(0, min(max_samples, segment.num_samples)) for segment in chosen])
     if not batch.names:
         raise ValueError(f"none of the held-out clips of {shards.source} can be read: {batch.faults}")
     kinds = {segment.name: segment.kind for segment in chosen}
-    features, frames = model.features(batch.waveforms, batch.num_samples)
-    return HeldOut.of(model, features, frames, batch.names, [kinds[name] for name in batch.names])
+    log_mel, num_frames = model.features(batch.waveforms, batch.num_samples)
+    return HeldOut.of(model, log_mel, num_frames, names=batch.names, kinds=[kinds[name] for name in batch.names])

@@ -1,4 +1,4 @@
-"""Pictures of a pretraining run; matplotlib draws them."""
+"""Pictures of a pretraining run, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .evaluation import BASELINES, HeldOut, predict
 
 
 def pyplot() -> Any:
+    """matplotlib.pyplot with a backend that needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,101 +29,118 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    atomic_write(path, lambda partial: figure.savefig(partial, dpi=110))
+    """Write a figure to ``path`` and close it."""
+    atomic_write(path, lambda temp: figure.savefig(temp, dpi=110))
     pyplot().close(figure)
 
 
 def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss curves of a run.
+    """Plot the loss curves of a run.
 
     Args:
-        steps: Rows of metrics.jsonl of the training steps.
-        evaluations: Rows with a ``held_out`` report.
-        path: PNG to write.
+        steps: Rows of metrics.jsonl of the updates.
+        evaluations: Rows of metrics.jsonl with a ``held_out`` report.
+        path: PNG file to write.
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
     x = np.array([row["step"] for row in steps])
     panels = (
-        ("loss_reconstruction", "reconstruction MSE", lambda report: report["reconstruction_mse"]),
-        ("loss_classification", "InfoNCE (nats)", lambda report: report["info_nce"]),
-        ("accuracy", "InfoNCE top-1 accuracy", lambda report: report["accuracy"]),
+        ("loss_reconstruction", "reconstruction MSE", "reconstruction_mse"),
+        ("loss_classification", "InfoNCE (nats)", "info_nce"),
+        ("accuracy", "InfoNCE top-1 accuracy", "accuracy"),
     )
     width = max(1, len(x) // 50)
-    for axis, (name, title, of_report) in zip(axes, panels, strict=True):
+    reports = [row["held_out"] for row in evaluations]
+    for axis, (name, title, report_name) in zip(axes, panels, strict=True):
         y = np.array([row[name] for row in steps], dtype=float)
         axis.plot(x, y, color="C0", alpha=0.25, linewidth=0.8)
         smooth = np.convolve(y, np.ones(width) / width, mode="valid") if len(y) else y
         axis.plot(x[width - 1 :], smooth, color="C0", label=f"train, mean of {width} steps")
         if evaluations:
-            points = [(row["step"], of_report(row["held_out"])) for row in evaluations]
-            axis.plot(*zip(*points, strict=True), "o-", color="C1", markersize=3, label="held out")
+            evaluated_at = [row["step"] for row in evaluations]
+            held_out = [report[report_name] for report in reports]
+            axis.plot(evaluated_at, held_out, "o-", color="C1", markersize=3, label="held out")
             # The unit of the errors follows the running statistics, so baselines move a little from point to point.
-            marks = {"chance": lambda report: report["chance"]} if name == "accuracy" else {}
+            baselines = {"chance": [report["chance"] for report in reports]} if name == "accuracy" else {}
             if name == "loss_reconstruction":
-                marks = {mark: lambda report, mark=mark: report["baselines"][mark] for mark in BASELINES}
-            for i, (label, value) in enumerate(marks.items()):
-                y_mark = [value(row["held_out"]) for row in evaluations]
+                baselines = {label: [report["baselines"][label] for report in reports] for label in BASELINES}
+            for i, (label, values) in enumerate(baselines.items()):
                 style = {"color": f"C{i + 2}", "linestyle": ":", "label": label.replace("_", " ")}
-                axis.plot([step for step, _ in points], y_mark, **style)
+                axis.plot(evaluated_at, values, **style)
         axis.set(title=title, xlabel="step")
         if name == "loss_reconstruction" and len(y):
-            highest = [max(row["held_out"]["baselines"].values()) for row in evaluations]
+            highest = [max(report["baselines"].values()) for report in reports]
             axis.set_ylim(0, 1.15 * max(np.quantile(y, 0.95), *highest, 0.0))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     save_figure(figure, path)
 
 
-def reconstruct(model: MAEAST | SSAST, features: Tensor, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Original, masked and reconstructed normalised log-mel, each (B, T', F) with NaN where nothing is or is known.
+def reconstruct(
+    model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Original, masked and reconstructed normalised log-mel, each (B, T', F), NaN past a clip's end and where masked.
 
-    Visible patches stand as they are in the reconstruction. With ``norm_pix_loss`` the prediction is brought back to
+    Visible patches keep their values in the reconstruction. With ``norm_pix_loss`` the prediction is scaled back to
     the target patch's own mean and variance.
+
+    Args:
+        model: Model in evaluation mode.
+        log_mel: (B, T, F), as from the model's ``features``.
+        num_frames: (B,) real frames.
+        mask: (B, L) bool, True = masked, tokens in time-major order.
     """
     config = model.config
     with torch.no_grad():
-        out = predict(model, features, frames, mask)
+        out = predict(model, log_mel, num_frames, mask)
     patches, prediction = out.patches, out.reconstruction.to(out.patches.dtype)
     if config.norm_pix_loss:
         prediction = prediction * (out.target.var(1, keepdim=True) + 1e-6).sqrt() + out.target.mean(1, keepdim=True)
-    real = real_tokens(frames // config.patch_size[0] * config.grid_f, patches.shape[1])[:, :, None]
-    hidden = out.mask[:, :, None]
+    real = real_tokens(num_frames // config.patch_size[0] * config.grid_f, patches.shape[1])[:, :, None]
     filled = patches.clone()
     filled[out.mask] = prediction
-    pictures = (patches, patches.masked_fill(hidden, float("nan")), filled)
-    return tuple(
-        unpatchify(x.masked_fill(~real, float("nan")), config.patch_size, config.num_mel_bins) for x in pictures
-    )
+
+    def picture(x: Tensor) -> Tensor:
+        return unpatchify(x.masked_fill(~real, float("nan")), config.patch_size, config.num_mel_bins)
+
+    return picture(patches), picture(patches.masked_fill(out.mask[:, :, None], float("nan"))), picture(filled)
 
 
 def plot_reconstruction(model: MAEAST | SSAST, clips: HeldOut, path: Path) -> None:
-    """Draws original, masked and reconstructed log-mel, one row a clip."""
+    """Draw original, masked and reconstructed log-mel, one row per clip.
+
+    Args:
+        model: Model on any device, in either mode; its mode is restored.
+        clips: Clips and masks.
+        path: PNG file to write.
+    """
     plt = pyplot()
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    columns = reconstruct(model, clips.features.to(device), clips.frames.to(device), clips.mask.to(device))
+    columns = reconstruct(model, clips.log_mel.to(device), clips.num_frames.to(device), clips.mask.to(device))
     model.train(was_training)
-    count = len(clips.names)
+    num_clips = len(clips.names)
     figure, axes = plt.subplots(
-        count, 3, figsize=(13, 1.9 * count + 0.5), constrained_layout=True, squeeze=False, sharey=True
+        num_clips, 3, figsize=(13, 1.9 * num_clips + 0.5), constrained_layout=True, squeeze=False, sharey=True
     )
     palette = plt.get_cmap("magma").with_extremes(bad="0.85")
-    for row in range(count):
-        length = int(clips.frames[row]) // model.config.patch_size[0] * model.config.patch_size[0]
-        original = columns[0][row, :length].cpu().numpy()
+    kt = model.config.patch_size[0]
+    for row in range(num_clips):
+        num_frames = int(clips.num_frames[row]) // kt * kt
+        original = columns[0][row, :num_frames].cpu().numpy()
         low, high = np.nanquantile(original, [0.01, 0.995])
         for axis, column, title in zip(axes[row], columns, ("original", "masked", "reconstructed"), strict=True):
             axis.imshow(
-                column[row, :length].cpu().numpy().T,
+                column[row, :num_frames].cpu().numpy().T,
                 origin="lower",
                 aspect="auto",
                 interpolation="nearest",
                 cmap=palette,
                 vmin=low,
                 vmax=high,
-                extent=(0, length / 100, 0, model.config.num_mel_bins),
+                extent=(0, num_frames / 100, 0, model.config.num_mel_bins),
             )
             if row == 0:
                 axis.set_title(title)

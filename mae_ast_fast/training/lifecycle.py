@@ -1,4 +1,4 @@
-"""What every long run needs: a folder of its own, and an end between two updates when a signal comes."""
+"""Run folders that one process uses at a time, and runs that stop between two updates when a signal comes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,37 @@ OPTIONS, TASK_OPTIONS = "options.json", "task_options.json"  # in folders of pre
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run was saved, if ``path`` is not None, and can go on."""
+    """SIGTERM or Ctrl-C came; if ``path`` is not None, the run was saved there and can be resumed.
 
-    def __init__(self, number: int, path: Path | None) -> None:
-        saved = "nothing could be saved" if path is None else f"saved {path}, the same command goes on from there"
-        super().__init__(f"stopped by {signal.Signals(number).name}; {saved}")
-        self.exit_code = 128 + number
+    Args:
+        signal_number: Number of the signal.
+        path: Saved file or folder. None: nothing could be saved.
+    """
+
+    def __init__(self, signal_number: int, path: Path | None) -> None:
+        saved = "nothing could be saved" if path is None else f"saved {path}, the same command resumes from there"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {saved}")
+        self.exit_code = 128 + signal_number
 
 
 class GracefulShutdown:
-    """Takes note of SIGTERM and SIGINT; the loop ends the update that runs, saves and stops.
+    """Records SIGTERM and SIGINT, so that the loop can finish its update, save and stop.
 
-    A second Ctrl-C kills. A second SIGTERM does not: Slurm and torchrun both tell every process. Outside the main
-    thread, where Python lets nobody handle signals, none is noted.
+    A second Ctrl-C kills. A second SIGTERM does not, because Slurm and torchrun both signal every process. Outside the
+    main thread, where Python allows no signal handlers, no signal is recorded.
+
+    Attributes:
+        received: Number of the signal that came; None: none came.
     """
 
     def __enter__(self) -> GracefulShutdown:
         self.received: int | None = None
-        own = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        self._previous = {number: signal.signal(number, self._note) for number in own}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handled = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        self._previous = {number: signal.signal(number, self._record) for number in handled}
         return self
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _record(self, number: int, frame: Any) -> None:
         if self.received == number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -47,10 +56,13 @@ class GracefulShutdown:
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Keeps other processes' runs out of the folder while it lasts; a killed holder lets go.
+    """Keep other processes' runs out of a folder, which is created if missing. The lock of a killed process is void.
+
+    Args:
+        run: Run folder.
 
     Raises:
-        ValueError: A run is going on there.
+        ValueError: Another process runs there.
     """
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "lock", "w") as file:
@@ -62,5 +74,5 @@ def run_lock(run: Path) -> Iterator[None]:
             except (BlockingIOError, PermissionError):
                 raise ValueError(f"a run is going on in {run}: wait for it, stop it, or use another --out") from None
             except OSError:
-                pass  # a file system without locks
+                pass  # the file system has no locks
         yield

@@ -1,4 +1,4 @@
-"""What a run writes while it lasts: metrics.jsonl, TensorBoard, and how far it is; by its first process alone."""
+"""Output of a run while it trains, by its first process alone: metrics.jsonl, TensorBoard and the progress display."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MetricsLog:
 
     Args:
         run: Run folder.
-        step: Updates already done: what was written after them, by a run that was stopped, is dropped.
+        step: Updates already done. Rows of later updates, which a stopped run wrote, are dropped.
         steps: Updates of the whole run.
     """
 
@@ -26,19 +26,23 @@ class MetricsLog:
 
         self.path, self.steps = run / "metrics.jsonl", steps
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.is_file() else []
-        atomic_write(self.path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        atomic_write(self.path, lambda temp: temp.write_text(text))
         self._events = SummaryWriter(run / "tensorboard", purge_step=step)
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One more update is on its way."""
+        """Advance the progress bar by one update."""
         self._bar.update()
 
-    def row(self, row: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, its floats to TensorBoard too.
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, write its floats to TensorBoard, and print an evaluation.
+
+        Args:
+            row: ``step`` and either metrics of an update or a ``held_out`` report.
 
         Raises:
-            OSError: One of them cannot be written, for example because the disk is full.
+            OSError: A file cannot be written, for example because the disk is full.
         """
         values = row if "held_out" not in row else _flat("held_out", row["held_out"])
         try:
@@ -47,7 +51,7 @@ class MetricsLog:
             for name, value in values.items():
                 if isinstance(value, float):
                     self._events.add_scalar(name, value, row["step"])
-        except OSError as error:  # it does not say of which file
+        except OSError as error:  # a failed write does not name its file
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         if "held_out" in row:
             report = row["held_out"]
@@ -58,12 +62,18 @@ class MetricsLog:
             )
 
     def say(self, line: str) -> None:
-        """A line to stdout, above the progress bar where there is one."""
+        """Print a line to stdout, above the progress bar if there is one."""
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
     def progress(self, step: int, line: str, seconds_left: float) -> None:
-        """How it goes: beside the progress bar, or as a line of its own."""
+        """Show the progress, next to the progress bar or as a line of its own.
+
+        Args:
+            step: Updates done.
+            line: Text to show.
+            seconds_left: Estimated seconds until the last update.
+        """
         if self._bar.disable:
             minutes, seconds = divmod(round(seconds_left), 60)
             print(f"step {step}/{self.steps}  {line}  ETA {minutes}:{seconds:02d}", flush=True)
@@ -71,7 +81,7 @@ class MetricsLog:
             self._bar.set_postfix_str(line)
 
     def close(self) -> None:
-        """Flushes TensorBoard; that it cannot be written ends no run, and hides no other error."""
+        """Flush TensorBoard. A failure is only printed: it neither ends the run nor replaces another error."""
         self._bar.close()
         try:
             self._events.close()
@@ -80,7 +90,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, without what is none, such as a last line that a killed process left half written."""
+    """Rows of a metrics.jsonl file without invalid lines, such as a last line that a killed process left incomplete."""
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):

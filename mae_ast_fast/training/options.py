@@ -5,16 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..files import as_text
+from ..files import paths_as_text
 from ..models.config import CONFIGS, MAEASTConfig, SSASTConfig
 from ..models.transformer import RECOMPUTE
 from ..ops.fbank import SAMPLE_RATE, num_frames
 from .distributed import PARALLEL
 from .step import PRECISIONS
 
-# Options that change neither what is computed nor in which order: a run may go on with others.
+# Options that change neither the computations nor their order: a run may be resumed with other values.
 FREE_OPTIONS = (
-    *("out", "log_every", "save_every", "evaluate_every", "keep", "workers", "loader_workers", "cache", "parallel"),
+    "out",
+    "log_every",
+    "save_every",
+    "evaluate_every",
+    "keep",
+    "workers",
+    "loader_workers",
+    "cache",
+    "parallel",
 )
 
 
@@ -24,44 +32,48 @@ class PretrainOptions:
 
     Args:
         data: Folder of audio, fairseq .tsv manifest, audio file, Lhotse manifest, folder of Shar shards, or their URL.
-            What is not 16 kHz shards yet is made so once, in the cache. None: the default corpus, real recordings
-            from Debian packages, fetched once.
-        out: Run folder. A run that was stopped there goes on.
+            Anything but 16 kHz shards is converted to them once, in the cache. None: the default corpus, real
+            recordings from Debian packages, fetched once.
+        out: Run folder. A run that was stopped there is resumed.
         model: mae_ast, or ssast, the baseline, on the same data with the same losses.
-        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}, of ssast without base_6layer. None: those of
+        preset: Model sizes: {patch,frame}_{base,base_6layer,small,tiny}; for ssast without base_6layer. None: those of
             --init-from, or patch_tiny.
-        model_args: Model fields to set otherwise, as in MAEASTConfig or SSASTConfig: --model_args.mask_ratio 0.8. Not
-            given, those of ssast follow from the run: input_frames from max_seconds, mask_patches from the preset's
-            share, mean and std from the training clips.
+        model_args: Model fields that replace the preset's, as in MAEASTConfig or SSASTConfig: --model_args.mask_ratio
+            0.8. For ssast, fields not given follow from the run: input_frames from max_seconds, mask_patches from the
+            preset's share, mean and std from the training clips.
         init_from: Start from this checkpoint: a folder of ours or an official file, .pt of MAE-AST, .pth of SSAST. A
             preset must have its sizes.
-        steps: Updates of the whole run; the learning rate reaches 0 at the last.
-        batch_seconds: Audio in an update, in seconds: a token budget, not a clip count. All processes together.
-        micro_batches: Parts of an update, each of batch_seconds / micro_batches: processes share them, and one with
-            several accumulates their gradients. A multiple of the number of processes; what is computed does not
-            depend on that number. None: one a process, of the run's first start.
+        steps: Updates of the whole run. The learning rate reaches 0 at the last.
+        batch_seconds: Audio per update, in seconds, over all processes: a token budget, not a clip count.
+        micro_batches: Micro-batches per update, each of batch_seconds / micro_batches. Processes share them; one with
+            several accumulates their gradients. A multiple of the number of processes; the results do not depend on
+            that number. None: one per process, at the run's first start.
         parallel: How the processes under torchrun share a model: ddp, or fsdp, which splits its state among them.
-        max_seconds: Longer clips are cut into windows of at most this length.
-        min_seconds: Shorter clips are skipped.
+        max_seconds: In seconds. Longer clips are cut into crops of at most this length.
+        min_seconds: In seconds. Shorter clips are skipped.
         lr: Peak learning rate. Paper: 1e-4.
         warmup_steps: Updates of linear warm-up from 0. Paper: 32,000.
-        weight_decay: Decoupled, on all parameters.
-        clip_norm: Gradient norm limit.
+        weight_decay: Decoupled weight decay, on all parameters.
+        clip_norm: Maximum L2 norm of the gradient.
         seed: Seed of weights, data order, masks and dropout.
-        precision: fp32, bf16, fp16 (its loss scaled), or auto: bf16 where the device computes it natively, else fp32.
-        device: cpu, cuda, or auto.
+        precision: fp32, bf16, fp16 (with a scaled loss), or auto: bf16 if the device computes it natively, otherwise
+            fp32.
+        device: cpu, cuda, or auto: cuda if available.
         impl: Implementation of the model's operations: auto, torch or triton.
         attention: Attention backend: auto or a name.
-        recompute: What the backward computes again instead of keeping it in memory: none, gelu, or layer.
+        recompute: What the backward recomputes instead of keeping it in memory: none, gelu, or layer.
         compile: Run the model through torch.compile.
         graphs: Run updates as CUDA graphs: faster for small batches.
         log_every: Updates between two lines of progress, and between two checks that the loss is finite.
         save_every: Updates between two checkpoints.
         evaluate_every: Updates between two evaluations on held-out clips.
-        keep: Checkpoints to keep.
+        keep: Number of checkpoints to keep.
         workers: Processes that decode audio while shards are made.
-        loader_workers: Processes that read batches beside each training process; 0: it reads them itself.
+        loader_workers: Processes that read batches for each training process. 0: it reads them itself.
         cache: Folder for fetched packages and decoded audio. None: $MAE_AST_FAST_CACHE or the user's cache folder.
+
+    Raises:
+        ValueError: A value out of range, or options that contradict each other.
     """
 
     data: str | None = None
@@ -97,7 +109,7 @@ class PretrainOptions:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        as_text(self, "data", "out", "cache", "init_from")
+        paths_as_text(self, "data", "out", "cache", "init_from")
         for name in ("steps", "log_every", "save_every", "evaluate_every", "keep", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -130,10 +142,10 @@ class PretrainOptions:
             )
 
     def model_config(self, source: MAEASTConfig | SSASTConfig | None = None) -> MAEASTConfig | SSASTConfig:
-        """The model that preset and overrides describe; without a preset, ``source`` with the overrides.
+        """Configuration of the run's model: the preset with ``model_args``; without a preset, ``source`` with them.
 
         Args:
-            source: Of the checkpoint that the run starts from.
+            source: Configuration of the checkpoint that the run starts from. None: it starts from none.
 
         Raises:
             ValueError: A preset or field that the model does not have, a source of the other model, or sizes that
@@ -141,38 +153,47 @@ class PretrainOptions:
         """
         config_class = CONFIGS[self.model]
         if source is not None and not isinstance(source, config_class):
-            kind = next(name for name, other in CONFIGS.items() if isinstance(source, other))
-            raise ValueError(f"--model {self.model} cannot start from --init-from {self.init_from}: it is a {kind}")
-        known = [field.name for field in fields(config_class)]
-        if unknown := [name for name in self.model_args if name not in known]:
-            raise ValueError(f"--model {self.model} has no model_args {', '.join(unknown)}; it has {', '.join(known)}")
+            source_model = next(name for name, other in CONFIGS.items() if isinstance(source, other))
+            raise ValueError(
+                f"--model {self.model} cannot start from --init-from {self.init_from}: it is a {source_model}"
+            )
+        names = [field.name for field in fields(config_class)]
+        if unknown := [name for name in self.model_args if name not in names]:
+            raise ValueError(f"--model {self.model} has no model_args {', '.join(unknown)}; it has {', '.join(names)}")
         if source is not None and self.preset is None:
             base = source
         elif (name := self.preset or "patch_tiny") in config_class.preset_names():
             base = config_class.preset(name)
         else:
-            names = ", ".join(config_class.preset_names())
-            raise ValueError(f"preset must be one of {names} for --model {self.model}, got {name!r}")
+            presets = ", ".join(config_class.preset_names())
+            raise ValueError(f"preset must be one of {presets} for --model {self.model}, got {name!r}")
         if isinstance(base, SSASTConfig):
+            assert source is None or isinstance(source, SSASTConfig)  # checked above
             return self._ssast_config(base, source)
         if base is source:
             return MAEASTConfig.from_dict({**base.to_dict(), **self.model_args})
-        return MAEASTConfig.preset(name, **self.model_args)  # masking follows another patch_size
+        return MAEASTConfig.preset(name, **self.model_args)  # the default masking depends on patch_size
 
     def _ssast_config(self, base: SSASTConfig, source: SSASTConfig | None) -> SSASTConfig:
-        """Sizes of ``base``, the rest of the checkpoint where there is one; the same share of every grid is hidden."""
-        window = num_frames(round(self.max_seconds * SAMPLE_RATE))
-        rest = {"input_frames": window}
+        """Sizes of ``base`` with values of the run; the same share of patches is masked whatever the length.
+
+        Args:
+            base: Configuration of the preset or of the checkpoint.
+            source: Configuration of the checkpoint, for its positions and statistics. None: there is none.
+        """
+        window_frames = num_frames(round(self.max_seconds * SAMPLE_RATE))
+        values: dict[str, Any] = {**base.to_dict(), "input_frames": window_frames}
         if source is not None:
-            rest = {"input_frames": source.input_frames, "mean": source.mean, "std": source.std}
-        given = {**base.to_dict(), **rest, **self.model_args}
+            values |= {"input_frames": source.input_frames, "mean": source.mean, "std": source.std}
+        values |= self.model_args
         if "mask_patches" not in self.model_args:
-            tokens = SSASTConfig.from_dict({**given, "mask_patches": 1}).num_patches
-            given["mask_patches"] = min(max(1, round(base.mask_patches / base.num_patches * tokens)), tokens - 1)
-        config = SSASTConfig.from_dict(given)
-        if config.input_frames < window:
+            num_patches = SSASTConfig.from_dict({**values, "mask_patches": 1}).num_patches
+            mask_patches = round(base.mask_patches / base.num_patches * num_patches)
+            values["mask_patches"] = min(max(1, mask_patches), num_patches - 1)
+        config = SSASTConfig.from_dict(values)
+        if config.input_frames < window_frames:
             raise ValueError(
-                f"input_frames must be at least {window}, the frames of max_seconds={self.max_seconds:g}, got "
+                f"input_frames must be at least {window_frames}, the frames of max_seconds={self.max_seconds:g}, got "
                 f"{config.input_frames}: use a smaller --max-seconds"
             )
         return config

@@ -548,7 +548,7 @@ def test_reconstruct_writes_picture_and_baselines(checkpoint, tmp_path, capsys):
     assert clips.mask.sum(1).tolist() == [48, 48]  # half of 12 x 8 tokens
     for index, path in enumerate((SPEECH, SOUND)):
         clip = slice(index, index + 1)
-        alone = HeldOut(clips.features[clip], clips.frames[clip], clips.mask[clip], [path.name], [""])
+        alone = HeldOut(clips.log_mel[clip], clips.num_frames[clip], clips.mask[clip], [path.name], [""])
         report = evaluate(model, alone)
         assert f"{path.name}: MSE {report['reconstruction_mse']:.4f} on 48 masked patches" in text
         for name, error in report["baselines"].items():
@@ -567,7 +567,7 @@ def test_reconstruct_ssast_uses_its_own_front_end(ssast, tmp_path, capsys):
     features, frames = model.features(samples[None])
     assert frames.tolist() == [298]
     assert torch.equal(features, model.normalize(fbank(samples[None], frontend="ssast")[0]))
-    report = evaluate(model, HeldOut.of(model, features, frames, ["x"], [""]))
+    report = evaluate(model, HeldOut.of(model, features, frames, names=["x"], kinds=[""]))
     assert f"{SPEECH.name}: MSE {report['reconstruction_mse']:.4f} on 112 masked patches" in text
     assert f"accuracy {report['accuracy']:.4f}" in text
     argv += ["--seconds", "2", "--mask-ratio", "0.5", "--masking", "time", "--seed", "3"]

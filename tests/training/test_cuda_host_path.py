@@ -1,4 +1,4 @@
-"""Host code of the GPU path on the fake GPU: it runs, waits for nothing and captures only what CUDA allows."""
+"""Host code of the GPU path on the fake GPU: it runs, waits for nothing, and captures only calls that CUDA allows."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ import torch
 from fake_cuda.measure import Measure, report
 from mae_ast_fast import MAEAST, MAEASTConfig, TrainStep, fbank
 
-found = {}
+measured = {}
 waveforms, samples = torch.randn(4, 32_000).clamp(-1, 1).cuda(), [32_000, 20_000, 26_000, 16_000]
 for frontend in ("mae_ast", "ssast"):
     fbank(waveforms, lengths=samples, frontend=frontend)  # the first call sends its constants
-    with Measure() as found[f"fbank {frontend}"]:
+    with Measure() as measured[f"fbank {frontend}"]:
         features, frames = fbank(waveforms, lengths=samples, frontend=frontend)
-with Measure() as found["fbank of whole clips"]:
+with Measure() as measured["fbank of whole clips"]:
     fbank(waveforms)
 model = MAEAST(MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1, encoder_layerdrop=0.0)).cuda()
-with Measure() as found["forward"]:
+with Measure() as measured["forward"]:
     out = model(features, frames)
-with Measure() as found["backward"]:
+with Measure() as measured["backward"]:
     out.loss.backward()
 gradients = sum(p.grad is not None for p in model.parameters())
 with torch.no_grad():
-    hidden = model.eval().extract_features(features, frames)
+    encoded = model.eval().extract_features(features, frames)
 step = TrainStep(model.train(), lr=1e-4, precision="bf16")
 for update in ("first", "update"):
-    with Measure() as found[update]:
-        numbers = step(features, frames)
+    with Measure() as measured[update]:
+        metrics = step(features, frames)
 on_device = torch.as_tensor(frames).cuda()
-with Measure() as found["update of cuda lengths"]:
+with Measure() as measured["update of cuda lengths"]:
     step(features, on_device)
-devices = [str(x.device) for x in (features, frames, *numbers)]
-report(**found, shape=list(hidden.last_hidden_state.shape), devices=devices,
+devices = [str(x.device) for x in (features, frames, *metrics)]
+report(**measured, shape=list(encoded.last_hidden_state.shape), devices=devices,
        gradients=gradients, parameters=len(list(model.parameters())))
 """
 
@@ -52,7 +52,7 @@ from fake_cuda.measure import Measure, report
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
 from mae_ast_fast.training.step import MicroBatch
 
-found = {}
+measured = {}
 for graphs in (False, True):
     if sys.argv[1] == "mae_ast":
         config = MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1, encoder_layerdrop=0.0)
@@ -61,14 +61,14 @@ for graphs in (False, True):
         model = SSAST(SSASTConfig.preset("patch_tiny", layers=1, input_frames=192, mask_patches=40), impl="triton")
     step = TrainStep(model.cuda().train(), precision="bf16", graphs=graphs)
     features = torch.randn(4, 192, 128).cuda()
-    for number in range(4):
-        with Measure() as found["graphs" * graphs + str(number)]:
-            step(features, [192, 100, 150, 128], lr=1e-4, seed=3, clip_ids=torch.arange(4) + number)
+    for index in range(4):
+        with Measure() as measured["graphs" * graphs + str(index)]:
+            step(features, [192, 100, 150, 128], lr=1e-4, seed=3, clip_ids=torch.arange(4) + index)
     if not graphs:
-        for number in range(2):
-            with Measure() as found[f"parts{number}"]:
+        for index in range(2):
+            with Measure() as measured[f"micro_batches{index}"]:
                 step.update([MicroBatch(features[:2], [192, 100]), MicroBatch(features[2:], [150, 128])], lr=1e-4)
-report(**found)
+report(**measured)
 """
 
 PRETRAIN = """
@@ -76,20 +76,20 @@ import sys
 from pathlib import Path
 from fake_cuda.measure import Measure, report
 from toy_audio import write_gliding_tones
-from mae_ast_fast.training import pretrain
+from mae_ast_fast.training import trainer
 from mae_ast_fast.cli import main
 
-updates, update = [], pretrain.Trainer._update
+updates, update = [], trainer.Trainer._update
 
 def measured(self, batches):
-    with Measure() as numbers:
+    with Measure() as measurement:
         update(self, batches)
-    updates.append(numbers.numbers())
+    updates.append(measurement.numbers())
 
-pretrain.Trainer._update = measured
-# These read back what no kernel computed: the size of a mask, and a loss that may be NaN.
-pretrain.Trainer.finish = lambda *_: {}
-pretrain.Trainer._fail = lambda *_: None
+trainer.Trainer._update = measured
+# These read back values that no kernel computed: the size of a mask, and a loss that may be NaN.
+trainer.Trainer.finish = lambda *_: {}
+trainer.Trainer._fail = lambda *_: None
 folder = Path(sys.argv[1])
 write_gliding_tones(folder / "audio")
 fields = {"embed_dim": 32, "ffn_dim": 64, "num_heads": 2, "encoder_layers": 1, "decoder_embed_dim": 32}
@@ -117,14 +117,14 @@ def updates(request: pytest.FixtureRequest, fake_cuda: Run) -> dict[str, Any]:
     return fake_cuda(STEP, request.param)
 
 
-def test_readme_lines_run_on_cuda(readme: dict[str, Any]) -> None:
+def test_readme_lines_on_cuda_run(readme: dict[str, Any]) -> None:
     assert readme["shape"] == [4, 104, 192]
     assert readme["gradients"] == readme["parameters"]
     assert readme["devices"] == ["cuda:0", "cpu", *["cuda:0"] * 5]
     assert readme["forward"]["launches"] > 0 and readme["backward"]["launches"] > 0
 
 
-def test_readme_first_screen_runs_on_cuda_as_written(fake_cuda: Run) -> None:
+def test_readme_first_screen_on_cuda_runs_as_written(fake_cuda: Run) -> None:
     code = first_screen("cuda") + "\nfrom fake_cuda.measure import report"
     code += "\nreport(shape=list(hidden.last_hidden_state.shape), devices=[str(x.device) for x in metrics])"
     assert fake_cuda(code) == {"shape": [4, 504, 768], "devices": ["cuda:0"] * 5}
@@ -141,7 +141,7 @@ def test_fbank_on_cuda_with_host_lengths_waits_for_nothing(readme: dict[str, Any
 
 
 @pytest.mark.parametrize("call", ["update", "update of cuda lengths"])
-def test_train_step_of_fbank_features_waits_for_nothing(readme: dict[str, Any], call: str) -> None:
+def test_train_step_with_fbank_features_waits_for_nothing(readme: dict[str, Any], call: str) -> None:
     assert readme[call]["launches"] > 0
     assert_waits_for_nothing(readme[call])
 
@@ -153,9 +153,9 @@ def test_train_step_update_launches_triton_kernels_and_waits_for_nothing(updates
     assert updates["1"]["kernels"] == updates["2"]["kernels"] == updates["3"]["kernels"]
 
 
-def test_train_step_update_of_two_parts_waits_for_nothing(updates: dict[str, Any]) -> None:
-    assert_waits_for_nothing(updates["parts1"])
-    assert updates["parts1"]["launches"] > updates["1"]["launches"]
+def test_train_step_update_of_two_micro_batches_waits_for_nothing(updates: dict[str, Any]) -> None:
+    assert_waits_for_nothing(updates["micro_batches1"])
+    assert updates["micro_batches1"]["launches"] > updates["1"]["launches"]
 
 
 def test_train_step_graphs_record_without_illegal_calls(updates: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def test_train_step_graphs_replay_in_few_launches(updates: dict[str, Any]) -> No
         assert 10 * replay["launches"] < updates["1"]["launches"]
 
 
-def test_pretrain_on_cuda_waits_for_nothing_in_an_update(fake_cuda: Run, tmp_path: Path) -> None:
+def test_pretrain_update_on_cuda_waits_for_nothing(fake_cuda: Run, tmp_path: Path) -> None:
     for library in TRAIN_EXTRA:
         pytest.importorskip(library)
     _, *updates = fake_cuda(PRETRAIN, str(tmp_path))["updates"]  # the first one sends fbank's constants

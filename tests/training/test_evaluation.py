@@ -1,9 +1,10 @@
-"""Held-out evaluation: the baselines against np.interp and plain loops, and what passes the check and what does not."""
+"""Held-out evaluation: baselines against np.interp and plain loops; models that pass the check, and that fail it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -40,27 +41,29 @@ def build(seed: int = 0, **fields: Any) -> MAEAST:
 def build_ssast(**fields: Any) -> SSAST:
     torch.manual_seed(0)
     sizes = {"num_mel_bins": BINS, "patch_size": (KT, KF), "embed_dim": 16, "num_heads": 2, "layers": 1}
-    rest = {"input_frames": 48, "mask_patches": 18, "mean": -7.5, "std": 3.0}
-    model = SSAST(SSASTConfig(**{**sizes, **rest, **fields})).eval()
+    inputs = {"input_frames": 48, "mask_patches": 18, "mean": -7.5, "std": 3.0}
+    model = SSAST(SSASTConfig(**{**sizes, **inputs, **fields})).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # so large that predictions differ from token to token
+        for parameter in model.parameters():  # large values, so that predictions differ from token to token
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter == 1))
     return model
 
 
-def clips(frames: list[int], seed: int = 0, padding: float = 0.0) -> tuple[Tensor, Tensor]:
+def clips(num_frames: list[int], seed: int = 0, padding: float = 0.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.full((len(frames), max(frames), BINS), padding)
-    for clip, count in enumerate(frames):
+    x = torch.full((len(num_frames), max(num_frames), BINS), padding)
+    for clip, count in enumerate(num_frames):
         x[clip, :count] = torch.randn(count, BINS, generator=generator) * 4 - 8
-    return x, torch.tensor(frames)
+    return x, torch.tensor(num_frames)
 
 
-def held_out(model: MAEAST | SSAST, frames: list[int], seed: int = 0, padding: float = 0.0) -> HeldOut:
-    x, lengths = clips(frames, seed, padding)
+def held_out(model: MAEAST | SSAST, num_frames: list[int], seed: int = 0, padding: float = 0.0) -> HeldOut:
+    x, lengths = clips(num_frames, seed, padding)
     x = model.normalize(x)
-    names = [f"clip {i}" for i in range(len(frames))]
-    return HeldOut.of(model, x, lengths, names, ["speech" if i % 2 else "sound" for i in range(len(frames))])
+    names = [f"clip {i}" for i in range(len(num_frames))]
+    return HeldOut.of(
+        model, x, lengths, names=names, kinds=["speech" if i % 2 else "sound" for i in range(len(num_frames))]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ baselines by loops
@@ -70,33 +73,33 @@ def loop_mean(patches: np.ndarray, visible: np.ndarray, same_band: bool) -> np.n
     """(B, L, P): the mean visible patch of the clip, or of the token's band where it has one."""
     out = np.zeros_like(patches)
     for clip in range(len(patches)):
-        seen = [token for token in range(patches.shape[1]) if visible[clip, token]]
+        visible_tokens = [token for token in range(patches.shape[1]) if visible[clip, token]]
         for token in range(patches.shape[1]):
-            band = [other for other in seen if other % GRID_F == token % GRID_F]
-            use = band if same_band and band else seen
-            if use:
-                out[clip, token] = sum(patches[clip, other] for other in use) / len(use)
+            band = [other for other in visible_tokens if other % GRID_F == token % GRID_F]
+            sources = band if same_band and band else visible_tokens
+            if sources:
+                out[clip, token] = sum(patches[clip, other] for other in sources) / len(sources)
     return out
 
 
 def loop_interpolation(patches: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """(B, L, P): np.interp along time for each mel bin; the clip's mean visible patch where a band shows nothing."""
+    """(B, L, P): np.interp along time for each mel bin; the clip's mean visible patch if a band has none."""
     out = loop_mean(patches, visible, same_band=False)
     steps = patches.shape[1] // GRID_F
     for clip in range(len(patches)):
         for mel in range(BINS):
             band, f = divmod(mel, KF)
-            known = [t for t in range(steps * KT) if visible[clip, t // KT * GRID_F + band]]
-            if not known:
+            times = [t for t in range(steps * KT) if visible[clip, t // KT * GRID_F + band]]
+            if not times:
                 continue
-            values = [patches[clip, t // KT * GRID_F + band, t % KT * KF + f] for t in known]
+            values = [patches[clip, t // KT * GRID_F + band, t % KT * KF + f] for t in times]
             for t in range(steps * KT):
-                out[clip, t // KT * GRID_F + band, t % KT * KF + f] = np.interp(t, known, values)
+                out[clip, t // KT * GRID_F + band, t % KT * KF + f] = np.interp(t, times, values)
     return out
 
 
 def grid(rows: list[str]) -> Tensor:
-    """A mask from one string a band, time running right, "." visible and "#" masked: (L,) time-major."""
+    """A mask (L,) in time-major order from one string per band, "." visible and "#" masked."""
     return torch.tensor([[c == "#" for c in row] for row in rows]).T.flatten()
 
 
@@ -116,23 +119,26 @@ AWKWARD = {
 
 
 def baselines_of(patches: Tensor, visible: Tensor) -> dict[str, tuple[Tensor, np.ndarray]]:
-    numbers, seen = patches.numpy(), visible.numpy()
+    patch_values, is_visible = patches.numpy(), visible.numpy()
     return {
-        "mean": (mean_of_visible(patches, visible), loop_mean(numbers, seen, same_band=False)),
-        "band": (mean_of_visible(patches, visible, GRID_F), loop_mean(numbers, seen, same_band=True)),
-        "interpolation": (interpolation(patches, visible, (KT, KF), BINS), loop_interpolation(numbers, seen)),
+        "mean": (mean_of_visible(patches, visible), loop_mean(patch_values, is_visible, same_band=False)),
+        "band": (mean_of_visible(patches, visible, GRID_F), loop_mean(patch_values, is_visible, same_band=True)),
+        "interpolation": (
+            interpolation(patches, visible, (KT, KF), BINS),
+            loop_interpolation(patch_values, is_visible),
+        ),
     }
 
 
 @pytest.mark.parametrize("mask", AWKWARD.values(), ids=AWKWARD.keys())
-def test_baselines_of_awkward_masks(mask: list[str]) -> None:
+def test_baselines_of_awkward_masks_equal_loops(mask: list[str]) -> None:
     patches = torch.randn(1, 18, KT * KF, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for name, (actual, expected) in baselines_of(patches, ~grid(mask)[None]).items():
         assert_rounding(actual, torch.from_numpy(expected), name)
 
 
-def test_baselines_of_a_ragged_batch() -> None:
-    """Clips of 6, 1, 4, 0 and 3 patches in time, all masks at once; past a clip's tokens nothing is visible."""
+def test_baselines_of_unequal_clips_equal_loops() -> None:
+    """Clips of 6, 1, 4, 0 and 3 patches in time, with random masks. Past a clip's tokens nothing is visible."""
     generator = torch.Generator().manual_seed(1)
     counts = torch.tensor([6, 1, 4, 0, 3]) * GRID_F
     patches = torch.randn(5, 18, KT * KF, generator=generator, dtype=torch.float64)
@@ -140,8 +146,8 @@ def test_baselines_of_a_ragged_batch() -> None:
         visible = (torch.rand(5, 18, generator=generator) < 0.4) & (torch.arange(18) < counts[:, None])
         for name, (actual, expected) in baselines_of(patches, visible).items():
             real = torch.arange(18) < counts[:, None]
-            some = real & visible.any(1, keepdim=True)
-            assert_rounding(actual[some], torch.from_numpy(expected)[some], name)
+            compared = real & visible.any(1, keepdim=True)
+            assert_rounding(actual[compared], torch.from_numpy(expected)[compared], name)
 
 
 def test_interpolation_of_a_line_is_exact_inside_and_constant_outside() -> None:
@@ -161,7 +167,7 @@ Outputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def outputs_of_mae_ast(model: MAEAST, x: Tensor, mask: Tensor) -> Outputs:
-    """Of one clip (1, T, F): normalised patches (1, L, P), predictions (M, P), InfoNCE (M,) and hits (M,)."""
+    """For one clip (1, T, F): normalised patches (1, L, P), predictions (M, P), InfoNCE (M,) and hits (M,)."""
     scale = 0.5 / math.sqrt(model.input_norm.running_var.item() + 1e-5)
     with torch.no_grad():
         out = model(x, None, mask)
@@ -172,18 +178,18 @@ def outputs_of_mae_ast(model: MAEAST, x: Tensor, mask: Tensor) -> Outputs:
 
 
 def outputs_of_ssast(model: SSAST, x: Tensor, mask: Tensor) -> Outputs:
-    """The same, brought from SSAST's order, token band * steps + time and value f * KT + t, value by value."""
+    """The same for SSAST, reordered value by value from its order: token band * steps + time, value f * KT + t."""
     steps = mask.shape[1] // GRID_F
-    theirs = torch.zeros_like(mask)
+    ssast_mask = torch.zeros_like(mask)
     for time in range(steps):
         for band in range(GRID_F):
-            theirs[0, band * steps + time] = mask[0, time * GRID_F + band]
-    two = model.config.objective == "joint_two_pass"
+            ssast_mask[0, band * steps + time] = mask[0, time * GRID_F + band]
+    two_pass = model.config.objective == "joint_two_pass"
     with torch.no_grad():
-        out = model(x, None, (theirs, theirs) if two else theirs)
-    tokens = theirs[0].nonzero()[:, 0].tolist()
+        out = model(x, None, (ssast_mask, ssast_mask) if two_pass else ssast_mask)
+    tokens = ssast_mask[0].nonzero()[:, 0].tolist()
 
-    def ours(rows: Tensor) -> np.ndarray:
+    def time_major(rows: Tensor) -> np.ndarray:
         by_token = {}
         for token, row in zip(tokens, rows.double().tolist(), strict=True):
             band, time = divmod(token, steps)
@@ -193,45 +199,47 @@ def outputs_of_ssast(model: SSAST, x: Tensor, mask: Tensor) -> Outputs:
     patches = reference.patchify(x, (KT, KF)).double().numpy()
     nce = hit = np.zeros(len(tokens))
     if model.config.classification_weight:
-        logits = patches[mask.numpy()] @ ours(out.pred_classification).T  # targets x predictions
+        logits = patches[mask.numpy()] @ time_major(out.pred_classification).T  # targets x predictions
         nce = np.log(np.exp(logits).sum(1)) - logits.diagonal()
         hit = (logits - np.log(np.exp(logits).sum(1, keepdims=True))).argmax(0) == np.arange(len(logits))
-    guess = ours(out.pred_reconstruction) if model.config.reconstruction_weight else np.zeros((len(tokens), KT * KF))
-    return patches, guess, nce, hit
+    reconstruction = (
+        time_major(out.pred_reconstruction) if model.config.reconstruction_weight else np.zeros((len(tokens), KT * KF))
+    )
+    return patches, reconstruction, nce, hit
 
 
 def expected_report(model: MAEAST | SSAST, held: HeldOut) -> dict[str, Any]:
-    """Clip by clip, from the model's predictions for that clip alone, with the loops above."""
+    """A report computed clip by clip, from the model's predictions for that clip alone, with the loops above."""
     outputs_of = outputs_of_ssast if isinstance(model, SSAST) else outputs_of_mae_ast
     sums: dict[str, float] = {}
-    rows = 0
-    for clip, count in enumerate(held.frames.tolist()):
+    num_masked = 0
+    for clip, count in enumerate(held.num_frames.tolist()):
         tokens = count // KT * GRID_F
         mask = held.mask[clip : clip + 1, :tokens]
         masked = int(mask.sum())
         if not masked or masked == tokens:
             continue
-        patches, prediction, nce, hit = outputs_of(model, held.features[clip : clip + 1, :count], mask)
-        hidden = mask.numpy()
-        target = patches[hidden]
-        unit, goal = np.ones(masked), target
+        patches, prediction, nce, hit = outputs_of(model, held.log_mel[clip : clip + 1, :count], mask)
+        is_masked = mask.numpy()
+        target = patches[is_masked]
+        unit, scaled_target = np.ones(masked), target
         if model.config.norm_pix_loss:
             unit = target.var(1, ddof=1) + 1e-6
-            goal = (target - target.mean(1, keepdims=True)) / np.sqrt(unit[:, None])
-        guesses = {
-            "mean_of_visible": loop_mean(patches, ~hidden, same_band=False),
-            "mean_of_visible_same_band": loop_mean(patches, ~hidden, same_band=True),
-            "interpolation": loop_interpolation(patches, ~hidden),
+            scaled_target = (target - target.mean(1, keepdims=True)) / np.sqrt(unit[:, None])
+        baselines = {
+            "mean_of_visible": loop_mean(patches, ~is_masked, same_band=False),
+            "mean_of_visible_same_band": loop_mean(patches, ~is_masked, same_band=True),
+            "interpolation": loop_interpolation(patches, ~is_masked),
         }
-        errors = {name: ((guess[hidden] - target) ** 2).mean(1) / unit for name, guess in guesses.items()}
-        errors["mse"] = ((prediction - goal) ** 2).mean(1)
+        errors = {name: ((baseline[is_masked] - target) ** 2).mean(1) / unit for name, baseline in baselines.items()}
+        errors["mse"] = ((prediction - scaled_target) ** 2).mean(1)
         errors["nce"], errors["accuracy"] = nce, hit
         errors["chance"] = np.full(masked, 1 / masked)
         for name, values in errors.items():
             sums[name] = sums.get(name, 0.0) + float(values.sum())
-        rows += masked
-    means = {name: value / rows for name, value in sums.items()}
-    report = {"masked_tokens": rows, "reconstruction_mse": means.pop("mse"), "info_nce": means.pop("nce")}
+        num_masked += masked
+    means = {name: value / num_masked for name, value in sums.items()}
+    report = {"masked_tokens": num_masked, "reconstruction_mse": means.pop("mse"), "info_nce": means.pop("nce")}
     return {**report, "accuracy": means.pop("accuracy"), "chance": means.pop("chance"), "baselines": means}
 
 
@@ -243,7 +251,7 @@ def assert_report(report: dict[str, Any], expected: dict[str, Any]) -> None:
         assert_rounding(torch.tensor(report["baselines"][name]), torch.tensor(value), name)
 
 
-FRAMES = [29, 8, 41, 16, 5, 22]
+NUM_FRAMES = [29, 8, 41, 16, 5, 22]
 
 
 @pytest.mark.parametrize(
@@ -257,40 +265,40 @@ FRAMES = [29, 8, 41, 16, 5, 22]
     ],
 )
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_report_against_loops(fields: dict, batch_size: int) -> None:
+def test_evaluate_mae_ast_equals_loops(fields: dict, batch_size: int) -> None:
     model = build(**fields)
-    held = held_out(model, FRAMES)
+    held = held_out(model, NUM_FRAMES)
     report = evaluate(model, held, batch_size)
     assert_report(report, expected_report(model, held))
-    assert report["clips"] == len(FRAMES)
+    assert report["clips"] == len(NUM_FRAMES)
     assert {"mean_of_visible", "mean_of_visible_same_band", "interpolation"} <= set(report["baselines"])
 
 
 @pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_report_of_ssast_against_loops_in_the_order_of_mae_ast(objective: str, batch_size: int) -> None:
+def test_evaluate_ssast_equals_loops_in_time_major_order(objective: str, batch_size: int) -> None:
     model = build_ssast(objective=objective)
-    held = held_out(model, FRAMES, padding=float("nan"))
+    held = held_out(model, NUM_FRAMES, padding=float("nan"))
     report = evaluate(model, held, batch_size)
     assert_report(report, expected_report(model, held))
-    asked = " ".join(report["failures"])
-    assert ("MSE" in asked) == (objective != "mpc"), "untrained: only what is off is not asked for"
-    assert ("accuracy" in asked) <= (objective != "mpg")
+    text = " ".join(report["failures"])
+    assert ("MSE" in text) == (objective != "mpc"), "an untrained model fails in every objective that is on"
+    assert ("accuracy" in text) <= (objective != "mpg")
     assert (report["accuracy"] > 0) == (report["info_nce"] > 0) == (objective != "mpg")
 
 
-def test_both_models_are_asked_the_same() -> None:
-    """The same clips and patch grid, the same share hidden: the same masks, and the same baselines."""
-    ours, theirs = build(), build_ssast(std=math.sqrt(14.0 + 1e-5))
-    one, two = held_out(ours, FRAMES), held_out(theirs, FRAMES)
-    assert torch.equal(one.mask, two.mask)
-    reports = evaluate(ours, one), evaluate(theirs, two)
+def test_evaluate_both_models_gives_same_masks_and_baselines() -> None:
+    """With the same clips, patch grid and mask ratio."""
+    mae_ast, ssast = build(), build_ssast(std=math.sqrt(14.0 + 1e-5))
+    mae_ast_set, ssast_set = held_out(mae_ast, NUM_FRAMES), held_out(ssast, NUM_FRAMES)
+    assert torch.equal(mae_ast_set.mask, ssast_set.mask)
+    reports = evaluate(mae_ast, mae_ast_set), evaluate(ssast, ssast_set)
     for name, value in reports[0]["baselines"].items():
         assert_rounding(torch.tensor(reports[1]["baselines"][name]), torch.tensor(value), name)
 
 
-def test_clips_that_are_too_short_or_have_nothing_to_predict_count_for_nothing() -> None:
-    """Also where such clips make up a whole batch, and where one hides all its tokens or none."""
+def test_evaluate_ignores_clips_without_visible_or_masked_tokens() -> None:
+    """Also if such clips make up a whole batch, and if a clip has all of its tokens masked, or none."""
     model = build()
     held = held_out(model, [29, 8, 3, 0, 16, 22, 2])
     held.mask[1] = torch.arange(held.mask.shape[1]) < 6  # all of its tokens
@@ -300,69 +308,69 @@ def test_clips_that_are_too_short_or_have_nothing_to_predict_count_for_nothing()
         assert_report(evaluate(model, held, batch_size), expected)
 
 
-def test_no_usable_clip_is_an_error() -> None:
+def test_evaluate_rejects_set_without_usable_clip() -> None:
     model = build()
     held = held_out(model, [3, 2])
     with pytest.raises(ValueError, match="visible and masked"):
         evaluate(model, held)
 
 
-def test_padding_leaks_into_no_number() -> None:
+def test_evaluate_ignores_values_in_padding() -> None:
     model = build()
-    clean = evaluate(model, held_out(model, FRAMES))
+    clean = evaluate(model, held_out(model, NUM_FRAMES))
     for padding in (float("nan"), float("inf"), 1e30):
-        assert evaluate(model, held_out(model, FRAMES, padding=padding)) == clean
+        assert evaluate(model, held_out(model, NUM_FRAMES, padding=padding)) == clean
 
 
-def test_evaluation_leaves_the_model_as_it_was() -> None:
+def test_evaluate_restores_the_model() -> None:
     for training in (True, False):
         model = build(dropout=0.3).train(training)
         before = copy.deepcopy(model.state_dict())
-        first, second = (evaluate(model, held_out(model, FRAMES)) for _ in range(2))
+        first, second = (evaluate(model, held_out(model, NUM_FRAMES)) for _ in range(2))
         assert first == second, "eval mode: no dropout, no new statistics"
         assert model.training is training
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
         with pytest.raises(ValueError):
-            evaluate(model, dataclasses.replace(held_out(model, FRAMES), mask=(torch.arange(5) < 2).expand(6, 5)))
+            evaluate(model, dataclasses.replace(held_out(model, NUM_FRAMES), mask=(torch.arange(5) < 2).expand(6, 5)))
         assert model.training is training
 
 
-def test_held_out_masks_are_fixed() -> None:
+def test_held_out_masks_do_not_depend_on_seed_or_other_clips() -> None:
     model = build()
-    x, frames = clips(FRAMES)
+    x, frames = clips(NUM_FRAMES)
     names, kinds = list("abcdef"), ["sound"] * 6
     torch.manual_seed(1)
-    one = HeldOut.of(model, x, frames, names, kinds)
+    first = HeldOut.of(model, x, frames, names=names, kinds=kinds)
     torch.manual_seed(2)
-    two = HeldOut.of(build(seed=5, embed_dim=32), x, frames, names, kinds)
-    assert torch.equal(one.mask, two.mask)
-    fewer = HeldOut.of(model, x[:3], frames[:3], names[:3], kinds[:3])
-    assert torch.equal(fewer.mask, one.mask[:3]), "clip i gets its mask whatever follows"
+    second = HeldOut.of(build(seed=5, embed_dim=32), x, frames, names=names, kinds=kinds)
+    assert torch.equal(first.mask, second.mask)
+    fewer = HeldOut.of(model, x[:3], frames[:3], names=names[:3], kinds=kinds[:3])
+    assert torch.equal(fewer.mask, first.mask[:3]), "the mask of clip i does not depend on later clips"
     tokens = frames // KT * GRID_F
-    assert torch.equal(one.mask.sum(1), tokens - (tokens // 2).clamp(min=1))
-    assert not (one.mask & (torch.arange(one.mask.shape[1]) >= tokens[:, None])).any()
-    by_time = HeldOut.of(build(masking="time", mask_ratio=0.7), x, frames, names, kinds).mask
-    assert not torch.equal(by_time, one.mask)
+    assert torch.equal(first.mask.sum(1), tokens - (tokens // 2).clamp(min=1))
+    assert not (first.mask & (torch.arange(first.mask.shape[1]) >= tokens[:, None])).any()
+    by_time = HeldOut.of(build(masking="time", mask_ratio=0.7), x, frames, names=names, kinds=kinds).mask
+    assert not torch.equal(by_time, first.mask)
     assert (by_time.view(6, -1, GRID_F).float().mean(2) % 1 == 0).sum(1).min() >= by_time.shape[1] // GRID_F - 1
 
 
-def test_selecting_clips() -> None:
-    held = held_out(build(), FRAMES)
-    part = held.select([4, 1])
-    assert part.names == ["clip 4", "clip 1"] and part.kinds == ["sound", "speech"]
-    assert torch.equal(part.frames, held.frames[[4, 1]]) and torch.equal(part.mask, held.mask[[4, 1]])
-    assert torch.equal(part.features, held.features[[4, 1]])
-    longest = held.longest_of_each_kind(at_most=4)
+def test_held_out_select_returns_the_indexed_clips() -> None:
+    held = held_out(build(), NUM_FRAMES)
+    selected = held.select([4, 1])
+    assert selected.names == ["clip 4", "clip 1"] and selected.kinds == ["sound", "speech"]
+    assert torch.equal(selected.num_frames, held.num_frames[[4, 1]]) and torch.equal(selected.mask, held.mask[[4, 1]])
+    assert torch.equal(selected.log_mel, held.log_mel[[4, 1]])
+    longest = held.longest_of_each_kind(max_clips=4)
     assert longest.names == ["clip 2", "clip 0", "clip 5", "clip 3"]  # the longest sounds, the longest speech
-    assert held.longest_of_each_kind(at_most=1).names == ["clip 2", "clip 5"]
+    assert held.longest_of_each_kind(max_clips=1).names == ["clip 2", "clip 5"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the check
 
 
 def pretend(model: MAEAST, predict: Any) -> MAEAST:
-    """The model with its predictions and accuracy replaced by ``predict(output)``."""
+    """Replace the model's predictions and accuracy by ``predict(output)``."""
     real = type(model).forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -386,34 +394,34 @@ def constant(out: Any) -> dict[str, Tensor]:
     return {"pred_reconstruction": out.target.mean(0, keepdim=True).expand_as(out.target), "accuracy": torch.zeros(())}
 
 
-def test_a_perfect_predictor_passes() -> None:
+def test_evaluate_perfect_predictor_passes() -> None:
     for predict, fields in ((perfect, {}), (normalised, {"norm_pix_loss": True})):
         model = pretend(build(**fields), predict)
-        report = evaluate(model, held_out(model, FRAMES))
+        report = evaluate(model, held_out(model, NUM_FRAMES))
         assert report["passed"] and report["failures"] == [] and report["reconstruction_mse"] < PERFECT_MSE
 
 
-def test_a_constant_fails_by_name() -> None:
+def test_evaluate_constant_predictor_fails_by_name() -> None:
     model = pretend(build(), constant)
-    # Clips whose loudness differs: their own mean says more than any constant.
+    # The clips differ in loudness, so a clip's own mean predicts better than any constant.
     held = held_out(model, [32] * 6)
-    held.features += torch.linspace(-6, 6, 6)[:, None, None]
+    held.log_mel += torch.linspace(-6, 6, 6)[:, None, None]
     report = evaluate(model, held)
     assert not report["passed"]
     assert all(any(name in line for line in report["failures"]) for name in ("mean_of_visible", "accuracy", "chance"))
 
 
-def test_an_untrained_model_fails() -> None:
+def test_evaluate_untrained_model_fails() -> None:
     for seed in range(3):
         model = build(seed)
         report = evaluate(model, held_out(model, [32] * 10))
         assert not report["passed"] and report["failures"]
 
 
-def test_predictions_that_do_not_know_the_time_fail() -> None:
-    """The mean of the hidden patches of a clip's own band beats all baselines of averages, and knows no time.
+def test_evaluate_predictions_without_time_fail() -> None:
+    """The mean of the masked patches of a clip's own band beats all baselines, but ignores the time.
 
-    It is more than a model could know, and it is what one trained on time-shuffled targets comes near to.
+    It uses more than a model could know. A model trained on time-shuffled targets comes close to it.
     """
 
     def cheat(out: Any) -> dict[str, Tensor]:
@@ -446,11 +454,11 @@ def loop_other_times(prediction: np.ndarray, target: np.ndarray, mask: np.ndarra
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 16])
-def test_own_predictions_of_other_times_against_loops(norm_pix_loss: bool, batch_size: int) -> None:
+def test_other_times_mse_equals_loops(norm_pix_loss: bool, batch_size: int) -> None:
     model = build(norm_pix_loss=norm_pix_loss)
-    held = held_out(model, FRAMES)
+    held = held_out(model, NUM_FRAMES)
     with torch.no_grad():
-        out = model(held.features, held.frames, held.mask)
+        out = model(held.log_mel, held.num_frames, held.mask)
     target = out.target.double().numpy()
     if norm_pix_loss:
         target = (target - target.mean(1, keepdims=True)) / np.sqrt(target.var(1, ddof=1, keepdims=True) + 1e-6)
@@ -459,7 +467,7 @@ def test_own_predictions_of_other_times_against_loops(norm_pix_loss: bool, batch
     assert_rounding(torch.tensor(report["other_times_mse"]), torch.tensor(expected))
 
 
-def test_what_the_check_asks_for() -> None:
+def test_failures_names_every_mark_that_is_not_beaten() -> None:
     baselines = {"mean_of_visible": 0.2, "interpolation": 0.3}
     good = {"reconstruction_mse": 0.1, "baselines": baselines, "accuracy": 0.3, "chance": 0.1, "other_times_mse": 0.9}
     model = build()
@@ -471,7 +479,7 @@ def test_what_the_check_asks_for() -> None:
     assert [("mean_of_visible 0.2" in line) for line in lines(reconstruction_mse=0.25)] == [True]
     assert len(lines(reconstruction_mse=0.31)) == 2
     assert lines(reconstruction_mse=0.2), "equal is not better"
-    assert len(lines(reconstruction_mse=math.nan)) == 3, "NaN is better than nothing"
+    assert len(lines(reconstruction_mse=math.nan)) == 3, "NaN beats no mark"
     assert [("accuracy" in line) for line in lines(accuracy=0.2)] == [True], "twice chance is not above it"
     assert lines(accuracy=math.nan)
     assert [("time" in line) for line in lines(other_times_mse=0.1)] == [True]
@@ -485,64 +493,72 @@ def test_what_the_check_asks_for() -> None:
 
 # -------------------------------------------------------------------------------------------------------- real audio
 
-VOICES_TO_TRAIN_ON = ("festvox-ru", "sonic-pi-samples")
-VOICE_HELD_OUT = "asterisk-prompt-fr-armelle"
+TRAINING_VOICES = ("festvox-ru", "sonic-pi-samples")
+HELD_OUT_VOICE = "asterisk-prompt-fr-armelle"
 CROP, BATCH, STEPS, RATE = 200, 8, 550, 6e-3  # frames, clips, updates, peak learning rate
 
 
-def log_mel(*packages: str) -> tuple[Tensor, Tensor]:
+def package_log_mel(packages: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     for library in ("soundfile", "soxr"):
         pytest.importorskip(library)
     waves = [torch.from_numpy(decode(path)) for name in packages for path in sorted((AUDIO / name).glob("*.opus"))]
     return fbank(torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor([len(wave) for wave in waves]))
 
 
-def windows(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """All clips cut into pieces of CROP frames and a rest."""
-    pieces = [clip[:count].split(CROP) for clip, count in zip(features, frames.tolist(), strict=True)]
-    flat = [piece for clip in pieces for piece in clip if len(piece) >= 32]
-    return torch.nn.utils.rnn.pad_sequence(flat, batch_first=True), torch.tensor([len(piece) for piece in flat])
+def consecutive_crops(log_mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    """All clips cut into crops of CROP frames and a shorter last one of at least 32 frames."""
+    per_clip = [clip[:count].split(CROP) for clip, count in zip(log_mel, num_frames.tolist(), strict=True)]
+    crops = [crop for clip_crops in per_clip for crop in clip_crops if len(crop) >= 32]
+    return torch.nn.utils.rnn.pad_sequence(crops, batch_first=True), torch.tensor([len(crop) for crop in crops])
 
 
-def crops(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """A random crop of a few clips."""
-    chosen = torch.randperm(len(frames))[:BATCH]
-    lengths = frames[chosen].clamp(max=CROP)
-    x = torch.zeros(BATCH, CROP, features.shape[2])
+def random_crops(log_mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    """A random crop of each of BATCH random clips."""
+    chosen = torch.randperm(len(num_frames))[:BATCH]
+    lengths = num_frames[chosen].clamp(max=CROP)
+    x = torch.zeros(BATCH, CROP, log_mel.shape[2])
     for row, (clip, length) in enumerate(zip(chosen.tolist(), lengths.tolist(), strict=True)):
-        start = int(torch.randint(0, int(frames[clip]) - length + 1, ()))
-        x[row, :length] = features[clip, start : start + length]
+        start = int(torch.randint(0, int(num_frames[clip]) - length + 1, ()))
+        x[row, :length] = log_mel[clip, start : start + length]
     return x, lengths
 
 
-def time_shuffled(features: Tensor, frames: Tensor, kt: int) -> Tensor:
+def time_shuffled(log_mel: Tensor, num_frames: Tensor, kt: int) -> Tensor:
     """Each clip's patches in a random order in time."""
-    shuffled = features.clone()
-    for clip, count in enumerate((frames // kt).tolist()):
-        blocks = features[clip, : count * kt].unflatten(0, (count, kt))
+    shuffled = log_mel.clone()
+    for clip, count in enumerate((num_frames // kt).tolist()):
+        blocks = log_mel[clip, : count * kt].unflatten(0, (count, kt))
         shuffled[clip, : count * kt] = blocks[torch.randperm(count)].flatten(0, 1)
     return shuffled
 
 
-def train(model: MAEAST, features: Tensor, frames: Tensor, seed: int, shuffle: bool, patch: pytest.MonkeyPatch) -> None:
-    """Pretrains; with ``shuffle`` the visible patches stay as they are and the targets are out of order."""
+def train(
+    model: MAEAST, log_mel: Tensor, num_frames: Tensor, *, seed: int, shuffle: bool, patch: pytest.MonkeyPatch
+) -> None:
+    """Pretrain a model. With ``shuffle`` the targets are out of order in time; the visible patches are not."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, max(0.02, 1 - step / STEPS)))
     gather, calls = reference.gather_patches, []
+    signature = inspect.signature(gather)
 
-    def gather_shuffled(x: Tensor, mean: Tensor, scale: Tensor, clip: Tensor, token: Tensor, *more: Any) -> Tensor:
+    def gather_shuffled(*args: Any, **kwargs: Any) -> Tensor:
+        arguments = signature.bind(*args, **kwargs).arguments
+        x, clip, token = arguments["features"], arguments["clip"], arguments["token"]
         visible = int((clip.diff() < 0).nonzero()[0]) + 1  # the visible patches come first, then those of the targets
         calls.append(len(clip) - visible > visible > 0)
-        mixed = time_shuffled(x, lengths, more[0][0])
-        parts = (x, clip[:visible], token[:visible]), (mixed, clip[visible:], token[visible:])
-        return torch.cat([gather(source, mean, scale, *rows, *more) for source, *rows in parts])
+        mixed = time_shuffled(x, lengths, arguments["patch_size"][0])
+        gathered = []
+        for source, rows in ((x, slice(None, visible)), (mixed, slice(visible, None))):
+            selected = arguments | {"features": source, "clip": clip[rows], "token": token[rows]}
+            gathered.append(gather(**selected))
+        return torch.cat(gathered)
 
     if shuffle:
         patch.setattr(reference, "gather_patches", gather_shuffled)
     model.train()
     for _ in range(STEPS):
-        x, lengths = crops(features, frames)
+        x, lengths = random_crops(log_mel, num_frames)
         out = model(x, lengths)
         optimizer.zero_grad()
         out.loss.backward()
@@ -558,18 +574,19 @@ def check_after_training(seed: int, patch: pytest.MonkeyPatch) -> dict[str, dict
     """Reports of an untrained model, a trained one and one trained on time-shuffled targets."""
     fields = {"embed_dim": 64, "ffn_dim": 256, "num_heads": 2, "encoder_layers": 3, "decoder_embed_dim": 64}
     config = MAEASTConfig(**fields, **OFF, decoder_layers=1, norm_first=True, masking="random")
-    features, frames = log_mel(*VOICES_TO_TRAIN_ON)
-    x, lengths = windows(*log_mel(VOICE_HELD_OUT))
+    log_mel, num_frames = package_log_mel(TRAINING_VOICES)
+    held_out_log_mel, held_out_frames = package_log_mel((HELD_OUT_VOICE,))
+    x, lengths = consecutive_crops(held_out_log_mel, held_out_frames)
     reports = {}
     for name in ("untrained", "trained", "trained on time-shuffled targets"):
         torch.manual_seed(seed)
         model = MAEAST(config)
         if name == "untrained":
-            with torch.no_grad():  # its statistics are those of the data, so that nothing but the weights is untrained
-                model.train()(features, frames)
+            with torch.no_grad():  # takes the statistics of the data, so that only the weights are untrained
+                model.train()(log_mel, num_frames)
         else:
-            train(model, features, frames, seed, shuffle=name != "trained", patch=patch)
-        held = HeldOut.of(model, x, lengths, ["fr"] * len(x), ["speech"] * len(x))
+            train(model, log_mel, num_frames, seed=seed, shuffle=name != "trained", patch=patch)
+        held = HeldOut.of(model, x, lengths, names=["fr"] * len(x), kinds=["speech"] * len(x))
         reports[name] = evaluate(model, held)
     return reports
 
@@ -581,21 +598,21 @@ def reports() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.ci
-def test_a_model_trained_on_real_audio_passes_on_another_voice(reports: dict) -> None:
+def test_evaluate_model_trained_on_real_audio_passes_on_another_voice(reports: dict) -> None:
     report = reports["trained"]
     assert report["passed"], report
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("name", ["untrained", "trained on time-shuffled targets"])
-def test_an_untrained_and_a_time_shuffled_model_fail_the_same_check(reports: dict, name: str) -> None:
+def test_evaluate_untrained_or_time_shuffled_model_on_real_audio_fails(reports: dict, name: str) -> None:
     report = reports[name]
     assert not report["passed"], report
 
 
 @pytest.mark.ci
-def test_time_shuffling_is_noticed_although_the_averages_are_beaten(reports: dict) -> None:
-    """Why the check asks for other times too: a model that has no idea of time can beat the averages of a clip."""
+def test_failures_of_time_shuffled_model_name_the_time(reports: dict) -> None:
+    """The check includes other times because a model that ignores time can beat the averages of a clip."""
     report = reports["trained on time-shuffled targets"]
     assert any("time" in line for line in report["failures"]), report
 
@@ -604,41 +621,43 @@ def test_time_shuffling_is_noticed_although_the_averages_are_beaten(reports: dic
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_reconstructions_keep_what_is_visible_and_fill_the_rest(norm_pix_loss: bool) -> None:
+def test_reconstruct_keeps_visible_patches_and_fills_masked_ones(norm_pix_loss: bool) -> None:
     model = build(norm_pix_loss=norm_pix_loss)
     held = held_out(model, [29, 16], padding=float("nan"))
     with torch.no_grad():
-        out = model(held.features, held.frames, held.mask)
-    original, masked, filled = reconstruct(model, held.features, held.frames, held.mask)
+        out = model(held.log_mel, held.num_frames, held.mask)
+    original, masked, filled = reconstruct(model, held.log_mel, held.num_frames, held.mask)
     scale = 0.5 / math.sqrt(14.0 + 1e-5)
     row = 0
     for clip, count in enumerate((28, 16)):
-        expected = (held.features[clip, :count] + 7.5) * scale
+        expected = (held.log_mel[clip, :count] + 7.5) * scale
         assert_rounding(original[clip, :count], expected)
         assert original[clip, count:].isnan().all() and filled[clip, count:].isnan().all()
         for token in range(count // KT * GRID_F):
             t, f = token // GRID_F * KT, token % GRID_F * KF
-            place = (clip, slice(t, t + KT), slice(f, f + KF))
+            position = (clip, slice(t, t + KT), slice(f, f + KF))
             if held.mask[clip, token]:
                 patch = out.pred_reconstruction[row].double()
                 if norm_pix_loss:
                     target = out.target[row].double()
                     patch = patch * (target.var() + 1e-6).sqrt() + target.mean()
-                assert masked[place].isnan().all()
-                assert_rounding(filled[place].flatten(), patch)
+                assert masked[position].isnan().all()
+                assert_rounding(filled[position].flatten(), patch)
                 row += 1
             else:
-                assert torch.equal(masked[place], original[place]) and torch.equal(filled[place], original[place])
+                assert torch.equal(masked[position], original[position]) and torch.equal(
+                    filled[position], original[position]
+                )
     assert row == len(out.target)
 
 
 @pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
-def test_reconstructions_of_ssast(objective: str) -> None:
+def test_reconstruct_ssast_equals_its_outputs(objective: str) -> None:
     model = build_ssast(objective=objective)
     held = held_out(model, [29, 16], padding=float("nan"))
-    original, masked, filled = reconstruct(model, held.features, held.frames, held.mask)
+    original, masked, filled = reconstruct(model, held.log_mel, held.num_frames, held.mask)
     for clip, count in enumerate((28, 16)):
-        x, mask = held.features[clip : clip + 1, :count], held.mask[clip : clip + 1, : count // KT * GRID_F]
+        x, mask = held.log_mel[clip : clip + 1, :count], held.mask[clip : clip + 1, : count // KT * GRID_F]
         patches, prediction, _, _ = outputs_of_ssast(model, x, mask)
         assert torch.equal(original[clip, :count], x[0]) and original[clip, count:].isnan().all()
         patches[mask.numpy()] = np.nan
@@ -648,10 +667,10 @@ def test_reconstructions_of_ssast(objective: str) -> None:
         assert_rounding(filled[clip, :count], reference.unpatchify(torch.from_numpy(patches), (KT, KF), BINS)[0])
 
 
-def test_pictures_are_written(tmp_path: Path) -> None:
+def test_plots_write_png_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = build().train()
-    held = held_out(model, FRAMES[:3])
+    held = held_out(model, NUM_FRAMES[:3])
     plot_reconstruction(model, held, tmp_path / "reconstruction.png")
     assert model.training
     report = evaluate(model, held)
@@ -666,7 +685,7 @@ def test_pictures_are_written(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png"] * 3
 
 
-def test_sampled_masks_of_the_check_always_leave_something_to_see_and_to_guess() -> None:
+def test_sample_mask_leaves_visible_and_masked_tokens() -> None:
     for masking in ("random", "chunk", "time", "frequency", "span"):
         for ratio in (0.05, 0.5, 0.95):
             tokens = torch.arange(1, 12) * GRID_F

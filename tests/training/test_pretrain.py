@@ -1,4 +1,4 @@
-"""The pretraining loop: what a run of either model leaves; kills, signals, bad files and losses do not break it."""
+"""Pretraining: outputs of a run of either model; it survives kills, signals, bad files and non-finite losses."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def wait_for_step(process: subprocess.Popen[Any], run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def test_run_folder(options: PretrainOptions) -> None:
+def test_pretrain_writes_run_folder(options: PretrainOptions) -> None:
     summary = pretrain(options)
     run = Path(options.out)
     rows = read_metrics(run / "metrics.jsonl")
@@ -124,14 +124,14 @@ def test_run_folder(options: PretrainOptions) -> None:
     assert len(voices) == 1, "whole folders are held out"
 
 
-def test_finished_run_is_left_as_it_is(options: PretrainOptions, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrain_finished_run_stays_unchanged(options: PretrainOptions, capsys: pytest.CaptureFixture[str]) -> None:
     first = pretrain(options)
     before = losses(options.out)
     assert pretrain(options) == first
     assert losses(options.out) == before
 
 
-def test_kill_9_and_again_equals_an_uninterrupted_run(options: PretrainOptions, tmp_path: Path) -> None:
+def test_pretrain_after_kill_equals_uninterrupted_run(options: PretrainOptions, tmp_path: Path) -> None:
     whole = dataclasses.replace(options, out=str(tmp_path / "whole"))
     pretrain(whole)
     run = Path(options.out)
@@ -145,31 +145,33 @@ def test_kill_9_and_again_equals_an_uninterrupted_run(options: PretrainOptions, 
         killed_at.append(losses(run)[-1][0])
         assert not (run / "summary.json").exists()
     again = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert "going on from" in again.stdout
+    assert "resuming from" in again.stdout
     assert losses(run) == losses(whole.out), f"killed at {killed_at}"
     weights, expected = load_file(run / "model.safetensors"), load_file(Path(whole.out) / "model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_exits(options: PretrainOptions, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_pretrain_signal_saves_and_exits(options: PretrainOptions, tmp_path: Path, signal_number: int) -> None:
     options = dataclasses.replace(options, steps=500, warmup_steps=0, save_every=500, evaluate_every=500)
     run = Path(options.out)
     process = subprocess.Popen(command(options, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for_step(process, run, 4)
-    for _ in range(1 if number == signal.SIGINT else 2):  # a scheduler's SIGTERM comes by several ways
-        process.send_signal(number)
+    for _ in range(1 if signal_number == signal.SIGINT else 2):  # a scheduler may send SIGTERM to a process twice
+        process.send_signal(signal_number)
         time.sleep(0.01)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
+    assert process.returncode == 128 + signal_number, errors
     saved = step_folder.training_checkpoints(run)
     assert len(saved) == 1 and str(saved[0]) in errors and "Traceback" not in errors
     assert losses(run)[-1][0] == int(saved[0].name.split("-")[1]) < 500
-    found = TrainingCheckpoints(run, 1).latest_valid()
-    assert found.state["step"] == losses(run)[-1][0] and isinstance(found.config, MAEASTConfig)
+    latest = TrainingCheckpoints(run, 1).latest_valid()
+    assert latest.state["step"] == losses(run)[-1][0] and isinstance(latest.config, MAEASTConfig)
 
 
-def test_half_written_checkpoint_is_not_taken(options: PretrainOptions, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrain_incomplete_checkpoint_is_skipped(
+    options: PretrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = dataclasses.replace(options, out=options.out + "-whole")
     pretrain(whole)
     pretrain(options)
@@ -183,17 +185,19 @@ def test_half_written_checkpoint_is_not_taken(options: PretrainOptions, capsys: 
     capsys.readouterr()
     pretrain(options)
     printed = capsys.readouterr().out
-    assert "damaged checkpoint: step-00000012" in printed and "going on from" in printed
+    assert "damaged checkpoint: step-00000012" in printed and "resuming from" in printed
     assert losses(run) == losses(whole.out)
     assert not partial.exists()
 
 
-def test_crash_inside_a_save_keeps_the_one_before(options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrain_crash_in_save_keeps_previous_checkpoint(
+    options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = step_folder.crc32, []
 
     def crash(path: Path) -> int:
         calls.append(path)
-        if len(calls) == 4:  # three files a checkpoint
+        if len(calls) == 4:  # three files per checkpoint
             raise OSError(28, "No space left on device")
         return real(path)
 
@@ -206,25 +210,25 @@ def test_crash_inside_a_save_keeps_the_one_before(options: PretrainOptions, monk
     assert losses(options.out)[-1][0] == 12
 
 
-def test_non_finite_loss_names_step_clips_and_checkpoint(
+def test_pretrain_non_finite_loss_names_step_clips_and_checkpoint(
     options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = dataclasses.replace(options, loader_workers=0)
     real, loaded = Shards.read, []
 
-    def poison(shards: Shards, windows: Any) -> Any:
-        batch = real(shards, windows)
+    def record_names(shards: Shards, crops: Any) -> Any:
+        batch = real(shards, crops)
         loaded.append(batch.names)
         return batch
 
     def poisoned(model: MAEAST, waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
         features, frames = real_features(model, waveforms, lengths)
-        if len(loaded) == 6:  # the first call makes the held-out set: this is update 5
+        if len(loaded) == 6:  # the first batch is the held-out set, so this is update 5
             features = features * float("nan")
         return features, frames
 
     real_features = MAEAST.features
-    monkeypatch.setattr(Shards, "read", poison)
+    monkeypatch.setattr(Shards, "read", record_names)
     monkeypatch.setattr(MAEAST, "features", poisoned)
     with pytest.raises(NonFiniteLoss) as error:
         pretrain(options)
@@ -237,7 +241,7 @@ def test_non_finite_loss_names_step_clips_and_checkpoint(
     assert [step for step, _ in losses(options.out)] == list(range(1, 13))
 
 
-def test_corrupt_files_are_skipped_counted_and_named(options: PretrainOptions, tmp_path: Path) -> None:
+def test_pretrain_corrupt_files_are_skipped_counted_and_named(options: PretrainOptions, tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -251,11 +255,11 @@ def test_corrupt_files_are_skipped_counted_and_named(options: PretrainOptions, t
     assert summary["data"]["clips"] == 8
     assert sum(summary["data"]["skipped"].values()) == 4
     report = json.loads((Path(options.out) / "data_report.json").read_text())
-    named = {name for found in report["skipped"].values() for name in found["names"]}
+    named = {name for finding in report["skipped"].values() for name in finding["names"]}
     assert named == {"text.wav", "empty.ogg", "nan.wav", "short.wav"}
 
 
-def test_names_that_look_like_markup_are_only_names(options: PretrainOptions, tmp_path: Path) -> None:
+def test_pretrain_clip_names_with_markup_are_plotted(options: PretrainOptions, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
     rng = np.random.default_rng(2)
@@ -265,14 +269,14 @@ def test_names_that_look_like_markup_are_only_names(options: PretrainOptions, tm
     assert (Path(options.out) / "reconstruction.png").stat().st_size > 0
 
 
-def test_other_options_in_the_same_folder(options: PretrainOptions) -> None:
+def test_pretrain_rejects_other_options_in_the_same_folder(options: PretrainOptions) -> None:
     pretrain(options)
     with pytest.raises(ValueError, match=r"lr 0.0005 -> 0.002.*--out"):
         pretrain(dataclasses.replace(options, lr=2e-3))
     pretrain(dataclasses.replace(options, keep=1, log_every=5))
 
 
-def test_two_runs_in_one_folder(options: PretrainOptions, tmp_path: Path) -> None:
+def test_pretrain_rejects_second_run_in_one_folder(options: PretrainOptions, tmp_path: Path) -> None:
     long = dataclasses.replace(options, steps=500, evaluate_every=500, save_every=500)
     process = subprocess.Popen(command(long, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -285,7 +289,7 @@ def test_two_runs_in_one_folder(options: PretrainOptions, tmp_path: Path) -> Non
     pretrain(options)
 
 
-def test_a_start_that_failed_binds_nothing(options: PretrainOptions, tmp_path: Path) -> None:
+def test_pretrain_failed_start_leaves_no_folder(options: PretrainOptions, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pretrain(dataclasses.replace(options, data=str(tmp_path / "mistyped")))
     with pytest.raises(ValueError, match=r"min_seconds must be at least 0.175 .* got 0.1"):
@@ -293,7 +297,7 @@ def test_a_start_that_failed_binds_nothing(options: PretrainOptions, tmp_path: P
     pretrain(dataclasses.replace(options, steps=2))
 
 
-def test_changed_data_is_noticed(options: PretrainOptions, audio: Path, tmp_path: Path) -> None:
+def test_pretrain_rejects_changed_data(options: PretrainOptions, audio: Path, tmp_path: Path) -> None:
     listing = tmp_path / "list.tsv"
     names = sorted(str(path.relative_to(audio)) for path in audio.rglob("*.wav"))
     listing.write_text("\n".join([str(audio), *(f"{name}\t1" for name in names)]))
@@ -304,7 +308,7 @@ def test_changed_data_is_noticed(options: PretrainOptions, audio: Path, tmp_path
         pretrain(options)
 
 
-def test_init_from_continues_any_checkpoint(options: PretrainOptions, tmp_path: Path) -> None:
+def test_pretrain_init_from_starts_with_weights_of_any_checkpoint(options: PretrainOptions, tmp_path: Path) -> None:
     case = Golden("mae_ast_patch_small")
     official = tmp_path / "official.pt"
     sections = ("model", "task", "criterion")
@@ -339,11 +343,11 @@ def test_init_from_continues_any_checkpoint(options: PretrainOptions, tmp_path: 
         pretrain(gelu)
     pretrain(dataclasses.replace(gelu, model_args={"activation_dropout": 0.0}, steps=1))
     misfit = dataclasses.replace(options, preset="patch_tiny", model_args=dict(SMALL), out=str(tmp_path / "misfit"))
-    with pytest.raises(ValueError, match=r"does not fit.*embed_dim 64 in the checkpoint, 32 asked for"):
+    with pytest.raises(ValueError, match=r"does not fit.*embed_dim 64 in the checkpoint, 32 requested"):
         pretrain(misfit)
 
 
-def test_masks_and_order_follow_the_seed(options: PretrainOptions) -> None:
+def test_pretrain_masks_and_order_depend_on_seed(options: PretrainOptions) -> None:
     pretrain(options)
     other = dataclasses.replace(options, seed=1, out=options.out + "-seed1")
     pretrain(other)
@@ -352,7 +356,7 @@ def test_masks_and_order_follow_the_seed(options: PretrainOptions) -> None:
     assert losses(options.out) == losses(same.out) != losses(other.out)
 
 
-def test_learning_rate_schedule() -> None:
+def test_learning_rate_rises_and_falls_linearly() -> None:
     options = PretrainOptions(steps=100, warmup_steps=10, lr=1.0)
     rates = [learning_rate(step, options) for step in range(100)]
     assert rates[0] == 0.0 and rates[5] == 0.5 and rates[10] == 1.0
@@ -370,99 +374,99 @@ def test_learning_rate_schedule() -> None:
         ("model_args", {"depth": 3}, "encoder_layers"),
     ],
 )
-def test_bad_options(field: str, value: Any, words: str) -> None:
+def test_pretrain_options_reject_bad_values(field: str, value: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PretrainOptions(**{field: value})
 
 
-def test_run_leaves_no_temporary_files(options: PretrainOptions) -> None:
+def test_pretrain_leaves_no_temporary_files(options: PretrainOptions) -> None:
     pretrain(options)
-    left = [path for path in Path(options.out).rglob("*") if path.name.startswith(".") or "partial" in path.name]
-    assert not left
+    temporary = [path for path in Path(options.out).rglob("*") if path.name.startswith(".") or "partial" in path.name]
+    assert not temporary
     assert os.path.getsize(Path(options.out) / "checkpoints/step-00000012/trainer.json") > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- SSAST
 
 
-def of_ssast(options: PretrainOptions, out: str = "-ssast", **changes: Any) -> PretrainOptions:
+def ssast_options(options: PretrainOptions, out: str = "-ssast", **changes: Any) -> PretrainOptions:
     fields = {"embed_dim": 32, "num_heads": 2, "layers": 2, **changes.pop("model_args", {})}
     return dataclasses.replace(options, model="ssast", model_args=fields, out=options.out + out, **changes)
 
 
 def files(run: str) -> set[str]:
-    found = {path.relative_to(run) for path in Path(run).rglob("*") if path.is_file()}
-    return {str(path if path.parent.name != "tensorboard" else path.parent) for path in found}
+    paths = {path.relative_to(run) for path in Path(run).rglob("*") if path.is_file()}
+    return {str(path if path.parent.name != "tensorboard" else path.parent) for path in paths}
 
 
-def log_mel(path: Path, longest: float) -> torch.Tensor:
-    """(frames, F) of the first ``longest`` seconds, by SSAST's front end."""
-    samples = soundfile.read(path, dtype="int16")[0][: round(longest * RATE)]
+def log_mel(path: Path, max_seconds: float) -> torch.Tensor:
+    """(frames, F) of the first ``max_seconds`` seconds, by SSAST's front end."""
+    samples = soundfile.read(path, dtype="int16")[0][: round(max_seconds * RATE)]
     return fbank(torch.from_numpy(samples)[None], frontend="ssast")[0][0]
 
 
-def test_an_ssast_run_leaves_the_same_files(options: PretrainOptions) -> None:
+def test_pretrain_ssast_writes_the_same_files(options: PretrainOptions) -> None:
     options = dataclasses.replace(options, steps=4)
     pretrain(options)
-    ours = of_ssast(options)
-    summary = pretrain(ours)
-    assert files(ours.out) == files(options.out)
-    assert summary["model"] == "ssast" and summary["config"] == SSAST.from_pretrained(ours.out).config.to_dict()
-    assert json.loads((Path(ours.out) / "summary.json").read_text()) == summary
-    rows = [row for row in read_metrics(Path(ours.out) / "metrics.jsonl") if "loss" in row]
+    ssast = ssast_options(options)
+    summary = pretrain(ssast)
+    assert files(ssast.out) == files(options.out)
+    assert summary["model"] == "ssast" and summary["config"] == SSAST.from_pretrained(ssast.out).config.to_dict()
+    assert json.loads((Path(ssast.out) / "summary.json").read_text()) == summary
+    rows = [row for row in read_metrics(Path(ssast.out) / "metrics.jsonl") if "loss" in row]
     weighted = [10 * row["loss_reconstruction"] + row["loss_classification"] for row in rows]
     assert weighted == pytest.approx([row["loss"] for row in rows])
-    found = TrainingCheckpoints(ours.out, 1).latest_valid()
-    assert found.state["step"] == 4 and isinstance(found.config, SSASTConfig)
-    assert isinstance(checkpoint.load_model(ours.out), SSAST)
+    latest = TrainingCheckpoints(ssast.out, 1).latest_valid()
+    assert latest.state["step"] == 4 and isinstance(latest.config, SSASTConfig)
+    assert isinstance(checkpoint.load_model(ssast.out), SSAST)
 
 
-def test_ssast_sees_its_own_front_end_normalised_by_the_training_data(
+def test_pretrain_ssast_input_is_normalised_by_training_data(
     options: PretrainOptions, audio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every training clip is one window here, and there are fewer than what the statistics are taken of."""
-    seen, held_out, batches = [], [], []
+    """Every training clip is one crop here, and the statistics are computed from all of them."""
+    inputs, held_out, batches = [], [], []
     options = dataclasses.replace(options, loader_workers=0)
     step, load, evaluate = trainer_module.TrainStep.__call__, Shards.read, trainer_module.evaluate
     monkeypatch.setattr(
-        trainer_module.TrainStep, "__call__", lambda self, x, *a, **b: seen.append(x) or step(self, x, *a, **b)
+        trainer_module.TrainStep, "__call__", lambda self, x, *a, **b: inputs.append(x) or step(self, x, *a, **b)
     )
     monkeypatch.setattr(Shards, "read", lambda *a: batches.append(load(*a)) or batches[-1])
     monkeypatch.setattr(trainer_module, "evaluate", lambda model, x: held_out.append(x) or evaluate(model, x))
-    options = of_ssast(options, steps=2, max_seconds=4.0)
+    options = ssast_options(options, steps=2, max_seconds=4.0)
     summary = pretrain(options)
     config = SSAST.from_pretrained(options.out).config
-    given = {name: getattr(config, name) for name in ("mean", "std")}
-    assert config == dataclasses.replace(options.model_config(), **given)
+    statistics = {name: getattr(config, name) for name in ("mean", "std")}
+    assert config == dataclasses.replace(options.model_config(), **statistics)
 
     voices = {name.split("/")[0] for name in summary["held_out_clips"]}
     names = [str(path.relative_to(audio)) for path in audio.rglob("*.wav") if path.parent.name not in voices]
     assert len(names) == summary["train_clips"]
     values = torch.cat([log_mel(audio / name, 4.0) for name in names]).double()
-    assert given == {"mean": round(values.mean().item(), 4), "std": round(values.std(correction=0).item(), 4)}
+    assert statistics == {"mean": round(values.mean().item(), 4), "std": round(values.std(correction=0).item(), 4)}
 
     names = batches[-2].names  # of the first update
-    for x, name in [*zip(seen[0], names, strict=True), *zip(held_out[0].features, held_out[0].names, strict=True)]:
-        expected = (log_mel(audio / name, 4.0) - given["mean"]) / (2 * given["std"])
+    for x, name in [*zip(inputs[0], names, strict=True), *zip(held_out[0].log_mel, held_out[0].names, strict=True)]:
+        expected = (log_mel(audio / name, 4.0) - statistics["mean"]) / (2 * statistics["std"])
         assert torch.equal(x[: len(expected)], expected)
 
 
-def test_ssast_is_normalised_by_the_first_process_statistics(
+def test_pretrain_ssast_uses_statistics_of_first_process(
     options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gather(self: DistributedContext, value: Any) -> list[Any]:
         return [(-5.0, 3.0), value] if isinstance(value, tuple) else [value]
 
     monkeypatch.setattr(DistributedContext, "gather", gather)
-    config = pretrain(of_ssast(options, steps=1))["config"]
+    config = pretrain(ssast_options(options, steps=1))["config"]
     assert (config["mean"], config["std"]) == (-5.0, 3.0)
 
 
 @pytest.mark.parametrize("objective", ["joint", "joint_two_pass"])
-def test_an_ssast_run_that_broke_off_equals_an_uninterrupted_one(
+def test_pretrain_ssast_interrupted_run_equals_uninterrupted_run(
     options: PretrainOptions, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
-    whole = of_ssast(options, "-whole", model_args={"objective": objective}, steps=8)
+    whole = ssast_options(options, "-whole", model_args={"objective": objective}, steps=8)
     pretrain(whole)
     broken = dataclasses.replace(whole, out=options.out + "-broken")
     update = trainer_module.Trainer._update
@@ -488,8 +492,10 @@ def test_an_ssast_run_that_broke_off_equals_an_uninterrupted_one(
 
 @pytest.mark.ci
 @pytest.mark.parametrize("objective", SSAST_OBJECTIVES)
-def test_ssast_learns(options: PretrainOptions, objective: str) -> None:
-    options = of_ssast(options, model_args={"objective": objective}, steps=30, lr=1e-2, evaluate_every=5, save_every=30)
+def test_pretrain_ssast_improves_held_out_metrics(options: PretrainOptions, objective: str) -> None:
+    options = ssast_options(
+        options, model_args={"objective": objective}, steps=30, lr=1e-2, evaluate_every=5, save_every=30
+    )
     summary = pretrain(options)
     rows = [row["held_out"] for row in read_metrics(Path(options.out) / "metrics.jsonl") if "held_out" in row]
     first, last = rows[0], summary["held_out"]
@@ -501,27 +507,29 @@ def test_ssast_learns(options: PretrainOptions, objective: str) -> None:
         assert last["info_nce"] == last["accuracy"] == 0.0
 
 
-def test_ssast_goes_on_from_its_own_checkpoints(options: PretrainOptions) -> None:
-    first = of_ssast(options, steps=2, model_args={"input_frames": 320})
+def test_pretrain_ssast_init_from_starts_with_its_checkpoint(options: PretrainOptions) -> None:
+    first = ssast_options(options, steps=2, model_args={"input_frames": 320})
     pretrain(first)
     source = SSAST.from_pretrained(first.out)
     again = dataclasses.replace(first, init_from=first.out, model_args={"objective": "mpg"}, out=options.out + "-again")
     again = dataclasses.replace(again, max_seconds=2.0, lr=1e-9)
     pretrain(again)
     trained = SSAST.from_pretrained(again.out)
-    assert trained.config == dataclasses.replace(source.config, objective="mpg"), "also its statistics and positions"
+    assert trained.config == dataclasses.replace(source.config, objective="mpg"), (
+        "including its statistics and positions"
+    )
     assert torch.equal(trained.positions.round(decimals=5), source.positions.round(decimals=5))
     longer = dataclasses.replace(again, max_seconds=4.0, out=options.out + "-longer")
     with pytest.raises(ValueError, match=r"input_frames must be at least 398, .* got 320: use a smaller --max-seconds"):
         pretrain(longer)
     misfit = dataclasses.replace(again, preset="patch_tiny", out=options.out + "-misfit")
-    with pytest.raises(ValueError, match=r"does not fit: embed_dim 32 in the checkpoint, 192 asked for; .*layers 2 in"):
+    with pytest.raises(ValueError, match=r"does not fit: embed_dim 32 in the checkpoint, 192 requested; .*layers 2 in"):
         pretrain(misfit)
 
 
-def test_one_model_does_not_start_from_the_other(options: PretrainOptions, tmp_path: Path) -> None:
+def test_pretrain_rejects_init_from_of_other_model(options: PretrainOptions, tmp_path: Path) -> None:
     MAEAST(options.model_config()).save_pretrained(tmp_path / "mae_ast")
-    SSAST(of_ssast(options).model_config()).save_pretrained(tmp_path / "ssast")
+    SSAST(ssast_options(options).model_config()).save_pretrained(tmp_path / "ssast")
     for model, other in (("ssast", "mae_ast"), ("mae_ast", "ssast")):
         wrong = dataclasses.replace(options, model=model, model_args={}, init_from=str(tmp_path / other))
         with pytest.raises(ValueError, match=f"--model {model} cannot start from .*: it is a {other}"):
@@ -531,7 +539,7 @@ def test_one_model_does_not_start_from_the_other(options: PretrainOptions, tmp_p
         pretrain(dataclasses.replace(options, steps=1, model="ssast", model_args={}))
 
 
-def test_a_run_from_before_an_option_goes_on(options: PretrainOptions) -> None:
+def test_pretrain_run_older_than_an_option_resumes(options: PretrainOptions) -> None:
     options = dataclasses.replace(options, steps=1)
     pretrain(options)
     path = Path(options.out) / "options.json"
@@ -552,7 +560,7 @@ def test_a_run_from_before_an_option_goes_on(options: PretrainOptions) -> None:
         ({"model_args": {"mask_patches": 496}}, "mask_patches must be less than the 496 patches of 998 frames"),
     ],
 )
-def test_options_that_contradict_the_model(fields: dict, words: str) -> None:
+def test_pretrain_options_reject_fields_that_contradict_the_model(fields: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PretrainOptions(**{"model": "ssast", **fields})
 
@@ -569,7 +577,9 @@ def test_options_that_contradict_the_model(fields: dict, words: str) -> None:
         ({"max_seconds": 0.4}, 38, 12),
     ],
 )
-def test_the_sizes_of_ssast_follow_the_windows(fields: dict, input_frames: int, mask_patches: int) -> None:
+def test_pretrain_options_ssast_sizes_follow_from_max_seconds(
+    fields: dict, input_frames: int, mask_patches: int
+) -> None:
     config = PretrainOptions(model="ssast", **fields).model_config()
     assert (config.input_frames, config.mask_patches) == (input_frames, mask_patches)
     bare = {"input_frames", "mask_patches"}
@@ -579,53 +589,53 @@ def test_the_sizes_of_ssast_follow_the_windows(fields: dict, input_frames: int, 
     }
 
 
-def test_a_preset_takes_statistics_and_positions_from_the_checkpoint_that_it_starts_from() -> None:
+def test_pretrain_options_preset_takes_statistics_and_positions_of_init_from() -> None:
     source = SSASTConfig(input_frames=512, mask_patches=100, mean=-1.0, std=2.0)
     options = PretrainOptions(model="ssast", preset="patch_base", init_from="x", max_seconds=2.0)
     assert options.model_config(source) == dataclasses.replace(source, mask_patches=200)
-    given = dataclasses.replace(options, model_args={"mean": 3.0})
-    assert given.model_config(source) == dataclasses.replace(source, mask_patches=200, mean=3.0)
+    overridden = dataclasses.replace(options, model_args={"mean": 3.0})
+    assert overridden.model_config(source) == dataclasses.replace(source, mask_patches=200, mean=3.0)
 
 
-def test_model_args_of_other_patches_take_the_masking_of_the_patches() -> None:
+def test_pretrain_options_masking_follows_patch_size() -> None:
     for preset, patch_size, masking in (("patch_tiny", [2, 128], "random"), ("frame_tiny", [16, 16], "chunk")):
         options = PretrainOptions(preset=preset, model_args={"patch_size": patch_size})
         assert options.model_config().masking == masking
-        given = dataclasses.replace(options, model_args={"patch_size": patch_size, "masking": "span"})
-        assert given.model_config().masking == "span"
+        overridden = dataclasses.replace(options, model_args={"patch_size": patch_size, "masking": "span"})
+        assert overridden.model_config().masking == "span"
     with pytest.raises(ValueError, match=r"masking='chunk' needs several frequency blocks.*\(2, 128\)"):
         PretrainOptions(model_args={"patch_size": [2, 128], "masking": "chunk"})
 
 
-def test_options_of_the_update_arrive(options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what the model computes again in the backward."""
-    seen: dict[str, Any] = {}
+def test_pretrain_passes_options_to_train_step(options: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the recompute mode, to the model."""
+    passed: dict[str, Any] = {}
 
-    class Arrived(Exception):
+    class Constructed(Exception):
         pass
 
-    def spy(model: MAEAST, lr: float, **how: Any) -> None:
-        seen.update(how, lr=lr, recompute=model.recompute)
-        raise Arrived
+    def spy(model: MAEAST, lr: float, **fields: Any) -> None:
+        passed.update(fields, lr=lr, recompute=model.recompute)
+        raise Constructed
 
     monkeypatch.setattr(trainer_module, "TrainStep", spy)
-    wanted = {"weight_decay": 0.3, "clip_norm": 3.0, "precision": "fp16", "compile": True, "graphs": True}
-    with pytest.raises(Arrived):
-        pretrain(dataclasses.replace(options, lr=2e-3, recompute="layer", **wanted))
-    assert seen == {**wanted, "lr": 2e-3, "recompute": "layer", "parallel": None}
+    expected = {"weight_decay": 0.3, "clip_norm": 3.0, "precision": "fp16", "compile": True, "graphs": True}
+    with pytest.raises(Constructed):
+        pretrain(dataclasses.replace(options, lr=2e-3, recompute="layer", **expected))
+    assert passed == {**expected, "lr": 2e-3, "recompute": "layer", "parallel": None}
     with pytest.raises(ValueError, match="recompute=gelu needs activation_dropout 0"):
         dataclasses.replace(options, recompute="gelu", model_args={"activation_dropout": 0.1})
 
 
-def test_the_papers_own_masks_are_others_every_update(
+def test_pretrain_chunk_official_draws_new_masks_every_update(
     options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     epochs: list[int] = []
     original = trainer_module.TrainStep.__call__
 
-    def spy(self: Any, *inputs: Any, **how: Any) -> Any:
-        epochs.append(how["epoch"])
-        return original(self, *inputs, **how)
+    def spy(self: Any, *inputs: Any, **keywords: Any) -> Any:
+        epochs.append(keywords["epoch"])
+        return original(self, *inputs, **keywords)
 
     monkeypatch.setattr(trainer_module.TrainStep, "__call__", spy)
     masking = {"model_args": {**options.model_args, "masking": "chunk_official"}}
@@ -633,7 +643,7 @@ def test_the_papers_own_masks_are_others_every_update(
     assert epochs == [0, 1, 2]
 
 
-def test_fp16_goes_on_over_skipped_updates_and_stops_where_all_are(
+def test_pretrain_fp16_survives_skipped_updates_and_stops_if_all_are_skipped(
     options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = torch.amp.GradScaler
@@ -646,7 +656,7 @@ def test_fp16_goes_on_over_skipped_updates_and_stops_where_all_are(
     pretrain(fp16)
     norms = [row["grad_norm"] for row in read_metrics(Path(options.out) / "metrics.jsonl") if "loss" in row]
     assert norms[0] is None and norms[-1] is not None and len(norms) == 24
-    monkeypatch.setattr(trainer_module, "SKIPPED_AT_MOST", 4)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 4)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler(2.0**120))
     with pytest.raises(NonFiniteLoss, match="step 4"):
         pretrain(dataclasses.replace(fp16, out=options.out + "-other"))
