@@ -270,7 +270,7 @@ def attention_op(point: Point, clips: Clips) -> Op:
     for backend in ("sdpa", "clips", *(("short", *flash.FLASH) if ON_GPU else ())):
         fits = backend != "short" or max(packing.max_seqlen, width // heads) <= ops.SHORT
         available = backend not in flash.FLASH or not flash.problem(
-            backend, DEVICE, DTYPE, point.dropout, width // heads
+            backend, DEVICE, DTYPE, dropout=point.dropout, head_dim=width // heads
         )
         if fits and available and not (backend == "clips" and ON_GPU):
             columns[backend] = partial(attention.attention, **boundaries, backend=backend)

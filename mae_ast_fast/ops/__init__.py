@@ -1,6 +1,6 @@
-"""Operations on tensors: every one checks its input, and takes the kernel or the reference.
+"""Operations on tensors. Each one checks its input and calls the kernel or the reference.
 
-The functions here are the public API; each is documented where it is defined.
+The functions here are public; each is documented where it is defined.
 """
 
 from .dispatch import KERNEL_DTYPES, check_cu_seqlens, check_dropout, draw_seed, resolve_impl

@@ -1,7 +1,7 @@
-"""Log-mel filter banks of a batch of waveforms, as ``torchaudio.compliance.kaldi.fbank`` computes them clip by clip.
+"""Log-mel filter banks of a batch of waveforms, equal to ``torchaudio.compliance.kaldi.fbank`` of each clip.
 
-Only real frames are computed: the frames of all clips are packed, worked on some hundred at a time and scattered into
-the padded output. A clip's features therefore depend neither on its padding nor on its neighbours.
+Only real frames are computed: the frames of all clips are packed, processed in chunks and scattered into the padded
+output. The features of a clip therefore depend neither on its padding nor on the other clips.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
@@ -22,15 +23,19 @@ NUM_MEL_BINS = 128
 
 _FFT = 512
 _PREEMPHASIS = 0.97
-_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's, in every dtype
-_FRONTENDS = {"mae_ast": 0.85, "ssast": 1.0}  # power of the Hann window: Kaldi's povey window is 0.85
+_FLOOR = torch.finfo(torch.float32).eps  # as in Kaldi, for every dtype
+_FRONTENDS = {"mae_ast": 0.85, "ssast": 1.0}  # exponent of the Hann window: 0.85 is Kaldi's povey window
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16)
 # A mel bin covers few FFT bins, so the matrix product runs in blocks of mel bins over the FFT bins that they cover: a
-# quarter of the arithmetic, less than half the time. Blocks of 8 are slower again.
+# quarter of the arithmetic in less than half the time. Blocks of 8 are slower again.
 _MEL_BLOCK = 16
-_ROW_MULTIPLE = 64  # BLAS takes other kernels, which round otherwise, for the rows left over after blocks of a few
+_ROW_MULTIPLE = 64  # for leftover rows BLAS uses other kernels, which round differently
 
 
+@overload
+def num_frames(samples: int) -> int: ...
+@overload
+def num_frames(samples: torch.Tensor) -> torch.Tensor: ...
 def num_frames(samples: int | torch.Tensor) -> int | torch.Tensor:
     """Frames that fit entirely into ``samples`` samples at 16 kHz (Kaldi's ``snip_edges``): 0 below 25 ms."""
     frames = (samples - WINDOW) // HOP + 1
@@ -46,40 +51,43 @@ def fbank(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-mel filter banks: 128 bins from 20 Hz to 8 kHz, windows of 25 ms every 10 ms, natural log, not normalised.
 
-    Gradients do not flow through it. Lengths on a GPU cost one synchronisation, because the output's shape depends on
+    The result has no gradient. Lengths on a GPU cost one synchronisation, because the shape of the output depends on
     them; other lengths cost none. The first call on a GPU waits for its constants.
 
     Args:
         waveforms: (B, S) mono samples in [-1, 1], floating point, or int16 PCM, which is divided by 32768. Arithmetic
-            is in fp32, or fp64 for fp64 samples.
-        lengths: (B,) samples of each clip, integers. None: all are S long. What stands behind them is never read
-            into a result. A clip of less than 400 samples (25 ms) has no frames.
-        sample_rate: Of ``waveforms`` in Hz. Other rates than 16000 are resampled by ``torchaudio.functional.resample``,
-            each clip by itself, in fp64 on CUDA.
+            is in fp32, or in fp64 for fp64 samples.
+        lengths: (B,) samples of each clip, integers in 0..S. None: S for all clips. Samples past the length of a clip
+            do not change any result. A clip of less than 400 samples (25 ms) has no frames.
+        sample_rate: Sample rate of ``waveforms`` in Hz. Other rates than 16000 are resampled by
+            ``torchaudio.functional.resample``, clip by clip, in fp64 on CUDA.
         frontend: ``"mae_ast"`` is ``kaldi.fbank(sample_frequency=16000, use_energy=False, num_mel_bins=128)`` (arXiv
-            2203.16691, official code). ``"ssast"`` adds ``htk_compat=True, window_type="hanning"`` and first takes each
-            clip's mean off its samples (arXiv 2110.09784, official code).
+            2203.16691, official code). ``"ssast"`` adds ``htk_compat=True, window_type="hanning"`` and first subtracts
+            the mean of each clip from its samples (arXiv 2110.09784, official code).
 
     Returns:
-        Features (B, T, 128) in fp32 (fp64 for fp64 samples) on the device of ``waveforms``, T the frames of the longest
-        clip and rows past a clip's last frame 0.0; and the clips' frames (B,), int64, on the device of ``lengths``. The
-        frames are on the CPU where ``lengths`` is None or a list: the host knows them, and the models do not wait.
+        Log-mel (B, T, 128) in fp32 (fp64 for fp64 samples) on the device of ``waveforms``, with T the frames of the
+        longest clip and 0.0 in the rows past the last frame of a clip; and the frames of each clip (B,), int64, on the
+        device of ``lengths``. For ``lengths`` None or a list the frames are on the CPU, so that models can read them
+        without waiting for a GPU.
 
     Raises:
-        ValueError: A shape, dtype, length, rate or name is not one of the above.
+        ValueError: A shape, dtype, length, rate or name is not as described.
         ImportError: Resampling is needed and torchaudio is not installed.
     """
-    place = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
-    lengths = _check(waveforms, lengths, sample_rate, frontend)
+    frames_device = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
+    num_samples = _check(waveforms, lengths, sample_rate, frontend)
     with torch.autocast(waveforms.device.type, enabled=False):
         if sample_rate != SAMPLE_RATE and waveforms.numel():
-            waveforms, lengths = _resample(waveforms, lengths, int(sample_rate))
-        features, frames = _packed_fbank(waveforms.contiguous(), lengths, frontend)
-    return features, send(frames, place)
+            waveforms, num_samples = _resample(waveforms, num_samples, int(sample_rate))
+        log_mel, frames = _packed_fbank(waveforms.contiguous(), num_samples, frontend)
+    return log_mel, send(frames, frames_device)
 
 
-def _check(waveforms: torch.Tensor, lengths: object, sample_rate: int, frontend: str) -> torch.Tensor:
-    """Raises on what ``fbank`` does not take and returns the lengths as int64 on the CPU."""
+def _check(
+    waveforms: torch.Tensor, lengths: torch.Tensor | Sequence[int] | None, sample_rate: int, frontend: str
+) -> torch.Tensor:
+    """Check the arguments of ``fbank`` and return the samples of each clip (B,), int64 on the CPU."""
     if not isinstance(waveforms, torch.Tensor) or waveforms.dtype not in _DTYPES:
         got = waveforms.dtype if isinstance(waveforms, torch.Tensor) else type(waveforms).__name__
         raise ValueError(f"waveforms must be a tensor of a floating dtype or int16, got {got}")
@@ -94,26 +102,28 @@ def _check(waveforms: torch.Tensor, lengths: object, sample_rate: int, frontend:
         raise ValueError(f"sample_rate must be a positive integer in Hz, got {sample_rate!r}")
     if frontend not in _FRONTENDS:
         raise ValueError(f"frontend must be one of {', '.join(_FRONTENDS)}, got {frontend!r}")
-    clips, samples = waveforms.shape
+    batch, longest = waveforms.shape
     if lengths is None:
-        return torch.full((clips,), samples, device="cpu")
-    lengths = lengths if isinstance(lengths, torch.Tensor) else torch.as_tensor(lengths, device="cpu")
-    if lengths.shape != (clips,):
-        raise ValueError(f"lengths must have shape ({clips},), one for each clip, got {tuple(lengths.shape)}")
-    integers = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    if clips and not integers:  # an empty list makes a float tensor
-        raise ValueError(f"lengths must be integers, in samples, got {lengths.dtype}")
-    lengths = lengths.to("cpu", torch.int64)
-    if ((lengths < 0) | (lengths > samples)).any():
+        return torch.full((batch,), longest, device="cpu")
+    num_samples = lengths if isinstance(lengths, torch.Tensor) else torch.as_tensor(lengths, device="cpu")
+    if num_samples.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), one for each clip, got {tuple(num_samples.shape)}")
+    integers = not (num_samples.is_floating_point() or num_samples.is_complex() or num_samples.dtype == torch.bool)
+    if batch and not integers:  # an empty list makes a float tensor
+        raise ValueError(f"lengths must be integers, in samples, got {num_samples.dtype}")
+    num_samples = num_samples.to("cpu", torch.int64)
+    if ((num_samples < 0) | (num_samples > longest)).any():
         raise ValueError(
-            f"lengths must lie in 0..{samples}, the samples of waveforms, "
-            f"got {lengths.min().item()} to {lengths.max().item()}"
+            f"lengths must lie in 0..{longest}, the samples of waveforms, "
+            f"got {num_samples.min().item()} to {num_samples.max().item()}"
         )
-    return lengths
+    return num_samples
 
 
-def _resample(waveforms: torch.Tensor, lengths: torch.Tensor, sample_rate: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Waveforms and lengths at 16 kHz."""
+def _resample(
+    waveforms: torch.Tensor, num_samples: torch.Tensor, sample_rate: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Waveforms and samples of each clip at 16 kHz."""
     try:
         from torchaudio.functional import resample
     except ImportError as error:
@@ -121,53 +131,56 @@ def _resample(waveforms: torch.Tensor, lengths: torch.Tensor, sample_rate: int) 
             f"resampling from {sample_rate} Hz to {SAMPLE_RATE} Hz needs torchaudio: "
             'pip install "mae-ast-fast[train]", or pass waveforms of 16 kHz'
         ) from error
-    # Clip by clip, because torchaudio's filter rounds a batch otherwise than a clip alone, which moves the weakest bins
-    # by more than 1e-3. On a CPU it is faster, too: 1.1 to 6 times with 64 clips of 10 s and one thread.
-    clips = [_to_float(clip) for clip in _split(waveforms, lengths)]
+    # Clip by clip, because torchaudio's filter rounds a batch differently from a single clip, which changes the weakest
+    # bins by more than 1e-3. On a CPU it is also faster: 1.1 to 6 times with 64 clips of 10 s and one thread.
+    clips = [_to_float(clip) for clip in _split(waveforms, num_samples)]
     dtype = clips[0].dtype
-    if waveforms.is_cuda:  # cuDNN filters fp32 in TF32 unless told otherwise, a noise 60 dB under the signal
+    if waveforms.is_cuda:  # by default cuDNN filters fp32 in TF32, a noise 60 dB below the signal
         clips = [clip.double() for clip in clips]
     clips = [resample(clip, sample_rate, SAMPLE_RATE).to(dtype) if len(clip) else clip.to(dtype) for clip in clips]
-    lengths = torch.tensor([len(clip) for clip in clips], device="cpu")
-    return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), lengths
+    num_samples = torch.tensor([len(clip) for clip in clips], device="cpu")
+    return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), num_samples
 
 
-def _split(waveforms: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of each clip's own samples."""
-    sizes = torch.stack([lengths, waveforms.shape[1] - lengths], dim=1).flatten().tolist()
+def _split(waveforms: torch.Tensor, num_samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of the samples of each clip, without padding."""
+    sizes = torch.stack([num_samples, waveforms.shape[1] - num_samples], dim=1).flatten().tolist()
     return waveforms.contiguous().view(-1).split(sizes)[::2]
 
 
 def _to_float(samples: torch.Tensor) -> torch.Tensor:
-    """fp64 stays, the rest becomes fp32, int16 in [-1, 1)."""
+    """Samples in fp64 for fp64, otherwise in fp32; int16 is scaled to [-1, 1)."""
     if samples.dtype == torch.int16:
         return samples.float().mul_(1 / 32768)
     return samples if samples.dtype == torch.float64 else samples.float()
 
 
-def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``fbank`` at 16 kHz: ``waveforms`` contiguous, ``lengths`` and the frames on the CPU."""
+def _packed_fbank(
+    waveforms: torch.Tensor, num_samples: torch.Tensor, frontend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``fbank`` at 16 kHz: ``waveforms`` are contiguous, ``num_samples`` and the returned frames are on the CPU."""
     device = waveforms.device
     dtype = torch.float64 if waveforms.dtype == torch.float64 else torch.float32
-    clips, samples = waveforms.shape
-    frames = num_frames(lengths)
-    longest = int(frames.max()) if clips else 0
+    batch, max_samples = waveforms.shape
+    frames = num_frames(num_samples)
+    max_frames = int(frames.max()) if batch else 0
     total = int(frames.sum())
-    features = torch.zeros(clips, longest, NUM_MEL_BINS, dtype=dtype, device=device)
-    flat_features = features.view(-1, NUM_MEL_BINS)
+    log_mel = torch.zeros(batch, max_frames, NUM_MEL_BINS, dtype=dtype, device=device)
+    flat_log_mel = log_mel.view(-1, NUM_MEL_BINS)
     if not total:
-        return features, frames
+        return log_mel, frames
 
     window, mel_blocks = _constants(frontend, dtype, device)
     product_dtype = mel_blocks[0][2].dtype
 
-    clip = torch.repeat_interleave(torch.arange(clips, device="cpu"), frames)
+    clip = torch.repeat_interleave(torch.arange(batch, device="cpu"), frames)
     time = torch.arange(total, device="cpu") - (frames.cumsum(0) - frames)[clip]
-    first_sample, row = send(clip * samples + time * HOP, device), send(clip * longest + time, device)
+    first_sample, row = send(clip * max_samples + time * HOP, device), send(clip * max_frames + time, device)
     if frontend == "ssast":
-        clip_means = _clip_means(waveforms, lengths)[send(clip, device), None]
+        clip_means = _clip_means(waveforms, num_samples)[send(clip, device), None]
 
-    # All chunks of a call have the same rows: the last ends in rows of the chunk before it, which are not used.
+    # All chunks of a call have the same number of rows: the last one ends in
+    # rows of the chunk before it, which are not used.
     chunks = math.ceil(total / _chunk_rows(device))
     rows = math.ceil(total / chunks / _ROW_MULTIPLE) * _ROW_MULTIPLE
     all_windows = waveforms.view(-1).unfold(0, WINDOW, 1)  # (B * S - 399, 400), a view
@@ -175,8 +188,8 @@ def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str)
     padded = torch.zeros(rows, _FFT, dtype=dtype, device=device)
     emphasised = padded[:, :WINDOW]
     mel = torch.empty(rows, NUM_MEL_BINS, dtype=product_dtype, device=device)
-    # Kaldi's order of operations, rounding after rounding: in bins 100 dB under the peak the rounding of the samples is
-    # heard, and only the same rounding gives the same figure there.
+    # Kaldi's order of operations, rounding by rounding: bins 100 dB below the peak depend on how samples are rounded,
+    # and only the same rounding gives the same value there.
     for start in range(0, total, rows):
         stop = min(start + rows, total)
         frame[: stop - start] = _to_float(all_windows.index_select(0, first_sample[start:stop]))
@@ -187,50 +200,50 @@ def _packed_fbank(waveforms: torch.Tensor, lengths: torch.Tensor, frontend: str)
         torch.mul(frame[:, :-1], _PREEMPHASIS, out=emphasised[:, 1:])
         torch.sub(frame, emphasised, out=emphasised)
         emphasised *= window
-        # Squares of real and imaginary parts: the mel product adds the two, its rows stand twice in the bank.
+        # Squares of real and imaginary parts: the mel product adds the two, because the bank has each row twice.
         power = torch.view_as_real(torch.fft.rfft(padded)).flatten(1).square_().to(product_dtype)
         for bins, mels, bank in mel_blocks:
             torch.mm(power[:, bins], bank, out=mel[:, mels])
         mel.clamp_(min=_FLOOR).log_()
-        flat_features.index_copy_(0, row[start:stop], mel[: stop - start].to(dtype))
-    return features, frames
+        flat_log_mel.index_copy_(0, row[start:stop], mel[: stop - start].to(dtype))
+    return log_mel, frames
 
 
 def _chunk_rows(device: torch.device) -> int:
-    """Frames worked on at a time: what a CPU's caches hold (measured), or enough to fill a GPU (about 0.2 GB)."""
+    """Frames per chunk: what the caches of a CPU hold (measured), or enough to fill a GPU (about 0.2 GB)."""
     return 512 if device.type == "cpu" else 16384
 
 
-def _clip_means(waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean (B,) of each clip's own samples; NaN where there are none."""
-    # One reduction a clip: a tone's weakest bins hear how the mean is rounded (0.05 of a log-mel at 8 kHz), and only
-    # torch.mean of the clip alone rounds as SSAST's code does. It costs 5 % of the call.
-    return torch.stack([_to_float(clip).mean() for clip in _split(waveforms, lengths)])
+def _clip_means(waveforms: torch.Tensor, num_samples: torch.Tensor) -> torch.Tensor:
+    """Mean (B,) of the samples of each clip; NaN for a clip without samples."""
+    # One reduction per clip: the weakest bins of a tone show how the mean is rounded (0.05 of a log-mel at 8 kHz), and
+    # only torch.mean of the clip alone rounds as SSAST's code does. It costs 5 % of the call.
+    return torch.stack([_to_float(clip).mean() for clip in _split(waveforms, num_samples)])
 
 
 @functools.cache
 def _constants(
     frontend: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[slice, slice, torch.Tensor]]]:
-    """The window and the mel bank in blocks: (columns of the power, mel bins, weights).
+    """The window, and the mel bank in blocks (columns of the power spectrum, mel bins, weights).
 
-    The copy to a GPU waits, because calls on other streams read the result too.
+    The copy to a GPU is synchronous, because calls on other streams read the cached result too.
     """
     window = torch.hann_window(WINDOW, periodic=False, dtype=dtype, device="cpu").pow(_FRONTENDS[frontend])
-    # A global switch turns fp32 products on a GPU into TF32, with 10 bits of mantissa: fp64 is out of its reach.
+    # A global switch turns fp32 products on a GPU into TF32, with 10 bits of mantissa. It does not affect fp64.
     bank = _mel_bank().to(torch.float64 if device.type == "cuda" else dtype)
     blocks = []
     for low in range(0, NUM_MEL_BINS, _MEL_BLOCK):
         mels = slice(low, low + _MEL_BLOCK)
         used = bank[mels].any(dim=0).nonzero()
-        bins = slice(2 * int(used.min()), 2 * int(used.max()) + 2)  # two columns a bin, real and imaginary
+        bins = slice(2 * int(used.min()), 2 * int(used.max()) + 2)  # two columns per bin, real and imaginary
         weights = bank[mels].T.repeat_interleave(2, dim=0)[bins]
         blocks.append((bins, mels, weights.contiguous().to(device)))
     return window.to(device), blocks
 
 
 def _mel_bank() -> torch.Tensor:
-    """Triangular mel filters (128, 257) from 20 Hz to 8 kHz; in fp32 whatever the features are, as torchaudio's."""
+    """Triangular mel filters (128, 257) from 20 Hz to 8 kHz, in fp32 for every dtype, as in torchaudio."""
     low, high = (1127.0 * math.log(1.0 + hertz / 700.0) for hertz in (20.0, SAMPLE_RATE / 2))
     step = (high - low) / (NUM_MEL_BINS + 1)
     index = torch.arange(NUM_MEL_BINS, dtype=torch.float32, device="cpu")[:, None]

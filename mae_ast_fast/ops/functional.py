@@ -1,12 +1,13 @@
-"""The model's operations: check the input, choose the implementation, call the kernel or the reference.
+"""The model's operations: each checks its input, chooses the implementation and calls the kernel or the reference.
 
 ``impl`` is "torch" (reference.py, plain PyTorch, any device and dtype), "triton" (kernels/, fp32, fp16 and bf16 on a
-GPU, or on a CPU under Triton's interpreter) or "auto". Nothing falls back silently: what an implementation cannot do is
-a ``ValueError`` that says what to use. Letters as in reference.py.
+GPU, or on a CPU under Triton's interpreter) or "auto". No name falls back silently: a request that an implementation
+cannot fulfil raises a ``ValueError`` that names the alternative. The letters are those of reference.py.
 
-Dropout: with impl="torch" masks come from PyTorch's generator; with impl="triton" they are a function of ``seed``, an
-int64 tensor of one element on the device (None: drawn from PyTorch's generator), ``site``, a number for each place in
-the model, and the element's row and column, so that nothing is stored and the backward draws the same.
+Dropout: with impl="torch", masks come from PyTorch's generator. With impl="triton", a mask is a function of ``seed``
+(an int64 tensor of one element on the device; None: drawn from PyTorch's generator), of ``site`` (an integer that
+identifies the dropout within the model), and of the element's row and column. The mask is therefore not stored, and the
+backward draws the same one.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from .dispatch import (
     resolve_impl,
 )
 
-LAYER_NORM_EPS = 1e-5  # of every LayerNorm that an operation holds
-SHORT = 128  # rows of a clip, and values of a head, that short_attention takes
+LAYER_NORM_EPS = 1e-5  # of every LayerNorm inside an operation
+SHORT = 128  # limit of short_attention: rows per clip, and values per head
 
 
-def add_layer_norm(
+def add_layer_norm(  # noqa: PLR0917 - public signature
     branch: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -46,15 +47,15 @@ def add_layer_norm(
 
     Args:
         branch: (N, D).
-        residual: (N, D), of the same dtype.
-        weight: (D,) of any floating dtype, as the biases.
-        bias: (D,).
-        branch_bias: (D,) bias of the Linear before, which then leaves it out.
+        residual: (N, D), in the dtype of ``branch``.
+        weight: (D,) LayerNorm weight of any floating dtype.
+        bias: (D,) LayerNorm bias of any floating dtype.
+        branch_bias: (D,) bias of the Linear that computed ``branch`` without it, of any floating dtype. None: no bias.
         dropout: Rate on the branch, in [0, 1).
-        seed: See the module; likewise ``site``.
-        site: Which dropout this is.
-        fork: Return y twice, for the next branch and for the next residual: the kernel then adds the two gradients
-            that come back, which saves a pass over memory.
+        seed: (1,) int64 dropout seed for impl="triton". None: drawn from PyTorch's generator.
+        site: Number of this dropout in the model, for impl="triton".
+        fork: Return y twice, once for the next branch and once for the next residual. The kernel then adds the two
+            incoming gradients itself, which saves a pass over memory.
         impl: "auto", "torch" or "triton".
 
     Returns:
@@ -72,7 +73,7 @@ def add_layer_norm(
             check_rows(name, x, (residual.shape[1],), residual)
     check_dropout(dropout, seed, residual.device)
     if not is_triton(impl, residual):
-        y = reference.add_layer_norm(branch, residual, weight, bias, branch_bias, dropout)
+        y = reference.add_layer_norm(branch, residual, weight, bias, branch_bias=branch_bias, dropout=dropout)
         return (y, y) if fork else y
     from ..kernels import add_layer_norm as kernel
 
@@ -80,7 +81,7 @@ def add_layer_norm(
     return kernel.add_layer_norm(branch, residual, weight, bias, branch_bias, seed, dropout, site, LAYER_NORM_EPS, fork)
 
 
-def bias_gelu(
+def bias_gelu(  # noqa: PLR0917 - public signature
     x: Tensor,
     bias: Tensor,
     dropout: float = 0.0,
@@ -94,8 +95,8 @@ def bias_gelu(
         x: (N, F) output of a Linear without its bias.
         bias: (F,) of any floating dtype.
         dropout: Rate on the result, in [0, 1).
-        seed: See the module; likewise ``site``.
-        site: Which dropout this is.
+        seed: (1,) int64 dropout seed for impl="triton". None: drawn from PyTorch's generator.
+        site: Number of this dropout in the model, for impl="triton".
         impl: "auto", "torch" or "triton".
 
     Returns:
@@ -114,7 +115,7 @@ def bias_gelu(
     return kernel.forward_op(x, bias, kernel_seed(dropout, seed, x.device), dropout, site)
 
 
-def feed_forward(
+def feed_forward(  # noqa: PLR0917 - public signature
     x: Tensor,
     w1: Tensor,
     b1: Tensor,
@@ -127,14 +128,15 @@ def feed_forward(
 
     Args:
         x: (N, D).
-        w1: (F, D) of any floating dtype, as the others; products are in the dtype of ``x``.
-        b1: (F,).
-        w2: (D', F), mostly D' = D.
-        dropout: Rate on what the GELU gives, in [0, 1); 0 with impl="triton" and with ``recompute``.
-        recompute: Keep x W1^T alone for the backward and compute the GELU again there: (N, F) values less, the same
-            results to the bit.
-        impl: "auto", "torch" or "triton", which puts GELU and its derivative into the products where
-            kernels/common/configs.py has a measurement that speaks for it, and else takes the kernels of ``bias_gelu``.
+        w1: (F, D) of any floating dtype; products are computed in the dtype of ``x``.
+        b1: (F,) of any floating dtype.
+        w2: (D', F) of any floating dtype, usually D' = D.
+        dropout: Rate on the output of the GELU, in [0, 1). Must be 0 with impl="triton" and with ``recompute``.
+        recompute: Keep only x W1^T for the backward and compute the GELU there again. This saves (N, F) values, and the
+            results are the same to the bit.
+        impl: "auto", "torch" or "triton". "triton" fuses GELU and its derivative into the matrix products where
+            kernels/common/configs.py holds a measurement in favour of it; otherwise it uses the kernels of
+            ``bias_gelu``.
 
     Returns:
         (N, D') in the dtype of ``x``.
@@ -148,9 +150,9 @@ def feed_forward(
     check_rows("w2", w2, ("D'", w1.shape[0]), x)
     check_dropout(dropout, None, x.device)
     if recompute and dropout > 0.0:
-        raise ValueError(f"recompute needs dropout 0, whose mask would be drawn twice, got {dropout}")
+        raise ValueError(f"recompute needs dropout 0, because its mask would be drawn twice, got {dropout}")
     if not is_triton(impl, x):
-        return reference.feed_forward(x, w1, b1, w2, dropout, recompute)
+        return reference.feed_forward(x, w1, b1, w2, dropout=dropout, recompute=recompute)
     if dropout > 0.0:
         raise ValueError(
             f"impl='triton' has no dropout in feed_forward, got {dropout}: use bias_gelu between two products"
@@ -160,7 +162,7 @@ def feed_forward(
     return kernel.feed_forward(x, w1, b1, w2, recompute)
 
 
-def scatter_tokens(
+def scatter_tokens(  # noqa: PLR0917 - public signature
     visible: Tensor,
     mask_token: Tensor,
     table: Tensor,
@@ -173,20 +175,23 @@ def scatter_tokens(
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """The decoder's input: visible rows at their places, the mask token elsewhere, + position, LayerNorm, dropout.
+    """Input of the decoder: visible tokens restored to their positions, the mask token at all others.
+
+    Positions are added, then LayerNorm and dropout are applied.
 
     Args:
-        visible: (Nv, D) encoded visible tokens, each of which stands at one of the N places at most.
-        mask_token: (D,) of any floating dtype, as weight and bias.
-        table: (tokens, D) positions; no gradient.
-        token: (N,) int64, place of each row in the table.
-        inverse: (N,) int64, row of ``visible`` that stands here, -1 for the mask token.
-        weight: (D,) of a LayerNorm (eps 1e-5, fp32 statistics) over the sum; None: no LayerNorm.
-        bias: (D,), with ``weight``.
+        visible: (Nv, D) encoded visible tokens, each used in at most one of the N rows.
+        mask_token: (D,) of any floating dtype.
+        table: (tokens, D) positions; it gets no gradient.
+        token: (N,) int64 index of each row in ``table``.
+        inverse: (N,) int64 row of ``visible`` to put here (``ids_restore`` of MAE code), -1 for the mask token.
+        weight: (D,) weight, of any floating dtype, of a LayerNorm (eps 1e-5, fp32 statistics) over the sum. None: no
+            LayerNorm.
+        bias: (D,) bias of that LayerNorm, of any floating dtype; given exactly when ``weight`` is.
         dropout: Rate on the result, in [0, 1).
-        seed: See the module; likewise ``site``.
-        site: Which dropout this is.
-        impl: "auto", "torch" or "triton". Index values are not checked by the kernel.
+        seed: (1,) int64 dropout seed for impl="triton". None: drawn from PyTorch's generator.
+        site: Number of this dropout in the model, for impl="triton".
+        impl: "auto", "torch" or "triton". The kernel does not check index values.
 
     Returns:
         (N, D) in the dtype of ``visible``.
@@ -206,15 +211,19 @@ def scatter_tokens(
     check_index("inverse", inverse, tuple(token.shape), visible)
     check_dropout(dropout, seed, visible.device)
     if not is_triton(impl, visible):
-        return reference.scatter_tokens(visible, mask_token, table, token, inverse, weight, bias, dropout)
+        return reference.scatter_tokens(
+            visible, mask_token, table, token=token, inverse=inverse, weight=weight, bias=bias, dropout=dropout
+        )
     from ..kernels import scatter_tokens as kernel
 
-    tensors = visible, mask_token, table, token, inverse, weight, bias
     seed = kernel_seed(dropout, seed, visible.device)
-    return kernel.forward_op(*tensors, seed, dropout, site, LAYER_NORM_EPS)[0]
+    outputs = kernel.forward_op(
+        visible, mask_token, table, token, inverse, weight, bias, seed, dropout, site, LAYER_NORM_EPS
+    )
+    return outputs[0]
 
 
-def short_attention(
+def short_attention(  # noqa: PLR0917 - public signature
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -223,17 +232,17 @@ def short_attention(
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """Softmax attention of each clip over its own rows, scale Dh ** -0.5; in Triton for short clips only.
+    """Softmax attention of each clip over its own rows, scale Dh ** -0.5; with impl="triton" for short clips only.
 
     Args:
-        qkv: (N, 3, H, Dh) packed rows; in Triton Dh is at most ``SHORT``.
-        cu_seqlens: (B + 1,) int32 first row of each clip; the last one is N. Clips may be empty.
-        max_seqlen: Rows of the longest clip, in Triton at most ``SHORT``. Too small a number is not noticed there and
-            gives wrong results.
+        qkv: (N, 3, H, Dh) packed rows; with impl="triton", Dh is at most ``SHORT``.
+        cu_seqlens: (B + 1,) int32 first row of each clip; the last element is N. Clips may be empty.
+        max_seqlen: Rows of the longest clip; with impl="triton" at most ``SHORT``. The kernel does not detect a number
+            that is too small, and returns wrong results for it.
         dropout: Rate on the attention probabilities, in [0, 1).
-        seed: See the module; likewise ``site``. The mask's row is the query's packed row, its column the key's index
-            within the clip, drawn for each head.
-        site: Which dropout this is.
+        seed: (1,) int64 dropout seed for impl="triton". None: drawn from PyTorch's generator. The mask is drawn for
+            each head; its row is the packed row of the query, its column the index of the key within the clip.
+        site: Number of this dropout in the model, for impl="triton".
         impl: "auto", "torch" or "triton".
 
     Returns:
@@ -258,7 +267,7 @@ def short_attention(
     return kernel.forward_op(qkv, cu_seqlens, kernel_seed(dropout, seed, qkv.device), max_seqlen, dropout, site)
 
 
-def gather_patches(
+def gather_patches(  # noqa: PLR0917 - public signature
     features: Tensor,
     mean: Tensor,
     scale: Tensor,
@@ -268,18 +277,18 @@ def gather_patches(
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The patches of packed rows, normalised: (x - mean) * scale, computed in fp32 or wider.
+    """Normalised patches of packed rows: (x - mean) * scale, computed in fp32 or wider.
 
     Args:
         features: (B, T, F) of any strides, F a multiple of kf. A transposed view (B, F, T) with patch_size (kf, kt)
-            gives SSAST's layout.
-        mean: One element, () or (1,), of any floating dtype; likewise ``scale``. Differentiable with impl="torch" only.
-        scale: See ``mean``.
+            gives the layout of SSAST.
+        mean: One element, () or (1,), of any floating dtype. Differentiable with impl="torch" only.
+        scale: One element, () or (1,), of any floating dtype. Differentiable with impl="torch" only.
         clip: (N,) int64, clip of each row.
-        token: (N,) int64, token of each row within its clip: time block * (F // kf) + frequency block. The kernel
-            checks no values, and its backward needs every (clip, token) in at most one row.
-        patch_size: (kt, kf).
-        dtype: Of the result; None: that of ``features``.
+        token: (N,) int64, token of each row within its clip: time block * (F // kf) + frequency block. The kernel does
+            not check values, and its backward needs each (clip, token) in at most one row.
+        patch_size: (kt, kf), frames and mel bins of a patch.
+        dtype: Floating dtype of the result. None: the dtype of ``features``.
         impl: "auto", "torch" or "triton".
 
     Returns:
@@ -305,7 +314,9 @@ def gather_patches(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be floating, got {dtype}")
     if {resolve_impl(impl, features.device, x)[0] for x in (features.dtype, dtype)} != {"triton"}:
-        return reference.gather_patches(features, mean, scale, clip, token, patch_size, dtype)
+        return reference.gather_patches(
+            features, mean, scale, clip=clip, token=token, patch_size=patch_size, dtype=dtype
+        )
     if mean.requires_grad or scale.requires_grad:
         raise ValueError("impl='triton' has no gradient for mean and scale: detach them or use impl='torch'")
     from ..kernels import gather_patches as kernel
@@ -316,7 +327,7 @@ def gather_patches(
 MASK_KERNEL_STRATEGIES = ("random", "chunk")
 
 
-def sample_mask(
+def sample_mask(  # noqa: PLR0917 - public signature
     strategy: str,
     tokens: Tensor | list[int],
     grid_f: int,
@@ -328,43 +339,73 @@ def sample_mask(
     max_tokens: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Draws the tokens that each clip hides: ``masking.sample_mask``, the same bits from every implementation.
+    """Draw the masked tokens of each clip. Every implementation draws the same bits (see masking.py).
 
     Args:
-        strategy: As ``masking.sample_mask``, likewise all others but ``impl``. The kernel has random and chunk.
-        tokens: (B,) integers, tokens of each clip.
-        grid_f: Frequency blocks.
-        mask_ratio: Share of a clip's tokens that is hidden.
-        generator: Source of the seed.
-        seed: Instead of a generator.
-        clip_ids: (B,) int64.
-        epoch: Number of the pass over the data.
-        max_tokens: Width L of the result; with it given nothing is read back from a GPU.
-        impl: "auto", "torch" or "triton". "auto" takes torch for the strategies that the kernel does not have.
+        strategy: "random", "chunk", "chunk_official", "span", "time" or "frequency". The kernel has random and chunk.
+        tokens: (B,) integers >= 0, tokens of each clip; for chunk, time and frequency multiples of ``grid_f``.
+        grid_f: Frequency blocks, that is tokens per time step.
+        mask_ratio: Share of the tokens of a clip to mask, in (0, 1).
+        generator: Source of the seed where ``seed`` is None. None: PyTorch's default CPU generator.
+        seed: 64-bit seed, an integer or a 0-d int64 tensor. Excludes ``generator``.
+        clip_ids: (B,) int64, of which the low 32 bits are used. None: 0, 1, ... B - 1.
+        epoch: Number of the pass over the data, of which the low 32 bits are used.
+        max_tokens: Width L of the result, at least the largest of ``tokens``. None: the largest, which the host reads
+            from the device. With a given width nothing is read back from a GPU.
+        impl: "auto", "torch" or "triton". "auto" chooses torch for the strategies that the kernel does not have.
 
     Returns:
-        (B, L) bool, True = hidden.
+        (B, L) bool on the device of ``tokens``, True = masked.
 
     Raises:
         ValueError: An argument is not as described, or the implementation is not available.
     """
-    arguments = strategy, tokens, grid_f, mask_ratio, generator, seed, clip_ids, epoch, max_tokens
     device = tokens.device if isinstance(tokens, Tensor) else torch.device("cpu")
     chosen, _ = resolve_impl(impl, device)
     if strategy not in MASK_KERNEL_STRATEGIES and impl == "auto":
         chosen = "torch"
     if chosen == "torch":
-        return masking.sample_mask(*arguments)
-    tokens, masked, clip_ids, seed, epoch, max_tokens = masking.prepare(*arguments)
+        return masking.sample_mask(
+            strategy,
+            tokens,
+            grid_f,
+            mask_ratio,
+            generator=generator,
+            seed=seed,
+            clip_ids=clip_ids,
+            epoch=epoch,
+            max_tokens=max_tokens,
+        )
+    inputs = masking.prepare(
+        strategy,
+        tokens,
+        grid_f,
+        mask_ratio,
+        generator=generator,
+        seed=seed,
+        clip_ids=clip_ids,
+        epoch=epoch,
+        max_tokens=max_tokens,
+    )
     if strategy not in MASK_KERNEL_STRATEGIES:
         kernels = " and ".join(MASK_KERNEL_STRATEGIES)
         raise ValueError(f"impl='triton' has the strategies {kernels}, got {strategy!r}: use impl='torch'")
     from ..kernels import sample_mask as kernel
 
+    seed = inputs.seed
     if not isinstance(seed, Tensor):  # filled on the device: a copy from the host would wait
         seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
-    epoch = epoch - 2**32 if epoch >= 2**31 else epoch
-    return kernel.forward_op(tokens, masked, clip_ids, seed, epoch, grid_f, max_tokens, strategy == "chunk")
+    epoch = inputs.epoch - 2**32 if inputs.epoch >= 2**31 else inputs.epoch
+    return kernel.forward_op(
+        inputs.num_tokens,
+        inputs.num_masked,
+        inputs.clip_ids,
+        seed,
+        epoch,
+        grid_f,
+        inputs.max_tokens,
+        strategy == "chunk",
+    )
 
 
 def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False, impl: str = "auto") -> Tensor:
@@ -372,7 +413,7 @@ def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False, 
 
     Args:
         prediction: (N, P), of any row stride.
-        target: (N, P), of any floating dtype. It gets no gradient from the kernel.
+        target: (N, P), of any floating dtype. The kernel gives it no gradient.
         norm_pix_loss: Normalise every target row by its own mean and unbiased variance (eps 1e-6; He et al. 2022,
             section 4).
         impl: "auto", "torch" or "triton".
@@ -395,7 +436,7 @@ def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False, 
     return kernel.masked_mse(prediction, target, norm_pix_loss)
 
 
-def info_nce(
+def info_nce(  # noqa: PLR0917 - public signature
     prediction: Tensor,
     target: Tensor,
     cu_seqlens: Tensor,
@@ -404,22 +445,23 @@ def info_nce(
     impl: str = "auto",
     exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE of each row against the rows of its own clip, no temperature (paper, equation 1).
+    """InfoNCE of each row against the rows of its own clip, without temperature (paper, equation 1).
 
     Args:
         prediction: (N, P), of any row stride; the kernel takes P up to 512.
-        target: (N, P) of the same dtype. It gets no gradient from the kernel.
-        cu_seqlens: (B + 1,) int32 first row of each clip; the last one is N. Clips may be empty.
-        max_seqlen: Rows of the longest clip. Results are undefined where it is less.
-        over: "targets": loss_i = -log softmax_j(<prediction_i, target_j>)[i] (MAE-AST). "predictions":
-            loss_i = -log softmax_j(<target_i, prediction_j>)[i] (SSAST, arXiv 2110.09784). j over the clip's rows.
+        target: (N, P) of the same dtype. The kernel gives it no gradient.
+        cu_seqlens: (B + 1,) int32 first row of each clip; the last element is N. Clips may be empty.
+        max_seqlen: Rows of the longest clip. Results are undefined for a smaller number.
+        over: What the softmax runs over. "targets": loss_i = -log softmax_j(<prediction_i, target_j>)[i] (MAE-AST).
+            "predictions": loss_i = -log softmax_j(<target_i, prediction_j>)[i] (SSAST, arXiv 2110.09784). j runs over
+            the rows of the clip.
         impl: "auto", "torch" or "triton".
-        exact: Whether all N rows belong to a clip (packing.Packing).
+        exact: Whether all N rows belong to a clip; False: rows may lie past ``cu_seqlens[-1]`` (packing.Packing).
 
     Returns:
-        loss (N,) in fp32 (fp64 for fp64 rows) and hit (N,) bool: over targets, whether a row's own target is its first
-        largest product; over predictions, whether a prediction's own target is the first of the clip's targets with
-        the largest log softmax for it.
+        loss (N,) in fp32 (fp64 for fp64 rows) and hit (N,) bool. Over targets, hit is whether a row's own target is the
+        first of its largest products. Over predictions, hit is whether a prediction's own target is the first of the
+        clip's targets with the largest log softmax for it.
 
     Raises:
         ValueError: A shape, dtype, device or name is not as described, or the implementation is not available.
@@ -432,7 +474,7 @@ def info_nce(
     if over not in ("targets", "predictions"):
         raise ValueError(f"over must be 'targets' or 'predictions', got {over!r}")
     if not is_triton(impl, prediction):
-        return reference.info_nce(prediction, target, cu_seqlens, max_seqlen, over, exact)
+        return reference.info_nce(prediction, target, cu_seqlens, max_seqlen, over=over, exact=exact)
     from ..kernels import info_nce as kernel
 
     check_no_gradient(target)

@@ -1,7 +1,9 @@
 """The specification: every operation of the model in plain PyTorch, differentiable, on any device and dtype.
 
-Letters: B clips, T frames, F mel bins, kt x kf patch of P = kt * kf values, L tokens a clip, N packed rows of all
-clips, D width, H heads of Dh. Rows are packed clip by clip (see packing.py).
+The functions take the same arguments as those of functional.py, without the ones that choose an implementation.
+
+Letters: B clips, T frames, F mel bins, kt x kf patch of P = kt * kf values, L tokens per clip, N packed rows of all
+clips, D width, H heads of Dh values. Rows are packed clip by clip (see packing.py).
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from torch import Tensor
 
 
 def patchify(features: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cuts (B, T, F) into (B, L, P) patches; frames after the last whole patch are dropped.
+    """Cut (B, T, F) into (B, L, P) patches; frames after the last whole patch are dropped.
 
     Token index = time block * (F // kf) + frequency block; inside a patch, index = t * kf + f.
     """
     kt, kf = patch_size
-    batch, frames, bins = features.shape
-    grid_t, grid_f = frames // kt, bins // kf
+    batch, num_frames, num_mel_bins = features.shape
+    grid_t, grid_f = num_frames // kt, num_mel_bins // kf
     blocks = features[:, : grid_t * kt].reshape(batch, grid_t, kt, grid_f, kf)
     return blocks.transpose(2, 3).reshape(batch, grid_t * grid_f, kt * kf)
 
@@ -28,31 +30,33 @@ def patchify(features: Tensor, patch_size: tuple[int, int]) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: tuple[int, int], num_mel_bins: int) -> Tensor:
     """Inverse of ``patchify``: (B, L, P) back to (B, T, F), T a multiple of kt."""
     kt, kf = patch_size
-    batch, tokens, _ = patches.shape
+    batch, num_tokens, _ = patches.shape
     grid_f = num_mel_bins // kf
-    blocks = patches.reshape(batch, tokens // grid_f, grid_f, kt, kf)
-    return blocks.transpose(2, 3).reshape(batch, tokens // grid_f * kt, num_mel_bins)
+    grid_t = num_tokens // grid_f
+    blocks = patches.reshape(batch, grid_t, grid_f, kt, kf)
+    return blocks.transpose(2, 3).reshape(batch, grid_t * kt, num_mel_bins)
 
 
 def gather_patches(
     features: Tensor,
     mean: Tensor,
     scale: Tensor,
+    *,
     clip: Tensor,
     token: Tensor,
     patch_size: tuple[int, int],
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The patches of packed rows (N, P), normalised: (x - mean) * scale, in fp32 or wider, then cast to ``dtype``.
+    """Normalised patches of packed rows (N, P): (x - mean) * scale in fp32 or wider, then cast to ``dtype``.
 
     Args:
         features: (B, T, F).
-        mean: One element, as ``scale``.
+        mean: One element.
         scale: One element.
         clip: (N,) int64, clip of each row.
         token: (N,) int64, token of each row within its clip; see ``patchify``.
-        patch_size: (kt, kf).
-        dtype: Of the result; None: that of ``features``.
+        patch_size: (kt, kf), frames and mel bins of a patch.
+        dtype: Floating dtype of the result. None: the dtype of ``features``.
     """
     patches = patchify(features, patch_size)[clip, token]
     patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
@@ -63,32 +67,34 @@ def scatter_tokens(
     visible: Tensor,
     mask_token: Tensor,
     table: Tensor,
+    *,
     token: Tensor,
     inverse: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The decoder's input (N, D): visible rows at their places, the mask token elsewhere, plus positions.
+    """Input of the decoder (N, D): visible tokens restored to their positions, the mask token at all others.
 
     Args:
         visible: (Nv, D) encoded visible tokens.
         mask_token: (D,).
-        table: (tokens, D) positions.
-        token: (N,) token index of each row, its place in the table.
-        inverse: (N,) row of ``visible`` that stands here, -1 for the mask token.
-        weight: (D,) of a LayerNorm over the sum; None: no LayerNorm.
-        bias: (D,), with ``weight``.
-        dropout: Rate on the result.
+        table: (tokens, D) positions, which are added.
+        token: (N,) int64 index of each row in ``table``.
+        inverse: (N,) int64 row of ``visible`` to put here, -1 for the mask token.
+        weight: (D,) weight of a LayerNorm over the sum. None: no LayerNorm.
+        bias: (D,) bias of that LayerNorm; given exactly when ``weight`` is.
+        dropout: Rate on the result, in [0, 1).
     """
     positions = table[token].to(visible.dtype)
     mask_token = mask_token.to(visible.dtype)
     if visible.shape[0] == 0:  # no clip of the batch has a visible token: nothing to look up
         x = mask_token + positions
     else:
-        found = visible.index_select(0, inverse.clamp(min=0))  # its gradient adds rows; that of indexing sorts them
-        x = torch.where((inverse < 0)[:, None], mask_token, found) + positions
+        restored = visible.index_select(0, inverse.clamp(min=0))  # the gradient of indexing would sort the rows
+        x = torch.where((inverse < 0)[:, None], mask_token, restored) + positions
     if weight is not None:
+        assert bias is not None
         x = layer_norm(x, weight, bias)
     return drop(x, dropout)
 
@@ -104,10 +110,11 @@ def add_layer_norm(
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
+    *,
     branch_bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """LayerNorm(residual + dropout(branch + branch_bias)), rows (N, D): the post-norm residual connection."""
+    """LayerNorm(residual + dropout(branch + branch_bias)) of rows (N, D): the post-norm residual connection."""
     if branch_bias is not None:
         branch = branch + branch_bias.to(branch.dtype)
     return layer_norm(residual + drop(branch, dropout), weight, bias)
@@ -121,8 +128,8 @@ def bias_gelu(x: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
 def drop(x: Tensor, rate: float) -> Tensor:
     """Inverted dropout with a mask from PyTorch's generator of the device.
 
-    On a CPU 16 random bits decide an element (``draw_kept``): ``F.dropout``, which it is while a graph is traced and on
-    other devices, took a quarter of a training step in bf16 there.
+    On a CPU, 16 random bits decide each element (``draw_kept``): ``F.dropout`` took a quarter of a training step in
+    bf16 there. ``F.dropout`` runs on other devices and while a graph is traced.
     """
     if rate == 0.0:
         return x
@@ -133,14 +140,14 @@ def drop(x: Tensor, rate: float) -> Tensor:
 
 
 def draw_kept(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
-    """Which elements a dropout keeps, int16 (1, else 0), and what makes up for the others, 1 / (share of kept ones).
+    """Dropout mask of a shape, int16 (1 = kept, 0 = dropped), and the scale of kept elements, 1 / (share of kept).
 
-    The rate is rounded to a multiple of 2 ** -16. The bits are those of ceil(elements / 4) numbers of 64 bits from
-    PyTorch's default CPU generator, four elements to a number.
+    The rate is rounded to a multiple of 2 ** -16. The bits come from ceil(elements / 4) numbers of 64 bits of PyTorch's
+    default CPU generator, four elements per number.
     """
     threshold = min(round(rate * 65536), 65535)
     count = shape.numel()
-    # Without bounds random_ would leave the sign bit zero: every fourth element another rate.
+    # Without bounds, random_ would leave the sign bit zero, and every fourth element would have another rate.
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
     return torch.ge(words, threshold - 32768, out=words).view(shape), 65536 / (65536 - threshold)
 
@@ -163,42 +170,49 @@ def info_nce(
     target: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
+    *,
     over: str = "targets",
     exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE of each row against the rows of its own clip (paper, equation 1); no temperature, no normalisation.
+    """InfoNCE of each row against the rows of its own clip (paper, equation 1), without temperature or normalisation.
 
-    over "targets" (MAE-AST): loss_i = -log softmax_j(<prediction_i, target_j>)[i], j over the rows of the same clip.
-    over "predictions" (SSAST, the transpose): loss_i = -log softmax_j(<target_i, prediction_j>)[i]. In fp32 or wider.
+    over="targets" (MAE-AST): loss_i = -log softmax_j(<prediction_i, target_j>)[i], j over the rows of the same clip.
+    over="predictions" (SSAST, the transpose): loss_i = -log softmax_j(<target_i, prediction_j>)[i]. Computed in fp32 or
+    wider.
 
     Args:
         prediction: (N, P) packed rows.
         target: (N, P).
-        cu_seqlens: (B + 1,) int32 first row of each clip.
+        cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
         max_seqlen: Rows of the longest clip.
-        over: "targets" or "predictions", what the softmax runs over.
-        exact: Whether all N rows belong to a clip (packing.Packing).
+        over: What the softmax runs over, "targets" or "predictions".
+        exact: Whether all N rows belong to a clip; False: rows may lie past ``cu_seqlens[-1]`` (packing.Packing).
 
     Returns:
-        loss (N,) and hit (N,) bool: over targets, whether a row's largest product is with its own target; over
-        predictions, whether no other target i gives prediction j a larger log softmax_j(<target_i, prediction_j>).
+        loss (N,) and hit (N,) bool. Over targets, hit is whether the largest product of a row is with its own target.
+        Over predictions, hit is whether no other target i gives prediction j a larger
+        log softmax_j(<target_i, prediction_j>).
     """
     if groups := similar_lengths(cu_seqlens, max_seqlen, prediction.shape[0]):
-        order = torch.cat([index for index, _, _ in groups]).argsort()
-        parts = [info_nce(prediction[index], target[index], cu, longest, over) for index, cu, longest in groups]
-        return tuple(torch.cat(column)[order] for column in zip(*parts, strict=True))
+        order = torch.cat([rows for rows, _, _ in groups]).argsort()
+        losses, hits = [], []
+        for rows, group_cu_seqlens, longest in groups:
+            group_loss, group_hit = info_nce(prediction[rows], target[rows], group_cu_seqlens, longest, over=over)
+            losses.append(group_loss)
+            hits.append(group_hit)
+        return torch.cat(losses)[order], torch.cat(hits)[order]
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    pad = PaddedView(cu_seqlens, max_seqlen, prediction.shape[0], exact)
+    pad = PaddedView(cu_seqlens, max_seqlen, prediction.shape[0], has_padding_rows=not exact)
     padded_prediction, padded_target = pad.pad(prediction.to(dtype)), pad.pad(target.to(dtype))
     if over == "predictions":
         logits = padded_target @ padded_prediction.transpose(1, 2)
     else:
         logits = padded_prediction @ padded_target.transpose(1, 2)
     logits = logits.masked_fill(~pad.valid[:, None, :], float("-inf"))
-    own = logits.diagonal(dim1=1, dim2=2)
-    # log-sum-exp of an empty clip's padded rows is -inf; they are dropped by unpad before any arithmetic.
+    positives = logits.diagonal(dim1=1, dim2=2)
+    # The log-sum-exp of the padded rows of an empty clip is -inf; unpad drops them before any arithmetic.
     lse = logits.logsumexp(2)
-    loss = pad.unpad(lse) - pad.unpad(own)
+    loss = pad.unpad(lse) - pad.unpad(positives)
     scores = logits.detach()
     if over == "predictions":
         scores = (scores - lse.detach()[:, :, None]).masked_fill(~pad.valid[:, :, None], float("-inf")).transpose(1, 2)
@@ -208,12 +222,21 @@ def info_nce(
 
 def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float = 0.0) -> Tensor:
     """Softmax attention inside each clip with explicit probabilities: (N, 3, H, Dh) -> (N, H, Dh), scale Dh ** -0.5."""
-    return cross_attention(qkv[:, 0], qkv[:, 1:], cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, dropout)
+    return cross_attention(
+        qkv[:, 0],
+        qkv[:, 1:],
+        cu_q=cu_seqlens,
+        max_q=max_seqlen,
+        cu_kv=cu_seqlens,
+        max_kv=max_seqlen,
+        dropout=dropout,
+    )
 
 
 def cross_attention(
     q: Tensor,
     kv: Tensor,
+    *,
     cu_q: Tensor,
     max_q: int,
     cu_kv: Tensor,
@@ -221,8 +244,20 @@ def cross_attention(
     dropout: float = 0.0,
     exact: bool = True,
 ) -> Tensor:
-    """``attention`` where only some rows of each clip ask: (Nq, H, Dh) and (N, 2, H, Dh) -> (Nq, H, Dh)."""
-    pad_q, pad_kv = padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0], exact)
+    """``attention`` for a subset of query rows of each clip: (Nq, H, Dh) and (N, 2, H, Dh) -> (Nq, H, Dh).
+
+    ``cu_q`` and ``max_q`` describe the query rows, ``cu_kv`` and ``max_kv`` those of keys and values; ``exact`` as in
+    ``info_nce``.
+    """
+    pad_q, pad_kv = padded_views(
+        cu_q=cu_q,
+        max_q=max_q,
+        num_q=q.shape[0],
+        cu_kv=cu_kv,
+        max_kv=max_kv,
+        num_kv=kv.shape[0],
+        has_padding_rows=not exact,
+    )
     q = pad_q.pad(q).transpose(1, 2)  # (B, H, S, Dh)
     k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -232,97 +267,122 @@ def cross_attention(
     return pad_q.unpad((probabilities @ v).transpose(1, 2))
 
 
-def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[tuple[Tensor, Tensor, int]] | None:
+def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[tuple[Tensor, Tensor, int]] | None:
     """Groups of clips whose lengths differ by less than a factor of 2, where padding to the longest would waste much.
 
+    Args:
+        cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
+        max_seqlen: Rows of the longest clip.
+        num_rows: N.
+
     Returns:
-        None where at least half of the padded rows are real, else (rows (n,), cu_seqlens, max_seqlen) of each group.
+        None where at least half of the padded rows are real. Otherwise (rows (n,), cu_seqlens, max_seqlen) of each
+        group.
     """
-    groups = similar_clips(cu_seqlens, max_seqlen, rows)
+    groups = similar_clips(cu_seqlens, max_seqlen, num_rows)
     return None if groups is None else [rows_of_clips(cu_seqlens, clips) for clips in groups]
 
 
-def similar_clips(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> list[Tensor] | None:
-    """The clips (ascending int64 numbers) of each group of ``similar_lengths``; clips without rows are in none.
+def similar_clips(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[Tensor] | None:
+    """The clips (ascending int64 indices) of each group of ``similar_lengths``; clips without rows are in no group.
 
-    None off the CPU and while a graph is traced: lengths are read on the host.
+    None on other devices than a CPU and while a graph is traced, because the host reads lengths here.
     """
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    if (cu_seqlens.shape[0] - 1) * max_seqlen <= 2 * rows or int(cu_seqlens[-1]) != rows:
+    if (cu_seqlens.shape[0] - 1) * max_seqlen <= 2 * num_rows or int(cu_seqlens[-1]) != num_rows:
         return None
     counts = cu_seqlens.diff().long()
-    size = torch.where(counts > 0, counts.clamp(min=1).double().log2().floor().long(), -1)
-    groups = [(size == exponent).nonzero()[:, 0] for exponent in range(max_seqlen.bit_length())]
+    exponents = torch.where(counts > 0, counts.clamp(min=1).double().log2().floor().long(), -1)
+    groups = [(exponents == exponent).nonzero()[:, 0] for exponent in range(max_seqlen.bit_length())]
     return [clips for clips in groups if len(clips)]
 
 
 def rows_of_clips(cu_seqlens: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The packed rows of some clips: their numbers (n,), and ``cu_seqlens`` and ``max_seqlen`` of those alone."""
+    """The packed rows of a subset of clips: their indices (n,), and ``cu_seqlens`` and ``max_seqlen`` of the subset."""
     counts = cu_seqlens.diff().long()[clips]
-    first, own = cu_seqlens[:-1].long()[clips], F.pad(counts.cumsum(0), (1, 0))
-    total = int(own[-1])
-    shift = torch.repeat_interleave(first - own[:-1], counts, output_size=total)
-    return torch.arange(total, device=cu_seqlens.device) + shift, own.to(cu_seqlens.dtype), int(counts.max())
+    first, subset_first = cu_seqlens[:-1].long()[clips], F.pad(counts.cumsum(0), (1, 0))
+    total = int(subset_first[-1])
+    shift = torch.repeat_interleave(first - subset_first[:-1], counts, output_size=total)
+    return torch.arange(total, device=cu_seqlens.device) + shift, subset_first.to(cu_seqlens.dtype), int(counts.max())
 
 
 class PaddedView:
-    """Packed rows (N, ...) laid out as (B, max_seqlen, ...) and back; free of copies where all clips are equal.
+    """Packed rows (N, ...) laid out as (B, max_seqlen, ...) and back; free of copies where all clips are equally long.
 
-    Nothing is read back from the device. Rows past the last clip, which there are where ``exact`` is false (see
-    packing.TokenCounts), are left out, and come back as copies of some row.
+    Nothing is read back from the device. Padding rows past the last clip (see packing.TokenCounts) are left out of the
+    padded layout, and come back as copies of some row.
+
+    Args:
+        cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
+        max_seqlen: Upper bound on the rows of a clip.
+        num_rows: N.
+        has_padding_rows: Whether rows may lie past ``cu_seqlens[-1]``.
 
     Attributes:
+        full: Whether every clip has ``max_seqlen`` rows, so that both layouts are the same memory.
         valid: (B, max_seqlen) bool, True where a clip has a row.
-        key_valid: the same, but an empty clip has one valid key, so that no softmax runs over nothing.
+        key_valid: ``valid`` with one valid key for each empty clip, so that no softmax is empty.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, rows: int, exact: bool = True) -> None:
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_rows: int, *, has_padding_rows: bool = False) -> None:
         self.batch, self.length = cu_seqlens.shape[0] - 1, max_seqlen
-        # In this order: of rounded-up sizes a traced graph must not ask for more than they are.
-        self.full = exact and self.batch * max_seqlen == rows
+        # In this order: with upper bounds, a traced graph must not be specialised on the sizes.
+        self.full = not has_padding_rows and self.batch * max_seqlen == num_rows
         counts = cu_seqlens.diff()[:, None]
-        place = torch.arange(max_seqlen, device=cu_seqlens.device)
-        self.valid = place < counts
-        self.key_valid = place < counts.clamp(min=1)
+        index = torch.arange(max_seqlen, device=cu_seqlens.device)
+        self.valid = index < counts
+        self.key_valid = index < counts.clamp(min=1)
         if not self.full:
-            row = torch.arange(rows, device=cu_seqlens.device)
+            row = torch.arange(num_rows, device=cu_seqlens.device)
             clip = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)
-            self._owned = clip < self.batch
+            self._in_clip = clip < self.batch  # (N,), False for padding rows
             clip = clip.clamp(max=self.batch - 1)
-            self._place = clip * max_seqlen + row - cu_seqlens[clip]  # (N,), of each row in the padded layout
+            self._padded_row = (
+                clip * max_seqlen + row - cu_seqlens[clip]
+            )  # (N,), index of each row in the padded layout
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, max_seqlen, ...), zeros where a clip has no row."""
         if self.full:
             return x.unflatten(0, (self.batch, self.length))
-        places = self.batch * self.length
-        padded = x.new_zeros(places + 1, *x.shape[1:])  # the last one takes the rows of no clip
-        padded = padded.index_copy(0, torch.where(self._owned, self._place, places), x)
-        return padded[:places].unflatten(0, (self.batch, self.length))
+        num_padded = self.batch * self.length
+        padded = x.new_zeros(num_padded + 1, *x.shape[1:])  # the last row collects the padding rows of x
+        padded = padded.index_copy(0, torch.where(self._in_clip, self._padded_row, num_padded), x)
+        return padded[:num_padded].unflatten(0, (self.batch, self.length))
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(B, max_seqlen, ...) -> (N, ...); a (max_seqlen,) tensor counts for every clip."""
+        """(B, max_seqlen, ...) -> (N, ...); a (max_seqlen,) tensor is used for every clip."""
         if x.dim() == 1:
             x = x.expand(self.batch, -1)
         flat = x.flatten(0, 1)
-        return flat if self.full else flat.index_select(0, torch.where(self._owned, self._place, 0))
+        return flat if self.full else flat.index_select(0, torch.where(self._in_clip, self._padded_row, 0))
 
 
 def padded_views(
-    cu_q: Tensor, max_q: int, rows_q: int, cu_kv: Tensor, max_kv: int, rows_kv: int, exact: bool = True
+    *,
+    cu_q: Tensor,
+    max_q: int,
+    num_q: int,
+    cu_kv: Tensor,
+    max_kv: int,
+    num_kv: int,
+    has_padding_rows: bool = False,
 ) -> tuple[PaddedView, PaddedView]:
-    """Of the rows that ask and of keys and values: one and the same where all rows ask."""
-    of_kv = PaddedView(cu_kv, max_kv, rows_kv, exact)
-    return (of_kv if cu_q is cu_kv else PaddedView(cu_q, max_q, rows_q, exact)), of_kv
+    """Views of the query rows and of keys and values; the same object where all rows are query rows."""
+    kv_view = PaddedView(cu_kv, max_kv, num_kv, has_padding_rows=has_padding_rows)
+    if cu_q is cu_kv:
+        return kv_view, kv_view
+    return PaddedView(cu_q, max_q, num_q, has_padding_rows=has_padding_rows), kv_view
 
 
 def feed_forward(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, dropout: float = 0.0, recompute: bool = False
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *, dropout: float = 0.0, recompute: bool = False
 ) -> Tensor:
-    """GELU(x W1^T + b1) W2^T of rows (N, D), weights cast to the dtype of ``x``; dropout on what the GELU gives.
+    """GELU(x W1^T + b1) W2^T of rows (N, D), weights cast to the dtype of ``x``; dropout on the output of the GELU.
 
-    With ``recompute``, and without dropout, x W1^T alone is kept for the backward: the same values and gradients.
+    With ``recompute`` (dropout is not applied then), only x W1^T is kept for the backward. Values and gradients are the
+    same.
     """
     h = F.linear(x, w1.to(x.dtype))
     if recompute:
@@ -331,7 +391,7 @@ def feed_forward(
 
 
 class _GeluLinear(torch.autograd.Function):
-    """linear(bias_gelu(h, b1), w2), of which the backward keeps the inputs alone; it computes as autograd would."""
+    """linear(bias_gelu(h, b1), w2) that saves only its inputs; the backward computes what autograd would."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, b1: Tensor, w2: Tensor) -> Tensor:

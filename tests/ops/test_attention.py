@@ -1,4 +1,4 @@
-"""Every attention backend against a loop over clips in fp64, forward and gradients, for ragged batches."""
+"""Every attention backend compared with a loop over clips in fp64, forward and gradients, for ragged batches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def call(qkv: torch.Tensor, counts: list[int], backend: str, dropout: float = 0.
 
 
 def loop(qkv: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Clip by clip, nothing padded; differentiable."""
+    """Attention clip by clip, without padding; differentiable."""
     out = []
     for clip in qkv.split(counts):
         q, k, v = clip.permute(1, 2, 0, 3)
@@ -54,7 +54,7 @@ def loop(qkv: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("backend", PLAIN)
-def test_forward_and_gradients(backend: str, counts: list[int]) -> None:
+def test_attention_ragged_clips_equal_loop(backend: str, counts: list[int]) -> None:
     qkv = rows(counts).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     weight = torch.randn(sum(counts), 2, 4, generator=torch.Generator().manual_seed(1))
@@ -67,7 +67,7 @@ def test_forward_and_gradients(backend: str, counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("backend", PLAIN)
-def test_a_clip_sees_only_itself(backend: str) -> None:
+def test_attention_each_clip_sees_only_itself(backend: str) -> None:
     counts = [3, 5, 2]
     qkv = rows(counts).requires_grad_()
     call(qkv, counts, backend)[3:8].sum().backward()
@@ -78,7 +78,7 @@ def test_a_clip_sees_only_itself(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", PLAIN)
-def test_large_scores_and_equal_keys(backend: str) -> None:
+def test_attention_large_scores_and_equal_keys_are_accurate(backend: str) -> None:
     counts = [4, 2]
     large = rows(counts) * 100
     assert_rounding(call(large.double(), counts, backend), loop(large.double(), counts))
@@ -91,7 +91,7 @@ def test_large_scores_and_equal_keys(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_keeps_the_dtype(backend: str, dtype: torch.dtype) -> None:
+def test_attention_any_dtype_is_kept(backend: str, dtype: torch.dtype) -> None:
     counts = [3, 6, 1]
     out = call(rows(counts, dtype=dtype), counts, backend)
     assert out.dtype == dtype
@@ -100,7 +100,7 @@ def test_keeps_the_dtype(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", PLAIN)
-def test_a_qkv_that_is_not_contiguous(backend: str) -> None:
+def test_attention_non_contiguous_qkv_equals_contiguous(backend: str) -> None:
     counts = [3, 6, 1]
     wide = torch.cat((rows(counts), rows(counts)), dim=3)
     assert not wide[..., :4].is_contiguous()
@@ -109,8 +109,8 @@ def test_a_qkv_that_is_not_contiguous(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("counts", [[300, 300], [100, 300]])
-def test_dropout_is_on_the_probabilities(backend: str, counts: list[int]) -> None:
-    """Uniform probabilities and values 1: a row's output counts its kept keys."""
+def test_attention_dropout_applies_to_probabilities(backend: str, counts: list[int]) -> None:
+    """With uniform probabilities and values of 1, a row's output counts its kept keys."""
     qkv = torch.zeros(sum(counts), 3, 1, 4, dtype=torch.float64)
     qkv[:, 2] = 1.0
     torch.manual_seed(0)
@@ -128,8 +128,8 @@ def test_dropout_is_on_the_probabilities(backend: str, counts: list[int]) -> Non
     assert torch.equal(call(qkv, counts, backend), call(qkv, counts, backend, dropout=0.0))
 
 
-def test_unequal_clips_are_not_all_padded_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips of any length mix without padding waste: at most one padded row for each real one."""
+def test_sdpa_unequal_clips_pad_at_most_one_row_per_real_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips of any length mix with at most one padded row for each real one."""
     padded: list[int] = []
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -144,30 +144,40 @@ def test_unequal_clips_are_not_all_padded_to_the_longest(monkeypatch: pytest.Mon
         assert sum(counts) <= sum(padded) <= 2 * sum(counts)
 
 
-ASKING = {
+QUERIES = {
     "some": ([5, 9, 1], [2, 9, 1]),
-    "clips where none asks": ([4, 6, 3], [0, 2, 0]),
+    "clips without queries": ([4, 6, 3], [0, 2, 0]),
     "empty clips": ([0, 6, 0, 3], [0, 1, 0, 3]),
     "unlike lengths": ([1] * 40 + [70], [1, 0] * 20 + [33]),
 }
 
 
-@pytest.mark.parametrize(("counts", "asking"), ASKING.values(), ids=ASKING.keys())
+@pytest.mark.parametrize(("counts", "num_queries"), QUERIES.values(), ids=QUERIES.keys())
 @pytest.mark.parametrize("backend", (*PLAIN, "short"))
-def test_where_only_some_rows_ask(backend: str, counts: list[int], asking: list[int]) -> None:
-    """The same as attention of all rows, at those rows, forward and gradients."""
+def test_cross_attention_subset_of_queries_equals_attention_there(
+    backend: str, counts: list[int], num_queries: list[int]
+) -> None:
+    """Equal to attention of all rows at the query rows, forward and gradients."""
     qkv = rows(counts).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     generator = torch.Generator().manual_seed(0)
     first = [0, *torch.tensor(counts).cumsum(0).tolist()]
-    places = [
-        start + torch.randperm(count, generator=generator)[:chosen].sort().values
-        for start, count, chosen in zip(first, counts, asking, strict=False)
-    ]
-    index = torch.cat(places)
-    cu = cumulative(torch.tensor(asking)), max(asking), cumulative(torch.tensor(counts)), max(counts)
-    out = cross_attention(qkv[:, 0][index], qkv[:, 1:], *cu, backend=backend)
-    expected = loop(exact, counts)[index]
+    query_rows = torch.cat(
+        [
+            start + torch.randperm(count, generator=generator)[:queries].sort().values
+            for start, count, queries in zip(first, counts, num_queries, strict=False)
+        ]
+    )
+    out = cross_attention(
+        qkv[:, 0][query_rows],
+        qkv[:, 1:],
+        cu_q=cumulative(torch.tensor(num_queries)),
+        max_q=max(num_queries),
+        cu_kv=cumulative(torch.tensor(counts)),
+        max_kv=max(counts),
+        backend=backend,
+    )
+    expected = loop(exact, counts)[query_rows]
     weight = torch.randn(out.shape, generator=generator)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -176,11 +186,11 @@ def test_where_only_some_rows_ask(backend: str, counts: list[int], asking: list[
 
 
 @pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS.keys())
-def test_short_runs_the_kernel_for_short_clips_alone(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-    monkeypatch.setattr(ops, "short_attention", lambda qkv, *args, **impl: ran.append(args) or qkv[:, 0])
+def test_short_backend_long_clips_skip_kernel(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(ops, "short_attention", lambda qkv, *args, **impl: calls.append(args) or qkv[:, 0])
     call(rows(counts), counts, "short")
-    assert len(ran) == (max(counts) <= 128)
+    assert len(calls) == (max(counts) <= 128)
 
 
 # ----------------------------------------------------------------------------------------------------------- choice
@@ -188,9 +198,9 @@ def test_short_runs_the_kernel_for_short_clips_alone(counts: list[int], monkeypa
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine whose CUDA device has a compute capability, with PyTorch's FlashAttention and no package."""
+    """Sets the compute capability of a CUDA device with PyTorch's FlashAttention and without packages."""
 
-    def found(major: int, minor: int) -> None:
+    def set_capability(major: int, minor: int) -> None:
         properties = SimpleNamespace(major=major, minor=minor)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -199,27 +209,28 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(flash, "BUILT", True)
     for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
-    found(9, 0)
-    return found
+    set_capability(9, 0)
+    return set_capability
 
 
-def test_auto_is_flash_attention_where_it_runs(gpu: Any) -> None:
+def test_choose_backend_auto_half_precision_gpu_is_flash_attention(gpu: Any) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         for shape in ({}, {"max_seqlen": 128, "head_dim": 64}, {"max_seqlen": 2048, "head_dim": 256, "dropout": 0.1}):
             for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
-                gpu(*capability)
-                name, why = choose_backend("auto", "cuda", dtype=dtype, **shape)
-                assert name == "aten" and "FlashAttention-2" in why and "not yet run on a GPU" in why
+                major, minor = capability
+                gpu(major, minor)
+                name, reason = choose_backend("auto", "cuda", dtype=dtype, **shape)
+                assert name == "aten" and "FlashAttention-2" in reason and "not yet run on a GPU" in reason
 
 
-def test_auto_is_sdpa_elsewhere(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_backend_auto_without_flash_attention_is_sdpa(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     half = {"dtype": torch.bfloat16}
     cases = [("mps", half, "got mps")]
     cases += [("cuda", {"dtype": dtype}, f"got {dtype}") for dtype in (torch.float32, torch.float64)]
     cases += [("cuda", {**half, "head_dim": dim}, f"got {dim}") for dim in (4, 60, 264)]
-    for device, given, why in cases:
-        name, said = choose_backend("auto", device, **given)
-        assert name == "sdpa" and said.endswith(why), said
+    for device, options, expected in cases:
+        name, reason = choose_backend("auto", device, **options)
+        assert name == "sdpa" and reason.endswith(expected), reason
     gpu(7, 5)
     assert choose_backend("auto", "cuda:0", **half)[1].endswith("needs compute capability 8.0 or newer, got 7.5")
     gpu(9, 0)
@@ -230,8 +241,8 @@ def test_auto_is_sdpa_elsewhere(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_backend("auto", "cuda", **half)[0] == "sdpa"
 
 
-def test_auto_is_short_where_that_was_measured_ahead(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module.MEASURED_SHORT == ()  # none is committed: with the first one this line goes
+def test_choose_backend_auto_measured_shape_is_short(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.MEASURED_SHORT == ()  # none is committed; remove this line with the first one
     monkeypatch.setattr(module, "MEASURED_SHORT", (((9, 0), 96, 64),))
     half, shape = {"dtype": torch.bfloat16}, {"max_seqlen": 96, "head_dim": 64}
     assert choose_backend("auto", "cuda", **half, **shape)[0] == "short"
@@ -241,7 +252,7 @@ def test_auto_is_short_where_that_was_measured_ahead(gpu: Any, monkeypatch: pyte
     assert choose_backend("auto", "cuda", **half, **shape)[0] == "aten"
 
 
-def test_names_stand_for_themselves(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_backend_explicit_name_is_kept(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda", "mps"):
         for name in ("sdpa", "math", "short"):
             assert choose_backend(name, device) == (name, "asked for by name")
@@ -254,26 +265,26 @@ def test_names_stand_for_themselves(gpu: Any, monkeypatch: pytest.MonkeyPatch) -
         assert choose_backend(name, "cuda", dtype=torch.float16)[0] == name
 
 
-def test_short_is_auto_where_its_kernel_does_not_apply(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_backend_short_with_large_shape_is_auto(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     half = {"dtype": torch.bfloat16}
     assert choose_backend("short", "cuda", max_seqlen=128, head_dim=128, **half)[0] == "short"
     for shape in ({"max_seqlen": 129, "head_dim": 64}, {"max_seqlen": 5, "head_dim": 136}):
-        name, why = choose_backend("short", "cuda", **shape, **half)
-        assert name == "aten" and "128" in why and "FlashAttention-2" in why
+        name, reason = choose_backend("short", "cuda", **shape, **half)
+        assert name == "aten" and "128" in reason and "FlashAttention-2" in reason
         assert choose_backend("short", "cpu", **shape, **half)[0] == "clips"
 
 
-def test_short_is_auto_where_only_some_rows_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(module, "choose_backend", lambda name, *args, **shape: asked.append(name) or ("sdpa", ""))
+def test_cross_attention_short_is_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    monkeypatch.setattr(module, "choose_backend", lambda name, *args, **shape: names.append(name) or ("sdpa", ""))
     cu = torch.tensor([0, 2], dtype=torch.int32)
     for name in ("auto", "short", "math"):
         cross_attention(torch.zeros(2, 1, 8), torch.zeros(2, 2, 1, 8), cu, 2, cu, 2, backend=name)
-    assert asked == ["auto", "auto", "math"]
+    assert names == ["auto", "auto", "math"]
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "given", "words"),
+    ("name", "capability", "options", "words"),
     [
         *[(name, (9, 0), {"device": "cpu"}, ["CUDA device", "got cpu"]) for name in flash.FLASH],
         *[(name, (9, 0), {"dtype": torch.float32}, ["float16 and bfloat16", "float32"]) for name in flash.FLASH],
@@ -291,19 +302,20 @@ def test_short_is_auto_where_only_some_rows_ask(monkeypatch: pytest.MonkeyPatch)
         ("fa4", (9, 0), {}, ["flash_attn.cute.flash_attn_varlen_func", "pip install --pre flash-attn-4"]),
     ],
 )
-def test_what_flash_attention_cannot_do_is_an_error_not_a_fallback(
-    gpu: Any, name: str, capability: tuple[int, int], given: dict[str, Any], words: list[str]
+def test_choose_backend_unsupported_flash_attention_raises(
+    gpu: Any, name: str, capability: tuple[int, int], *, options: dict[str, Any], words: list[str]
 ) -> None:
-    gpu(*capability)
-    arguments = {"device": "cuda", "dtype": torch.float16, "head_dim": 64, **given}
+    major, minor = capability
+    gpu(major, minor)
+    arguments = {"device": "cuda", "dtype": torch.float16, "head_dim": 64, **options}
     with pytest.raises(ValueError) as caught:
         choose_backend(name, arguments.pop("device"), **arguments)
     assert all(word in str(caught.value) for word in (*words, repr(name), "use attention='auto'"))
 
 
 @pytest.mark.parametrize("name", flash.FLASH)
-def test_a_model_says_so_when_it_is_called(name: str) -> None:
-    """Not before: it may be built on a CPU and moved."""
+def test_model_flash_attention_on_cpu_raises_when_called(name: str) -> None:
+    """Building it does not raise: a model may be built on a CPU and moved."""
     sizes = {"num_mel_bins": 8, "patch_size": (4, 4), "embed_dim": 16, "decoder_embed_dim": 16, "num_heads": 2}
     model = MAEAST(MAEASTConfig(**sizes, encoder_layers=1, decoder_layers=1, ffn_dim=16), attention=name)
     with pytest.raises(ValueError, match=f"attention='{name}' needs a CUDA device, got cpu; use attention='auto'"):
@@ -313,7 +325,7 @@ def test_a_model_says_so_when_it_is_called(name: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-def test_an_unknown_backend_is_an_error_that_names_the_choices() -> None:
+def test_attention_unknown_backend_raises_and_lists_choices() -> None:
     for run in (lambda: choose_backend("flashy", "cpu"), lambda: call(rows([2]), [2], "flashy")):
         with pytest.raises(ValueError) as caught:
             run()
@@ -341,24 +353,24 @@ Q, KV = QKV[:, 0], QKV[:, 1:]
         (lambda: cross_attention(Q, KV, CU, 4, CU, 4, 1.5), ["dropout", "1.5"]),
     ],
 )
-def test_wrong_arguments_are_errors_that_say_what_came(run: Callable[[], Any], words: list[str]) -> None:
+def test_attention_invalid_argument_raises_and_names_it(run: Callable[[], Any], words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         run()
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_auto_on_a_cpu_goes_clip_by_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Except in a traced graph, which reads no lengths."""
+def test_choose_backend_auto_on_cpu_is_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traced graph, which reads no lengths, gets "math" or "sdpa" instead."""
     halves, wide = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
-    given = [(dtype, rate) for dtype in (*halves, *wide) for rate in (0.0, 0.1)]
-    names = {which: choose_backend("auto", "cpu", dtype=which[0], dropout=which[1])[0] for which in given}
+    cases = [(dtype, rate) for dtype in (*halves, *wide) for rate in (0.0, 0.1)]
+    names = {case: choose_backend("auto", "cpu", dtype=case[0], dropout=case[1])[0] for case in cases}
     assert set(names.values()) == {"clips"}
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    names = {which: choose_backend("auto", "cpu", dtype=which[0], dropout=which[1])[0] for which in given}
-    assert names == {(dtype, rate): "math" if rate and dtype in halves else "sdpa" for dtype, rate in given}
+    names = {case: choose_backend("auto", "cpu", dtype=case[0], dropout=case[1])[0] for case in cases}
+    assert names == {(dtype, rate): "math" if rate and dtype in halves else "sdpa" for dtype, rate in cases}
 
 
-def test_clips_elsewhere_is_an_error_that_says_what_to_use() -> None:
+def test_choose_backend_clips_without_cpu_raises_and_names_alternative() -> None:
     for device in ("cuda", "mps", "meta"):
         with pytest.raises(ValueError, match=f"'clips' needs a CPU and eager mode, got {device}; use attention='auto'"):
             choose_backend("clips", device)
@@ -368,7 +380,7 @@ def test_clips_elsewhere_is_an_error_that_says_what_to_use() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_auto_in_a_traced_graph(dropout: float) -> None:
+def test_attention_auto_in_traced_graph_equals_loop(dropout: float) -> None:
     qkv = rows([2, 3], dtype=torch.bfloat16)
     cu = cumulative(torch.tensor([2, 3]))
     traced = torch.compile(lambda x: attention(x, cu, 3, dropout), fullgraph=True, backend="aot_eager")
@@ -383,14 +395,16 @@ def test_auto_in_a_traced_graph(dropout: float) -> None:
 MIXED = [5, 5, 5, 0, 16, 1, 9, 16, 2, 3, 15]
 
 
-@pytest.fixture(params=[clip_attention.BLOCK, 200, 40], ids=["in one block", "some heads a block", "some rows a block"])
+@pytest.fixture(
+    params=[clip_attention.BLOCK, 200, 40], ids=["in one block", "some heads per block", "some rows per block"]
+)
 def block(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(clip_attention, "BLOCK", request.param)
     return request.param
 
 
 def masked_loop(qkv: torch.Tensor, counts: list[int], masks: list[torch.Tensor], scale: float) -> torch.Tensor:
-    """``loop`` with these (H, S, S) bool masks on the probabilities, in the dtype of ``qkv``."""
+    """``loop`` with (H, S, S) bool ``masks`` on the probabilities, in the dtype of ``qkv``."""
     out = []
     for clip, mask in zip(qkv.split(counts), masks, strict=True):
         q, k, v = clip.permute(1, 2, 0, 3)
@@ -405,13 +419,13 @@ def seeded(qkv: torch.Tensor, counts: list[int], dropout: float) -> torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_with_dropout_are_those_of_the_same_mask(block: int, dtype: torch.dtype) -> None:
-    """Values that are unit vectors show the mask, which depends on the seed and on the lengths alone."""
+def test_clip_attention_dropout_gradients_use_forward_mask(block: int, dtype: torch.dtype) -> None:
+    """Values that are unit vectors reveal the mask, which depends only on the seed and the lengths."""
     rate, scale = 0.3, 65536 / (65536 - round(0.3 * 65536))
     qkv = rows(MIXED, dim=16, dtype=dtype)
-    shown = qkv.clone()
-    shown[:, 2] = torch.cat([torch.eye(count, 16) for count in MIXED])[:, None]
-    masks = [clip.transpose(0, 1)[..., : len(clip)] != 0 for clip in seeded(shown, MIXED, rate).split(MIXED)]
+    unit_values = qkv.clone()
+    unit_values[:, 2] = torch.cat([torch.eye(count, 16) for count in MIXED])[:, None]
+    masks = [clip.transpose(0, 1)[..., : len(clip)] != 0 for clip in seeded(unit_values, MIXED, rate).split(MIXED)]
     assert 0 < sum(int(mask.sum()) for mask in masks) < sum(mask.numel() for mask in masks)
 
     weight = torch.randn(sum(MIXED), 2, 16, generator=torch.Generator().manual_seed(4)).to(dtype)
@@ -432,8 +446,8 @@ def test_gradients_with_dropout_are_those_of_the_same_mask(block: int, dtype: to
         assert_kernel(k, t, r, dtype, name, dot=True)
 
 
-def test_blocks_of_any_size_give_the_same(block: int) -> None:
-    """In half precision too, where the parts of a long clip's gradient are summed up in fp32."""
+def test_clip_attention_any_block_size_equals_loop(block: int) -> None:
+    """Also in half precision, where the gradients of the blocks of a long clip are summed in fp32."""
     for dtype in (torch.float32, torch.bfloat16):
         qkv = rows(MIXED, dim=16, dtype=dtype).requires_grad_()
         exact = qkv.detach().double().requires_grad_()
@@ -441,22 +455,30 @@ def test_blocks_of_any_size_give_the_same(block: int) -> None:
         out.sum().backward()
         expected.sum().backward()
         same = qkv.detach().clone().requires_grad_()
-        of_same = masked_loop(same, MIXED, [torch.tensor(True)] * len(MIXED), 1.0)
-        of_same.sum().backward()
-        assert_kernel(out, of_same, expected, dtype, "output", dot=True)
+        same_out = masked_loop(same, MIXED, [torch.tensor(True)] * len(MIXED), 1.0)
+        same_out.sum().backward()
+        assert_kernel(out, same_out, expected, dtype, "output", dot=True)
         assert_kernel(qkv.grad, same.grad, exact.grad, dtype, "gradient", dot=True)
 
 
-def test_dropout_of_where_only_some_rows_ask() -> None:
-    """Uniform probabilities and values 1: outputs count kept keys, gradients of values what each was kept for."""
-    counts, asking = [300, 40, 200], [100, 0, 150]
+def test_clip_attention_dropout_with_subset_of_queries_is_consistent() -> None:
+    """Outputs count the kept keys, and gradients of values the queries that kept a key."""
+    counts, num_queries = [300, 40, 200], [100, 0, 150]
     q, kv = torch.zeros(250, 1, 4, dtype=torch.float64), torch.zeros(540, 2, 1, 4, dtype=torch.float64)
     kv[:, 1] = 1.0
     kv.requires_grad_()
-    cu = cumulative(torch.tensor(asking)), 150, cumulative(torch.tensor(counts)), 300
-    out = cross_attention(q, kv, *cu, 0.25, "clips")
+    out = cross_attention(
+        q,
+        kv,
+        cu_q=cumulative(torch.tensor(num_queries)),
+        max_q=150,
+        cu_kv=cumulative(torch.tensor(counts)),
+        max_kv=300,
+        dropout=0.25,
+        backend="clips",
+    )
     out.sum().backward()
-    for o, g, count in zip(out.split(asking), kv.grad.split(counts), counts, strict=True):
+    for o, g, count in zip(out.split(num_queries), kv.grad.split(counts), counts, strict=True):
         kept = o[:, 0, 0] * count * 0.75
         assert_rounding(kept, kept.round(), "kept keys of a query")
         kept_for = g[:, 1, 0, 0] * count * 0.75
@@ -465,7 +487,7 @@ def test_dropout_of_where_only_some_rows_ask() -> None:
     assert not kv.grad[300:340].any()
 
 
-def test_what_a_seed_and_a_rate_give() -> None:
+def test_clip_attention_seed_and_rate_determine_output() -> None:
     counts = [40, 7, 40]
     qkv = rows(counts)
     first = seeded(qkv, counts, 0.1)
@@ -480,8 +502,8 @@ def test_what_a_seed_and_a_rate_give() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_every_place_of_a_random_word_is_kept_alike(rate: float) -> None:
-    """Four elements share 64 random bits: each of the four is kept as often, and neighbours independently."""
+def test_draw_kept_each_16_bits_of_word_keep_equal_share(rate: float) -> None:
+    """Four elements share 64 random bits: each of the four is kept equally often, and neighbours independently."""
     torch.manual_seed(0)
     kept, scale = reference.draw_kept(torch.Size([4, 100_001]), rate)
     share = 1 / scale
@@ -494,7 +516,7 @@ def test_every_place_of_a_random_word_is_kept_alike(rate: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_of_the_specification(dtype: torch.dtype) -> None:
+def test_drop_rate_of_quarter_keeps_three_quarters(dtype: torch.dtype) -> None:
     x = torch.linspace(1.0, 2.0, 10_000).to(dtype).requires_grad_()
     torch.manual_seed(0)
     out = reference.drop(x, 0.25)
@@ -507,21 +529,21 @@ def test_dropout_of_the_specification(dtype: torch.dtype) -> None:
     assert reference.drop(x, 0.0) is x
 
 
-def test_rows_past_the_last_clip() -> None:
+def test_clip_attention_padding_rows_are_zero() -> None:
     counts = [4, 0, 6]
     qkv = torch.cat((rows(counts), torch.full((3, 3, 2, 4), float("nan")))).requires_grad_()
     out = call(qkv, counts, "clips", 0.1)
     out.nansum().backward()
     assert not out[10:].any() and not qkv.grad[10:].any()
     assert out[:10].isfinite().all() and qkv.grad.isfinite().all() and qkv.grad[:10, 2].any()
-    for nothing in ([0, 0], [0]):
+    for empty in ([0, 0], [0]):
         x = torch.zeros(0, 3, 2, 4, requires_grad=True)
-        call(x, nothing, "clips").sum().backward()
+        call(x, empty, "clips").sum().backward()
         assert x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize(
-    ("counts", "most"),
+    ("counts", "max_groups"),
     [
         ([124] * 32, 4),
         ([200] * 20, 20),
@@ -530,51 +552,51 @@ def test_rows_past_the_last_clip() -> None:
         ([900, 3, 2000], 3),
     ],
 )
-def test_clips_go_together_with_little_padding(counts: list[int], most: int) -> None:
-    """Each is in one bundle, few bundles hold them all, and a bundle stays within a block unless it is one clip."""
+def test_length_groups_any_lengths_have_little_padding(counts: list[int], max_groups: int) -> None:
+    """Each clip is in one group, few groups cover all, and a group fits a block unless it is one clip."""
     cu = cumulative(torch.tensor(counts))
-    found = clip_attention.bundles(cu, cu, 6)
-    assert len(found) <= most and sum(bundle.clips for bundle in found) == len(counts)
+    groups = clip_attention.length_groups(cu, cu, 6)
+    assert len(groups) <= max_groups and sum(group.num_clips for group in groups) == len(counts)
     rows_of = torch.zeros(sum(counts), dtype=torch.int64)
-    for bundle in found:
-        index, real = bundle.kv.index, bundle.kv.real
+    for group in groups:
+        index, real = group.kv.index, group.kv.real
         index = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
-        size = 6 * bundle.clips * (len(index) // bundle.clips) ** 2
-        assert bundle.clips == 1 or size <= clip_attention.BLOCK
-        each = len(index) // bundle.clips if real is None else real.sum(1)
-        kept = 6 * (each**2 * bundle.clips if real is None else int(each.square().sum()))
+        size = 6 * group.num_clips * (len(index) // group.num_clips) ** 2
+        assert group.num_clips == 1 or size <= clip_attention.BLOCK
+        each = len(index) // group.num_clips if real is None else real.sum(1)
+        kept = 6 * (each**2 * group.num_clips if real is None else int(each.square().sum()))
         assert size - kept <= clip_attention.MAX_PADDING
         rows_of[index if real is None else index[real.flatten()]] += 1
     assert (rows_of == 1).all()
 
 
 class TensorSizes(TorchDispatchMode):
-    """Elements of every tensor that is made."""
+    """Records the number of elements of every new tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[int] = []
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
-            self.made.append(out.untyped_storage().nbytes() // out.element_size())
+            self.sizes.append(out.untyped_storage().nbytes() // out.element_size())
         return out
 
 
-def test_a_long_clip_needs_its_probabilities_and_a_few_blocks() -> None:
+def test_clip_attention_long_clip_allocates_only_probabilities() -> None:
     qkv = rows([2048], heads=1, dim=8, dtype=torch.bfloat16)
     for keep in (False, True):
-        with TensorSizes() as sizes:
+        with TensorSizes() as recorder:
             out = call(qkv.requires_grad_(keep), [2048], "clips", 0.1)
             if keep:
                 out.sum().backward()
-        large = {size for size in sizes.made if size > clip_attention.BLOCK}
+        large = {size for size in recorder.sizes if size > clip_attention.BLOCK}
         assert large == ({2048**2} if keep else set())
-        assert sizes.made.count(clip_attention.BLOCK) > 0
+        assert recorder.sizes.count(clip_attention.BLOCK) > 0
 
 
-def test_autocast_changes_nothing() -> None:
+def test_clip_attention_under_autocast_is_unchanged() -> None:
     qkv = rows([5, 3]).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         out = call(qkv, [5, 3], "clips", 0.0)

@@ -1,4 +1,4 @@
-"""FlashAttention: on CPU against stubs of the kernels (flash_stubs.py), on a GPU those that are there, for real."""
+"""FlashAttention: on a CPU with stubs of the kernels (flash_stubs.py), on a GPU with the installed kernels."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass
 class Backend:
-    """One that can be called here: a stub on the CPU in fp32, or the real one on a GPU in half precision."""
+    """A backend to call: a stub on the CPU in fp32, or the real one on a GPU in half precision."""
 
     name: str
     device: str
     dtypes: tuple[torch.dtype, ...]
-    calls: list[dict[str, Any]] = field(default_factory=list)  # of a package's stub
+    calls: list[dict[str, Any]] = field(default_factory=list)  # to the stub of a package
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     name, device = request.param.split(" ")
     if device == "cuda":
-        if why := flash.problem(name, torch.device("cuda"), torch.float16):
-            pytest.skip(f"{name} {why}")
+        if reason := flash.problem(name, torch.device("cuda"), torch.float16):
+            pytest.skip(f"{name} {reason}")
         yield Backend(name, device, HALF)
         return
-    real = flash.problem
+    original = flash.problem
 
-    def problem(name: str, device: torch.device, dtype: torch.dtype, dropout: float, head_dim: int) -> str | None:
-        """What the real one says of fp16 rows on a CUDA device of any kind."""
-        return real(name, torch.device("cuda"), torch.float16, dropout, head_dim)
+    def problem(name: str, device: torch.device, dtype: torch.dtype, **options: Any) -> str | None:
+        """``flash.problem`` for fp16 rows on a CUDA device of any kind."""
+        return original(name, torch.device("cuda"), torch.float16, **options)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(flash, "problem", problem)
@@ -67,11 +67,11 @@ def backends(*names: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> pytest.
 
 
 def on_gpu(names: Iterable[str], *cases: str) -> list[Any]:
-    """Parameters "name cuda", with each case; without a GPU one that says so stands for all."""
-    given = [(f"{name} cuda", case) if cases else f"{name} cuda" for name in names for case in cases or [""]]
-    if torch.cuda.is_available() or not given:
-        return given
-    values = given[0] if cases else given[:1]
+    """Parameters "name cuda", with each case; without a GPU, one skipped parameter for all of them."""
+    parameters = [(f"{name} cuda", case) if cases else f"{name} cuda" for name in names for case in cases or [""]]
+    if torch.cuda.is_available() or not parameters:
+        return parameters
+    values = parameters[0] if cases else parameters[:1]
     return [pytest.param(*values, marks=pytest.mark.skip(reason="needs a CUDA device"), id="cuda")]
 
 
@@ -79,25 +79,25 @@ def randn(*shape: int, seed: int = 0, like: Backend, dtype: torch.dtype) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like.device, dtype)
 
 
-def cu_of(counts: list[int], device: str) -> Tensor:
+def cu_seqlens_of(counts: list[int], device: str) -> Tensor:
     return cumulative(torch.tensor(counts)).to(device)
 
 
-# Rows of each clip, those of them that ask (None: all), heads, values of a head.
+# Rows of each clip, query rows of each clip (None: all), heads, values of a head.
 SMALL = {
     "equal": ([5, 5, 5], None, 2, 8),
     "one to n": (list(range(1, 20)), None, 1, 16),
     "empty clips": ([0, 3, 0, 0, 7, 1, 0], None, 2, 8),
     "short ones and a longer one": ([1, 2, 3] * 30 + [40], None, 1, 8),
-    "some ask": ([5, 9, 1], [2, 9, 1], 2, 8),
-    "clips where none asks": ([4, 6, 3], [0, 2, 0], 2, 8),
-    "one row asks in clips of 30": ([30, 30], [1, 1], 2, 24),
+    "some queries": ([5, 9, 1], [2, 9, 1], 2, 8),
+    "clips without queries": ([4, 6, 3], [0, 2, 0], 2, 8),
+    "one query in clips of 30": ([30, 30], [1, 1], 2, 24),
 }
 LARGE = {
     "base encoder": ([128] * 8, None, 12, 64),
     "base decoder": ([512] * 4, [384] * 4, 12, 64),
     "1 to 2048": ([1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 500, 1000, 2047, 2048], None, 2, 64),
-    "1 to 2048, some ask": ([1, 2, 63, 64, 65, 129, 1000, 2048], [1, 0, 63, 1, 33, 128, 3, 1500], 2, 64),
+    "1 to 2048, some queries": ([1, 2, 63, 64, 65, 129, 1000, 2048], [1, 0, 63, 1, 33, 128, 3, 1500], 2, 64),
     "thousands of short clips": ([1, 2, 3, 7] * 1000, None, 2, 64),
     "one long clip": ([2048], None, 2, 64),
     "heads of 8": ([40, 100], None, 3, 8),
@@ -110,11 +110,11 @@ VALUES += on_gpu(flash.FLASH, *LARGE)
 
 
 @pytest.mark.parametrize(("backend", "case"), VALUES, indirect=["backend"])
-def test_values_and_gradients(backend: Backend, case: str) -> None:
-    counts, asking, heads, dim = LARGE.get(case) or SMALL[case]
-    cu, longest = cu_of(counts, backend.device), max(counts)
+def test_flash_ragged_clips_equal_reference(backend: Backend, case: str) -> None:
+    counts, num_queries, heads, dim = LARGE.get(case) or SMALL[case]
+    cu, longest = cu_seqlens_of(counts, backend.device), max(counts)
     for dtype in backend.dtypes:
-        if asking is None:
+        if num_queries is None:
             inputs = {"qkv": randn(sum(counts), 3, heads, dim, like=backend, dtype=dtype)}
 
             def run(qkv: Tensor) -> Tensor:
@@ -125,16 +125,21 @@ def test_values_and_gradients(backend: Backend, case: str) -> None:
 
         else:
             inputs = {
-                "q": randn(sum(asking), heads, dim, like=backend, dtype=dtype),
+                "q": randn(sum(num_queries), heads, dim, like=backend, dtype=dtype),
                 "kv": randn(sum(counts), 2, heads, dim, seed=1, like=backend, dtype=dtype),
             }
-            lengths = cu_of(asking, backend.device), max(asking), cu, longest
+            lengths = {
+                "cu_q": cu_seqlens_of(num_queries, backend.device),
+                "max_q": max(num_queries),
+                "cu_kv": cu,
+                "max_kv": longest,
+            }
 
             def run(q: Tensor, kv: Tensor) -> Tensor:
-                return cross_attention(q, kv, *lengths, backend=backend.name)  # noqa: B023
+                return cross_attention(q, kv, **lengths, backend=backend.name)  # noqa: B023
 
             def expected(q: Tensor, kv: Tensor) -> Tensor:
-                return reference.cross_attention(q, kv, *lengths)  # noqa: B023
+                return reference.cross_attention(q, kv, **lengths)  # noqa: B023
 
         compare(run, expected, inputs, list(inputs), dtype, dot=True)
 
@@ -142,10 +147,10 @@ def test_values_and_gradients(backend: Backend, case: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- dropout
 
 
-def with_masks(q: Tensor, kv: Tensor, asking: list[int], counts: list[int], masks: list[Tensor]) -> Tensor:
-    """Attention clip by clip, probabilities times a given mask; differentiable."""
+def with_masks(q: Tensor, kv: Tensor, *, num_queries: list[int], counts: list[int], masks: list[Tensor]) -> Tensor:
+    """Attention clip by clip with ``masks`` on the probabilities; differentiable."""
     out = []
-    for queries, rows, mask in zip(q.split(asking), kv.split(counts), masks, strict=True):
+    for queries, rows, mask in zip(q.split(num_queries), kv.split(counts), masks, strict=True):
         k, v = rows.permute(1, 2, 0, 3)
         p = (queries.transpose(0, 1) @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
         out.append(((p * mask.to(p.dtype)) @ v).transpose(0, 1))
@@ -153,72 +158,77 @@ def with_masks(q: Tensor, kv: Tensor, asking: list[int], counts: list[int], mask
 
 
 @backends("aten", "fa2")
-def test_dropout_draws_one_mask_for_forward_and_backward(backend: Backend) -> None:
-    """The mask shows where the values are unit vectors; other values must meet it again, their gradients too."""
-    counts, asking, heads, dim, rate = [64, 0, 17, 1, 40], [50, 0, 17, 1, 3], 2, 64, 0.25
-    lengths = cu_of(asking, backend.device), max(asking), cu_of(counts, backend.device), max(counts)
+def test_flash_dropout_forward_and_backward_share_mask(backend: Backend) -> None:
+    """Values that are unit vectors reveal the mask; other values and all gradients must use the same one."""
+    counts, num_queries, heads, dim, rate = [64, 0, 17, 1, 40], [50, 0, 17, 1, 3], 2, 64, 0.25
+    lengths = {
+        "cu_q": cu_seqlens_of(num_queries, backend.device),
+        "max_q": max(num_queries),
+        "cu_kv": cu_seqlens_of(counts, backend.device),
+        "max_kv": max(counts),
+    }
     for dtype in backend.dtypes:
-        q = randn(sum(asking), heads, dim, like=backend, dtype=dtype)
+        q = randn(sum(num_queries), heads, dim, like=backend, dtype=dtype)
         kv = randn(sum(counts), 2, heads, dim, seed=1, like=backend, dtype=dtype)
 
         def run(q: Tensor, kv: Tensor, seed: int = 5) -> Tensor:
             torch.manual_seed(seed)
-            return cross_attention(q, kv, *lengths, rate, backend.name)
+            return cross_attention(q, kv, **lengths, dropout=rate, backend=backend.name)
 
         units = torch.cat([torch.eye(dim)[:count] for count in counts]).to(q)[:, None].expand(-1, heads, -1)
-        shown = run(q, torch.stack((kv[:, 0], units), 1)).split(asking)
-        kept = [out[..., :count].transpose(0, 1) != 0 for out, count in zip(shown, counts, strict=True)]
+        probabilities = run(q, torch.stack((kv[:, 0], units), 1)).split(num_queries)
+        kept = [p[..., :count].transpose(0, 1) != 0 for p, count in zip(probabilities, counts, strict=True)]
         share = torch.cat([mask.flatten() for mask in kept]).double()
         assert abs(share.mean() - 0.75) < STANDARD_ERRORS * math.sqrt(0.75 * 0.25 / share.numel())
         assert not torch.equal(kept[0][0], kept[0][1])  # heads differ
-        assert not torch.equal(kept[0][:, :17, :17], kept[2])  # clips too
+        assert not torch.equal(kept[0][:, :17, :17], kept[2])  # and clips differ
         masks = [mask / (1 - rate) for mask in kept]
         inputs = {"q": q, "kv": kv}
-        expected = partial(with_masks, asking=asking, counts=counts, masks=masks)
+        expected = partial(with_masks, num_queries=num_queries, counts=counts, masks=masks)
         compare(run, expected, inputs, ["q", "kv"], dtype, dot=True)
         assert torch.equal(run(q, kv), run(q, kv)) and not torch.equal(run(q, kv), run(q, kv, 6))
 
 
 @backends("aten", "fa2")
-def test_dropout_leaves_the_mean_of_results_and_gradients(backend: Backend) -> None:
-    """In expectation: the mean over many masks is the result, and the gradient, without dropout, but for the rate.
+def test_flash_dropout_mean_of_many_masks_is_unbiased(backend: Backend) -> None:
+    """The means of the result and of the gradient over many masks are those without dropout.
 
     An 8-bit rate of 0.25 is exact. The gradient with respect to values is linear in the mask, as the result is.
     """
     counts, draws = [6, 4], 120
-    cu, dtype = cu_of(counts * draws, backend.device), backend.dtypes[0]
-    one = randn(sum(counts), 3, 1, 8, like=backend, dtype=dtype)
-    qkv = one.repeat(draws, 1, 1, 1).requires_grad_()
+    cu, dtype = cu_seqlens_of(counts * draws, backend.device), backend.dtypes[0]
+    qkv_once = randn(sum(counts), 3, 1, 8, like=backend, dtype=dtype)
+    qkv = qkv_once.repeat(draws, 1, 1, 1).requires_grad_()
     torch.manual_seed(0)
     out = attention(qkv, cu, 6, 0.25, backend.name)
-    found = [out, torch.autograd.grad(out.sum(), qkv)[0][:, 2]]
-    exact = one.double().requires_grad_()
-    expected = reference.attention(exact, cu_of(counts, backend.device), 6)
-    for several, mean in zip(found, [expected, torch.autograd.grad(expected.sum(), exact)[0][:, 2]], strict=True):
-        several = several.detach().double().unflatten(0, (draws, -1))
-        error = several.std(0) / math.sqrt(draws)
-        assert (several.std(0) > 0).all()
-        assert ((several.mean(0) - mean).abs() <= STANDARD_ERRORS * error).all()
+    results = [out, torch.autograd.grad(out.sum(), qkv)[0][:, 2]]
+    exact = qkv_once.double().requires_grad_()
+    expected = reference.attention(exact, cu_seqlens_of(counts, backend.device), 6)
+    for values, mean in zip(results, [expected, torch.autograd.grad(expected.sum(), exact)[0][:, 2]], strict=True):
+        values = values.detach().double().unflatten(0, (draws, -1))
+        error = values.std(0) / math.sqrt(draws)
+        assert (values.std(0) > 0).all()
+        assert ((values.mean(0) - mean).abs() <= STANDARD_ERRORS * error).all()
 
 
 @backends("fa3", "fa4", devices=("cpu",))
-def test_dropout_is_refused_by_those_that_have_none(backend: Backend) -> None:
+def test_flash_dropout_without_support_raises(backend: Backend) -> None:
     qkv = randn(4, 3, 1, 8, like=backend, dtype=torch.float32)
     with pytest.raises(ValueError, match=rf"{backend.name}.*no dropout.*0\.1.*auto"):
-        attention(qkv, cu_of([4], "cpu"), 4, 0.1, backend.name)
+        attention(qkv, cu_seqlens_of([4], "cpu"), 4, 0.1, backend.name)
 
 
 # ------------------------------------------------------------------------------------------------ rows and memory
 
 
 @backends()
-def test_rows_of_no_clip_are_zeros_in_results_and_gradients(backend: Backend) -> None:
-    """The stubs leave NaN there; on a GPU memory that held NaN before is likely to be used again."""
-    counts, asking, extra, dtype = [3, 9, 5], [2, 0, 5], 7, backend.dtypes[0]
-    cu, cu_q = cu_of([*counts, 0, 0], backend.device), cu_of([*asking, 0, 0], backend.device)
+def test_flash_padding_rows_are_zeros_in_results_and_gradients(backend: Backend) -> None:
+    """The stubs leave NaN there; on a GPU, memory that held NaN before is likely to be reused."""
+    counts, num_queries, extra, dtype = [3, 9, 5], [2, 0, 5], 7, backend.dtypes[0]
+    cu, cu_q = cu_seqlens_of([*counts, 0, 0], backend.device), cu_seqlens_of([*num_queries, 0, 0], backend.device)
     dropout = 0.2 if flash.FLASH[backend.name].dropout else 0.0
     qkv = randn(sum(counts) + extra, 3, 2, 8, like=backend, dtype=dtype)
-    q = randn(sum(asking) + extra, 2, 8, seed=1, like=backend, dtype=dtype)
+    q = randn(sum(num_queries) + extra, 2, 8, seed=1, like=backend, dtype=dtype)
     incoming = randn(24, 2, 8, seed=2, like=backend, dtype=dtype)
 
     def run(qkv: Tensor, q: Tensor) -> list[Tensor]:
@@ -227,38 +237,47 @@ def test_rows_of_no_clip_are_zeros_in_results_and_gradients(backend: Backend) ->
         qkv, q = (x.detach().clone().requires_grad_() for x in (qkv, q))
         torch.manual_seed(0)
         out = attention(qkv, cu, 12, dropout, backend.name)
-        some = cross_attention(q, qkv[:, 1:], cu_q, 12, cu, 12, dropout, backend.name)
-        weighted = (out * incoming[: len(out)]).sum() + (some * incoming[: len(some)]).sum()
-        return [out, some, *torch.autograd.grad(weighted, (qkv, q))]
+        cross_out = cross_attention(
+            q,
+            qkv[:, 1:],
+            cu_q=cu_q,
+            max_q=12,
+            cu_kv=cu,
+            max_kv=12,
+            dropout=dropout,
+            backend=backend.name,
+        )
+        weighted = (out * incoming[: len(out)]).sum() + (cross_out * incoming[: len(cross_out)]).sum()
+        return [out, cross_out, *torch.autograd.grad(weighted, (qkv, q))]
 
-    real = run(qkv[:17], q[:7])
-    for found, exact, rows in zip(run(qkv, q), real, (17, 7, 17, 7), strict=True):
+    without_padding = run(qkv[:17], q[:7])
+    for values, expected, num_rows in zip(run(qkv, q), without_padding, (17, 7, 17, 7), strict=True):
         if backend.device == "cpu":
-            assert torch.equal(found[:rows], exact)
-        assert found.shape[0] == rows + extra and found[:rows].any() and not found[rows:].any()
+            assert torch.equal(values[:num_rows], expected)
+        assert values.shape[0] == num_rows + extra and values[:num_rows].any() and not values[num_rows:].any()
 
 
 @backends()
-@pytest.mark.parametrize("counts", [[], [0, 0], [3, 2]], ids=["no clips", "empty clips", "none asks"])
-def test_no_rows(backend: Backend, counts: list[int]) -> None:
+@pytest.mark.parametrize("counts", [[], [0, 0], [3, 2]], ids=["no clips", "empty clips", "no queries"])
+def test_flash_without_rows_returns_empty_and_zero_gradients(backend: Backend, counts: list[int]) -> None:
     dtype = backend.dtypes[0]
-    cu, none = cu_of(counts, backend.device), cu_of([0] * len(counts), backend.device)
+    cu, cu_q = cu_seqlens_of(counts, backend.device), cu_seqlens_of([0] * len(counts), backend.device)
     q = randn(0, 2, 8, like=backend, dtype=dtype).requires_grad_()
     kv = randn(sum(counts), 2, 2, 8, like=backend, dtype=dtype).requires_grad_()
-    out = cross_attention(q, kv, none, 0, cu, max(counts, default=0), backend=backend.name)
+    out = cross_attention(q, kv, cu_q=cu_q, max_q=0, cu_kv=cu, max_kv=max(counts, default=0), backend=backend.name)
     assert out.shape == (0, 2, 8) and out.dtype == dtype
     dq, dkv = torch.autograd.grad(out.sum(), (q, kv))
     assert dq.shape == q.shape and dkv.shape == kv.shape and not dkv.any()
     if not sum(counts):
-        qkv = randn(5, 3, 2, 8, like=backend, dtype=dtype).requires_grad_()  # five rows, all of them of no clip
+        qkv = randn(5, 3, 2, 8, like=backend, dtype=dtype).requires_grad_()  # five rows, all of them padding
         out = attention(qkv, cu, 0, backend=backend.name)
         assert not out.any() and not torch.autograd.grad(out.sum(), qkv)[0].any()
 
 
 @backends()
-def test_rows_of_any_strides(backend: Backend) -> None:
+def test_flash_rows_of_any_strides_equal_contiguous(backend: Backend) -> None:
     counts, dtype = [3, 6, 1], backend.dtypes[0]
-    cu = cu_of(counts, backend.device)
+    cu = cu_seqlens_of(counts, backend.device)
     whole = randn(10, 3, 2, 8, like=backend, dtype=dtype)
     expected = attention(whole, cu, 6, backend=backend.name)
     shifted, sparse = whole.new_zeros(10, 3, 2, 12), whole.new_zeros(10, 3, 2, 16)
@@ -269,7 +288,7 @@ def test_rows_of_any_strides(backend: Backend) -> None:
         assert torch.equal(attention(other, cu, 6, backend=backend.name), expected), name
 
 
-def test_the_three_of_qkv_are_not_copied() -> None:
+def test_loadable_slices_of_qkv_are_not_copied() -> None:
     for x in torch.zeros(5, 3, 2, 8).unbind(1):
         assert flash._loadable(x).data_ptr() == x.data_ptr()
 
@@ -278,33 +297,33 @@ def test_the_three_of_qkv_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("torch_version", SCHEMAS)
-def test_the_call_fits_the_operations_of_each_torch(torch_version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
+def test_aten_calls_match_schemas_of_each_torch(torch_version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
 
     class Called(Exception):
         pass
 
     def spy(**kwargs: Any) -> None:
-        given.append(kwargs)
+        calls.append(kwargs)
         raise Called
 
     packets = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
     for packet in packets:
-        assert packet.default  # an attribute only after its first use
+        assert packet.default  # creates the attribute
         monkeypatch.setattr(packet, "default", spy)
-    q, cu, state = torch.zeros(4, 1, 8), cu_of([4], "cpu"), torch.zeros(2)
+    q, cu, state = torch.zeros(4, 1, 8), cu_seqlens_of([4], "cpu"), torch.zeros(2)
     with pytest.raises(Called):
         flash.forward(q, q, q, cu, cu, 4, 4, 0.1, 1.0)
     with pytest.raises(Called):
         flash.backward(q, q, q, q, q, state, cu, cu, 4, 4, 0.1, state, state, 1.0)
-    for text, keywords, returns in zip(SCHEMAS[torch_version], given, (5, 3), strict=True):
+    for text, keywords, returns in zip(SCHEMAS[torch_version], calls, (5, 3), strict=True):
         schema = torch._C.parse_schema(text)
         assert set(keywords) <= {argument.name for argument in schema.arguments}
         assert set(keywords) >= {a.name for a in schema.arguments if not a.has_default_value()}
         assert len(schema.returns) == returns
 
 
-def test_the_recorded_schema_is_that_of_the_installed_torch() -> None:
+def test_aten_schemas_recorded_equal_installed_torch() -> None:
     version = ".".join(torch.__version__.split(".")[:2])
     if version not in SCHEMAS:
         pytest.skip(f"no schema recorded of torch {version}")
@@ -314,8 +333,8 @@ def test_the_recorded_schema_is_that_of_the_installed_torch() -> None:
 
 
 @backends("fa2", "fa3", "fa4", devices=("cpu",))
-def test_packages_are_called_by_keyword_with_nothing_else(backend: Backend) -> None:
-    cu_q, cu_kv = cu_of([2, 1], "cpu"), cu_of([4, 3], "cpu")
+def test_flash_packages_receive_only_documented_keywords(backend: Backend) -> None:
+    cu_q, cu_kv = cu_seqlens_of([2, 1], "cpu"), cu_seqlens_of([4, 3], "cpu")
     cross_attention(torch.zeros(3, 1, 8), torch.zeros(7, 2, 1, 8), cu_q, 2, cu_kv, 4, backend=backend.name)
     (call,) = backend.calls
     assert call.pop("cu_seqlens_q") is cu_q and call.pop("cu_seqlens_k") is cu_kv
@@ -325,9 +344,9 @@ def test_packages_are_called_by_keyword_with_nothing_else(backend: Backend) -> N
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_an_installed_package_has_the_recorded_parameters(name: str) -> None:
+def test_flash_installed_package_has_recorded_parameters(name: str) -> None:
     try:
-        real = flash._function(name)
+        real = flash._package_function(name)
     except (ImportError, AttributeError) as error:
         pytest.skip(f"{name} is not installed: {error}")
     parameters = inspect.signature(real).parameters
@@ -339,53 +358,53 @@ def test_an_installed_package_has_the_recorded_parameters(name: str) -> None:
 
 
 def arguments(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Of ``flash.forward_op``; all rows are of a clip, since what the log-sum-exp of others is, is undefined."""
+    """Arguments of ``flash.forward_op`` without padding rows, whose log-sum-exp is undefined."""
     q, k, v = (torch.randn(rows, 2, 8, device=device, dtype=dtype) for rows in (5, 8, 8))
-    cu_q, cu_kv = cu_of([2, 3], device), cu_of([4, 4], device)
+    cu_q, cu_kv = cu_seqlens_of([2, 3], device), cu_seqlens_of([4, 4], device)
     return *(x.requires_grad_() for x in (q, k, v)), cu_q, cu_kv, 3, 4, 0.0, 8**-0.5
 
 
 @backends("aten", devices=("cpu",))
-def test_registration(backend: Backend) -> None:
-    given = arguments("cpu", torch.float32)
-    check_registration(flash.forward_op, *given)
-    q, k, v, *rest, dropout, scale = (x.detach() if isinstance(x, Tensor) else x for x in given)
-    out, lse, rng_state, unused = flash.forward_op(q, k, v, *rest, dropout, scale)
-    given = torch.ones_like(q), q, k, v, out, lse, *rest, dropout, rng_state, unused, scale
-    check_registration(flash.backward_op, *given)
+def test_flash_operators_pass_registration_checks(backend: Backend) -> None:
+    forward_arguments = arguments("cpu", torch.float32)
+    check_registration(flash.forward_op, *forward_arguments)
+    q, k, v, *lengths, dropout, scale = (x.detach() if isinstance(x, Tensor) else x for x in forward_arguments)
+    out, lse, rng_state, unused = flash.forward_op(q, k, v, *lengths, dropout, scale)
+    backward_arguments = torch.ones_like(q), q, k, v, out, lse, *lengths, dropout, rng_state, unused, scale
+    check_registration(flash.backward_op, *backward_arguments)
 
 
 @backends("aten")
-def test_compiles_to_one_graph(backend: Backend) -> None:
-    cu, cu_q = cu_of([3, 6, 1], backend.device), cu_of([1, 3, 1], backend.device)
+def test_flash_compiles_to_one_graph(backend: Backend) -> None:
+    cu, cu_q = cu_seqlens_of([3, 6, 1], backend.device), cu_seqlens_of([1, 3, 1], backend.device)
     inputs = {
         "qkv": randn(13, 3, 2, 8, like=backend, dtype=backend.dtypes[0]),
         "q": randn(8, 2, 8, like=backend, dtype=backend.dtypes[0]),
     }
 
     def function(qkv: Tensor, q: Tensor) -> Tensor:
-        some = cross_attention(q, qkv[:, 1:], cu_q, 3, cu, 6, backend=backend.name)
-        return torch.cat((attention(qkv, cu, 6, backend=backend.name), some))
+        cross_out = cross_attention(q, qkv[:, 1:], cu_q=cu_q, max_q=3, cu_kv=cu, max_kv=6, backend=backend.name)
+        return torch.cat((attention(qkv, cu, 6, backend=backend.name), cross_out))
 
     fewer = {name: x[:-1] for name, x in inputs.items()}  # another row count: sizes are symbols
     check_compiles(function, inputs, list(inputs), fewer)
 
 
 @backends("aten")
-def test_two_equal_calls_in_one_graph_draw_two_masks(backend: Backend) -> None:
+def test_flash_two_equal_calls_in_one_graph_draw_two_masks(backend: Backend) -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
-        pytest.skip("torch 2.11 goes by a list of PyTorch's own random operations, whatever the tags of others say")
-    cu, qkv = cu_of([8] * 4, backend.device), randn(32, 3, 2, 8, like=backend, dtype=backend.dtypes[0])
+        pytest.skip("torch 2.11 uses a fixed list of PyTorch's own random operations and ignores the tags of others")
+    cu, qkv = cu_seqlens_of([8] * 4, backend.device), randn(32, 3, 2, 8, like=backend, dtype=backend.dtypes[0])
 
     def twice(qkv: Tensor) -> tuple[Tensor, Tensor]:
         return attention(qkv, cu, 8, 0.5, backend.name), attention(qkv, cu, 8, 0.5, backend.name)
 
-    # The partitioner of this backend takes equal nodes for one, as inductor does.
+    # The partitioner of this backend merges equal nodes, as inductor does.
     first, second = torch.compile(twice, fullgraph=True, backend="aot_eager_decomp_partition")(qkv.requires_grad_())
     assert not torch.equal(first, second)
 
 
-def test_traces_cuda_tensors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_cuda_tensors_without_gpu_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "BUILT", True)
     with FakeTensorMode():
         qkv = torch.empty(20, 3, 2, 64, dtype=torch.bfloat16, device="cuda")
@@ -393,15 +412,16 @@ def test_traces_cuda_tensors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         out = attention(qkv, cu, 8, 0.1)
     assert (out.shape, out.dtype, out.device.type) == ((20, 2, 64), torch.bfloat16, "cuda")
     assert out.is_contiguous()
-    given = arguments("meta", torch.float16)
+    inputs = arguments("meta", torch.float16)
 
-    def gradients(*given: Any) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(flash.forward_op(*given)[0].sum(), given[:3])
+    def gradients_of(*args: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(flash.forward_op(*args)[0].sum(), args[:3])
 
-    grads = gradients(*given)
-    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in given[:3]]
-    called = [str(node.target) for node in make_fx(gradients)(*given).graph.nodes if node.op == "call_function"]
-    assert [name for name in called if "flash" in name] == [
+    traced = make_fx(gradients_of)
+    grads = gradients_of(*inputs)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in inputs[:3]]
+    targets = [str(node.target) for node in traced(*inputs).graph.nodes if node.op == "call_function"]
+    assert [name for name in targets if "flash" in name] == [
         "mae_ast_fast.flash_attention.default",
         "mae_ast_fast.flash_attention_backward.default",
     ]
@@ -411,21 +431,21 @@ def test_traces_cuda_tensors_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @backends("aten", "fa2", devices=("cpu",))
-def test_a_model_trains_with_it(backend: Backend) -> None:
-    """Encoder, decoder and the last decoder layer on masked tokens alone: as with the explicit attention."""
+def test_model_with_flash_attention_trains_as_with_math(backend: Backend) -> None:
+    """Covers the encoder, the decoder and its last layer, which computes masked tokens only."""
     config = MAEASTConfig(
         num_mel_bins=16, patch_size=(4, 8), embed_dim=16, decoder_embed_dim=16, num_heads=2, ffn_dim=32,
         encoder_layers=2, decoder_layers=2,
         dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, input_dropout=0.0, encoder_layerdrop=0.0,
     )  # fmt: skip
     x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
-    found = []
+    results = []
     for name in ("math", backend.name):
         torch.manual_seed(0)
         model = MAEAST(config, attention=name).train()
         torch.manual_seed(1)
         loss = model(x, lengths=torch.tensor([40, 17, 8])).loss
         loss.backward()
-        found.append({"loss": loss, **{key: p.grad for key, p in model.named_parameters()}})
-    for key, exact in found[0].items():
-        assert_rounding(found[1][key], exact, key, grad=True)
+        results.append({"loss": loss, **{key: p.grad for key, p in model.named_parameters()}})
+    for key, expected in results[0].items():
+        assert_rounding(results[1][key], expected, key, grad=True)

@@ -164,7 +164,9 @@ def test_writes_nothing_behind_the_last_row(monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *shape, **_: buffer[: 3 * 15].view(*shape))
         out = module.forward(features, scalar(0.0), scalar(1.0), clip, token, 3, 5, torch.float32)
-    assert torch.equal(out, reference.gather_patches(features, scalar(0.0), scalar(1.0), clip, token, (3, 5)))
+    assert torch.equal(
+        out, reference.gather_patches(features, scalar(0.0), scalar(1.0), clip=clip, token=token, patch_size=(3, 5))
+    )
     assert (buffer[3 * 15 :] == 77.0).all()
 
 

@@ -72,7 +72,7 @@ def judge(
     cu, longest = cu_seqlens(lengths), max(lengths)
 
     def run(function, prediction: Tensor, target: Tensor, **more: str) -> tuple[Tensor, ...]:
-        loss, hit = function(prediction, target, cu, longest, over, **more)
+        loss, hit = function(prediction, target, cu, longest, over=over, **more)
         return (loss * factor, hit) if hits else (loss * factor,)
 
     def kernel(**inputs: Tensor) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ def judge(
 def test_reference_over_predictions_against_a_loop(lengths: list[int]) -> None:
     rows, cu = sum(lengths), cu_seqlens(lengths).cpu()
     prediction, target = randn(rows, 3, seed=1).cpu().double(), randn(rows, 3, seed=2).cpu().double()
-    loss, hit = reference.info_nce(prediction, target, cu, max(lengths), "predictions")
+    loss, hit = reference.info_nce(prediction, target, cu, max(lengths), over="predictions")
     losses, hits = [], []
     for first, last in zip(cu.tolist(), cu.tolist()[1:], strict=False):
         clip = range(first, last)
@@ -106,14 +106,14 @@ def test_reference_over_predictions_against_a_loop(lengths: list[int]) -> None:
 def test_reference_over_predictions_gradients() -> None:
     leaves = [randn(6, 3, seed=seed).cpu().double().requires_grad_() for seed in (1, 2)]
     cu = cu_seqlens([4, 0, 1, 1]).cpu()
-    assert gradcheck(lambda p, t: reference.info_nce(p, t, cu, 4, "predictions")[0], leaves)
+    assert gradcheck(lambda p, t: reference.info_nce(p, t, cu, 4, over="predictions")[0], leaves)
 
 
 def test_reference_transposes() -> None:
     """Over predictions the two operands change places in the loss, not in the hits."""
     prediction, target, cu = randn(12, 5, seed=1), randn(12, 5, seed=2), cu_seqlens([5, 7])
-    loss, hit = reference.info_nce(prediction, target, cu, 7, "predictions")
-    other_loss, other_hit = reference.info_nce(target, prediction, cu, 7, "targets")
+    loss, hit = reference.info_nce(prediction, target, cu, 7, over="predictions")
+    other_loss, other_hit = reference.info_nce(target, prediction, cu, 7, over="targets")
     assert_rounding(loss, other_loss)
     assert not torch.equal(hit, other_hit)
 
@@ -188,7 +188,7 @@ def test_hits_of_equal_products(over: str) -> None:
     for lengths in ([rows], [4, 0, 46], [40, 10]):
         cu = cu_seqlens(lengths)
         _, hit = ops.info_nce(prediction, target, cu, max(lengths), "targets", impl="triton")
-        _, expected_hit = reference.info_nce(prediction, target, cu, max(lengths), "targets")
+        _, expected_hit = reference.info_nce(prediction, target, cu, max(lengths), over="targets")
         assert torch.equal(hit, expected_hit) and not hit.all()
 
 

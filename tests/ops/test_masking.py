@@ -1,4 +1,4 @@
-"""Masks: counts, independence, reproducibility, and each strategy against a loop that adds one shape after another."""
+"""Masks: counts, independence, reproducibility, and each strategy compared with a loop that adds shape after shape."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def standard_error(p: float, draws: int) -> float:
         ),
     ],
 )
-def test_philox_known_answers_of_random123(counter, key, expected):
+def test_philox_known_counters_give_random123_words(counter, key, expected):
     assert philox4x32(counter, key) == expected
     words = philox4x32([torch.tensor([c]) for c in counter], [torch.tensor(k) for k in key])
     assert tuple(w.item() for w in words) == expected
@@ -46,8 +46,8 @@ def test_philox_tensors_of_any_shape_equal_integers():
             assert tuple(w[b, i].item() for w in words) == philox4x32((n, c, epoch, 4), (2**32 - 5, 6))
 
 
-def test_streams_are_pinned():
-    # A change here changes every mask that was ever drawn with a seed.
+def test_sample_mask_fixed_seed_gives_pinned_masks():
+    # A change of these values changes every mask that is drawn with a seed.
     expected = {
         "random": "001001111000101110100101",
         "chunk": "111111110000000011001100",
@@ -70,7 +70,7 @@ def test_streams_are_pinned():
     ("tokens", "mask_ratio", "visible"),
     [(80, 0.8, 15), (512, 0.6, 204), (512, 0.75, 128), (1, 0.5, 1), (0, 0.5, 0), (8, 0.999, 1), (8, 1e-17, 8)],
 )
-def test_num_visible(tokens, mask_ratio, visible):
+def test_num_visible_examples_give_expected_counts(tokens, mask_ratio, visible):
     assert num_visible(tokens, mask_ratio) == visible
     counts = num_visible(torch.tensor([[tokens]], dtype=torch.int32), mask_ratio)
     assert counts.dtype == torch.int64
@@ -78,7 +78,7 @@ def test_num_visible(tokens, mask_ratio, visible):
 
 
 @given(st.floats(0, 1, exclude_min=True, exclude_max=True), st.lists(st.integers(0, 10**6)))
-def test_num_visible_of_tensors_truncates_as_python_does(mask_ratio, tokens):
+def test_num_visible_tensors_truncate_as_python(mask_ratio, tokens):
     expected = [min(n, max(1, int((1 - mask_ratio) * n))) for n in tokens]
     assert num_visible(torch.tensor(tokens, dtype=torch.int64), mask_ratio).tolist() == expected
     assert [num_visible(n, mask_ratio) for n in tokens] == expected
@@ -96,7 +96,7 @@ def cases(draw, max_columns=12, max_batch=5):
 
 @settings(max_examples=300, deadline=None)
 @given(cases())
-def test_exact_counts(case):
+def test_sample_mask_any_input_has_exact_counts(case):
     strategy, tokens, grid_f, mask_ratio, seed = case
     mask = sample_mask(strategy, tokens, grid_f, mask_ratio, seed=seed)
     assert mask.dtype == torch.bool
@@ -107,22 +107,22 @@ def test_exact_counts(case):
 
 
 @pytest.mark.parametrize("strategy", ["random", "span", "time"])
-def test_clips_of_no_and_one_token(strategy):
+def test_sample_mask_clips_of_zero_or_one_token_stay_visible(strategy):
     mask = sample_mask(strategy, [0, 1, 2], 1, 0.99, seed=3)
     assert mask.sum(1).tolist() == [0, 0, 1]
 
 
 @all_strategies
-def test_long_clip(strategy):
+def test_sample_mask_long_clip_has_exact_count(strategy):
     assert sample_mask(strategy, [48000], 8, 0.75, seed=0).sum() == 36000
 
 
-# --- what a row depends on --------------------------------------------------------------------------------------------
+# --- dependence of a row on its inputs --------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases(), st.randoms(use_true_random=False), st.integers(0, 3))
-def test_rows_do_not_depend_on_batch_order_or_padding(case, rng, padding):
+def test_sample_mask_other_batch_order_or_padding_gives_same_rows(case, rng, padding):
     strategy, tokens, grid_f, mask_ratio, seed = case
     ids = [rng.randrange(2**33) for _ in tokens]
     kwargs = {"seed": seed, "epoch": 7}
@@ -147,7 +147,7 @@ def test_rows_do_not_depend_on_batch_order_or_padding(case, rng, padding):
 
 
 @all_strategies
-def test_seed_epoch_and_clip_choose_the_mask(strategy):
+def test_sample_mask_other_seed_epoch_or_clip_changes_mask(strategy):
     def draw(seed=2**50 + 1, clip=4, epoch=2):
         return sample_mask(strategy, [512], 8, 0.4, seed=seed, clip_ids=torch.tensor([clip]), epoch=epoch)
 
@@ -162,14 +162,14 @@ def test_seed_epoch_and_clip_choose_the_mask(strategy):
 
 
 @all_strategies
-def test_negative_seeds_are_their_64_bits(strategy):
+def test_sample_mask_negative_seed_equals_its_64_bits(strategy):
     draws = [sample_mask(strategy, [64], 8, 0.5, seed=s) for s in (-5, 2**64 - 5, torch.tensor(-5))]
     assert torch.equal(draws[0], draws[1])
     assert torch.equal(draws[0], draws[2])
 
 
 @all_strategies
-def test_clip_ids_default_to_the_row_numbers(strategy):
+def test_sample_mask_without_clip_ids_uses_row_numbers(strategy):
     tokens = torch.tensor([64, 128, 64])
     expected = sample_mask(strategy, tokens, 8, 0.5, seed=1, clip_ids=[0, 1, 2])
     assert torch.equal(sample_mask(strategy, tokens, 8, 0.5, seed=1), expected)
@@ -177,31 +177,32 @@ def test_clip_ids_default_to_the_row_numbers(strategy):
 
 
 @all_strategies
-def test_generator_state_chooses_the_mask(strategy):
+def test_sample_mask_generator_state_determines_mask(strategy):
     generator = torch.Generator().manual_seed(11)
-    first, second = (sample_mask(strategy, [512] * 2, 8, 0.4, generator) for _ in range(2))
+    first, second = (sample_mask(strategy, [512] * 2, 8, 0.4, generator=generator) for _ in range(2))
     assert not torch.equal(first, second)
-    assert torch.equal(sample_mask(strategy, [512] * 2, 8, 0.4, torch.Generator().manual_seed(11)), first)
+    fresh = torch.Generator().manual_seed(11)
+    assert torch.equal(sample_mask(strategy, [512] * 2, 8, 0.4, generator=fresh), first)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         assert torch.equal(sample_mask(strategy, [512] * 2, 8, 0.4), first)
         assert torch.equal(sample_mask(strategy, [512] * 2, 8, 0.4), second)
 
 
-def test_generator_draws_all_64_bits_of_the_seed(monkeypatch):
+def test_sample_mask_generator_draws_all_64_seed_bits(monkeypatch):
     keys = []
     monkeypatch.setattr(masking, "philox4x32", lambda counter, key: keys.append(key) or philox4x32(counter, key))
     generator = torch.Generator().manual_seed(0)
     for _ in range(64):
-        sample_mask("random", [8], 8, 0.5, generator)
+        sample_mask("random", [8], 8, 0.5, generator=generator)
     for low_or_high in zip(*keys, strict=True):
         for bit in range(32):
             assert {word >> bit & 1 for word in low_or_high} == {0, 1}
 
 
 @all_strategies
-def test_reads_no_values_when_the_width_is_given(strategy):
-    # The meta device has no values: what would wait for a GPU raises here.
+def test_sample_mask_given_width_reads_no_values(strategy):
+    # The meta device has no values: any read that would wait for a GPU raises here.
     tokens = torch.empty(3, dtype=torch.int64, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta")
     mask = sample_mask(strategy, tokens, 8, 0.75, seed=seed, clip_ids=tokens, max_tokens=64)
@@ -212,13 +213,13 @@ def test_reads_no_values_when_the_width_is_given(strategy):
 
 
 def loop_mask(strategy, tokens, grid_f, mask_ratio, *, seed, clip, epoch):
-    """The hidden tokens of one clip as the papers describe it: shapes are added one after another."""
+    """Masked tokens of one clip as in the papers: shapes are added one after another."""
 
     def words(index, stream, word=0):
         key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
         return philox4x32((torch.arange(index), torch.tensor([clip]), epoch, stream), key)[word].tolist()
 
-    def by(order):
+    def argsort(order):
         return sorted(range(len(order)), key=order.__getitem__)
 
     count = tokens - num_visible(tokens, mask_ratio)
@@ -228,9 +229,9 @@ def loop_mask(strategy, tokens, grid_f, mask_ratio, *, seed, clip, epoch):
     size = 3 + words(1, masking._SIZE)[0] * 3 // 2**32
     covered = set()
     if strategy == "random":
-        return set(by(words(tokens, masking._TOKEN))[:count])
+        return set(argsort(words(tokens, masking._TOKEN))[:count])
     if strategy == "chunk":
-        for start in by(words((columns + 4) * (grid_f + 4), masking._CHUNK)):
+        for start in argsort(words((columns + 4) * (grid_f + 4), masking._CHUNK)):
             if len(covered) >= count:
                 break
             t0, f0 = start // (grid_f + 4) - 4, start % (grid_f + 4) - 4
@@ -244,14 +245,14 @@ def loop_mask(strategy, tokens, grid_f, mask_ratio, *, seed, clip, epoch):
         kept = sorted(covered, key=lambda n: surplus[(n // grid_f + 4) * (grid_f + 4) + n % grid_f + 4])
         return set(kept[:count])
     if strategy == "chunk_official":
-        for start in by(words(tokens, masking._SPAN)):
+        for start in argsort(words(tokens, masking._SPAN)):
             if count == 0 or len(covered) > count:
                 break
             square = {start + i + grid_f * j for i in range(size) for j in range(size)}
             covered |= {n for n in square if n < tokens}
         return set(sorted(covered)[:count])
     if strategy == "span":
-        for start in by(words(tokens + 9, masking._SPAN)):
+        for start in argsort(words(tokens + 9, masking._SPAN)):
             fresh = sorted(set(range(max(0, start - 9), min(tokens, start + 1))) - covered)
             covered |= set(fresh[: count - len(covered)])
         return covered
@@ -263,7 +264,7 @@ def loop_mask(strategy, tokens, grid_f, mask_ratio, *, seed, clip, epoch):
 
 @settings(max_examples=300, deadline=None)
 @given(cases(max_columns=14, max_batch=4))
-def test_equals_the_plain_loop(case):
+def test_sample_mask_any_input_equals_plain_loop(case):
     strategy, tokens, grid_f, mask_ratio, seed = case
     mask = sample_mask(strategy, tokens, grid_f, mask_ratio, seed=seed, epoch=3)
     for clip, (row, n) in enumerate(zip(mask, tokens, strict=True)):
@@ -272,7 +273,7 @@ def test_equals_the_plain_loop(case):
 
 
 @all_strategies
-def test_equals_the_plain_loop_on_a_ten_second_clip(strategy):
+def test_sample_mask_ten_second_clip_equals_plain_loop(strategy):
     mask = sample_mask(strategy, [512] * 4, 8, 0.75, seed=99)
     for clip, row in enumerate(mask):
         assert set(row.nonzero()[:, 0].tolist()) == loop_mask(strategy, 512, 8, 0.75, seed=99, clip=clip, epoch=0)
@@ -282,14 +283,14 @@ def test_equals_the_plain_loop_on_a_ten_second_clip(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["random", "chunk", "time", "frequency"])
-def test_every_token_is_hidden_equally_often(strategy):
+def test_sample_mask_many_draws_mask_every_token_equally_often(strategy):
     draws, p = 4096, 0.75
-    hidden = sum(sample_mask(strategy, [512] * 512, 8, p, seed=s).sum(0) for s in range(draws // 512)) / draws
+    share = sum(sample_mask(strategy, [512] * 512, 8, p, seed=s).sum(0) for s in range(draws // 512)) / draws
     bound = STANDARD_ERRORS * standard_error(p, draws)
-    assert (hidden - p).abs().max() <= bound
+    assert (share - p).abs().max() <= bound
 
 
-def test_random_hides_pairs_as_often_as_a_draw_without_replacement():
+def test_random_mask_pairs_match_draw_without_replacement():
     draws, tokens = 4096, 32
     mask = sample_mask("random", [tokens] * draws, 8, 0.5, seed=5).double()
     p = 0.5 * (tokens / 2 - 1) / (tokens - 1)
@@ -301,7 +302,7 @@ def chunk_sizes(clips: int, seed: int) -> torch.Tensor:
     return 3 + (philox4x32((0, torch.arange(clips), 0, masking._SIZE), (seed, 0))[0] * 3 >> 32)
 
 
-def test_chunk_sizes_are_equally_likely():
+def test_chunk_sizes_many_draws_are_equally_likely():
     draws = 4096
     sizes = chunk_sizes(draws, seed=1)
     assert ((sizes >= 3) & (sizes <= 5)).all()
@@ -309,7 +310,7 @@ def test_chunk_sizes_are_equally_likely():
         assert abs((sizes == size).double().mean() - 1 / 3) <= STANDARD_ERRORS * standard_error(1 / 3, draws)
 
 
-def test_chunk_official_has_the_marginals_of_the_paper_s_code():
+def test_chunk_official_many_draws_match_marginals_of_paper_code():
     # By time column, recorded from the paper's code (512 tokens, ratio 0.75). The 8 tokens of a column belong to one
     # mask, so a column's mean has at most the standard error of one token.
     draws = 4000
@@ -324,7 +325,7 @@ def test_chunk_official_has_the_marginals_of_the_paper_s_code():
     st.integers(2, 9), st.lists(st.integers(1, 20), min_size=1, max_size=4), st.floats(0.01, 0.99), st.integers(0, 9)
 )
 @settings(deadline=None)
-def test_chunk_official_is_one_mask_and_never_hides_the_last_token(grid_f, columns, mask_ratio, seed):
+def test_chunk_official_equal_lengths_share_mask_with_last_token_visible(grid_f, columns, mask_ratio, seed):
     tokens = [n * grid_f for n in columns for _ in range(2)]
     mask = sample_mask("chunk_official", tokens, grid_f, mask_ratio, seed=seed, clip_ids=range(7, 7 + len(tokens)))
     for row in range(0, len(tokens), 2):
@@ -340,7 +341,7 @@ def neighbours_agree(mask: torch.Tensor) -> float:
     return (grid[:, 1:] == grid[:, :-1]).double().mean().item()
 
 
-def test_chunk_hides_neighbours_together():
+def test_chunk_mask_neighbours_agree_more_than_random():
     draws, p = 256, 0.75
     by_chance = p * (p * 512 - 1) / 511 + (1 - p) * ((1 - p) * 512 - 1) / 511
     bound = STANDARD_ERRORS * standard_error(by_chance, draws)  # as if a clip were one draw: wide
@@ -348,35 +349,35 @@ def test_chunk_hides_neighbours_together():
     assert neighbours_agree(sample_mask("chunk", [512] * draws, 8, p, seed=0)) > by_chance + bound
 
 
-def in_a_mostly_hidden_square(grid: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, 64, 8) bool: tokens in a size x size square, clipped to the grid, of which more than half is hidden."""
+def in_mostly_masked_square(grid: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, 64, 8) bool: tokens in a size x size square, clipped to the grid, of which more than half is masked."""
     pool = torch.nn.functional.avg_pool2d
     grid = grid[:, None].double()
     padding = [size - 1] * 4
     padded = [torch.nn.functional.pad(x, padding) for x in (grid, torch.ones_like(grid))]
-    hidden, inside = (pool(x, size, stride=1) for x in padded)
-    return torch.nn.functional.max_pool2d((hidden > inside / 2).double(), size, stride=1)[:, 0] > 0
+    masked, inside = (pool(x, size, stride=1) for x in padded)
+    return torch.nn.functional.max_pool2d((masked > inside / 2).double(), size, stride=1)[:, 0] > 0
 
 
-def test_chunk_hides_squares():
+def test_chunk_mask_consists_of_squares():
     mask, chance = (sample_mask(name, [512] * 64, 8, 0.3, seed=4) for name in ("chunk", "random"))
     sizes = chunk_sizes(64, seed=4)
     for size in (3, 4, 5):
         for clips, squares in ((mask, True), (chance, False)):
             grid = clips[sizes == size].view(-1, 64, 8)
-            outside = (grid & ~in_a_mostly_hidden_square(grid, size)).sum((1, 2))
-            # Giving back the surplus, at most size^2 - 1 tokens, leaves fewer than so many without their square.
+            outside = (grid & ~in_mostly_masked_square(grid, size)).sum((1, 2))
+            # Giving back the surplus, at most size^2 - 1 tokens, leaves fewer than size^2 tokens outside a square.
             assert ((outside < size**2) == squares).all()
 
 
 def runs(row: torch.Tensor) -> list[tuple[int, int]]:
-    """(first, last + 1) of the runs of hidden tokens."""
+    """(first, last + 1) of each run of masked tokens."""
     edges = torch.nn.functional.pad(row.int(), (1, 1)).diff()
     return list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("mask_ratio", [0.1, 0.5, 0.75])
-def test_span_hides_runs_of_ten(mask_ratio):
+def test_span_mask_consists_of_runs_of_ten(mask_ratio):
     tokens = 400
     short = 0
     for row in sample_mask("span", [tokens] * 64, 1, mask_ratio, seed=6):
@@ -385,19 +386,20 @@ def test_span_hides_runs_of_ten(mask_ratio):
         assert len(broken) <= 1  # the last span, whose end is the surplus
         short += len(broken)
         assert max(inner) >= masking.SPAN_LENGTH
-    assert short > 0  # or the case above was never met
+    assert short > 0  # otherwise the case above did not occur
 
 
 @pytest.mark.parametrize(("strategy", "dim"), [("time", 2), ("frequency", 1)])
-def test_whole_lines_are_hidden(strategy, dim):
+def test_line_mask_has_whole_lines_and_one_partial(strategy, dim):
     mask = sample_mask(strategy, [512] * 64, 8, 0.7, seed=8).view(64, 64, 8)  # 359 = 44 columns + 7 = 5 rows + 39
-    hidden = mask.sum(dim)
+    num_masked = mask.sum(dim)
     full = mask.shape[dim]
-    assert ((hidden > 0) & (hidden < full)).sum(1).tolist() == [1] * 64
-    partial = hidden[(hidden > 0) & (hidden < full)]
+    is_partial = (num_masked > 0) & (num_masked < full)
+    assert is_partial.sum(1).tolist() == [1] * 64
+    partial = num_masked[is_partial]
     assert (partial == 359 % full).all()
     # The tokens of the partial line are drawn, not its first ones.
-    index = ((hidden > 0) & (hidden < full)).nonzero()
+    index = is_partial.nonzero()
     lines = torch.stack([mask[b].select(2 - dim, n) for b, n in index.tolist()])
     assert len({tuple(line.tolist()) for line in lines}) > 1
     assert len(set(index[:, 1].tolist())) > 1
@@ -430,13 +432,13 @@ def test_whole_lines_are_hidden(strategy, dim):
         *(({"strategy": s, "grid_f": 1}, rf"grid_f must be >= 2 for {s}, got 1") for s in GRID_STRATEGIES),
     ],
 )
-def test_errors(changes, message):
+def test_sample_mask_invalid_argument_raises(changes, message):
     arguments = {"strategy": "random", "tokens": [8, 16], "grid_f": 8, "mask_ratio": 0.75, **changes}
     with pytest.raises(ValueError, match=message):
         sample_mask(**arguments)
 
 
-def test_num_visible_errors():
+def test_num_visible_invalid_argument_raises():
     with pytest.raises(ValueError, match=r"mask_ratio must be in \(0, 1\), got 1.5"):
         num_visible(torch.tensor([8]), 1.5)
     with pytest.raises(ValueError, match="tokens must be >= 0, got -1"):
@@ -444,7 +446,7 @@ def test_num_visible_errors():
 
 
 @pytest.mark.parametrize("strategy", ["random", "span", "chunk_official"])
-def test_strategies_without_columns_take_any_count(strategy):
+def test_sample_mask_strategies_without_columns_take_any_count(strategy):
     mask = sample_mask(strategy, [80, 37], 8, 0.75, seed=1)
     assert mask.sum(1).tolist() == [60, 37 - num_visible(37, 0.75)] and not mask[1, 37:].any()
     with pytest.raises(ValueError, match="multiples of grid_f=8"):

@@ -1,19 +1,21 @@
-"""Attention over packed clips: which backend runs for which device, dtype and shape, and why.
+"""Attention over packed clips: the choice of a backend by device, dtype and shape, and the reason for it.
 
-``attention(qkv, ...)`` for a layer in which all rows ask, ``cross_attention(q, kv, ...)`` for one in which some do.
+``attention(qkv, ...)`` is for layers in which all rows are query rows, ``cross_attention(q, kv, ...)`` for layers in
+which some rows are.
 
-- ``aten``: FlashAttention-2 inside PyTorch (flash.py); CUDA, fp16 and bf16. What "auto" takes there.
-- ``fa2``, ``fa3``, ``fa4``: the packages flash_attn, flash_attn_interface and flash_attn.cute (flash.py), by name only.
-- ``clips``: clip by clip on a CPU, hardly padded (ops/attention/cpu.py), outside a traced graph, since the host reads
-  lengths. What "auto" takes there (CONTRIBUTING.md has the measurement).
-- ``sdpa``: PyTorch's fused scaled_dot_product_attention on rows padded to the longest clip; any device and dtype. What
-  "auto" takes wherever neither FlashAttention nor ``clips`` is.
-- ``math``: explicit probabilities (reference.py), the specification. What "auto" takes in a graph traced for a CPU, in
+- ``aten``: FlashAttention-2 inside PyTorch (flash.py); CUDA, fp16 and bf16. "auto" chooses it there.
+- ``fa2``, ``fa3``, ``fa4``: the packages flash_attn, flash_attn_interface and flash_attn.cute (flash.py), only by name.
+- ``clips``: clip by clip on a CPU with little padding (cpu.py), outside a traced graph, because the host reads lengths.
+  "auto" chooses it there (CONTRIBUTING.md has the measurement).
+- ``sdpa``: PyTorch's fused scaled_dot_product_attention on rows padded to the longest clip; any device and dtype.
+  "auto" chooses it where neither FlashAttention nor ``clips`` is available.
+- ``math``: explicit probabilities (reference.py), the specification. "auto" chooses it in a graph traced for a CPU, in
   half precision with dropout.
-- ``short``: the Triton kernel where all rows ask and clips have at most 128 (the encoder, with 10-second clips), on a
-  GPU, or on a CPU under Triton's interpreter; what "auto" would take where clips are longer or only some rows ask.
+- ``short``: the Triton kernel, where all rows are query rows and clips have at most 128 of them (the encoder, with
+  10-second clips), on a GPU, or on a CPU under Triton's interpreter. For longer clips, and where only some rows are
+  query rows, the choice of "auto".
 
-No other name falls back: what a backend cannot do is a ``ValueError`` that says what to use.
+No other name falls back: a request that a backend cannot fulfil raises a ``ValueError`` that names the alternative.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from .cpu import clip_attention
 
 BACKENDS = ("sdpa", "math", "clips", "short", *flash.FLASH)
 
-# Shapes at which a committed measurement has "short" ahead of FlashAttention, which "auto" then takes there:
-# (compute capability, most rows of a clip, values of a head). None has been measured.
+# Shapes at which a committed measurement shows "short" faster than FlashAttention, where "auto" then chooses it:
+# (compute capability, largest max_seqlen, head_dim). None has been measured.
 MEASURED_SHORT: tuple[tuple[tuple[int, int], int, int], ...] = ()
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError where ``backend`` is neither "auto" nor one of ``BACKENDS``."""
+    """Raise ValueError where ``backend`` is neither "auto" nor one of ``BACKENDS``."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
 
@@ -52,25 +54,25 @@ def choose_backend(
     """The backend that ``backend`` ("auto" or a name) stands for, and the reason in words.
 
     Args:
-        backend: As asked for.
-        device: Of the tensors.
-        dtype: Of the rows.
-        dropout: Rate on the attention probabilities.
-        max_seqlen: Rows of the longest clip; None: unknown, or only some rows ask.
-        head_dim: Values of a head; None: unknown.
+        backend: "auto" or one of ``BACKENDS``.
+        device: Device of the rows.
+        dtype: Dtype of the rows.
+        dropout: Rate on the attention probabilities, in [0, 1).
+        max_seqlen: Rows of the longest clip. None: unknown, or only some rows are query rows.
+        head_dim: Values per head. None: unknown.
 
     Raises:
-        ValueError: An unknown name, or a FlashAttention or "clips" that cannot do this.
+        ValueError: The name is unknown, or names a FlashAttention or "clips" that cannot run here.
     """
     check_backend(backend)
     device = torch.device(device)
     if backend in flash.FLASH:
-        if problem := flash.problem(backend, device, dtype, dropout, head_dim):
+        if problem := flash.problem(backend, device, dtype, dropout=dropout, head_dim=head_dim):
             raise ValueError(f"attention={backend!r} {problem}; use attention='auto' or 'sdpa'")
         return backend, "asked for by name"
     if backend == "short" and max(max_seqlen or 0, head_dim or 0) > ops.SHORT:
-        name, why = choose_backend("auto", device, dtype=dtype, dropout=dropout, head_dim=head_dim)
-        return name, f"'short' takes clips of at most {ops.SHORT} rows and heads as wide; as 'auto': {why}"
+        name, reason = choose_backend("auto", device, dtype=dtype, dropout=dropout, head_dim=head_dim)
+        return name, f"'short' takes clips of at most {ops.SHORT} rows and heads as wide; as 'auto': {reason}"
     traced = torch.compiler.is_compiling()
     if backend == "clips" and (device.type != "cpu" or traced):
         got = "a graph that torch.compile traces" if traced else device
@@ -81,17 +83,20 @@ def choose_backend(
         return "clips", "clip by clip, hardly padded: faster on a CPU than PyTorch's fused attention over padded rows"
     if device.type == "cpu" and dropout > 0.0 and dtype in (torch.bfloat16, torch.float16):
         return "math", "explicit products: PyTorch's fused attention with dropout is slower on a CPU in half precision"
-    if problem := flash.problem("aten", device, dtype, dropout, head_dim):
+    if problem := flash.problem("aten", device, dtype, dropout=dropout, head_dim=head_dim):
         return "sdpa", f"PyTorch's fused attention over padded rows: FlashAttention {problem}"
     if MEASURED_SHORT and max_seqlen is not None and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
-        found = properties.major, properties.minor
-        if any(found == of and max_seqlen <= most and head_dim == width for of, most, width in MEASURED_SHORT):
+        capability = properties.major, properties.minor
+        if any(
+            capability == measured_capability and max_seqlen <= measured_seqlen and head_dim == measured_head_dim
+            for measured_capability, measured_seqlen, measured_head_dim in MEASURED_SHORT
+        ):
             return "short", "the Triton kernel for short clips was measured ahead of FlashAttention at this shape"
     return "aten", "FlashAttention-2 inside PyTorch (not yet run on a GPU by this project)"
 
 
-def attention(
+def attention(  # noqa: PLR0917 - public signature
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -106,16 +111,17 @@ def attention(
     Args:
         qkv: (N, 3, H, Dh) packed rows.
         cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
-        max_seqlen: At least the rows of the longest clip.
+        max_seqlen: Upper bound on the rows of a clip.
         dropout: Rate on the attention probabilities, in [0, 1).
         backend: "auto" or one of ``BACKENDS``.
-        seed: As in ops/functional.py, for ``short``; likewise ``site``.
-        site: Which dropout this is.
-        exact: Whether all N rows belong to a clip (packing.Packing).
+        seed: (1,) int64 dropout seed for ``short``. None: drawn from PyTorch's generator.
+        site: Number of this dropout in the model, for ``short``.
+        exact: Whether all N rows belong to a clip; False: rows may lie past ``cu_seqlens[-1]`` (packing.Packing).
 
     Returns:
-        (N, H, Dh) in the dtype of ``qkv``. Rows past the last clip (see packing.TokenCounts): zeros from ``clips``,
-        ``short`` and FlashAttention, copies of some row from ``sdpa`` and ``math``; no gradient flows to them.
+        (N, H, Dh) in the dtype of ``qkv``. Padding rows past the last clip (see packing.TokenCounts) are zeros from
+        ``clips``, ``short`` and FlashAttention, and copies of some row from ``sdpa`` and ``math``. They get no
+        gradient.
 
     Raises:
         ValueError: The backend is unknown or does not take these clips, or a shape or rate is not as described.
@@ -123,20 +129,33 @@ def attention(
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (N, 3, H, Dh), got {tuple(qkv.shape)}")
     _check(dropout, qkv, qkv, cu_seqlens=cu_seqlens)
-    shape = {"max_seqlen": max_seqlen, "head_dim": qkv.shape[3]}
-    name, _ = choose_backend(backend, qkv.device, dtype=qkv.dtype, dropout=dropout, **shape)
+    name, _ = choose_backend(
+        backend, qkv.device, dtype=qkv.dtype, dropout=dropout, max_seqlen=max_seqlen, head_dim=qkv.shape[3]
+    )
     if name == "short":
         return ops.short_attention(qkv, cu_seqlens, max_seqlen, dropout, seed, site, impl="triton")
     if name == "clips":
-        return clip_attention(None, qkv, cu_seqlens, cu_seqlens, dropout)
-    cu = cu_seqlens, max_seqlen, cu_seqlens, max_seqlen
+        return clip_attention(None, qkv, cu_seqlens, cu_seqlens, dropout=dropout)
     if name in flash.FLASH:
-        # One unbind: its gradient is one pass, where those of slices are a pass over zeros each.
-        return flash.attend(name, *qkv.unbind(1), *cu, dropout)
-    return _padded(name, qkv[:, 0], qkv[:, 1:], *cu, dropout, exact)
+        # One unbind: its gradient is one pass, whereas the gradients of slices are a pass over zeros each.
+        q, k, v = qkv.unbind(1)
+        return flash.attend(
+            name, q, k, v, cu_q=cu_seqlens, max_q=max_seqlen, cu_kv=cu_seqlens, max_kv=max_seqlen, dropout=dropout
+        )
+    return _padded(
+        name,
+        qkv[:, 0],
+        qkv[:, 1:],
+        cu_q=cu_seqlens,
+        max_q=max_seqlen,
+        cu_kv=cu_seqlens,
+        max_kv=max_seqlen,
+        dropout=dropout,
+        has_padding_rows=not exact,
+    )
 
 
-def cross_attention(
+def cross_attention(  # noqa: PLR0917 - public signature
     q: Tensor,
     kv: Tensor,
     cu_q: Tensor,
@@ -150,21 +169,21 @@ def cross_attention(
     """Softmax attention of some rows of each clip over all of its rows, scale Dh ** -0.5.
 
     Args:
-        q: (Nq, H, Dh) packed rows that ask.
+        q: (Nq, H, Dh) packed query rows.
         kv: (N, 2, H, Dh) packed keys and values.
-        cu_q: (B + 1,) int32 first asking row of each clip, ``max_q`` those of the longest.
-        max_q: See ``cu_q``.
-        cu_kv: (B + 1,) int32 first row of each clip, ``max_kv`` those of the longest.
-        max_kv: See ``cu_kv``.
+        cu_q: (B + 1,) int32 first query row of each clip, and the end of the last one.
+        max_q: Upper bound on the query rows of a clip.
+        cu_kv: (B + 1,) int32 first row of each clip, and the end of the last one.
+        max_kv: Upper bound on the rows of a clip.
         dropout: Rate on the attention probabilities, in [0, 1).
-        backend: "auto" or one of ``BACKENDS``; "short" is "auto" here.
-        exact: Whether all rows belong to a clip (packing.Packing).
+        backend: "auto" or one of ``BACKENDS``; "short" is treated as "auto".
+        exact: Whether all rows belong to a clip; False: rows may lie past the last clip (packing.Packing).
 
     Returns:
-        (Nq, H, Dh) in the dtype of ``q``; rows past the last clip as in ``attention``.
+        (Nq, H, Dh) in the dtype of ``q``; padding rows past the last clip as in ``attention``.
 
     Raises:
-        ValueError: The backend is unknown or cannot do this, or a shape or rate is not as described.
+        ValueError: The backend is unknown or cannot run here, or a shape or rate is not as described.
     """
     if q.dim() != 3 or kv.dim() != 4 or kv.shape[1] != 2 or kv.shape[2:] != q.shape[1:]:
         raise ValueError(f"q and kv must be (Nq, H, Dh) and (N, 2, H, Dh), got {tuple(q.shape)} and {tuple(kv.shape)}")
@@ -172,10 +191,21 @@ def cross_attention(
     backend = "auto" if backend == "short" else backend
     name, _ = choose_backend(backend, q.device, dtype=q.dtype, dropout=dropout, head_dim=q.shape[2])
     if name == "clips":
-        return clip_attention(q, kv, cu_q, cu_kv, dropout)
+        return clip_attention(q, kv, cu_q, cu_kv, dropout=dropout)
     if name in flash.FLASH:
-        return flash.attend(name, q, *kv.unbind(1), cu_q, max_q, cu_kv, max_kv, dropout)
-    return _padded(name, q, kv, cu_q, max_q, cu_kv, max_kv, dropout, exact)
+        k, v = kv.unbind(1)
+        return flash.attend(name, q, k, v, cu_q=cu_q, max_q=max_q, cu_kv=cu_kv, max_kv=max_kv, dropout=dropout)
+    return _padded(
+        name,
+        q,
+        kv,
+        cu_q=cu_q,
+        max_q=max_q,
+        cu_kv=cu_kv,
+        max_kv=max_kv,
+        dropout=dropout,
+        has_padding_rows=not exact,
+    )
 
 
 def _check(dropout: float, q: Tensor, kv: Tensor, **cu_seqlens: Tensor) -> None:
@@ -185,35 +215,67 @@ def _check(dropout: float, q: Tensor, kv: Tensor, **cu_seqlens: Tensor) -> None:
     for name, cu in cu_seqlens.items():
         ops.check_cu_seqlens(name, cu, q)
     first, *others = cu_seqlens.values()
-    # Compared, not gathered in a set: a hash would make a traced graph one for this number of clips alone.
+    # Compared one by one: hashing the sizes for a set would specialise a traced graph on this number of clips.
     if any(cu.shape[0] != first.shape[0] for cu in others):
-        clips = " and ".join(str(cu.shape[0] - 1) for cu in cu_seqlens.values())
-        raise ValueError(f"cu_q and cu_kv must be of the same clips, got {clips}")
+        counts = " and ".join(str(cu.shape[0] - 1) for cu in cu_seqlens.values())
+        raise ValueError(f"cu_q and cu_kv must be of the same clips, got {counts}")
 
 
 def _padded(
     name: str,
     q: Tensor,
     kv: Tensor,
+    *,
     cu_q: Tensor,
     max_q: int,
     cu_kv: Tensor,
     max_kv: int,
     dropout: float,
-    exact: bool = True,
+    has_padding_rows: bool = False,
 ) -> Tensor:
-    """``cross_attention`` by ``sdpa`` or ``math``: rows padded to the longest clip of a group of like ones."""
+    """``cross_attention`` by ``sdpa`` or ``math``, rows padded to the longest clip of each group of similar lengths."""
     if groups := reference.similar_clips(cu_kv, max_kv, kv.shape[0]):
-        out, asking = [], []
+        outputs, query_rows = [], []
         for clips in groups:
-            rows_kv, *own_kv = reference.rows_of_clips(cu_kv, clips)
-            rows_q, *own_q = (rows_kv, *own_kv) if cu_q is cu_kv else reference.rows_of_clips(cu_q, clips)
-            out.append(_padded(name, q[rows_q], kv[rows_kv], *own_q, *own_kv, dropout))
-            asking.append(rows_q)
-        return torch.cat(out)[torch.cat(asking).argsort()]
+            rows_kv, group_cu_kv, group_max_kv = reference.rows_of_clips(cu_kv, clips)
+            if cu_q is cu_kv:
+                rows_q, group_cu_q, group_max_q = rows_kv, group_cu_kv, group_max_kv
+            else:
+                rows_q, group_cu_q, group_max_q = reference.rows_of_clips(cu_q, clips)
+            outputs.append(
+                _padded(
+                    name,
+                    q[rows_q],
+                    kv[rows_kv],
+                    cu_q=group_cu_q,
+                    max_q=group_max_q,
+                    cu_kv=group_cu_kv,
+                    max_kv=group_max_kv,
+                    dropout=dropout,
+                )
+            )
+            query_rows.append(rows_q)
+        return torch.cat(outputs)[torch.cat(query_rows).argsort()]
     if name == "math":
-        return reference.cross_attention(q, kv, cu_q, max_q, cu_kv, max_kv, dropout, exact)
-    pad_q, pad_kv = reference.padded_views(cu_q, max_q, q.shape[0], cu_kv, max_kv, kv.shape[0], exact)
+        return reference.cross_attention(
+            q,
+            kv,
+            cu_q=cu_q,
+            max_q=max_q,
+            cu_kv=cu_kv,
+            max_kv=max_kv,
+            dropout=dropout,
+            exact=not has_padding_rows,
+        )
+    pad_q, pad_kv = reference.padded_views(
+        cu_q=cu_q,
+        max_q=max_q,
+        num_q=q.shape[0],
+        cu_kv=cu_kv,
+        max_kv=max_kv,
+        num_kv=kv.shape[0],
+        has_padding_rows=has_padding_rows,
+    )
     k, v = pad_kv.pad(kv).permute(2, 0, 3, 1, 4)  # each (B, H, S, Dh)
     mask = None if pad_kv.full else pad_kv.key_valid[:, None, None, :]
     out = F.scaled_dot_product_attention(pad_q.pad(q).transpose(1, 2), k, v, attn_mask=mask, dropout_p=dropout)

@@ -1,16 +1,16 @@
-"""FlashAttention over packed clips: PyTorch's own kernel, or a package's, all called by keyword.
+"""FlashAttention over packed clips: PyTorch's own kernel or that of a package, all called by keyword.
 
 - ``aten``: FlashAttention-2 inside PyTorch, in a custom op because PyTorch's own variable-length function has no
-  dropout. One node for torch.compile.
+  dropout. It is one node for torch.compile.
 - ``fa2``, ``fa3``, ``fa4``: ``flash_attn_varlen_func`` of flash_attn 2.x, flash_attn_interface and flash_attn.cute. The
   last two have no dropout.
 
-Dropout of ``aten`` and ``fa2`` comes from PyTorch's CUDA generator, 8 bits for each probability: what is kept is scaled
-by exactly 1 / (1 - rate), and is a share of (floor(255 (1 - rate)) + 1) / 256. Gradients of queries are summed with
-float atomics, so that two runs can differ in the last bits (torch.use_deterministic_algorithms changes that for
+Dropout of ``aten`` and ``fa2`` comes from PyTorch's CUDA generator, 8 bits per probability. Kept probabilities are
+scaled by exactly 1 / (1 - rate), and their share is (floor(255 (1 - rate)) + 1) / 256. Gradients of queries are summed
+with float atomics, so that two runs can differ in the last bits (torch.use_deterministic_algorithms changes that for
 ``aten``). None of this has run on a GPU yet.
 
-Letters: B clips, N rows of keys and values, Nq rows that ask, H heads of Dh.
+Letters: B clips, N rows of keys and values, Nq query rows, H heads of Dh values.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_MULTIPLE, HEAD_MAX = 8, 256
-BUILT = torch.backends.cuda.is_flash_attention_available()  # of this PyTorch; asks no driver
+BUILT = torch.backends.cuda.is_flash_attention_available()  # a property of this PyTorch build; asks no driver
 
 
 @dataclass(frozen=True)
 class Flash:
-    """A backend's limits.
+    """Limits of a backend.
 
     Attributes:
-        module: Which has ``flash_attn_varlen_func``; None: PyTorch's own kernel.
-        install: Where that comes from, in words.
-        dropout: Whether it has any.
-        capability: Of the device, least and most.
+        module: Name of the module with ``flash_attn_varlen_func``. None: PyTorch's own kernel.
+        install: How to install that module, in words.
+        dropout: Whether the backend has dropout.
+        capability: Lowest and highest compute capability of the device.
     """
 
     module: str | None
@@ -57,16 +57,16 @@ FLASH = {
 
 
 def problem(
-    name: str, device: torch.device, dtype: torch.dtype, dropout: float = 0.0, head_dim: int | None = None
+    name: str, device: torch.device, dtype: torch.dtype, *, dropout: float = 0.0, head_dim: int | None = None
 ) -> str | None:
-    """Why a backend cannot do this: what it expects and what came; None: it can.
+    """Why a backend cannot run here, as what it expects and what it got. None: it can run.
 
     Args:
         name: One of ``FLASH``.
-        device: Of the tensors.
-        dtype: Of the rows.
-        dropout: Rate on the probabilities.
-        head_dim: Dh; None: not known yet.
+        device: Device of the rows.
+        dtype: Dtype of the rows.
+        dropout: Rate on the attention probabilities, in [0, 1).
+        head_dim: Values per head, Dh. None: unknown.
     """
     flash = FLASH[name]
     if device.type != "cuda":
@@ -80,24 +80,26 @@ def problem(
     if dropout > 0.0 and not flash.dropout:
         return f"has no dropout, got a rate of {dropout}"
     if torch.cuda.is_available():  # not where only shapes are traced
-        least, most = flash.capability
-        properties = torch.cuda.get_device_properties(device)  # torch.compile takes it as a constant
-        if not least <= (found := (properties.major, properties.minor)) <= most:
-            upto = "or newer" if most == NEWER else f"to {most[0]}.{most[1]}"
-            return f"needs compute capability {least[0]}.{least[1]} {upto}, got {found[0]}.{found[1]}"
+        lowest, highest = flash.capability
+        properties = torch.cuda.get_device_properties(device)  # a constant for torch.compile
+        if not lowest <= (capability := (properties.major, properties.minor)) <= highest:
+            upto = "or newer" if highest == NEWER else f"to {highest[0]}.{highest[1]}"
+            return f"needs compute capability {lowest[0]}.{lowest[1]} {upto}, got {capability[0]}.{capability[1]}"
     if flash.module is None:
         if not BUILT:
             return "needs a PyTorch with FlashAttention, got one built without"
     else:
         try:
-            _function(name)
+            _package_function(name)
         except (ImportError, AttributeError) as error:
             return f"needs {flash.module}.flash_attn_varlen_func ({flash.install}), got: {error}"
     return None
 
 
-def _function(name: str) -> Callable[..., Any]:
-    return importlib.import_module(FLASH[name].module).flash_attn_varlen_func
+def _package_function(name: str) -> Callable[..., Any]:
+    module = FLASH[name].module
+    assert module is not None
+    return importlib.import_module(module).flash_attn_varlen_func
 
 
 def attend(
@@ -105,37 +107,40 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     cu_q: Tensor,
     max_q: int,
     cu_kv: Tensor,
     max_kv: int,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention of some rows of each clip over all of its rows, scale Dh ** -0.5; see ``problem``.
+    """Softmax attention of some rows of each clip over all of its rows, scale Dh ** -0.5.
+
+    The caller must have checked with ``problem`` that the backend can run here.
 
     Args:
         name: One of ``FLASH``.
-        q: (Nq, H, Dh).
-        k: (N, H, Dh), as ``v``.
-        v: See ``k``.
-        cu_q: (B + 1,) int32 first asking row of each clip, ``max_q`` at least those of the longest.
-        max_q: See ``cu_q``.
-        cu_kv: (B + 1,) int32 first row of each clip, ``max_kv`` at least those of the longest.
-        max_kv: See ``cu_kv``.
-        dropout: Rate on the probabilities, in [0, 1).
+        q: (Nq, H, Dh) packed query rows.
+        k: (N, H, Dh) packed keys.
+        v: (N, H, Dh) packed values.
+        cu_q: (B + 1,) int32 first query row of each clip, and the end of the last one.
+        max_q: Upper bound on the query rows of a clip.
+        cu_kv: (B + 1,) int32 first row of each clip, and the end of the last one.
+        max_kv: Upper bound on the rows of a clip.
+        dropout: Rate on the attention probabilities, in [0, 1).
 
     Returns:
-        (Nq, H, Dh) in the dtype of ``q``. Rows past the last clip (see packing.TokenCounts), which the kernels do not
-        write, are zeros, as are their gradients.
+        (Nq, H, Dh) in the dtype of ``q``. The kernels do not write padding rows past the last clip (see
+        packing.TokenCounts); these rows and their gradients are zeros.
     """
     scale = q.shape[-1] ** -0.5
     if name == "aten":
         return forward_op(q, k, v, cu_q, cu_kv, max_q, max_kv, dropout, scale)[0]
-    if _nothing(q, k, cu_q, max_q, max_kv):
-        return torch.zeros_like(q) + 0.0 * (q.sum() + k.sum() + v.sum())  # gradients of zero, not none
+    if _is_empty(q, k, cu_q, max_q=max_q, max_kv=max_kv):
+        return torch.zeros_like(q) + 0.0 * (q.sum() + k.sum() + v.sum())  # gradients that are zero, not None
     q, k, v = (_ClearGradient.apply(_loadable(x), cu) for x, cu in ((q, cu_q), (k, cu_kv), (v, cu_kv)))
     options = {"dropout_p": dropout} if FLASH[name].dropout else {}
-    out = _function(name)(
+    out = _package_function(name)(
         q=q,
         k=k,
         v=v,
@@ -147,12 +152,12 @@ def attend(
         **options,
     )
     out = out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
-    _clear_tail(out.data, cu_q)  # not a change that the backward must know of: it does not read these rows
+    _clear_tail(out.data, cu_q)  # hidden from autograd: the backward does not read these rows
     return out
 
 
 class _ClearGradient(torch.autograd.Function):
-    """x, whose gradient has zeros in the rows past the last clip."""
+    """Identity whose gradient has zeros in the rows past the last clip."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -161,13 +166,17 @@ class _ClearGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _clear_tail(grad.contiguous(), *ctx.saved_tensors), None
+        (cu_seqlens,) = ctx.saved_tensors
+        return _clear_tail(grad.contiguous(), cu_seqlens), None
 
 
 def _clear_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """x (N, ...), dense and no one else's, with zeros from row ``cu_seqlens[-1]`` on; nothing waits for a GPU."""
+    """Zero the rows of x (N, ...) from ``cu_seqlens[-1]`` on, in place; x is dense and not shared. Returns x.
+
+    The host does not wait for a GPU.
+    """
     if x.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from ...kernels.clear_padding import clear_tail  # reads and writes those rows alone
+        from ...kernels.clear_padding import clear_tail  # touches only those rows
 
         return clear_tail(x, cu_seqlens.contiguous())
     beyond = torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1]
@@ -175,20 +184,20 @@ def _clear_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _loadable(x: Tensor) -> Tensor:
-    """x, copied where the kernels' loads of 16 bytes would not be aligned or its last values not be neighbours."""
+    """x, or a copy where the kernels' loads of 16 bytes are not aligned or the last dimension is not contiguous."""
     aligned = x.stride(-1) == 1 and all(n % HEAD_MULTIPLE == 0 for n in (*x.stride()[:-1], x.storage_offset()))
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def _nothing(q: Tensor, k: Tensor, cu_q: Tensor, max_q: int, max_kv: int) -> bool:
-    """No row asks or none answers, which the kernels refuse."""
+def _is_empty(q: Tensor, k: Tensor, cu_q: Tensor, *, max_q: int, max_kv: int) -> bool:
+    """Whether there are no queries or no keys, which the kernels refuse."""
     return 0 in (q.shape[0], k.shape[0], max_q, max_kv, cu_q.shape[0] - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- aten
 
 
-def forward(
+def forward(  # noqa: PLR0917 - schema of a custom operator
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -200,7 +209,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """aten::_flash_attention_forward: out (Nq, H, Dh), log-sum-exp (H, Nq) fp32, and two states of the generator."""
-    if _nothing(q, k, cu_q, max_q, max_kv):
+    if _is_empty(q, k, cu_q, max_q=max_q, max_kv=max_kv):
         out, lse, rng_state, unused = _shapes(q)
         return out.zero_(), lse.zero_(), rng_state, unused
     out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward.default(
@@ -219,7 +228,7 @@ def forward(
     return _clear_tail(out.contiguous(), cu_q), lse, rng_state, unused
 
 
-def backward(
+def backward(  # noqa: PLR0917 - schema of a custom operator
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -235,8 +244,8 @@ def backward(
     unused: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """aten::_flash_attention_backward: gradients of q, k and v, with the mask of the forward."""
-    if _nothing(q, k, cu_q, max_q, max_kv):
+    """aten::_flash_attention_backward: gradients of q, k and v, with the dropout mask of the forward."""
+    if _is_empty(q, k, cu_q, max_q=max_q, max_kv=max_kv):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
         grad_out=_loadable(grad),
@@ -255,9 +264,11 @@ def backward(
         unused=unused,
         scale=scale,
     )
-    pairs = (dq, cu_q), (dk, cu_kv), (dv, cu_kv)
-    dq, dk, dv = (_clear_tail(x.contiguous(), cu) for x, cu in pairs)
-    return dq, dk, dv
+    return (
+        _clear_tail(dq.contiguous(), cu_q),
+        _clear_tail(dk.contiguous(), cu_kv),
+        _clear_tail(dv.contiguous(), cu_kv),
+    )
 
 
 def _shapes(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -269,8 +280,8 @@ def _shapes(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-# Two equal calls draw two masks: torch.compile must not make one of them. (That of torch 2.11 does all the same where
-# even the inputs are the same ones, which no two layers have.)
+# Two equal calls draw two masks, so torch.compile must not merge them. (torch 2.11 merges them nevertheless where the
+# inputs are the same tensors, which does not happen for two layers.)
 forward_op = torch.library.custom_op(
     "mae_ast_fast::flash_attention", forward, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
@@ -278,25 +289,27 @@ backward_op = torch.library.custom_op("mae_ast_fast::flash_attention_backward", 
 
 
 @forward_op.register_fake
-def _(q, k, v, cu_q, cu_kv, max_q, max_kv, dropout, scale):
+def _(q, k, v, cu_q, cu_kv, max_q, max_kv, dropout, scale):  # noqa: PLR0917 - schema of a custom operator
     return _shapes(q)
 
 
 @backward_op.register_fake
-def _(grad, q, k, v, out, lse, cu_q, cu_kv, max_q, max_kv, dropout, rng_state, unused, scale):
+def _(  # noqa: PLR0917 - schema of a custom operator
+    grad, q, k, v, out, lse, cu_q, cu_kv, max_q, max_kv, dropout, rng_state, unused, scale
+):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    q, k, v, cu_q, cu_kv, *ctx.rest = inputs
+    q, k, v, cu_q, cu_kv, *ctx.scalars = inputs
     out, lse, rng_state, unused = output
     ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_kv, rng_state, unused)
 
 
 def _gradients(ctx, grad, *_):
     q, k, v, out, lse, cu_q, cu_kv, rng_state, unused = ctx.saved_tensors
-    max_q, max_kv, dropout, scale = ctx.rest
+    max_q, max_kv, dropout, scale = ctx.scalars
     grads = backward_op(grad, q, k, v, out, lse, cu_q, cu_kv, max_q, max_kv, dropout, rng_state, unused, scale)
     return *grads, *[None] * 6
 
