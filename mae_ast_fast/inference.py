@@ -1,4 +1,4 @@
-"""A trained model at work on audio files: features of whole recordings, masked clips to reconstruct, the encoder alone.
+"""Inference on audio files: features of whole recordings, masked clips to reconstruct, and saved models.
 
 Reading audio needs soundfile and soxr (the ``train`` extra).
 """
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,21 +25,21 @@ from .ops.fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
 from .ops.masking import sample_mask
 from .training.evaluation import MASK_SEED, HeldOut
 
-_FILES = ("model.safetensors", "config.json", "checkpoints")  # of a model or of a run
+_MODEL_FILES = ("model.safetensors", "config.json", "checkpoints")  # files of a model or of a run
 
 
 @dataclass
 class FileFeatures:
-    """Features of one recording, a row a token: time blocks ascending, and inside one frequency blocks ascending.
+    """Features of one recording, one row per token: by time block, then by frequency block.
 
-    A patch model has several frequency blocks a time block, a frame model one. Every time block is complete, so
-    ``features.reshape(-1, grid_f, D)`` is (time blocks, frequency blocks, D) and its mean over axis 1 is one vector a
-    time step; ``times[::grid_f]`` are their times.
+    A patch model has several frequency blocks per time block, a frame model one. Every time block is complete:
+    ``features.reshape(-1, grid_f, D)`` is (time blocks, frequency blocks, D), and its mean over axis 1 is one vector
+    per time block. ``times[::grid_f]`` are the times of the time blocks.
 
     Attributes:
         features: (tokens, D) float32.
         times: (tokens,) float64, centre of each token in seconds from the start of the recording.
-        frequency_block: (tokens,) int32, 0 the lowest frequencies.
+        frequency_block: (tokens,) int32, frequency block of each token; 0 is the lowest.
     """
 
     features: np.ndarray
@@ -50,29 +51,30 @@ def extract_file(
     model: MAEAST,
     path: str | os.PathLike[str],
     layer: int | None = None,
+    *,
     chunk_seconds: float = 30.0,
     precision: str = "fp32",
 ) -> FileFeatures:
-    """Encoder features of a whole recording of any length, nothing masked.
+    """Extracts encoder features of a whole recording of any length, without masking.
 
-    A recording up to ``chunk_seconds`` is one clip, and its features are those of ``model.extract_features`` to the
-    bit. A longer one is cut into chunks of that length, the last two of equal length rather than one of them a stub:
-    the log-mel frames are those of the whole recording, but tokens attend within their chunk, and positions start anew
-    in each. Memory is that of two chunks and of the result.
+    A recording of up to ``chunk_seconds`` is one clip, and its features equal those of ``model.extract_features`` bit
+    for bit. A longer recording is cut into chunks of that length; the last two are equally long, so that no chunk is
+    very short. The log-mel frames are those of the whole recording. Tokens attend within their chunk, and positions
+    start at 0 in each chunk. Memory holds two chunks and the result.
 
     Args:
-        model: On the device where it shall run; it runs in evaluation mode.
-        path: Audio of any rate and channel count.
-        layer: Output of this layer, from 1; None: the encoder's output.
-        chunk_seconds: Rounded up to whole patches.
-        precision: "fp32" or "bf16" (autocast); the result is float32.
+        model: Model on the device to run on. It runs in evaluation mode.
+        path: Audio file of any sampling rate and channel count.
+        layer: Layer, from 1, whose output is returned. None: the encoder's output.
+        chunk_seconds: Maximum length of a chunk in seconds, rounded up to whole patches.
+        precision: "fp32" or "bf16" (autocast). The result is float32.
 
     Raises:
-        audio.AudioError: The file gives no usable audio, or less than 25 ms.
-        ValueError: A layer, length or precision is not as above.
+        audio.AudioError: The file cannot be decoded or is shorter than 25 ms.
+        ValueError: ``layer``, ``chunk_seconds`` or ``precision`` is out of range.
     """
     config = model.config
-    size = _chunk_frames(config, chunk_seconds)
+    chunk_frames = _chunk_frames(config, chunk_seconds)
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
     device = next(model.parameters()).device
@@ -82,78 +84,93 @@ def extract_file(
     was_training = model.training
     model.eval()
     try:
-        for waveform in _chunks(audio.decode_blocks(path), size, config.patch_size[0]):
+        for waveform in _chunks(audio.decode_blocks(path), chunk_frames, config.patch_size[0]):
             frames = num_frames(waveform.size)
             if frames == 0:
                 raise audio.AudioError(path, "shorter than 25 ms")
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                spectrogram, _ = model.features(torch.from_numpy(waveform)[None].to(device))
-                rows = model.extract_features(spectrogram, layer=layer).last_hidden_state[0].float().cpu().numpy()
-            # In place where the allocator can: two copies of an hour's features would be the most that is ever held.
-            features.resize((len(features) + len(rows), config.embed_dim), refcheck=False)
-            features[-len(rows) :] = rows
-            times.append(_token_times(config, first_frame, len(rows)))
+                log_mel, _ = model.features(torch.from_numpy(waveform)[None].to(device))
+                chunk = model.extract_features(log_mel, layer=layer).last_hidden_state[0].float().cpu().numpy()
+            # Grow in place where the allocator can: concatenating would double the peak memory of a long recording.
+            features.resize((len(features) + len(chunk), config.embed_dim), refcheck=False)
+            features[-len(chunk) :] = chunk
+            times.append(_token_times(config, first_frame, len(chunk)))
             first_frame += frames
     finally:
         model.train(was_training)
-    blocks = np.tile(np.arange(config.grid_f, dtype=np.int32), len(features) // config.grid_f)
-    return FileFeatures(features, np.concatenate(times), blocks)
+    frequency_block = np.tile(np.arange(config.grid_f, dtype=np.int32), len(features) // config.grid_f)
+    return FileFeatures(features, np.concatenate(times), frequency_block)
 
 
 def _chunk_frames(config: MAEASTConfig, chunk_seconds: float) -> int:
+    """Frames per chunk: ``chunk_seconds`` rounded up to whole patches.
+
+    Raises:
+        ValueError: ``chunk_seconds`` is not positive, or a chunk would have more than ``MAX_TOKENS`` tokens.
+    """
     kt = config.patch_size[0]
-    longest = MAX_TOKENS // config.grid_f * kt
-    if not 0.0 < chunk_seconds <= longest * HOP / SAMPLE_RATE:
+    max_frames = MAX_TOKENS // config.grid_f * kt
+    if not 0.0 < chunk_seconds <= max_frames * HOP / SAMPLE_RATE:
         raise ValueError(
-            f"chunk_seconds must be positive and at most {longest * HOP / SAMPLE_RATE:g} "
+            f"chunk_seconds must be positive and at most {max_frames * HOP / SAMPLE_RATE:g} "
             f"({MAX_TOKENS} tokens), got {chunk_seconds:g}"
         )
     return -(-round(chunk_seconds * SAMPLE_RATE) // (HOP * kt)) * kt
 
 
-def _chunks(blocks: Iterable[np.ndarray], size: int, kt: int) -> Iterator[np.ndarray]:
-    """Cuts a stream of samples into waveforms of ``size`` frames whose frames are those of the whole stream.
+def _chunks(blocks: Iterable[np.ndarray], chunk_frames: int, kt: int) -> Iterator[np.ndarray]:
+    """Cuts a stream of samples into waveforms whose frames, in sequence, are the frames of the whole stream.
 
-    Consecutive chunks share the 15 ms by which a window reaches beyond its hop. What is left at the end, more than one
-    chunk and less than two, makes two halves of whole patches, so that no token is encoded with next to no context.
+    Consecutive chunks share the 15 ms by which a window extends beyond its hop. The end of the stream, longer than one
+    chunk and shorter than two, is halved at a whole patch, so that every token has context.
+
+    Args:
+        blocks: Samples (S,) in blocks of any length.
+        chunk_frames: Maximum number of frames per chunk, whole patches.
+        kt: Frames per patch.
     """
 
-    def samples(frames: int) -> int:
+    def num_samples(frames: int) -> int:
         return (frames - 1) * HOP + WINDOW
 
     rest = np.zeros(0, np.float32)
     for block in blocks:
         rest = np.concatenate([rest, block])
-        while num_frames(rest.size) >= 2 * size:
-            yield rest[: samples(size)]
-            rest = rest[size * HOP :]
-    frames = num_frames(rest.size)
-    if frames > size:
-        half = -(-frames // (2 * kt)) * kt
-        yield rest[: samples(half)]
+        while num_frames(rest.size) >= 2 * chunk_frames:
+            yield rest[: num_samples(chunk_frames)]
+            rest = rest[chunk_frames * HOP :]
+    rest_frames = num_frames(rest.size)
+    if rest_frames > chunk_frames:
+        half = -(-rest_frames // (2 * kt)) * kt
+        yield rest[: num_samples(half)]
         rest = rest[half * HOP :]
     yield rest
 
 
-def _token_times(config: MAEASTConfig, first_frame: int, tokens: int) -> np.ndarray:
+def _token_times(config: MAEASTConfig, first_frame: int, num_tokens: int) -> np.ndarray:
     """Centres (tokens,) in seconds of the tokens of a chunk: a token of kt frames covers (kt - 1) * 10 + 25 ms."""
     kt = config.patch_size[0]
-    block = np.arange(tokens) // config.grid_f
+    block = np.arange(num_tokens) // config.grid_f
     centre = ((kt - 1) * HOP + WINDOW) / 2
     return ((first_frame + block * kt) * HOP + centre) / SAMPLE_RATE
 
 
-def save_features(features: FileFeatures, path: Path, form: str) -> None:
-    """Writes ``features``, ``times`` and ``frequency_block`` as ``npz`` or ``safetensors``; whole or not at all.
+def save_features(features: FileFeatures, path: Path, file_format: str) -> None:
+    """Writes ``features``, ``times`` and ``frequency_block`` to a file, atomically.
+
+    Args:
+        features: Features of a recording.
+        path: File to write; its folder is created.
+        file_format: "npz" or "safetensors".
 
     Raises:
-        ValueError: ``form`` is neither.
+        ValueError: Unknown ``file_format``.
     """
-    if form not in ("npz", "safetensors"):
-        raise ValueError(f"form must be npz or safetensors, got {form!r}")
+    if file_format not in ("npz", "safetensors"):
+        raise ValueError(f"file_format must be npz or safetensors, got {file_format!r}")
     arrays = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if form == "safetensors":
+    if file_format == "safetensors":
         from safetensors.numpy import save_file
 
         atomic_write(path, lambda partial: save_file(arrays, partial))
@@ -161,19 +178,22 @@ def save_features(features: FileFeatures, path: Path, form: str) -> None:
         atomic_write(path, lambda partial: _savez(partial, arrays))
 
 
-def _savez(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # given a name, numpy would add its own suffix
+def _savez(path: Path, arrays: dict[str, Any]) -> None:
+    with open(path, "wb") as file:  # numpy would append its own suffix to a path
         np.savez(file, **arrays)
 
 
 def output_paths(inputs: Sequence[str | os.PathLike[str]], folder: Path, suffix: str) -> list[Path]:
-    """One path for each input below ``folder``, as the inputs lie below the folder that they share.
+    """Output path of each input: in ``folder``, at the input's path relative to the inputs' common folder.
 
-    ``suffix`` takes the place of the inputs' own; where that gives one name to two files, it follows the whole names of
-    all.
+    Args:
+        inputs: Input files.
+        folder: Output folder.
+        suffix: Suffix that replaces the inputs' own. If two outputs would then have the same path, it is appended to
+            the whole names of all inputs instead.
 
     Raises:
-        ValueError: A file is named twice.
+        ValueError: An input is named twice.
     """
     absolute = [Path(os.path.abspath(path)) for path in inputs]
     if repeated := [path for i, path in enumerate(absolute) if path in absolute[:i]]:
@@ -187,86 +207,101 @@ def output_paths(inputs: Sequence[str | os.PathLike[str]], folder: Path, suffix:
 def masked_clips(
     model: MAEAST | SSAST,
     paths: Sequence[str | os.PathLike[str]],
+    *,
     seed: int | None = None,
     start: float = 0.0,
     seconds: float | None = None,
     mask_ratio: float | None = None,
     masking: str | None = None,
 ) -> HeldOut:
-    """Reads a stretch of each file and draws its mask.
+    """Reads a clip of each file and draws its mask.
 
     Args:
-        model: Whose patch grid and masking count.
+        model: Model whose patch grid and masking are used.
         paths: Audio files.
-        seed: Of the masks; None: the fixed one of held-out evaluation.
-        start: Seconds into each file.
-        seconds: Length, less where a file ends before. None: 10, or what the model takes where that is less.
-        mask_ratio: Share that is hidden, in (0, 1); None: the model's.
-        masking: Strategy of hiding; None: the model's.
+        seed: Seed of the masks. None: the fixed seed of the held-out evaluation.
+        start: Start of the clip in seconds from the start of the file.
+        seconds: Length of the clip in seconds; less if the file ends before. None: 10, or the model's longest clip if
+            that is shorter.
+        mask_ratio: Share of the tokens that is masked, in (0, 1). None: the model's.
+        masking: Masking strategy. None: the model's.
 
     Raises:
-        audio.AudioError: A file gives no usable audio.
-        ValueError: ``start`` lies behind a file's end, or what is left is too short to hide something; no such
-            strategy or share.
+        audio.AudioError: A file cannot be decoded.
+        ValueError: ``start`` is beyond a file's end, a clip is too short to mask, or ``seconds``, ``mask_ratio`` or
+            ``masking`` is out of range.
     """
     if seconds is None:
         seconds = min(10.0, ((model.max_frames - 1) * HOP + WINDOW) / SAMPLE_RATE)
     if not (start >= 0.0 and seconds > 0.0):
         raise ValueError(f"start must be >= 0 and seconds > 0, got {start:g} and {seconds:g}")
-    # A configuration of MAE-AST checks the two, of whichever model they are.
+    # MAEASTConfig checks the masking and its ratio, for an SSAST model too.
     config = MAEASTConfig(
         num_mel_bins=model.config.num_mel_bins,
         patch_size=model.config.patch_size,
         mask_ratio=model.config.mask_ratio if mask_ratio is None else mask_ratio,
         masking=model.config.masking if masking is None else masking,
     )
-    spectrograms = []
+    assert config.masking is not None  # MAEASTConfig sets it
+    log_mels = []
     for path in paths:
         waveform = _read(path, round(start * SAMPLE_RATE), round(seconds * SAMPLE_RATE))
-        spectrograms.append(model.features(torch.from_numpy(waveform)[None])[0][0])
-    frames = torch.tensor([len(spectrogram) for spectrogram in spectrograms])
-    features = pad_sequence(spectrograms, batch_first=True)
-    tokens = frames // config.patch_size[0] * config.grid_f
+        log_mels.append(model.features(torch.from_numpy(waveform)[None])[0][0])
+    frame_counts = torch.tensor([len(log_mel) for log_mel in log_mels])
+    num_tokens = frame_counts // config.patch_size[0] * config.grid_f
     mask = sample_mask(
-        config.masking, tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED if seed is None else seed
+        config.masking, num_tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED if seed is None else seed
     )
-    hidden = mask.sum(1)
-    for path, length, total, masked in zip(paths, frames.tolist(), tokens.tolist(), hidden.tolist(), strict=True):
-        if not 0 < masked < total:
+    counts = zip(paths, frame_counts.tolist(), num_tokens.tolist(), mask.sum(1).tolist(), strict=True)
+    for path, clip_frames, clip_tokens, clip_masked in counts:
+        if not 0 < clip_masked < clip_tokens:
             raise ValueError(
-                f"{path}: {length} frames of 10 ms from {start:g} s on are too few to hide {config.mask_ratio:g} of "
-                f"the patches of {config.patch_size[0]} frames"
+                f"{path}: {clip_frames} frames of 10 ms from {start:g} s on are too few to mask "
+                f"{config.mask_ratio:g} of the patches of {config.patch_size[0]} frames"
             )
-    return HeldOut(features, frames, mask, [os.path.basename(path) for path in paths], [""] * len(frames))
+    return HeldOut(
+        log_mel=pad_sequence(log_mels, batch_first=True),
+        num_frames=frame_counts,
+        mask=mask,
+        names=[os.path.basename(path) for path in paths],
+        kinds=[""] * len(frame_counts),
+    )
 
 
-def _read(path: str | os.PathLike[str], start: int, samples: int) -> np.ndarray:
-    """Up to ``samples`` samples of a file from ``start`` on; what lies before is decoded and dropped."""
-    kept, seen = [np.zeros(0, np.float32)], 0
+def _read(path: str | os.PathLike[str], start: int, num_samples: int) -> np.ndarray:
+    """Reads up to ``num_samples`` samples of a file from sample ``start`` on. Earlier samples are decoded and dropped.
+
+    Raises:
+        ValueError: The file ends before ``start``.
+    """
+    kept, decoded = [np.zeros(0, np.float32)], 0
     for block in audio.decode_blocks(path):
-        kept.append(block[max(0, start - seen) : max(0, start + samples - seen)])
-        seen += block.size
-        if seen >= start + samples:
+        kept.append(block[max(0, start - decoded) : max(0, start + num_samples - decoded)])
+        decoded += block.size
+        if decoded >= start + num_samples:
             break
-    if seen <= start and start:
-        raise ValueError(f"{path} is {seen / SAMPLE_RATE:.2f} s long: nothing at {start / SAMPLE_RATE:g} s")
+    if decoded <= start and start:
+        raise ValueError(f"{path} is {decoded / SAMPLE_RATE:.2f} s long: nothing at {start / SAMPLE_RATE:g} s")
     return np.concatenate(kept)
 
 
 def select(clips: HeldOut, index: int) -> HeldOut:
     """One clip of a set, without its padding."""
-    one = clips.select([index])
-    return dataclasses.replace(one, log_mel=one.log_mel[:, : int(one.num_frames)])
+    clip = clips.select([index])
+    return dataclasses.replace(clip, log_mel=clip.log_mel[:, : int(clip.num_frames)])
 
 
 def save_model(model: MAEAST, folder: Path) -> int:
-    """Writes model.safetensors and config.json into a new or empty place; returns the bytes of the weights.
+    """Writes model.safetensors and config.json into a new or empty folder.
+
+    Returns:
+        Size of the weights in bytes.
 
     Raises:
         ValueError: ``folder`` already holds a model or a run.
     """
-    if found := [name for name in _FILES if (folder / name).exists()]:
-        raise ValueError(f"{folder} already holds {', '.join(found)}: choose another folder")
+    if existing := [name for name in _MODEL_FILES if (folder / name).exists()]:
+        raise ValueError(f"{folder} already holds {', '.join(existing)}: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     return (folder / "model.safetensors").stat().st_size

@@ -1,4 +1,4 @@
-"""Features of files, in one piece or in chunks, masked clips, and the encoder alone."""
+"""Inference on files: features in one chunk or in several, masked clips, and the encoder alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_model(kind: str = "patch", **fields) -> MAEAST:
     decoder = {"decoder_embed_dim": 32, "decoder_layers": 1}
     config = MAEASTConfig(patch_size=shape[0], masking=shape[1], **{**small, **decoder, **fields})
     model = MAEAST(config).eval()
-    # Statistics as training leaves them: with those of an untrained model every clip would look like a constant.
+    # Statistics like those after training: with an untrained model's every clip would look constant.
     model.input_norm.running_mean.fill_(-8.0)
     model.input_norm.running_var.fill_(16.0)
     return model
@@ -51,18 +51,18 @@ def make_model(kind: str = "patch", **fields) -> MAEAST:
 
 @pytest.mark.parametrize("kind", ["patch", "frame"])
 @pytest.mark.parametrize("layer", [None, 1])
-def test_a_file_of_one_chunk_has_the_features_of_extract_features_to_the_bit(kind, layer):
+def test_extract_file_one_chunk_equals_extract_features_bit_for_bit(kind, layer):
     model = make_model(kind)
-    found = extract_file(model, SPEECH, layer)
+    extracted = extract_file(model, SPEECH, layer)
     with torch.no_grad():
-        spectrogram, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
-        expected = model.extract_features(spectrogram, frames, layer).last_hidden_state[0].numpy()
-    np.testing.assert_array_equal(found.features, expected)
-    assert found.features.dtype == np.float32
-    assert len(found.times) == len(found.frequency_block) == len(expected)
+        log_mel, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
+        expected = model.extract_features(log_mel, frames, layer).last_hidden_state[0].numpy()
+    np.testing.assert_array_equal(extracted.features, expected)
+    assert extracted.features.dtype == np.float32
+    assert len(extracted.times) == len(extracted.frequency_block) == len(expected)
 
 
-def test_a_file_as_long_as_a_chunk_is_not_cut(tmp_path):
+def test_extract_file_as_long_as_a_chunk_is_not_cut(tmp_path):
     path = tmp_path / "x.wav"
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(2 * RATE), RATE)
     model = make_model()
@@ -72,7 +72,7 @@ def test_a_file_as_long_as_a_chunk_is_not_cut(tmp_path):
 
 
 def stream(samples: np.ndarray, rng: np.random.Generator):
-    """The samples in blocks of any length, as a decoder gives them."""
+    """The samples in blocks of random length, as a decoder yields them."""
     while samples.size:
         n = int(rng.integers(1, 30_000))
         yield samples[:n]
@@ -81,57 +81,55 @@ def stream(samples: np.ndarray, rng: np.random.Generator):
 
 @pytest.mark.parametrize("kt", [16, 2])
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 2.0, 2.17, 3.999, 4.0, 4.03, 9.41])
-def test_chunks_hold_the_frames_of_the_whole_recording(kt, seconds):
+def test_chunks_frames_equal_those_of_the_whole_recording(kt, seconds):
     rng = np.random.default_rng(1)
     samples = rng.standard_normal(round(seconds * RATE)).astype(np.float32) * 0.1
-    size = 208  # frames, 2.08 s: whole patches of both models
-    chunks = list(inference._chunks(stream(samples, rng), size, kt))
+    chunk_frames = 208  # 2.08 s, whole patches of both models
+    chunks = list(inference._chunks(stream(samples, rng), chunk_frames, kt))
     frames = [num_frames(chunk.size) for chunk in chunks]
     assert sum(frames) == num_frames(samples.size)
     assert all(count % kt == 0 for count in frames[:-1])
-    assert max(frames) <= size
-    assert len(chunks) == 1 or min(frames) >= size // 2 - kt, "a stub is left at the end"
-    whole, _ = fbank(torch.from_numpy(samples)[None])
-    parts = torch.cat([fbank(torch.from_numpy(chunk)[None])[0] for chunk in chunks], dim=1)
-    assert_rounding(parts, whole, "frames")
+    assert max(frames) <= chunk_frames
+    assert len(chunks) == 1 or min(frames) >= chunk_frames // 2 - kt, "the last chunk is very short"
+    expected, _ = fbank(torch.from_numpy(samples)[None])
+    log_mel = torch.cat([fbank(torch.from_numpy(chunk)[None])[0] for chunk in chunks], dim=1)
+    assert_rounding(log_mel, expected, "frames")
 
 
 @pytest.mark.parametrize("kind", ["patch", "frame"])
-def test_a_long_file_is_encoded_chunk_by_chunk(kind):
+def test_extract_file_long_file_is_encoded_chunk_by_chunk(kind):
     model = make_model(kind)
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
-    found = extract_file(model, SPEECH, chunk_seconds=2.0)
-    spectrogram, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
-    size = -(-200 // kt) * kt
+    extracted = extract_file(model, SPEECH, chunk_seconds=2.0)
+    log_mel, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
+    chunk_frames = -(-200 // kt) * kt
     total = int(frames)
     borders = [0]
-    while total - borders[-1] >= 2 * size:
-        borders.append(borders[-1] + size)
-    if total - borders[-1] > size:
+    while total - borders[-1] >= 2 * chunk_frames:
+        borders.append(borders[-1] + chunk_frames)
+    if total - borders[-1] > chunk_frames:
         borders.append(borders[-1] + -(-(total - borders[-1]) // (2 * kt)) * kt)
     borders.append(total)
     assert len(borders) > 5
     with torch.no_grad():
-        parts = [
-            model.extract_features(spectrogram[:, a:b]).last_hidden_state[0] for a, b in itertools.pairwise(borders)
-        ]
-    assert_rounding(torch.from_numpy(found.features), torch.cat(parts), "features")
-    assert len(found.features) == -(-total // kt) * grid_f
+        chunks = [model.extract_features(log_mel[:, a:b]).last_hidden_state[0] for a, b in itertools.pairwise(borders)]
+    assert_rounding(torch.from_numpy(extracted.features), torch.cat(chunks), "features")
+    assert len(extracted.features) == -(-total // kt) * grid_f
 
 
 @pytest.mark.parametrize(("kind", "chunk_seconds"), [("patch", 30.0), ("patch", 1.0), ("frame", 1.0)])
-def test_times_are_the_centres_of_the_tokens(kind, chunk_seconds):
+def test_extract_file_times_are_token_centres(kind, chunk_seconds):
     model = make_model(kind)
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
-    found = extract_file(model, SOUND, chunk_seconds=chunk_seconds)
-    steps = len(found.times) // grid_f
-    # Frame t is the 25 ms from t * 10 ms on, and a token's centre lies between those of its first and last frame.
-    expected = [(first + (kt - 1) / 2) * 0.010 + 0.0125 for first in range(0, steps * kt, kt)]
-    np.testing.assert_allclose(found.times.reshape(steps, grid_f), np.repeat([expected], grid_f, 0).T)
-    assert (found.frequency_block.reshape(steps, grid_f) == np.arange(grid_f)).all()
+    extracted = extract_file(model, SOUND, chunk_seconds=chunk_seconds)
+    num_blocks = len(extracted.times) // grid_f
+    # Frame t covers 25 ms from t * 10 ms on. A token's centre is halfway between those of its first and last frame.
+    expected = [(first + (kt - 1) / 2) * 0.010 + 0.0125 for first in range(0, num_blocks * kt, kt)]
+    np.testing.assert_allclose(extracted.times.reshape(num_blocks, grid_f), np.repeat([expected], grid_f, 0).T)
+    assert (extracted.frequency_block.reshape(num_blocks, grid_f) == np.arange(grid_f)).all()
 
 
-def test_memory_does_not_follow_the_length_of_the_file(monkeypatch):
+def test_extract_file_memory_is_independent_of_file_length(monkeypatch):
     seconds = 600
 
     def blocks(path):
@@ -141,30 +139,30 @@ def test_memory_does_not_follow_the_length_of_the_file(monkeypatch):
 
     monkeypatch.setattr(audio, "decode_blocks", blocks)
     model = make_model(embed_dim=4, ffn_dim=8, encoder_layers=1)
-    tracemalloc.start()  # sees numpy's memory: samples and features
+    tracemalloc.start()  # traces numpy's memory: samples and features
     try:
-        found = extract_file(model, "long.wav", chunk_seconds=10.0)
+        extracted = extract_file(model, "long.wav", chunk_seconds=10.0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(found.features) == -(-num_frames(seconds * RATE) // 16) * 8
+    assert len(extracted.features) == -(-num_frames(seconds * RATE) // 16) * 8
     samples_of_ten_chunks = 10 * 10 * RATE * 4
-    arrays = sum(array.nbytes for array in (found.features, found.times, found.frequency_block))
+    arrays = sum(array.nbytes for array in (extracted.features, extracted.times, extracted.frequency_block))
     assert peak < 3 * arrays + samples_of_ten_chunks < seconds * RATE * 4
 
 
-def test_bf16_is_the_model_under_autocast():
+def test_extract_file_bf16_equals_model_under_autocast():
     model = make_model()
-    found = extract_file(model, SOUND, precision="bf16").features
-    spectrogram, _ = fbank(torch.from_numpy(audio.decode(SOUND))[None])
+    features = extract_file(model, SOUND, precision="bf16").features
+    log_mel, _ = fbank(torch.from_numpy(audio.decode(SOUND))[None])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = model.extract_features(spectrogram).last_hidden_state[0]
+        expected = model.extract_features(log_mel).last_hidden_state[0]
     assert expected.dtype == torch.bfloat16
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, expected.float().numpy())
+    assert features.dtype == np.float32
+    np.testing.assert_array_equal(features, expected.float().numpy())
 
 
-def test_a_model_in_training_is_evaluated_and_left_in_training():
+def test_extract_file_training_model_is_evaluated_and_stays_in_training():
     model = make_model()
     expected = extract_file(model, SOUND).features
     model.train()
@@ -174,7 +172,7 @@ def test_a_model_in_training_is_evaluated_and_left_in_training():
     assert torch.equal(model.input_norm.running_mean, before)
 
 
-def test_files_and_arguments_that_cannot_be(tmp_path):
+def test_extract_file_wrong_files_and_arguments_raise(tmp_path):
     model = make_model()
     short = tmp_path / "short.wav"
     soundfile.write(short, np.zeros(399), RATE)
@@ -203,45 +201,45 @@ def example() -> FileFeatures:
     )
 
 
-@pytest.mark.parametrize("form", ["npz", "safetensors"])
-def test_saved_features_read_back(tmp_path, form):
-    features, path = example(), tmp_path / "new" / f"x.{form}"
-    save_features(features, path, form)
-    loaded = dict(np.load(path)) if form == "npz" else load_file(path)
+@pytest.mark.parametrize("file_format", ["npz", "safetensors"])
+def test_save_features_round_trip_keeps_arrays(tmp_path, file_format):
+    features, path = example(), tmp_path / "new" / f"x.{file_format}"
+    save_features(features, path, file_format)
+    loaded = dict(np.load(path)) if file_format == "npz" else load_file(path)
     assert sorted(loaded) == ["features", "frequency_block", "times"]
     for name, array in loaded.items():
         np.testing.assert_array_equal(array, getattr(features, name))
         assert array.dtype == getattr(features, name).dtype
-    beside = tmp_path / "other"
-    beside.touch()
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(beside.stat().st_mode)
+    other = tmp_path / "other"
+    other.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
-def test_a_form_that_does_not_exist(tmp_path):
-    with pytest.raises(ValueError, match="form must be npz or safetensors, got 'csv'"):
+def test_save_features_unknown_format_raises(tmp_path):
+    with pytest.raises(ValueError, match="file_format must be npz or safetensors, got 'csv'"):
         save_features(example(), tmp_path / "x.csv", "csv")
 
 
-@pytest.mark.parametrize("form", ["npz", "safetensors"])
-def test_a_failed_save_leaves_what_was_there(tmp_path, form, monkeypatch):
-    path = tmp_path / f"x.{form}"
+@pytest.mark.parametrize("file_format", ["npz", "safetensors"])
+def test_save_features_failure_keeps_previous_file(tmp_path, file_format, monkeypatch):
+    path = tmp_path / f"x.{file_format}"
     path.write_bytes(b"before")
 
     def fail(file, *arguments, **arrays):
-        if form == "npz":
+        if file_format == "npz":
             file.write(b"half")
         else:
             Path(arguments[0]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("numpy.savez" if form == "npz" else "safetensors.numpy.save_file", fail)
+    monkeypatch.setattr("numpy.savez" if file_format == "npz" else "safetensors.numpy.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
-        save_features(example(), path, form)
+        save_features(example(), path, file_format)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_outputs_lie_as_the_inputs_do_and_none_is_written_twice():
+def test_output_paths_mirror_inputs_without_duplicates():
     def names(*inputs):
         return [str(path) for path in output_paths(inputs, Path("out"), ".npz")]
 
@@ -251,7 +249,7 @@ def test_outputs_lie_as_the_inputs_do_and_none_is_written_twice():
     assert names("/x/a/talk.wav", "/x/a/talk.flac") == ["out/talk.wav.npz", "out/talk.flac.npz"]
     assert names("/x/talk.1.wav", "/x/talk.2.wav") == ["out/talk.1.npz", "out/talk.2.npz"]
     assert names("/x/a/../talk.wav", "/x/a/talk.wav") == ["out/talk.npz", "out/a/talk.npz"]
-    # Replacing one suffix must not meet another file's whole name.
+    # A replaced suffix must not give another file's whole name.
     assert len(set(names("/x/a.wav", "/x/a.flac", "/x/a.wav.ogg"))) == 3
     with pytest.raises(ValueError, match="is given twice"):
         output_paths(["/x/a.wav", "/x/./a.wav"], Path("out"), ".npz")
@@ -260,21 +258,21 @@ def test_outputs_lie_as_the_inputs_do_and_none_is_written_twice():
 # ----------------------------------------------------------------------------------------------------- masked clips
 
 
-def test_masked_clips_are_those_of_the_held_out_evaluation():
+def test_masked_clips_defaults_equal_held_out_evaluation():
     model = make_model()
     clips = masked_clips(model, [SPEECH, SOUND])
     waveform = torch.from_numpy(audio.decode(SPEECH, 10.0))[None]
-    features, frames = fbank(waveform)
+    log_mel, frames = fbank(waveform)
     assert clips.names == ["51a406a1a0.opus", "018e740416.opus"]
-    assert torch.equal(clips.log_mel[0], features[0])
-    expected = HeldOut.of(model, features, frames, names=["x"], kinds=[""])
+    assert torch.equal(clips.log_mel[0], log_mel[0])
+    expected = HeldOut.of(model, log_mel, frames, names=["x"], kinds=[""])
     assert torch.equal(clips.mask[:1], expected.mask)
-    alone = select(clips, 1)
-    assert alone.log_mel.shape[1] == int(alone.num_frames) < clips.log_mel.shape[1]
-    assert alone.names == ["018e740416.opus"]
+    clip = select(clips, 1)
+    assert clip.log_mel.shape[1] == int(clip.num_frames) < clips.log_mel.shape[1]
+    assert clip.names == ["018e740416.opus"]
 
 
-def test_seed_start_and_length_of_masked_clips():
+def test_masked_clips_seed_start_and_seconds_select_mask_and_audio():
     model = make_model()
     first, again = masked_clips(model, [SPEECH], seed=1), masked_clips(model, [SPEECH], seed=1)
     assert torch.equal(first.mask, again.mask)
@@ -286,11 +284,11 @@ def test_seed_start_and_length_of_masked_clips():
     assert masked_clips(model, [SPEECH], start=2.0, seconds=1e6).num_frames.tolist() == [whole]
 
 
-def test_masked_clips_that_cannot_be(tmp_path):
+def test_masked_clips_wrong_files_and_arguments_raise(tmp_path):
     model = make_model()
     with pytest.raises(ValueError, match=r"018e740416\.opus is 3\.\d\d s long: nothing at 100 s"):
         masked_clips(model, [SOUND], start=100.0)
-    with pytest.raises(ValueError, match="too few to hide"):
+    with pytest.raises(ValueError, match="too few to mask"):
         masked_clips(model, [SPEECH, SOUND], start=0.0, seconds=0.1)
     with pytest.raises(ValueError, match="start must be >= 0 and seconds > 0, got -1 and 10"):
         masked_clips(model, [SPEECH], start=-1.0)
@@ -306,43 +304,43 @@ def test_masked_clips_that_cannot_be(tmp_path):
     [
         {},
         {"norm_first": True},
-        {"decoder_embed_dim": 16},  # a projection between the two, which belongs to neither
+        {"decoder_embed_dim": 16},  # with a projection between encoder and decoder
         {"encoder_projection": True},
     ],
 )
-def test_the_exported_encoder_has_the_same_features_to_the_bit(tmp_path, fields):
+def test_save_model_encoder_keeps_features_bit_for_bit(tmp_path, fields):
     model = make_model(**fields)
     save_model(encoder_alone(model), tmp_path / "encoder")
     encoder = MAEAST.from_pretrained(tmp_path / "encoder")
     assert encoder.config.decoder_layers == 0
-    kinds = {name.split(".")[0] for name in encoder.state_dict()}
-    assert kinds == {"input_norm", "patch_embed", "encoder"}
-    features = torch.randn(2, 200, 128)
-    lengths = torch.tensor([200, 90])
+    modules = {name.split(".")[0] for name in encoder.state_dict()}
+    assert modules == {"input_norm", "patch_embed", "encoder"}
+    log_mel = torch.randn(2, 200, 128)
+    frames = torch.tensor([200, 90])
     for layer in (None, 1):
-        expected = model.extract_features(features, lengths, layer)
-        found = encoder.extract_features(features, lengths, layer)
-        assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
-        for state, other in zip(found.hidden_states, expected.hidden_states, strict=True):
-            assert torch.equal(state, other)
+        expected = model.extract_features(log_mel, frames, layer)
+        actual = encoder.extract_features(log_mel, frames, layer)
+        assert torch.equal(actual.last_hidden_state, expected.last_hidden_state)
+        for state, expected_state in zip(actual.hidden_states, expected.hidden_states, strict=True):
+            assert torch.equal(state, expected_state)
     with pytest.raises(ValueError, match="an encoder alone"):
-        encoder(features)
+        encoder(log_mel)
 
 
-def test_the_exported_encoder_keeps_a_checkpoint_s_own_positions(tmp_path):
+def test_save_model_encoder_keeps_position_table(tmp_path):
     model = make_model()
-    table = model.encoder_positions.table.half().float()  # as a fairseq run in fp16 leaves it
+    table = model.encoder_positions.table.half().float()  # as in a checkpoint of a fairseq run in fp16
     model.load_state_dict({**model.state_dict(), "encoder_positions.table": table})
     save_model(encoder_alone(model), tmp_path / "encoder")
     encoder = MAEAST.from_pretrained(tmp_path / "encoder")
     assert torch.equal(encoder.encoder_positions.table, table)
-    features = torch.randn(1, 160, 128)
-    expected = model.extract_features(features).last_hidden_state
-    assert torch.equal(encoder.extract_features(features).last_hidden_state, expected)
-    assert not torch.equal(make_model().extract_features(features).last_hidden_state, expected)
+    log_mel = torch.randn(1, 160, 128)
+    expected = model.extract_features(log_mel).last_hidden_state
+    assert torch.equal(encoder.extract_features(log_mel).last_hidden_state, expected)
+    assert not torch.equal(make_model().extract_features(log_mel).last_hidden_state, expected)
 
 
-def test_a_folder_that_holds_a_model_or_a_run_is_not_written_to(tmp_path):
+def test_save_model_folder_with_model_or_run_raises(tmp_path):
     model = make_model()
     size = save_model(model, tmp_path / "model")
     assert size == (tmp_path / "model" / "model.safetensors").stat().st_size
@@ -355,7 +353,7 @@ def test_a_folder_that_holds_a_model_or_a_run_is_not_written_to(tmp_path):
         save_model(model, tmp_path / "run")
 
 
-def test_devices_by_name(monkeypatch):
+def test_pick_device_names_give_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="PyTorch sees 0 CUDA devices"):

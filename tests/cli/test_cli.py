@@ -544,7 +544,7 @@ def test_reconstruct_writes_picture_and_baselines(checkpoint, tmp_path, capsys):
     text = capsys.readouterr().out
     model = MAEAST.from_pretrained(checkpoint)
     model.config = dataclasses.replace(model.config, mask_ratio=0.5, masking="time")
-    clips = masked_clips(model, [SPEECH, SOUND], 5, 0.5, 2.0)
+    clips = masked_clips(model, [SPEECH, SOUND], seed=5, start=0.5, seconds=2.0)
     assert clips.mask.sum(1).tolist() == [48, 48]  # half of 12 x 8 tokens
     for index, path in enumerate((SPEECH, SOUND)):
         clip = slice(index, index + 1)
