@@ -1,4 +1,4 @@
-"""Waveforms of a task's clips, read from shards made once."""
+"""Waveforms of a task's clips, read from shards that are written once."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from ..ops.fbank import WINDOW
 from .manifest import Task
 
 
-def _keep_all(entries: Sequence[AudioFile]) -> tuple[np.ndarray, np.ndarray, str]:
-    return np.arange(len(entries)), np.arange(0), "all clips are labelled ones"
+def _keep_all(files: Sequence[AudioFile]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Split of ``prepare.plan`` that holds no file out. Its name is part of the cache key: do not rename it."""
+    return np.arange(len(files)), np.arange(0), "all clips are labelled ones"
 
 
 class Waveforms:
-    """The audio of a task, decoded once into shards in the cache as that of pretraining is.
+    """The audio of a task, decoded once into shards in the cache, as the audio for pretraining is.
 
     Attributes:
         identity: Digest of the shards.
-        missing: Clip -> why it gives no audio; such clips are left out.
-        seconds: (clips,) float64, of each.
+        missing: Index of a clip -> reason why it has no audio. These clips are left out.
+        seconds: (clips,) float64, duration of each clip.
 
     Args:
-        task: Whose clips.
-        cache: Folder.
-        workers: Processes that decode.
+        task: Task whose clips are decoded.
+        cache: Folder for the shards; created if it does not exist.
+        workers: Number of processes that decode.
 
     Raises:
-        ValueError: No clip gives any audio.
+        ValueError: No clip has any audio.
     """
 
     def __init__(self, task: Task, cache: str | os.PathLike[str], workers: int = 2) -> None:
-        # By their paths, not by what a manifest calls them: another one over the same files finds the same shards.
+        # Files are named by their paths, not as in the manifest: another manifest of the same files reuses the shards.
         files = {clip.path: AudioFile(clip.path, clip.path) for clip in task.clips}
         plan = prepare.plan(list(files.values()), min_seconds=WINDOW / SAMPLE_RATE, split=_keep_all)
         folder = Path(cache) / "shards"
@@ -48,69 +49,88 @@ class Waveforms:
         report = prepare.write_shards(plan, folder / plan.key[:24], workers=workers)
         self._shards = Shards(folder / plan.key[:24])
         self.identity = self._shards.identity
-        segments: dict[str, list[Segment]] = {}
+        segments_by_path: dict[str, list[Segment]] = {}
         for segment in self._shards.segments("train"):
-            segments.setdefault(segment.name, []).append(segment)
-        reasons = {name: reason for reason, found in report["skipped"].items() for name in found["names"]}
+            segments_by_path.setdefault(segment.name, []).append(segment)
+        reasons = {path: reason for reason, skipped in report["skipped"].items() for path in skipped["names"]}
         self.missing: dict[int, str] = {}
         self._crops: list[list[Crop]] = []
         for i, clip in enumerate(task.clips):
-            found = sorted(segments.get(clip.path, ()), key=lambda segment: segment.index)
-            end = round(clip.end * SAMPLE_RATE) if clip.end else sum(segment.num_samples for segment in found)
-            crops = _cut(found, round(clip.start * SAMPLE_RATE), end)
+            segments = sorted(segments_by_path.get(clip.path, ()), key=lambda segment: segment.index)
+            end = round(clip.end * SAMPLE_RATE) if clip.end else sum(segment.num_samples for segment in segments)
+            crops = _crop_segments(segments, round(clip.start * SAMPLE_RATE), end)
             self._crops.append(crops)
             if sum(crop.num_samples for crop in crops) < WINDOW:
-                self.missing[i] = reasons.get(clip.path, "no audio of 25 ms there" if found else "cannot be read")
+                default = "less than 25 ms of audio from start to end" if segments else "cannot be read"
+                self.missing[i] = reasons.get(clip.path, default)
         self.seconds = np.array([sum(crop.num_samples for crop in crops) for crops in self._crops]) / SAMPLE_RATE
 
     def windows(self, clip: int, max_seconds: float) -> list[tuple[float, Crop]]:
-        """A clip in windows of ``max_seconds``, the last one shorter, and where in it each starts, in seconds.
+        """Cuts a clip into windows of ``max_seconds``. The last window may be shorter.
 
-        Those of a recording of over two minutes do not cross its segments.
+        A recording of over two minutes is stored in several segments; no window crosses their edges.
+
+        Args:
+            clip: Index of the clip.
+            max_seconds: Length of a window in seconds.
+
+        Returns:
+            (start, crop) of each window, the start in seconds from the beginning of the clip.
         """
-        longest, before, found = round(max_seconds * SAMPLE_RATE), 0, []
+        max_samples = round(max_seconds * SAMPLE_RATE)
+        windows = []
+        offset = 0
         for crop in self._crops[clip]:
-            for a, b in itertools.pairwise([*range(0, crop.num_samples, longest), crop.num_samples]):
-                if b - a >= WINDOW:
-                    found.append(((before + a) / SAMPLE_RATE, crop.segment.crop(crop.start + a, b - a)))
-            before += crop.num_samples
-        return found
+            for start, end in itertools.pairwise([*range(0, crop.num_samples, max_samples), crop.num_samples]):
+                if end - start >= WINDOW:
+                    window = crop.segment.crop(crop.start + start, end - start)
+                    windows.append(((offset + start) / SAMPLE_RATE, window))
+            offset += crop.num_samples
+        return windows
 
     def crop(self, clip: int, max_seconds: float, rng: random.Random) -> Crop:
-        """A random stretch of ``max_seconds`` of a clip, or all of a shorter one."""
-        longest = round(max_seconds * SAMPLE_RATE)
+        """Draws a random crop of ``max_seconds`` from a clip, or returns all of a shorter one."""
+        max_samples = round(max_seconds * SAMPLE_RATE)
         crops = self._crops[clip]
         crop = rng.choices(crops, [crop.num_samples for crop in crops])[0]
-        start = rng.randint(0, max(0, crop.num_samples - longest))
-        return crop.segment.crop(crop.start + start, min(longest, crop.num_samples))
+        start = rng.randint(0, max(0, crop.num_samples - max_samples))
+        return crop.segment.crop(crop.start + start, min(max_samples, crop.num_samples))
 
-    def read(self, windows: Sequence[Crop]) -> tuple[Tensor, Tensor]:
-        """int16 (B, S) and lengths (B,) of windows.
+    def read(self, crops: Sequence[Crop]) -> tuple[Tensor, Tensor]:
+        """Reads crops: waveforms (B, S) int16 and the number of samples (B,) of each.
 
         Raises:
-            ValueError: One of them cannot be read (again): the shards were damaged.
+            ValueError: A crop cannot be read any more, because the shards are damaged.
         """
-        batch: Batch = self._shards.read(windows)
+        batch: Batch = self._shards.read(crops)
         if batch.faults:
             raise ValueError(f"{self._shards.source} is damaged, delete it: {batch.faults[0]}")
         return batch.waveforms, batch.num_samples
 
 
-def _cut(segments: Sequence[Segment], start: int, end: int) -> list[Crop]:
-    """The windows that make up samples ``start`` to ``end`` of a recording in segments."""
-    found, offset = [], 0
+def _crop_segments(segments: Sequence[Segment], start: int, end: int) -> list[Crop]:
+    """The crops that make up samples ``start`` to ``end`` of a recording that is stored in segments."""
+    crops, offset = [], 0
     for segment in segments:
         first, last = max(start, offset), min(end, offset + segment.num_samples)
         if last - first >= WINDOW:
-            found.append(segment.crop(first - offset, last - first))
+            crops.append(segment.crop(first - offset, last - first))
         offset += segment.num_samples
-    return found
+    return crops
 
 
-def batches(windows: Sequence[Crop], batch_seconds: float) -> Iterator[list[int]]:
-    """Indices of windows of like lengths, ``batch_seconds`` of padded audio at a time, the longest first."""
-    order = sorted(range(len(windows)), key=lambda i: -windows[i].num_samples)
+def batches(crops: Sequence[Crop], batch_seconds: float) -> Iterator[list[int]]:
+    """Groups crops of similar length into batches.
+
+    Args:
+        crops: Crops to group.
+        batch_seconds: Padded audio per batch in seconds. A longer crop makes a batch of its own.
+
+    Yields:
+        Indices of the crops of a batch, the longest crops first.
+    """
+    order = sorted(range(len(crops)), key=lambda i: -crops[i].num_samples)
     while order:
-        size = max(1, int(batch_seconds * SAMPLE_RATE / windows[order[0]].num_samples))
+        size = max(1, int(batch_seconds * SAMPLE_RATE / crops[order[0]].num_samples))
         yield order[:size]
         order = order[size:]

@@ -1,4 +1,4 @@
-"""What fine-tuning does to labelled audio so that it is not learned by heart."""
+"""Augmentation of labelled audio during fine-tuning: mixup and SpecAugment."""
 
 from __future__ import annotations
 
@@ -6,49 +6,59 @@ import torch
 from torch import Tensor
 
 
-def mixup(waveforms: Tensor, targets: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mixup as in AST: into a share of the clips another one of the batch is mixed, waveforms and targets alike.
+def mixup(waveforms: Tensor, targets: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mixup as in AST: mixes another clip of the batch into some of the clips, waveforms and targets alike.
 
     Args:
         waveforms: (B, S) int16.
         targets: (B, C) fp32.
-        share: In [0, 1].
-        generator: Of the draws.
+        probability: Probability in [0, 1] that a clip is mixed with another one.
+        generator: CPU generator of all draws.
 
     Returns:
-        fp32 waveforms, full scale 1, and targets.
+        Waveforms (B, S) fp32 in [-1, 1), and targets (B, C).
     """
     clips = waveforms.float() / 32768.0
-    if share == 0.0:
+    if probability == 0.0:
         return clips, targets
-    mixed = torch.rand(len(clips), generator=generator) < share
-    # Beta(10, 10) as the share of one of two sums of ten exponential variables
+    mixed = torch.rand(len(clips), generator=generator) < probability
+    # Beta(10, 10): the share that one of two sums of ten exponential variables has in both.
     sums = -torch.rand(2, 10, len(clips), generator=generator).clamp(min=1e-7).log().sum(1)
-    own = torch.where(mixed, sums[0] / sums.sum(0), 1.0)[:, None]
+    weight = torch.where(mixed, sums[0] / sums.sum(0), 1.0)[:, None]
     other = torch.randperm(len(clips), generator=generator)
-    return own * clips + (1 - own) * clips[other], own * targets + (1 - own) * targets[other]
+    return weight * clips + (1 - weight) * clips[other], weight * targets + (1 - weight) * targets[other]
 
 
 def spec_augment(
-    features: Tensor, frames: Tensor, freq_mask: int, time_mask: float, fill: float, generator: torch.Generator
+    log_mel: Tensor,
+    num_frames: Tensor,
+    *,
+    freq_mask: int,
+    time_mask: float,
+    fill: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Hides a stretch of mel bins and one of frames in each clip (SpecAugment, arXiv 1904.08779).
+    """Masks one range of mel bins and one range of frames in each clip (SpecAugment, arXiv 1904.08779).
 
     Args:
-        features: (B, T, F).
-        frames: (B,) real frames of each clip, on any device.
-        freq_mask: Bins at most.
-        time_mask: Share of a clip's frames at most.
-        fill: What stands in their place.
-        generator: Of the draws, on the CPU.
+        log_mel: (B, T, F).
+        num_frames: (B,) real frames of each clip, on any device.
+        freq_mask: Maximum number of masked mel bins.
+        time_mask: Maximum share of a clip's frames that is masked, in [0, 1].
+        fill: Value of masked entries.
+        generator: CPU generator of all draws.
+
+    Returns:
+        (B, T, F), a copy.
     """
-    clips, width, bins = features.shape
-    draws = torch.rand(4, clips, 1, generator=generator).to(features.device)
-    frames = frames.to(features.device)[:, None]
-    high = (draws[0] * (min(freq_mask, bins) + 1)).floor()
-    low = (draws[1] * (bins - high + 1)).floor()
-    long = (draws[2] * ((time_mask * frames).floor() + 1)).floor().clamp(max=frames - 1)
-    start = (draws[3] * (frames - long + 1)).floor()
-    f, t = torch.arange(bins, device=features.device), torch.arange(width, device=features.device)
-    hidden = ((f >= low) & (f < low + high))[:, None, :] | ((t >= start) & (t < start + long))[:, :, None]
-    return features.masked_fill(hidden, fill)
+    clips, max_frames, num_bins = log_mel.shape
+    draws = torch.rand(4, clips, 1, generator=generator).to(log_mel.device)
+    num_frames = num_frames.to(log_mel.device)[:, None]
+    masked_bins = (draws[0] * (min(freq_mask, num_bins) + 1)).floor()
+    first_bin = (draws[1] * (num_bins - masked_bins + 1)).floor()
+    masked_frames = (draws[2] * ((time_mask * num_frames).floor() + 1)).floor().clamp(max=num_frames - 1)
+    first_frame = (draws[3] * (num_frames - masked_frames + 1)).floor()
+    bins, frames = torch.arange(num_bins, device=log_mel.device), torch.arange(max_frames, device=log_mel.device)
+    in_freq_mask = (bins >= first_bin) & (bins < first_bin + masked_bins)
+    in_time_mask = (frames >= first_frame) & (frames < first_frame + masked_frames)
+    return log_mel.masked_fill(in_freq_mask[:, None, :] | in_time_mask[:, :, None], fill)

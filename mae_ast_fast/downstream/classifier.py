@@ -1,4 +1,4 @@
-"""A classifier of audio: a pretrained encoder, the mean of its tokens, a norm and a linear layer (paper, section 4).
+"""Audio classifier: a pretrained encoder, the mean of its tokens, a norm and a linear layer (paper, section 4).
 
 Letters as in models/mae_ast.py; C classes.
 """
@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,25 +32,28 @@ NORM_EPS = 1e-6
 class AudioClassifier(nn.Module):
     """Class scores of clips: a linear layer on the mean of the encoder's tokens, normalised over clips.
 
-    The norm has no weights. What an encoder that was pretrained for a short time tells of two clips differs in few
-    directions and little: without it the linear layer takes long to see more than those.
+    The norm has no weights. After short pretraining the pooled features of two clips differ little and in few
+    directions. Without the norm, the linear layer is slow to learn the other directions.
 
     Args:
-        encoder: MAE-AST or SSAST; what it needs for pretraining alone is not used.
+        encoder: MAE-AST or SSAST. The parts that only pretraining uses are ignored.
         labels: Names of the C classes.
-        multi_label: Classes do not exclude each other: probabilities are sigmoids, else a softmax.
-        max_seconds: Longer recordings are taken in windows of this length.
-        layer: Tokens after this layer of the encoder, from 1 on; None: its output.
-        pool: mean, over all tokens of a clip (the paper's), or bands: over those of each frequency block by itself.
+        multi_label: True: classes do not exclude each other, and probabilities are sigmoids. False: a softmax.
+        max_seconds: Longer recordings are cut into windows of this length, in seconds.
+        layer: Layer of the encoder, from 1, whose tokens are pooled. None: the encoder's output.
+        pool: ``"mean"`` averages all tokens of a clip, as the paper does. ``"bands"`` averages the tokens of each
+            frequency block separately and concatenates the means.
 
     Raises:
-        ValueError: No two labels, one twice, windows that are longer than the encoder takes, or no such ``pool``.
+        ValueError: Fewer than two labels (one with ``multi_label``), a repeated label, ``max_seconds`` outside the
+            range that the encoder takes, or an unknown ``layer`` or ``pool``.
     """
 
     def __init__(
         self,
         encoder: PretrainingModel,
         labels: list[str],
+        *,
         multi_label: bool = False,
         max_seconds: float = 10.0,
         layer: int | None = None,
@@ -59,63 +62,70 @@ class AudioClassifier(nn.Module):
         super().__init__()
         if len(labels) < 2 - multi_label or len(set(labels)) != len(labels):
             raise ValueError(f"labels must be at least two different names, got {labels}")
-        if not WINDOW / SAMPLE_RATE <= max_seconds <= longest_seconds(encoder):
+        if not WINDOW / SAMPLE_RATE <= max_seconds <= max_clip_seconds(encoder):
             raise ValueError(
-                f"max_seconds must be between {WINDOW / SAMPLE_RATE:g} and {longest_seconds(encoder):g} (what the "
-                f"encoder takes), got {max_seconds:g}"
+                f"max_seconds must be between {WINDOW / SAMPLE_RATE:g} and {max_clip_seconds(encoder):g} (the "
+                f"encoder's longest clip), got {max_seconds:g}"
             )
         encoder._check_layer(layer)
         if pool not in POOLS:
             raise ValueError(f"pool must be {' or '.join(POOLS)}, got {pool!r}")
         self.encoder, self.labels, self.multi_label = encoder, list(labels), multi_label
         self.max_seconds, self.layer, self.pool = max_seconds, layer, pool
-        self.bands = encoder.config.grid_f if pool == "bands" else 1
-        self.norm = nn.BatchNorm1d(self.bands * encoder.config.embed_dim, eps=NORM_EPS, affine=False)
+        self.num_bands = encoder.config.grid_f if pool == "bands" else 1
+        self.norm = nn.BatchNorm1d(self.num_bands * encoder.config.embed_dim, eps=NORM_EPS, affine=False)
         self.head = nn.Linear(self.norm.num_features, len(labels))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> AudioClassifier:
-        """As usual, but that the encoder keeps normalising its input by the statistics of its pretraining."""
+        """Sets the training mode, but keeps the encoder's input norm on the statistics of pretraining."""
         super().train(mode)
         if isinstance(norm := getattr(self.encoder, "input_norm", None), nn.Module):
             norm.eval()
         return self
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Scores (B, C) before sigmoid or softmax.
+        """Class scores (B, C) before sigmoid or softmax.
 
         Args:
-            features: (B, T, F), as ``encoder.features`` makes them.
-            lengths: (B,) real frames; None: all T.
+            features: (B, T, F) log-mel, as ``encoder.features`` returns it.
+            lengths: (B,) real frames of each clip. None: all T.
         """
-        pooled = pool_tokens(self.encoder.encode(features, lengths, self.layer), len(features), self.bands)
-        with torch.autocast(features.device.type, enabled=False):  # bf16 scores would be equal for many clips
+        encoded = self.encoder.encode(features, lengths, self.layer)
+        pooled = pool_tokens(encoded, len(features), num_bands=self.num_bands)
+        with torch.autocast(features.device.type, enabled=False):  # in bf16 many clips would have equal scores
             return self.head(self.norm(pooled.to(weight_dtype(self.head))))
 
     @torch.no_grad()
     def probabilities(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, C) fp32, of waveforms as ``encoder.features`` takes them."""
-        logits = self(*self.encoder.features(waveforms, lengths)).float()
+        """Class probabilities (B, C) fp32.
+
+        Args:
+            waveforms: (B, S), as ``encoder.features`` takes them.
+            lengths: (B,) samples of each clip. None: all S.
+        """
+        log_mel, num_frames = self.encoder.features(waveforms, lengths)
+        logits = self(log_mel, num_frames).float()
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
     def classify_file(self, path: str | os.PathLike[str]) -> Tensor:
-        """Probabilities (C,) of a recording of any length: the mean over its windows, weighted by their length.
+        """Class probabilities (C,) fp32 of a recording of any length: the mean over windows, weighted by duration.
 
         Raises:
-            audio.AudioError: The file gives no usable audio, or less than 25 ms.
+            audio.AudioError: The file cannot be decoded or is shorter than 25 ms.
         """
-        device, total, samples = next(self.parameters()).device, torch.zeros(len(self.labels)), 0
+        device, total, num_samples = next(self.parameters()).device, torch.zeros(len(self.labels)), 0
         for window in _windows(audio.decode_blocks(path), round(self.max_seconds * SAMPLE_RATE)):
             if window.size >= WINDOW:
                 total += window.size * self.probabilities(torch.from_numpy(window)[None].to(device))[0].cpu()
-                samples += window.size
-        if not samples:
+                num_samples += window.size
+        if not num_samples:
             raise audio.AudioError(path, "shorter than 25 ms")
-        return total / samples
+        return total / num_samples
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model.safetensors and config.json, each in one step."""
+        """Writes model.safetensors and config.json; each file is replaced atomically."""
         config = {
             "model_type": MODEL_TYPE,
             "labels": self.labels,
@@ -129,14 +139,14 @@ class AudioClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **init: str) -> AudioClassifier:
-        """Reads what ``save_pretrained`` wrote, in evaluation mode.
+        """Loads what ``save_pretrained`` wrote, in evaluation mode.
 
         Args:
-            folder: Also the folder of a fine-tuning run.
+            folder: Folder of a classifier, or the run folder of a probe or of fine-tuning.
             **init: ``impl``, ``attention`` and ``recompute`` of the encoder.
 
         Raises:
-            ValueError: There is no classifier, or it is damaged.
+            ValueError: The folder holds no classifier, or a damaged one.
         """
         from safetensors.torch import load_file
 
@@ -145,71 +155,81 @@ class AudioClassifier(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if not isinstance(config, dict) or config.pop("model_type", None) != MODEL_TYPE:
                 raise ValueError(f"expected model_type {MODEL_TYPE!r}")
-            sizes = config.pop("encoder")
-            kind = MODELS[sizes.pop("model_type")]
+            encoder_config = config.pop("encoder")
+            encoder_class: Any = MODELS[encoder_config.pop("model_type")]
+            encoder_config = encoder_class.config_class.from_dict(encoder_config)
             weights = load_file(folder / "model.safetensors")
-            with torch.device("meta"):  # sizes that lie must not take memory
-                shapes = cls(kind(kind.config_class.from_dict(sizes)), **config).state_dict()
-            if differing := [n for n in shapes if n not in weights or weights[n].shape != shapes[n].shape]:
+            with torch.device("meta"):  # a damaged config.json must not allocate memory
+                expected = cls(encoder_class(encoder_config), **config).state_dict()
+            if differing := [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]:
                 raise ValueError(f"weights do not fit (of another version?): {', '.join(differing[:5])}")
-            model = cls(kind(kind.config_class.from_dict(sizes), **init), **config)
-            model.load_state_dict(weights)
+            classifier = cls(encoder_class(encoder_config, **init), **config)
+            classifier.load_state_dict(weights)
         except Exception as error:  # safetensors' own exception class is not public
             raise ValueError(
-                f"{folder} holds no classifier (mae-ast-fast finetune or probe makes one): {error}"
+                f"{folder} holds no classifier (mae-ast-fast finetune and probe write one): {error}"
             ) from error
-        return model.eval()
+        return classifier.eval()
 
 
-def write_predictions(classifier: AudioClassifier, rows: Sequence[tuple[str, Sequence[float]]], path: Path) -> None:
-    """Writes a CSV with the columns path, pred and prob_LABEL; of several labels those of at least a half."""
+def write_predictions(
+    classifier: AudioClassifier, predictions: Sequence[tuple[str, Sequence[float]]], path: Path
+) -> None:
+    """Writes a CSV file with the columns ``path``, ``pred`` and one ``prob_LABEL`` per class.
+
+    Args:
+        classifier: Classifier that made the predictions.
+        predictions: (path, probabilities (C,)) of each file. ``pred`` is the class of the highest probability; of a
+            multi-label classifier all classes with a probability of at least 0.5, joined by ``;``.
+        path: File to write; its folder is created.
+    """
 
     def write(partial: Path) -> None:
         with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(["path", "pred", *(f"prob_{label}" for label in classifier.labels)])
-            for name, found in rows:
-                chosen = [max(range(len(found)), key=found.__getitem__)]
+            for name, probabilities in predictions:
+                predicted = [max(range(len(probabilities)), key=probabilities.__getitem__)]
                 if classifier.multi_label:
-                    chosen = [i for i, p in enumerate(found) if p >= 0.5]
-                pred = ";".join(classifier.labels[i] for i in chosen)
-                table.writerow([name, pred, *(f"{p:.6g}" for p in found)])
+                    predicted = [i for i, p in enumerate(probabilities) if p >= 0.5]
+                pred = ";".join(classifier.labels[i] for i in predicted)
+                table.writerow([name, pred, *(f"{p:.6g}" for p in probabilities)])
 
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, write)
 
 
-def longest_seconds(encoder: PretrainingModel) -> float:
-    """The longest clip that an encoder takes."""
+def max_clip_seconds(encoder: PretrainingModel) -> float:
+    """Duration in seconds of the longest clip that an encoder takes."""
     return ((encoder.max_frames - 1) * HOP + WINDOW) / SAMPLE_RATE
 
 
-def pool_tokens(encoded: Encoded, groups: int, bands: int = 1, group: Tensor | None = None) -> Tensor:
-    """Means of tokens, (groups, bands * D) fp32: those of each frequency block side by side where there are several.
+def pool_tokens(encoded: Encoded, num_groups: int, *, num_bands: int = 1, group: Tensor | None = None) -> Tensor:
+    """Averages tokens per group: (num_groups, num_bands * D) fp32, the means of the bands side by side.
 
     Args:
-        encoded: Tokens of clips.
-        groups: Number of clips, or of what ``group`` numbers.
-        bands: 1, or the model's frequency blocks.
-        group: (N,) int64, what each token is averaged with; None: its clip.
+        encoded: Packed tokens of clips.
+        num_groups: Number of clips, or of the groups that ``group`` numbers.
+        num_bands: 1 averages over all frequency blocks; the model's ``grid_f`` keeps them apart.
+        group: (N,) int64 group of each token. None: its clip.
     """
-    place = encoded.packing.clip if group is None else group
-    if bands > 1:
-        place = place * bands + encoded.frequency_block
+    index = encoded.packing.clip if group is None else group
+    if num_bands > 1:
+        index = index * num_bands + encoded.frequency_block
     x = encoded.x.float()
-    total = x.new_zeros(groups * bands, x.shape[1]).index_add(0, place, x)
-    count = x.new_zeros(len(total)).index_add(0, place, torch.ones_like(x[:, 0]))
-    return (total / count.clamp(min=1)[:, None]).reshape(groups, -1)
+    total = x.new_zeros(num_groups * num_bands, x.shape[1]).index_add(0, index, x)
+    count = x.new_zeros(len(total)).index_add(0, index, torch.ones_like(x[:, 0]))
+    return (total / count.clamp(min=1)[:, None]).reshape(num_groups, -1)
 
 
-def _windows(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """A stream of samples in windows of ``size``, the last one shorter."""
+def _windows(blocks: Iterator[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
+    """Cuts a stream of samples into windows of ``num_samples``. The last window is shorter."""
     import numpy as np
 
     rest = np.zeros(0, np.float32)
     for block in blocks:
         rest = np.concatenate([rest, block])
-        while rest.size >= size:
-            yield rest[:size]
-            rest = rest[size:]
+        while rest.size >= num_samples:
+            yield rest[:num_samples]
+            rest = rest[num_samples:]
     yield rest

@@ -35,267 +35,314 @@ from .options import FinetuneOptions
 from .probe import encoder_features, set_norm
 from .run import STATE, FoldResult, Run
 
-_SAVE_SECONDS = 300.0  # between two writings of where fine-tuning stands: what a stop may cost
-_NORM_CLIPS = 4096  # training clips at most that the norm's statistics begin with
+_SAVE_SECONDS = 300.0  # between two saves of the training state: the most that a kill costs
+_NORM_CLIPS = 4096  # maximum number of training clips for the norm's initial statistics
 
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
-    """Trains the encoder and a linear layer, once for each fold; returns what summary.json holds.
+    """Trains the encoder and a linear layer, once per fold; returns the content of summary.json.
 
-    A run that was stopped goes on: folds that are done are kept, and the one that was begun goes on where it was
-    stopped; after a kill, where it stood five minutes and a pass over the validation clips before, or later.
+    A second call with the same options resumes an interrupted run. It keeps finished folds and resumes the unfinished
+    one where it was stopped. After a kill it resumes from the last saved state. A kill costs at most five minutes of
+    training and one pass over the validation clips.
 
     Raises:
-        ValueError: As ``probe``, or a frame-level task.
-        Stopped: SIGTERM or Ctrl-C arrived; the run was saved.
+        ValueError: As ``probe``, or the task is frame-level, or a fold has fewer than two training clips, or training
+            diverged.
+        Interrupted: SIGTERM or Ctrl-C arrived; the run was saved.
     """
     run = Run(options, "finetune")
-    for part in run.rounds:
-        if len(part.train) < 2:
-            raise ValueError(f"expected at least two training clips with audio, {part.where} has {len(part.train)}")
+    for fold in run.folds:
+        if len(fold.train) < 2:
+            count = len(fold.train)
+            raise ValueError(f"expected at least two training clips with audio, {fold.display_name} has {count}")
     with run:
-        tested = [_finetune_round(run, part) for part in run.rounds]
-        best = max(tested, key=lambda one: one.valid)
-        AudioClassifier.from_pretrained(run.folder(best.round)).save_pretrained(run.out)
-        history = [row for one in tested for row in one.chosen["history"]]
-        return run.report(tested, history, {})
+        results = [_finetune_fold(run, fold) for fold in run.folds]
+        best = max(results, key=lambda result: result.valid_score)
+        AudioClassifier.from_pretrained(run.folder(best.fold)).save_pretrained(run.out)
+        history = [row for result in results for row in result.selected["history"]]
+        return run.report(results, history, {})
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def _finetune_round(run: Run, part: Fold) -> FoldResult:
-    """Trains on a round's training clips; or reads what an earlier start of the run left of it."""
-    folder = run.folder(part)
+def _finetune_fold(run: Run[FinetuneOptions], fold: Fold) -> FoldResult:
+    """Trains and tests a fold, or reads the result of an earlier start of the run."""
+    folder = run.folder(fold)
     if (folder / "result.json").is_file():
         result = json.loads((folder / "result.json").read_text())
-        run.say(f"{folder} is done")
+        run.log(f"{folder} is done")
         run.earlier_seconds += result["seconds"]
-        _forget(folder)
-        return FoldResult(part, np.load(folder / "probabilities.npy"), result["valid"], None, result["chosen"])
-    trainer = _Trainer(run, part)
+        _remove_state(folder)
+        return FoldResult(
+            fold=fold,
+            probabilities=np.load(folder / "probabilities.npy"),
+            valid_score=result["valid"],
+            selected=result["chosen"],
+        )
+    trainer = _Trainer(run, fold)
     run.earlier_seconds += trainer.earlier_seconds
-    valid, chosen = trainer.train()
+    valid_score, selected = trainer.train()
     trainer.classifier.save_pretrained(folder)
-    probabilities = run.probabilities(trainer.classifier, part.test)
+    probabilities = run.probabilities(trainer.classifier, fold.test)
     atomic_write(folder / "probabilities.npy", lambda path: np.save(path, probabilities))
-    write_json(folder / "result.json", {"valid": valid, "chosen": chosen, "seconds": trainer.seconds})
-    _forget(folder)
-    return FoldResult(part, probabilities, valid, None, chosen)
+    write_json(folder / "result.json", {"valid": valid_score, "chosen": selected, "seconds": trainer.seconds})
+    _remove_state(folder)
+    return FoldResult(fold=fold, probabilities=probabilities, valid_score=valid_score, selected=selected)
 
 
-def _forget(folder: Path) -> None:
-    """Removes what a round would have gone on from, a half written one too."""
+def _remove_state(folder: Path) -> None:
+    """Removes the training state of a fold, and a half-written one."""
     for path in (folder / STATE, temp_path(folder / STATE)):
         path.unlink(missing_ok=True)
 
 
 class _Trainer:
-    """One round of fine-tuning. Draws depend on the seed, fold, epoch and update alone, so that it can go on."""
+    """Fine-tuning of a fold. All draws depend on the seed, fold, epoch and step alone, so that it can resume.
 
-    def __init__(self, run: Run, part: Fold) -> None:
-        self.run, self.part, self.options = run, part, run.options
+    Args:
+        run: Run that the fold belongs to.
+        fold: Training and validation clips.
+    """
+
+    def __init__(self, run: Run[FinetuneOptions], fold: Fold) -> None:
+        self.run, self.fold, self.options = run, fold, run.options
         options = self.options
         torch.manual_seed(options.seed)
         self.rng, self.generator = random.Random(), torch.Generator()
-        self.classifier = run.new_classifier(copy.deepcopy(run.encoder)).to(run.device)
-        # A clip that is left alone by an epoch's batches waits for the next one: one has no variance.
-        self.batches = len(part.train) // options.batch_size + (len(part.train) % options.batch_size > 1)
-        self.steps = options.epochs * self.batches
+        self.classifier = run.build_classifier(copy.deepcopy(run.encoder)).to(run.device)
+        # A single clip left over at the end of an epoch is skipped, because one clip has no variance.
+        num_train, batch_size = len(fold.train), options.batch_size
+        self.steps_per_epoch = num_train // batch_size + (num_train % batch_size > 1)
+        self.num_steps = options.epochs * self.steps_per_epoch
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.classifier, options), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0
         )
-        self.fill = self.classifier.encoder.mean_feature
+        self.mask_value = self.classifier.encoder.mean_feature
         self.targets = torch.from_numpy(run.examples.targets).float()
-        found = run.examples.targets[part.train]
-        counts = np.maximum(found.sum(0), 1)
-        self.weights = torch.from_numpy((found / counts).sum(1)) if options.balanced else None
-        # What changes: updates made, the loss of this epoch's, what each epoch told, the best one and its weights.
-        self.step, self.total = 0, torch.zeros((), device=run.device)
+        train_targets = run.examples.targets[fold.train]
+        clips_per_class = np.maximum(train_targets.sum(0), 1)
+        self.weights = torch.from_numpy((train_targets / clips_per_class).sum(1)) if options.balanced else None
+        # Mutable state: steps done, sum of the losses of this epoch, a row per epoch, and the best epoch's weights.
+        self.step, self.loss_sum = 0, torch.zeros((), device=run.device)
         self.history: list[dict[str, Any]] = []
         self.best_weights: dict[str, Tensor] = {}
-        self.began = self.saved = time.perf_counter()
-        self.earlier_seconds = 0.0  # of starts that were stopped
-        self.path = run.folder(part) / STATE
+        self.start_time = self.save_time = time.perf_counter()
+        self.earlier_seconds = 0.0  # of interrupted starts
+        self.path = run.folder(fold) / STATE
         if not self._load():
-            clips = part.train
+            clips = fold.train
             if len(clips) > _NORM_CLIPS:
                 clips = random.Random(options.seed).sample(clips, _NORM_CLIPS)
             set_norm(self.classifier, torch.from_numpy(encoder_features(run, clips)[clips]))
 
     def train(self) -> tuple[float, dict[str, Any]]:
-        """All epochs; the classifier is left as it was after the best one. Its score on the validation clips."""
+        """Trains all epochs and leaves the classifier with the weights of the best one.
+
+        Returns:
+            The best epoch's validation score, and a dict with its ``epoch`` and the ``history`` of all epochs.
+        """
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        run, part, epochs = self.run, self.part, self.options.epochs
+        run, fold, epochs = self.run, self.fold, self.options.epochs
         metrics = run.out / "metrics.jsonl"
-        known = metrics.read_text().splitlines() if metrics.exists() else []
-        mark = f'{{"fold": {json.dumps(part.name)}, '  # of what a stopped start told of this fold, if to its end
-        kept = [row for row in known if row.endswith("}") and not row.startswith(mark)]
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        # Drop this fold's rows of an interrupted start, and a half-written row.
+        fold_prefix = f'{{"fold": {json.dumps(fold.name)}, '
+        kept = [line for line in lines if line.endswith("}") and not line.startswith(fold_prefix)]
         kept += [json.dumps(row) for row in self.history]
-        atomic_write(metrics, lambda path: path.write_text("".join(f"{row}\n" for row in kept)))
-        first, epochs_before, learned, evaluated = self.step, len(self.history), 0.0, 0.0  # the last two are seconds
-        begun = time.perf_counter()
-        bar = tqdm(total=self.steps, initial=first, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        events = SummaryWriter(run.out / "tensorboard" / run.folder(part).name, purge_step=epochs_before + 1)
-        with events, bar, GracefulShutdown() as signals:
-            while self.step < self.steps:
+        atomic_write(metrics, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
+        first_step, epochs_before = self.step, len(self.history)
+        train_seconds, valid_seconds = 0.0, 0.0
+        clock = time.perf_counter()
+        bar = tqdm(
+            total=self.num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+        events = SummaryWriter(run.out / "tensorboard" / run.folder(fold).name, purge_step=epochs_before + 1)
+        with events, bar, GracefulShutdown() as shutdown:
+            while self.step < self.num_steps:
                 epoch = len(self.history) + 1
                 self.classifier.train()
                 for clips in self._batches(epoch):
-                    self._pause(signals)
-                    self.total += self._update(clips)
+                    self._save_or_stop(shutdown)
+                    self.loss_sum += self._update(clips)
                     self.step += 1
                     bar.update()
-                loss = self._mean_loss(self.batches)
-                learned += time.perf_counter() - begun
-                begun = time.perf_counter()
-                found = run.probabilities(self.classifier, part.valid)
-                if not np.isfinite(found).all():
-                    self._lost("validation probabilities that are not finite")
-                valid = run.score(found, run.examples.targets[part.valid])
-                if valid > max((row["valid"] for row in self.history), default=-math.inf):
+                loss = self._mean_loss(self.steps_per_epoch)
+                train_seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
+                probabilities = run.probabilities(self.classifier, fold.valid)
+                if not np.isfinite(probabilities).all():
+                    self._fail("validation probabilities that are not finite")
+                valid_score = run.score(probabilities, run.examples.targets[fold.valid])
+                if valid_score > max((row["valid"] for row in self.history), default=-math.inf):
                     self.best_weights = {k: v.detach().cpu().clone() for k, v in self.classifier.state_dict().items()}
-                self.history.append({"fold": part.name, "epoch": epoch, "loss": loss, "valid": valid})
-                self.total.zero_()
-                evaluated += time.perf_counter() - begun
-                begun = time.perf_counter()
+                self.history.append({"fold": fold.name, "epoch": epoch, "loss": loss, "valid": valid_score})
+                self.loss_sum.zero_()
+                valid_seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
                 events.add_scalar("loss", loss, epoch)
-                events.add_scalar(f"valid/{run.metric}", valid, epoch)
+                events.add_scalar(f"valid/{run.metric}", valid_score, epoch)
                 with open(metrics, "a") as file:
                     file.write(json.dumps(self.history[-1]) + "\n")
-                update, evaluation = learned / (self.step - first), evaluated / (epoch - epochs_before)
-                left = update * (self.steps - self.step) + evaluation * (epochs - epoch)
-                minutes, seconds = divmod(round(left), 60)
-                rate = len(part.train) / self.batches / update
+                step_seconds = train_seconds / (self.step - first_step)
+                pass_seconds = valid_seconds / (epoch - epochs_before)
+                remaining = step_seconds * (self.num_steps - self.step) + pass_seconds * (epochs - epoch)
+                minutes, seconds = divmod(round(remaining), 60)
+                clips_per_second = len(fold.train) / self.steps_per_epoch / step_seconds
                 bar.write(
-                    f"{self._where}epoch {epoch}/{epochs}: loss {loss:.4f}, validation {run.metric} {valid:.4f} "
-                    f"(best {self._best()['valid']:.4f}), {rate:.1f} clips/s, ETA {minutes}:{seconds:02d}",
+                    f"{self._fold_prefix}epoch {epoch}/{epochs}: loss {loss:.4f}, validation {run.metric} "
+                    f"{valid_score:.4f} (best {self._best()['valid']:.4f}), {clips_per_second:.1f} clips/s, "
+                    f"ETA {minutes}:{seconds:02d}",
                     file=sys.stdout,
                 )
                 sys.stdout.flush()
-                self._pause(signals)
+                self._save_or_stop(shutdown)
         self.classifier.load_state_dict(self.best_weights)
         best = self._best()
         return best["valid"], {"epoch": best["epoch"], "history": self.history}
 
     @property
     def seconds(self) -> float:
-        """What this round has taken, stopped starts included."""
-        return self.earlier_seconds + time.perf_counter() - self.began
+        """Duration of the fold so far in seconds, with interrupted starts."""
+        return self.earlier_seconds + time.perf_counter() - self.start_time
 
     @property
-    def _where(self) -> str:
-        return f"fold {self.part.name}, " if self.part.name else ""
+    def _fold_prefix(self) -> str:
+        return f"fold {self.fold.name}, " if self.fold.name else ""
 
     def _best(self) -> dict[str, Any]:
-        return max(self.history, key=lambda row: row["valid"])  # the first of equal ones
+        """Row of the best epoch so far; of equal epochs the first."""
+        return max(self.history, key=lambda row: row["valid"])
 
-    def _mean_loss(self, updates: int) -> float:
-        """Of the updates of this epoch.
+    def _mean_loss(self, num_steps: int) -> float:
+        """Mean loss of the ``num_steps`` steps of this epoch.
 
         Raises:
-            ValueError: It is not finite; nothing is left to go on from.
+            ValueError: The loss is not finite. The saved state is removed, because it leads there again.
         """
-        loss = float(self.total) / max(1, updates)
+        loss = float(self.loss_sum) / max(1, num_steps)
         if not math.isfinite(loss):
-            self._lost(f"the loss became {loss}")
+            self._fail(f"the loss became {loss}")
         return loss
 
-    def _lost(self, what: str) -> NoReturn:
-        _forget(self.path.parent)
+    def _fail(self, reason: str) -> NoReturn:
+        """Removes the saved state and raises a ``ValueError`` that gives the reason and the learning rate."""
+        _remove_state(self.path.parent)
         raise ValueError(
-            f"{what} in epoch {len(self.history) + 1} ({self._where}lr {self.options.lr:g}): try a smaller --lr"
+            f"{reason} in epoch {len(self.history) + 1} ({self._fold_prefix}lr {self.options.lr:g}): try a smaller --lr"
         )
 
-    def _pause(self, signals: GracefulShutdown) -> None:
-        """Writes where training stands: now and then, at its end, and where a signal ends it."""
-        done = self.step == self.steps  # and a test is to come that no signal shall waste
-        if signals.received is None and not done and time.perf_counter() - self.saved <= _SAVE_SECONDS:
+    def _save_or_stop(self, shutdown: GracefulShutdown) -> None:
+        """Saves the state every ``_SAVE_SECONDS``, after the last step, and on a signal.
+
+        Raises:
+            Interrupted: A signal arrived.
+        """
+        done = self.step == self.num_steps  # a signal during the test must not lose the training
+        if shutdown.received is None and not done and time.perf_counter() - self.save_time <= _SAVE_SECONDS:
             return
         saved = self._save()
-        if signals.received is not None:
-            raise Interrupted(signals.received, self.path if saved else None)
+        if shutdown.received is not None:
+            raise Interrupted(shutdown.received, self.path if saved else None)
 
     def _save(self) -> bool:
-        """Whether it could be written; where not, the run goes on without."""
-        self._mean_loss(self.step % self.batches)
+        """Saves the training state. Returns False (and keeps training) if the file cannot be written.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        self._mean_loss(self.step % self.steps_per_epoch)
         tensors = {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        told = {"step": self.step, "history": self.history, "total": float(self.total), "seconds": self.seconds}
-        told["checksum"] = _checksum(tensors)
-        self.saved = time.perf_counter()
+        progress: dict[str, Any] = {
+            "step": self.step,
+            "history": self.history,
+            "total": float(self.loss_sum),
+            "seconds": self.seconds,
+            "checksum": _checksum(tensors),
+        }
+        self.save_time = time.perf_counter()
         try:
             self.path.parent.mkdir(exist_ok=True)
-            atomic_write(self.path, lambda path: save_file(tensors, path, {"told": json.dumps(told)}))
+            atomic_write(self.path, lambda path: save_file(tensors, path, {"told": json.dumps(progress)}))
         except Exception as error:  # safetensors' own exception class is not public
-            self.run.say(f"{self.path} cannot be written ({error}): a stop would cost more than minutes")
+            self.run.log(f"{self.path} cannot be written ({error}): if the run stops now, more than minutes are lost")
             return False
         return True
 
     def _load(self) -> bool:
-        """Goes on where an earlier start of the run was stopped; whether there is such a place."""
+        """Loads the training state of an interrupted start. Returns False if there is none, or a damaged one."""
         if not self.path.is_file():
             return False
         try:
             with safe_open(self.path, "pt") as file:
-                told = json.loads(file.metadata()["told"])
+                progress = json.loads(file.metadata()["told"])
                 tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-            if told["checksum"] != _checksum(tensors):
+            if progress["checksum"] != _checksum(tensors):
                 raise ValueError("its checksum differs")
         except Exception as error:  # safetensors' own exception class is not public
-            self.run.say(f"{self.path} is damaged ({error}): {self.part.where} begins anew")
+            self.run.log(f"{self.path} is damaged ({error}): {self.fold.display_name} starts again")
             return False
-        parts: dict[str, dict[str, Tensor]] = {"classifier": {}, "best": {}, "optimizer": {}}
+        by_owner: dict[str, dict[str, Tensor]] = {"classifier": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
-            kind, _, name = name.partition(".")
-            parts[kind][name] = tensor
+            owner, _, name = name.partition(".")
+            by_owner[owner][name] = tensor
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
+        for name, tensor in by_owner["optimizer"].items():
             i, name = name.split(".")
             state.setdefault(int(i), {})[name] = tensor
-        self.classifier.load_state_dict(parts["classifier"])
+        self.classifier.load_state_dict(by_owner["classifier"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.history, self.best_weights = told["step"], told["history"], parts["best"]
-        self.total += told["total"]
-        self.earlier_seconds = told["seconds"]
-        self.run.say(f"{self.part.where} goes on after update {self.step} of {self.steps}")
+        self.step, self.history, self.best_weights = progress["step"], progress["history"], by_owner["best"]
+        self.loss_sum += progress["total"]
+        self.earlier_seconds = progress["seconds"]
+        self.run.log(f"{self.fold.display_name} resumes after step {self.step} of {self.num_steps}")
         return True
 
     def _batches(self, epoch: int) -> Iterator[list[int]]:
-        """Of an epoch those that are not done."""
-        train, size = self.part.train, self.options.batch_size
-        self._draw_from(f"epoch {epoch}")
+        """The remaining batches of an epoch, as indices of clips."""
+        train, size = self.fold.train, self.options.batch_size
+        self._reseed(f"epoch {epoch}")
         if self.weights is None:
             order = torch.randperm(len(train), generator=self.generator).tolist()
         else:
             order = torch.multinomial(self.weights, len(train), True, generator=self.generator).tolist()
-        for start in range(self.step % self.batches * size, self.batches * size, size):
+        for start in range(self.step % self.steps_per_epoch * size, self.steps_per_epoch * size, size):
             yield [train[i] for i in order[start : start + size]]
 
-    def _draw_from(self, place: str) -> None:
-        """All random numbers that follow depend on the seed, the fold and this alone."""
-        self.rng.seed(f"{self.options.seed} {self.part.name} {place}")
+    def _reseed(self, position: str) -> None:
+        """Makes the following draws depend on the seed, the fold and a position in the training alone."""
+        self.rng.seed(f"{self.options.seed} {self.fold.name} {position}")
         self.generator.manual_seed(self.rng.getrandbits(62))
         torch.manual_seed(self.rng.getrandbits(62))
 
     def _update(self, clips: list[int]) -> Tensor:
+        """One optimizer step on some clips; returns the loss, a scalar on the run's device."""
         run, options = self.run, self.options
-        self._draw_from(f"update {self.step}")
-        windows = [run.audio.crop(i, run.max_seconds, self.rng) for i in clips]
-        waveforms, lengths = run.audio.read(windows)
+        self._reseed(f"update {self.step}")
+        crops = [run.audio.crop(i, run.max_seconds, self.rng) for i in clips]
+        waveforms, num_samples = run.audio.read(crops)
         waveforms, targets = mixup(waveforms, self.targets[clips], options.mixup, self.generator)
-        features, frames = self.classifier.encoder.features(waveforms.to(run.device), lengths)
-        features = spec_augment(features, frames, options.freq_mask, options.time_mask, self.fill, self.generator)
+        log_mel, num_frames = self.classifier.encoder.features(waveforms.to(run.device), num_samples)
+        log_mel = spec_augment(
+            log_mel,
+            num_frames,
+            freq_mask=options.freq_mask,
+            time_mask=options.time_mask,
+            fill=self.mask_value,
+            generator=self.generator,
+        )
         for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * _rate(self.step, self.steps, options)
+            group["lr"] = group["factor"] * _learning_rate(self.step, self.num_steps, options)
         with run.autocast():
-            logits = self.classifier(features, frames)
+            logits = self.classifier(log_mel, num_frames)
         targets = targets.to(run.device)
         if run.task.multi_label:
             loss = F.binary_cross_entropy_with_logits(logits.float(), targets)
@@ -309,20 +356,22 @@ class _Trainer:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:
-    found = 0
+    """CRC-32 of names and contents, in the order of the names."""
+    checksum = 0
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
-    return found
+        content = tensors[name].reshape(-1).view(torch.uint8).numpy().data
+        checksum = zlib.crc32(content, zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 def parameter_groups(classifier: AudioClassifier, options: FinetuneOptions) -> list[dict[str, Any]]:
-    """AdamW's groups: ``factor`` of the rate falls from layer to layer, and vectors do not decay.
+    """AdamW's parameter groups with ``factor``, the learning rate relative to the peak rate, and ``weight_decay``.
 
-    The encoder's last layer and what comes after it have factor 1, its first one ``layer_decay ** (layers - 1)``, and
-    what comes before that, such as the patch embedding, once more the decay. Weights that the layers below
-    ``options.layer`` do not need are left out.
+    The encoder's last layer and everything after it have factor 1, its first layer ``layer_decay ** (layers - 1)``, and
+    everything before the layers, such as the patch embedding, ``layer_decay ** layers``. The linear layer has
+    ``head_lr_factor``. Vectors do not decay. Weights that the layers up to ``options.layer`` do not need are left out.
     """
-    layers = options.layer or classifier.encoder.num_layers
+    num_layers = options.layer or classifier.encoder.num_layers
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in classifier.named_parameters():
         depth = 0
@@ -332,19 +381,20 @@ def parameter_groups(classifier: AudioClassifier, options: FinetuneOptions) -> l
             if name.startswith("encoder.encoder.layers."):
                 depth = int(name.split(".")[3]) + 1
             elif name.startswith("encoder.encoder.norm.") and classifier.encoder.config.norm_first:
-                depth = layers
-            if depth > layers:
+                depth = num_layers
+            if depth > num_layers:
                 continue
-            factor = options.layer_decay ** (layers - depth)
+            factor = options.layer_decay ** (num_layers - depth)
         decay = options.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((factor, decay), {"params": [], "factor": factor, "weight_decay": decay})
         groups[factor, decay]["params"].append(parameter)
     return list(groups.values())
 
 
-def _rate(step: int, steps: int, options: FinetuneOptions) -> float:
-    """Linear from 0 over the warm-up, then half a cosine to 0."""
-    warm = options.warmup * steps
-    if step < warm:
-        return options.lr * (step + 1) / (warm + 1)
-    return options.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+def _learning_rate(step: int, num_steps: int, options: FinetuneOptions) -> float:
+    """Learning rate of a step: linear from 0 during the warm-up, then half a cosine to 0."""
+    warmup_steps = options.warmup * num_steps
+    if step < warmup_steps:
+        return options.lr * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1.0, num_steps - warmup_steps)
+    return options.lr * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,9 +1,10 @@
-"""Labelled audio to classify: the manifest that names it, what is trained and tested on, and its waveforms.
+"""Manifests of labelled audio, and their splits and folds.
 
-A manifest is a table with a header, ``.tsv`` or ``.csv``, UTF-8, a clip a row: ``path`` (relative to the manifest's
-folder, else to ``root``), ``label`` (``;`` between several), and ``split`` (train, valid, test), ``fold``, or both;
-``start`` and ``end`` in seconds where a clip is part of a file. A frame-level one has ``phones`` in place of ``label``:
-``END:PHONE`` of each stretch of the recording, in seconds, the next beginning where the last ends.
+A manifest is a ``.tsv`` or ``.csv`` table in UTF-8 with a header and one clip per row. Its columns are ``path``
+(relative to the manifest's folder, otherwise to ``root``), ``label`` (``;`` separates several), and ``split`` (train,
+valid, test), ``fold``, or both. ``start`` and ``end`` in seconds select a part of a file. A frame-level manifest has
+``phones`` in place of ``label``: ``END:PHONE`` of each stretch of the recording, in seconds. Each stretch begins where
+the one before it ends.
 """
 
 from __future__ import annotations
@@ -25,13 +26,24 @@ _SPLITS = {
     **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_VALID_SHARE = 0.15  # of the training clips, where a manifest names none to choose by
-_LEAST_PHONES = 20  # phones that occur less often are left out
+_VALID_SHARE = 0.15  # of the training clips, if a manifest has no validation clips
+_MIN_PHONES = 20  # phones with fewer occurrences are left out
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A row of a manifest: ``name`` is its path as written, ``path`` where that is, ``end`` 0 the end of the file."""
+    """A row of a manifest. A run folder keeps a digest of its ``repr``: do not rename the class or its fields.
+
+    Attributes:
+        path: Absolute path of the file.
+        name: Path as the manifest spells it.
+        labels: Labels of the clip.
+        split: train, valid, test, or empty.
+        fold: Name of the fold, or empty.
+        start: Start of the clip in the file, in seconds.
+        end: End of the clip in the file, in seconds; 0: the end of the file.
+        phones: (end in seconds, phone) of each stretch, ascending.
+    """
 
     path: str
     name: str
@@ -45,7 +57,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Fold:
-    """One training: indices of the clips to learn from, to choose by, and to test on; ``name`` is the tested fold's."""
+    """One training: indices of the training, validation and test clips.
+
+    Attributes:
+        name: Name of the test fold; empty for the manifest's splits.
+        train: Training clips.
+        valid: Validation clips, which select a setting or an epoch.
+        test: Test clips.
+    """
 
     name: str
     train: list[int]
@@ -53,22 +72,27 @@ class Fold:
     test: list[int]
 
     @property
-    def where(self) -> str:
-        """For messages."""
+    def display_name(self) -> str:
+        """Name for messages."""
         return f"fold {self.name}" if self.name else "the split"
+
+    def without(self, clips: set[int]) -> Fold:
+        """The fold without some clips."""
+        train, valid, test = ([i for i in split if i not in clips] for split in (self.train, self.valid, self.test))
+        return Fold(self.name, train, valid, test)
 
 
 @dataclass
 class Task:
-    """A manifest that was read.
+    """A parsed manifest.
 
     Attributes:
-        name: Of the file, without its suffix.
-        clips: Its rows.
-        labels: The classes, sorted; numbers by value.
-        multi_label: A clip may have any number of labels; else exactly one.
+        name: File name of the manifest without its suffix.
+        clips: Rows of the manifest.
+        labels: Names of the classes, sorted; numbers are sorted by value.
+        multi_label: A clip may have any number of labels, otherwise it has exactly one.
         frame_level: Labels belong to moments of a clip.
-        notes: What was noticed, in sentences.
+        notes: Remarks on the manifest, in sentences.
     """
 
     name: str
@@ -78,156 +102,176 @@ class Task:
     frame_level: bool
     notes: list[str] = field(default_factory=list)
 
-    def rounds(self, seed: int = 0) -> list[Fold]:
-        """One for each fold, or the one of the splits.
+    def folds(self, seed: int = 0) -> list[Fold]:
+        """The folds, or a single ``Fold`` of the splits.
 
-        Each fold is the test set of a round, and the next fold the one to choose by; with two folds, and where no
-        split is called valid, that is a share of the training clips, of every class and drawn from ``seed``.
+        Each fold is the test set once and the next fold selects. With two folds, or without validation clips, a share
+        of the training clips of every class selects.
+
+        Args:
+            seed: Seed that draws this share.
 
         Raises:
-            ValueError: Nothing to train or to test on.
+            ValueError: There are no training clips or no test clips.
         """
         if not any(clip.fold for clip in self.clips):
-            parts = {name: [i for i, clip in enumerate(self.clips) if clip.split == name] for name in ("train", "test")}
-            if missing := [name for name, part in parts.items() if not part]:
+            splits = {name: [i for i, c in enumerate(self.clips) if c.split == name] for name in ("train", "test")}
+            if missing := [name for name, members in splits.items() if not members]:
                 raise ValueError(f"{self.name}: expected clips of split train and test, got none of {missing[0]}")
             valid = [i for i, clip in enumerate(self.clips) if clip.split == "valid"]
-            train, valid = (parts["train"], valid) if valid else self._draw(parts["train"], seed)
-            return [Fold("", train, valid, parts["test"])]
-        folds = sorted({clip.fold for clip in self.clips}, key=_natural)
-        if len(folds) < 2:
-            raise ValueError(f"{self.name}: cross-validation takes at least two folds, got {folds}")
-        members = {fold: [i for i, clip in enumerate(self.clips) if clip.fold == fold] for fold in folds}
-        found = []
-        for fold, following in zip(folds, [*folds[1:], folds[0]], strict=True):
-            aside = {fold, following} if len(folds) > 2 else {fold}
-            train = [i for i, clip in enumerate(self.clips) if clip.fold not in aside]
-            train, valid = (train, members[following]) if len(folds) > 2 else self._draw(train, seed)
-            found.append(Fold(fold, train, valid, members[fold]))
-        return found
+            train, valid = (splits["train"], valid) if valid else self._draw_valid(splits["train"], seed)
+            return [Fold("", train, valid, splits["test"])]
+        names = sorted({clip.fold for clip in self.clips}, key=_natural_key)
+        if len(names) < 2:
+            raise ValueError(f"{self.name}: cross-validation takes at least two folds, got {names}")
+        members = {name: [i for i, clip in enumerate(self.clips) if clip.fold == name] for name in names}
+        folds = []
+        for name, next_name in zip(names, [*names[1:], names[0]], strict=True):
+            excluded = {name, next_name} if len(names) > 2 else {name}
+            train = [i for i, clip in enumerate(self.clips) if clip.fold not in excluded]
+            train, valid = (train, members[next_name]) if len(names) > 2 else self._draw_valid(train, seed)
+            folds.append(Fold(name, train, valid, members[name]))
+        return folds
 
-    def _draw(self, indices: list[int], seed: int) -> tuple[list[int], list[int]]:
-        """Keeps some clips of every class that has two aside; all parts of a file go one way."""
-        rng, aside = random.Random(seed), set()
-        by_label: dict[str, list[str]] = {}
+    def _draw_valid(self, indices: list[int], seed: int) -> tuple[list[int], list[int]]:
+        """Splits training clips into training and validation, per class; all clips of a file go the same way.
+
+        Raises:
+            ValueError: Every class has clips of one file only.
+        """
+        rng = random.Random(seed)
+        valid_files: set[str] = set()
+        files_by_label: dict[str, list[str]] = {}
         for i in indices:
-            by_label.setdefault(min(self.clips[i].labels, default=""), []).append(self.clips[i].name)
-        for _, names in sorted(by_label.items()):
-            if names := sorted(set(names) - aside):
-                count = min(max(1, round(_VALID_SHARE * len(names))), len(names) - 1)
-                aside.update(rng.sample(names, count))
-        valid = [i for i in indices if self.clips[i].name in aside]
+            files_by_label.setdefault(min(self.clips[i].labels, default=""), []).append(self.clips[i].name)
+        for _, label_files in sorted(files_by_label.items()):
+            if files := sorted(set(label_files) - valid_files):
+                count = min(max(1, round(_VALID_SHARE * len(files))), len(files) - 1)
+                valid_files.update(rng.sample(files, count))
+        valid = [i for i in indices if self.clips[i].name in valid_files]
         if not valid:
-            raise ValueError(f"{self.name}: too few training clips to keep some aside: name them with split=valid")
-        return [i for i in indices if self.clips[i].name not in aside], valid
+            raise ValueError(f"{self.name}: too few training clips to draw validation clips: mark some as split=valid")
+        return [i for i in indices if self.clips[i].name not in valid_files], valid
 
     def targets(self) -> np.ndarray:
-        """(clips, classes) bool: which labels each clip has."""
-        place = {label: i for i, label in enumerate(self.labels)}
-        found = np.zeros((len(self.clips), len(self.labels)), bool)
-        for row, clip in zip(found, self.clips, strict=True):
-            row[[place[label] for label in clip.labels]] = True
-        return found
+        """Labels of each clip: (clips, classes) bool."""
+        column = {label: i for i, label in enumerate(self.labels)}
+        targets = np.zeros((len(self.clips), len(self.labels)), bool)
+        for row, clip in zip(targets, self.clips, strict=True):
+            row[[column[label] for label in clip.labels]] = True
+        return targets
 
 
 def read_task(
     manifest: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, multi_label: bool = False
 ) -> Task:
-    """Reads a manifest; see the module.
+    """Reads a manifest; the module's docstring describes the format.
 
     Args:
-        manifest: ``.tsv`` or ``.csv``.
-        root: Folder of the audio that does not lie beside the manifest.
-        multi_label: Clips may have several labels, also if none has. A ``;`` in a label makes it so.
+        manifest: ``.tsv`` or ``.csv`` file.
+        root: Second folder in which paths are looked up, after the manifest's own folder.
+        multi_label: Clips may have any number of labels, even none. A ``;`` in a label turns it on too.
 
     Raises:
-        FileNotFoundError: No such manifest, or none of its files is there.
-        ValueError: It is none, or a row lacks something; with the line.
+        FileNotFoundError: The manifest does not exist, or none of its files does.
+        ValueError: The file is not a manifest, or a row is malformed; the message gives the line.
     """
     manifest = Path(manifest)
     if manifest.is_dir():
         raise ValueError(f"expected a manifest, .tsv or .csv, got the folder {manifest}")
     try:
         with open(manifest, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
+            first_line = file.readline()
             file.seek(0)
-            tabs = (
-                "\t" in first if manifest.suffix.lower() not in (".csv", ".tsv") else manifest.suffix.lower() == ".tsv"
-            )
-            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+            suffix = manifest.suffix.lower()
+            has_tabs = suffix == ".tsv" if suffix in (".csv", ".tsv") else "\t" in first_line
+            reader = csv.DictReader(file, delimiter="\t" if has_tabs else ",", strict=True)
             columns = [name.strip().lower() for name in reader.fieldnames or ()]
-            what = "phones" if "phones" in columns and "label" not in columns else "label"
-            if not {"path", what} <= set(columns) or not {"split", "fold"} & set(columns):
+            label_column = "phones" if "phones" in columns and "label" not in columns else "label"
+            if not {"path", label_column} <= set(columns) or not {"split", "fold"} & set(columns):
                 raise ValueError(
                     f"{manifest}: expected a header with path, label (or phones), and split or fold, separated by "
-                    f"{'tabs' if tabs else 'commas'}, got {columns}"
+                    f"{'tabs' if has_tabs else 'commas'}, got {columns}"
                 )
             reader.fieldnames = columns
             folders = [Path(os.path.abspath(manifest.parent)), *([Path(os.path.abspath(root))] if root else [])]
             clips = [
-                _clip(row, f"{manifest}, line {reader.line_num}", what, folders)
+                _parse_row(row, f"{manifest}, line {reader.line_num}", label_column, folders)
                 for row in reader
                 if any(cell for cell in row.values())
             ]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{manifest} is no table in UTF-8 (an open quote?): {error}") from error
+        raise ValueError(f"{manifest} is not a table in UTF-8 (unclosed quote?): {error}") from error
     if not clips:
         raise ValueError(f"{manifest}: expected clips below the header, got none")
     if not any(os.path.exists(clip.path) for clip in clips):
-        looked = " nor in ".join(map(str, folders))
+        searched = " nor in ".join(map(str, folders))
         raise FileNotFoundError(
-            f"none of the {len(clips)} files of {manifest} is there; {clips[0].name} is not in {looked} (--root DIR)"
+            f"none of the {len(clips)} files of {manifest} exists; {clips[0].name} is not in {searched} (--root DIR)"
         )
-    clips, notes = _settle_folds(clips, str(manifest))
-    frame_level = what == "phones"
+    clips, notes = _resolve_folds(clips, str(manifest))
+    frame_level = label_column == "phones"
     if frame_level:
-        times = Counter(phone for clip in clips for _, phone in clip.phones)
-        labels = {phone for phone, count in times.items() if count >= _LEAST_PHONES}
-        notes += [f"{len(times) - len(labels)} phones with under {_LEAST_PHONES} occurrences left out"]
+        counts = Counter(phone for clip in clips for _, phone in clip.phones)
+        labels = {phone for phone, count in counts.items() if count >= _MIN_PHONES}
+        notes += [f"{len(counts) - len(labels)} phones with under {_MIN_PHONES} occurrences left out"]
     else:
         multi_label = multi_label or any(len(clip.labels) > 1 for clip in clips)
-        if not multi_label and (empty := next((clip for clip in clips if not clip.labels), None)):
-            raise ValueError(f"{manifest}: {empty.name} has no label; that goes with --multi-label alone")
+        if not multi_label and (unlabelled := next((clip for clip in clips if not clip.labels), None)):
+            raise ValueError(f"{manifest}: {unlabelled.name} has no label, which only --multi-label allows")
         labels = {label for clip in clips for label in clip.labels}
-        notes += _notes(clips)
+        notes += _overlap_notes(clips)
     if len(labels) < 2 and not multi_label:
         raise ValueError(f"{manifest}: expected at least two classes, got {sorted(labels)}")
-    return Task(manifest.stem, clips, sorted(labels, key=_natural), multi_label, frame_level, notes)
+    return Task(manifest.stem, clips, sorted(labels, key=_natural_key), multi_label, frame_level, notes)
 
 
-def _clip(row: dict[str, str | None], where: str, what: str, folders: Sequence[Path]) -> Clip:
+def _parse_row(row: dict[str, str], position: str, label_column: str, folders: Sequence[Path]) -> Clip:
+    """Parses and checks a row.
+
+    Args:
+        row: Column -> cell. A row that is too short or too long has None for a cell or for a column.
+        position: File and line, for messages.
+        label_column: "label" or "phones".
+        folders: Folders in which the path is looked up, in this order.
+
+    Raises:
+        ValueError: A cell is missing or malformed.
+    """
     cells = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)}
     name, split, fold = cells["path"], cells.get("split", ""), cells.get("fold", "")
     if not name:
-        raise ValueError(f"{where}: no path")
-    if broken := next((value for value in cells.values() if "\n" in value), None):
-        raise ValueError(f"{where}: a cell goes over several lines, from an open quote on: {broken[:60]!r}")
+        raise ValueError(f"{position}: no path")
+    if multi_line := next((value for value in cells.values() if "\n" in value), None):
+        raise ValueError(f"{position}: a cell spans several lines (unclosed quote?): {multi_line[:60]!r}")
     if not fold and split.lower() not in _SPLITS:
         expected = "a fold or a split, train, valid or test" if "fold" in cells else "a split, train, valid or test"
-        raise ValueError(f"{where}: expected {expected}, got {split!r}")
+        raise ValueError(f"{position}: expected {expected}, got {split!r}")
     try:
         start, end = (float(cells.get(key) or 0.0) for key in ("start", "end"))
-        stretches = [pair.rpartition(":") for pair in cells[what].split()] if what == "phones" else ()
-        phones = tuple((float(before or after), after if before else "") for before, _, after in stretches)
+        pairs = [pair.rpartition(":") for pair in cells[label_column].split()] if label_column == "phones" else ()
+        phones = tuple((float(before or after), after if before else "") for before, _, after in pairs)
     except ValueError as error:
-        raise ValueError(f"{where}: expected seconds, {error}") from None
+        raise ValueError(f"{position}: expected seconds, {error}") from None
     if not (0.0 <= start < math.inf and (end == 0.0 or start < end < math.inf)):
-        raise ValueError(f"{where}: expected 0 <= start < end in seconds, got {start:g} and {end:g}")
-    edges = [end for end, _ in phones]
-    if what == "phones" and (not phones or not all(phone for _, phone in phones) or edges != sorted(edges)):
-        raise ValueError(f"{where}: expected phones as END:PHONE, ends in seconds ascending, got {cells[what][:60]!r}")
-    labels = () if phones else tuple(dict.fromkeys(label.strip() for label in cells[what].split(";") if label.strip()))
-    spellings = dict.fromkeys((name, os.path.expanduser(name), name.replace("\\", "/")))  # of a home, of Windows
-    places = [folder / spelling for spelling in spellings for folder in folders]  # an absolute name stays as it is
-    path = next((place for place in places if place.exists()), folders[-1] / name)
+        raise ValueError(f"{position}: expected 0 <= start < end in seconds, got {start:g} and {end:g}")
+    ends = [end for end, _ in phones]
+    if label_column == "phones" and (not phones or not all(phone for _, phone in phones) or ends != sorted(ends)):
+        cell = cells[label_column][:60]
+        raise ValueError(f"{position}: expected phones as END:PHONE, ends in seconds ascending, got {cell!r}")
+    names = [label.strip() for label in cells[label_column].split(";") if label.strip()]
+    labels = () if phones else tuple(dict.fromkeys(names))
+    spellings = dict.fromkeys((name, os.path.expanduser(name), name.replace("\\", "/")))  # "~", Windows
+    candidates = [folder / spelling for spelling in spellings for folder in folders]  # an absolute path stays as it is
+    path = next((candidate for candidate in candidates if candidate.exists()), folders[-1] / name)
     return Clip(str(path), name, labels, _SPLITS.get(split.lower(), ""), fold, start, end, phones)
 
 
-def _settle_folds(clips: list[Clip], manifest: str) -> tuple[list[Clip], list[str]]:
-    """The clips with folds or without, and notes.
+def _resolve_folds(clips: list[Clip], manifest: str) -> tuple[list[Clip], list[str]]:
+    """The clips, with their folds or without if the splits are used, and notes.
 
     Raises:
-        ValueError: Some have a fold and some do not, or what is called folds are splits.
+        ValueError: Only some clips have a fold, or the folds are named like splits.
     """
     folds = {clip.fold for clip in clips}
     if folds == {""}:
@@ -235,19 +279,19 @@ def _settle_folds(clips: list[Clip], manifest: str) -> tuple[list[Clip], list[st
     if "" in folds:
         without = [clip.name for clip in clips if not clip.fold]
         raise ValueError(
-            f"{manifest}: {len(without)} of {len(clips)} clips have no fold, {without[0]} for one: give every clip "
-            "one, or leave the column out where splits are meant"
+            f"{manifest}: {len(without)} of {len(clips)} clips have no fold, for example {without[0]}: give every clip "
+            "a fold, or remove the column to use the splits"
         )
     if {fold.lower() for fold in folds} <= set(_SPLITS):
         raise ValueError(f"{manifest}: the folds are {sorted(folds)}: name the column split")
     if len(folds) == 1 and all(clip.split for clip in clips):
-        note = f"all clips are of fold {folds.pop()}: the splits are taken"
+        note = f"all clips are in fold {folds.pop()}: the column split is used"
         return [dataclasses.replace(clip, fold="") for clip in clips], [note]
     return clips, []
 
 
-def _natural(text: str) -> tuple[bool, float, str]:
-    """Sorts numbers by value, before words."""
+def _natural_key(text: str) -> tuple[bool, float, str]:
+    """Sort key: numbers by value, then words."""
     try:
         number = float(text)
     except ValueError:
@@ -255,12 +299,13 @@ def _natural(text: str) -> tuple[bool, float, str]:
     return (not math.isfinite(number), number if math.isfinite(number) else 0.0, text)
 
 
-def _notes(clips: Sequence[Clip]) -> list[str]:
-    by_file: dict[str, set[str]] = {}
+def _overlap_notes(clips: Sequence[Clip]) -> list[str]:
+    """A note on files that are in more than one split or fold."""
+    sets_by_path: dict[str, set[str]] = {}
     for clip in clips:
-        by_file.setdefault(clip.path, set()).add(clip.fold or clip.split)
-    both = sorted(path for path, places in by_file.items() if len(places) > 1)
-    if not both:
+        sets_by_path.setdefault(clip.path, set()).add(clip.fold or clip.split)
+    shared = sorted(path for path, sets in sets_by_path.items() if len(sets) > 1)
+    if not shared:
         return []
-    files = f"{len(both)} files are" if len(both) > 1 else "1 file is"
-    return [f"{files} in more than one split or fold, so tests are easier than they look: {both[0]} ..."]
+    files = f"{len(shared)} files are" if len(shared) > 1 else "1 file is"
+    return [f"{files} in more than one split or fold, which makes the test easier: {shared[0]} ..."]

@@ -8,29 +8,39 @@ from typing import Any
 from ..files import paths_as_text
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "map")
-# Rates, batches, epochs (or updates, as epochs) and masks of the scripts with which SSAST was fine-tuned (arXiv
-# 2110.09784, section 3), whose tasks and settings the paper takes over. What is ours: the schedule (theirs goes down in
-# steps, or not at all), 16 frames from patch to patch (theirs overlap by 6), the norm before the linear layer (over
-# clips, theirs over a clip's values), and for KS2 a softmax over the classes.
+# Learning rates, batch sizes, epochs (or updates, converted to epochs) and masks of the scripts that fine-tuned SSAST
+# (arXiv 2110.09784, section 3), whose tasks and settings the paper adopts. Ours differ in the schedule (theirs falls
+# in steps, or not at all), a stride of 16 frames between patches (theirs overlap by 6), the norm before the linear
+# layer (over clips, theirs over a clip's values), and for KS2 a softmax over the classes.
 FINETUNE_PRESETS: dict[str, dict[str, Any]] = {
     "esc50": {"lr": 1e-4, "head_lr_factor": 10.0, "epochs": 50, "batch_size": 48, "freq_mask": 24, "time_mask": 0.19},
     "ks2": {"lr": 2.5e-4, "epochs": 30, "batch_size": 128, "freq_mask": 48, "time_mask": 0.375, "mixup": 0.6},
     "audioset20k": {"lr": 5e-5, "epochs": 25, "batch_size": 12, "freq_mask": 48, "time_mask": 0.19, "mixup": 0.5},
     "audioset2m": {
-        **{"lr": 1e-5, "epochs": 5, "batch_size": 12, "freq_mask": 48, "time_mask": 0.19, "mixup": 0.5},
+        "lr": 1e-5,
+        "epochs": 5,
+        "batch_size": 12,
+        "freq_mask": 48,
+        "time_mask": 0.19,
+        "mixup": 0.5,
         "balanced": True,
     },
     "ks1": {"lr": 1e-4, "epochs": 12, "batch_size": 32, "freq_mask": 0, "time_mask": 0.0, "clip_norm": 1.0},
     "voxceleb1": {
-        **{"lr": 1e-4, "epochs": 9, "batch_size": 32, "freq_mask": 0, "time_mask": 0.0, "clip_norm": 1.0},
+        "lr": 1e-4,
+        "epochs": 9,
+        "batch_size": 32,
+        "freq_mask": 0,
+        "time_mask": 0.0,
+        "clip_norm": 1.0,
         "max_seconds": 8.0,
     },
     "iemocap": {"lr": 1e-4, "epochs": 90, "batch_size": 32, "freq_mask": 0, "time_mask": 0.0, "clip_norm": 1.0},
 }
 
 
-for _given in FINETUNE_PRESETS.values():
-    _given |= {"layer_decay": 1.0, "weight_decay": 5e-7, "warmup": 0.05, "label_smoothing": 0.0}
+for _preset in FINETUNE_PRESETS.values():
+    _preset |= {"layer_decay": 1.0, "weight_decay": 5e-7, "warmup": 0.05, "label_smoothing": 0.0}
 
 
 @dataclass
@@ -39,26 +49,31 @@ class ProbeOptions:
 
     Args:
         data: Manifest, .tsv or .csv, with the columns path, label, and split or fold.
-        checkpoint: The pretrained model: a folder of ours (a run folder too), an official file, or a Hub repository.
+        checkpoint: Pretrained model: a folder of this library (a run folder too), an official file, or a Hub
+            repository.
         out: Run folder.
-        root: Folder of the audio that does not lie beside the manifest, where each path is looked for first.
-        multi_label: Clips may have several labels. A ; in a label says so too.
-        metric: What is reported, and by which settings and checkpoints are chosen on the validation clips: accuracy,
-            balanced_accuracy, macro_f1, or map, that is mean average precision. None: accuracy, of several labels map.
-            With folds the mean over them. Accuracy of several labels is the share of right answers to "has this clip
-            this label?".
-        folds: Only these folds, with commas. None: all.
-        layer: Layer of the encoder, from 1 on. None: its output.
-        pool: What the linear layer sees: mean, of all tokens of a clip, as in the paper; or bands, the means of each
-            frequency block side by side, which tell spectra apart.
-        max_seconds: Longer clips are taken in windows of this length. None: 10, or what the model takes.
-        seed: Seed of all draws.
-        precision: fp32, bf16, or auto: bf16 where the device computes it natively, else fp32.
+        root: Second folder for the manifest's paths, which are looked up in the manifest's folder first.
+        multi_label: Clips may have several labels. A ; in a label turns it on too.
+        metric: Reported metric, which also selects settings and checkpoints on the validation clips: accuracy,
+            balanced_accuracy, macro_f1, or map (mean average precision). None: accuracy, or map with several labels.
+            With folds, the mean over folds. With several labels, accuracy is the share of right answers to "has this
+            clip this label?".
+        folds: Only these folds, separated by commas. None: all.
+        layer: Layer of the encoder, from 1. None: its output.
+        pool: Input of the linear layer: mean, the mean of all tokens of a clip, as in the paper; or bands, the means
+            of each frequency block side by side, which keep the spectrum.
+        max_seconds: Longer clips are cut into windows of this length, in seconds. None: 10, or the encoder's longest
+            clip if that is shorter.
+        seed: Seed of all draws, from 0 to 4294967295.
+        precision: fp32, bf16, or auto: bf16 if the device computes it natively, otherwise fp32.
         device: auto, cpu, cuda or cuda:N.
         impl: Implementation of the encoder's operations: auto, torch or triton.
         attention: Attention backend: auto or a name.
-        workers: Processes that decode audio.
+        workers: Number of processes that decode audio, at least 1.
         cache: Folder for decoded audio. None: $MAE_AST_FAST_CACHE or the user's cache folder.
+
+    Raises:
+        ValueError: An option is out of its range.
     """
 
     data: str
@@ -98,19 +113,23 @@ class FinetuneOptions(ProbeOptions):
     """Options of ``mae-ast-fast finetune``.
 
     Args:
-        epochs: Passes over the training clips. The checkpoint is kept that was best on the validation clips.
-        batch_size: Clips in an update.
+        epochs: Passes over the training clips, at least 1. The best epoch on the validation clips is kept.
+        batch_size: Clips per update, at least 2.
         lr: Peak learning rate of the encoder's last layer.
-        layer_decay: Each layer below has the rate of the one above it times this.
-        head_lr_factor: The rate of the linear layer is lr times this.
-        warmup: Share of the updates with a rising rate; it then falls to 0 as a cosine.
-        weight_decay: Decoupled, on matrices.
-        clip_norm: Gradient norm limit.
-        label_smoothing: Share of the target that all classes get alike; with one label a clip.
-        mixup: Share of the clips into which another one is mixed, at a weight of Beta(10, 10).
-        freq_mask: SpecAugment: mel bins hidden at most, a stretch of them in each clip.
-        time_mask: SpecAugment: share of each clip's frames hidden at most, a stretch of them.
+        layer_decay: Learning rate of each encoder layer relative to the layer above it, in (0, 1].
+        head_lr_factor: Learning rate of the linear layer relative to lr.
+        warmup: Share of the updates with a rising learning rate, in [0, 1]. It then falls to 0 as a cosine.
+        weight_decay: Decoupled weight decay of matrices; vectors do not decay.
+        clip_norm: Limit of the gradient norm.
+        label_smoothing: Share of the target that is spread evenly over all classes, in [0, 1]. Only with one label per
+            clip.
+        mixup: Share of the clips into which another clip is mixed, with a weight from Beta(10, 10), in [0, 1].
+        freq_mask: SpecAugment: maximum number of mel bins in the masked range of each clip.
+        time_mask: SpecAugment: maximum share of a clip's frames in the masked range, in [0, 1].
         balanced: Draw clips so that all classes occur equally often.
+
+    Raises:
+        ValueError: An option is out of its range.
     """
 
     epochs: int = 30
@@ -129,7 +148,7 @@ class FinetuneOptions(ProbeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("epochs", 1), ("batch_size", 2)):  # a norm over one clip would leave nothing of it
+        for name, least in (("epochs", 1), ("batch_size", 2)):  # the norm is over the batch: one clip would become 0
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "head_lr_factor", "clip_norm"):

@@ -21,142 +21,170 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larg
 
 
 def probe(options: ProbeOptions) -> dict[str, Any]:
-    """Logistic regression on the frozen encoder's features; returns what summary.json holds.
+    """Fits logistic regression on the frozen encoder's features; returns the content of summary.json.
 
-    Beside it stands the same on the mean log-mel spectrum of each clip, which no network has seen. Of a clip
-    that is longer than ``max_seconds`` the features of its windows are averaged; ``predict`` averages probabilities.
+    The baseline ``log_mel`` is the same regression on the mean log-mel spectrum of each clip, without a network. For a
+    clip longer than ``max_seconds`` the features of its windows are averaged; ``predict`` averages probabilities.
 
     Raises:
-        ValueError: Unusable data, options or checkpoint, or ``out`` holds a run of another kind.
+        ValueError: The data, options or checkpoint are unusable, or ``out`` holds a run with other options or data.
     """
     with Run(options, "probe") as run:
-        clips = sorted({i for part in run.rounds for x in (part.train, part.valid, part.test) for i in x})
-        x = encoder_features(run, clips)
-        tested = [_fit_round(run, x, part, keep=not run.task.frame_level) for part in run.rounds]
-        x = _log_mel(run, clips)
-        log_mel = [_fit_round(run, x, part) for part in run.rounds]
-        best = max(tested, key=lambda one: one.valid)
+        clips = sorted({i for fold in run.folds for split in (fold.train, fold.valid, fold.test) for i in split})
+        features = encoder_features(run, clips)
+        results = [_fit_fold(run, features, fold, keep=not run.task.frame_level) for fold in run.folds]
+        features = _log_mel_features(run, clips)
+        baseline = [_fit_fold(run, features, fold) for fold in run.folds]
+        best = max(results, key=lambda result: result.valid_score)
         if best.classifier is not None:
             best.classifier.save_pretrained(run.out)
-        return run.report(tested, [], {"log_mel": log_mel})
+        return run.report(results, [], {"log_mel": baseline})
 
 
-def encoder_features(run: Run, clips: Sequence[int]) -> np.ndarray:
-    """(n, D) fp32 of all examples: the mean of a clip's tokens, or of those that cover a moment; 0 of other clips."""
+def encoder_features(run: Run[ProbeOptions], clips: Sequence[int]) -> np.ndarray:
+    """Features (n, D) fp32 of the task's examples: the mean of a clip's tokens, or of the tokens that cover a moment.
+
+    Args:
+        run: Run whose encoder and audio are used.
+        clips: Indices of the clips to encode. The features of other clips are 0.
+    """
     encoder = run.encoder
     kt, layer = encoder.config.patch_size[0], run.options.layer
-    bands = encoder.config.grid_f if run.options.pool == "bands" else 1
+    num_bands = encoder.config.grid_f if run.options.pool == "bands" else 1
 
     @torch.no_grad()
-    def encode(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, int]:
+    def encode(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, int]:
         with run.autocast():
-            encoded = encoder.encode(*encoder.features(waveforms, lengths), layer)
+            log_mel, num_frames = encoder.features(waveforms, num_samples)
+            encoded = encoder.encode(log_mel, num_frames, layer)
         if not run.task.frame_level:
-            return pool_tokens(encoded, len(waveforms), bands), 0
-        blocks = int(encoded.time_block.max()) + 1
-        moment = encoded.packing.clip * blocks + encoded.time_block
-        return pool_tokens(encoded, len(waveforms) * blocks, bands, moment).unflatten(0, (-1, blocks)), kt
+            return pool_tokens(encoded, len(waveforms), num_bands=num_bands), 0
+        num_blocks = int(encoded.time_block.max()) + 1
+        group = encoded.packing.clip * num_blocks + encoded.time_block
+        pooled = pool_tokens(encoded, len(waveforms) * num_blocks, num_bands=num_bands, group=group)
+        return pooled.unflatten(0, (-1, num_blocks)), kt
 
-    return _gather(run, clips, encode, bands * encoder.config.embed_dim)
+    return _gather(run, clips, encode, num_bands * encoder.config.embed_dim)
 
 
-def _log_mel(run: Run, clips: Sequence[int]) -> np.ndarray:
-    """(n, 128) fp32: the mean log-mel spectrum of each clip, or the spectrum at a moment."""
-    num_mel_bins = run.encoder.config.num_mel_bins
+def _log_mel_features(run: Run[ProbeOptions], clips: Sequence[int]) -> np.ndarray:
+    """Features (n, 128) fp32: the mean log-mel spectrum of each clip, or the spectrum at a moment."""
 
-    def spectrum(waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, int]:
-        features, frames = fbank(waveforms, lengths)
+    def spectrum(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, int]:
+        log_mel, num_frames = fbank(waveforms, num_samples)
         if run.task.frame_level:
-            return features, 1
-        frames = frames.to(features.device)[:, None]
-        real = torch.arange(features.shape[1], device=features.device) < frames
-        return torch.where(real[:, :, None], features, 0).sum(1) / frames, 0
+            return log_mel, 1
+        num_frames = num_frames.to(log_mel.device)[:, None]
+        is_real = torch.arange(log_mel.shape[1], device=log_mel.device) < num_frames
+        return torch.where(is_real[:, :, None], log_mel, 0).sum(1) / num_frames, 0
 
-    return _gather(run, clips, spectrum, num_mel_bins)
+    return _gather(run, clips, spectrum, run.encoder.config.num_mel_bins)
 
 
 def _gather(
-    run: Run, clips: Sequence[int], compute: Callable[[Tensor, Tensor], tuple[Tensor, int]], width: int
+    run: Run[ProbeOptions], clips: Sequence[int], compute: Callable[[Tensor, Tensor], tuple[Tensor, int]], width: int
 ) -> np.ndarray:
-    """Rows (n, width) of the examples of ``clips``, window after window; a clip of several is their mean, by length."""
-    examples, task = run.examples, run.task
-    found = np.zeros((len(examples.clip), width), np.float32)
-    weight = np.zeros((len(found), 1), np.float32)
-    done, began, shown = 0, time.perf_counter(), time.perf_counter()
-    for waveforms, lengths, owners, starts in run.read(clips):
-        x, frames_a_row = compute(waveforms, lengths)
-        x, seconds = x.cpu().numpy(), lengths.numpy() / SAMPLE_RATE
-        for row, clip, start, length in zip(x, owners, starts, seconds, strict=True):
-            if not task.frame_level:
-                found[clip] += row * length
-                weight[clip] += length
-                continue
-            rows = examples.of_clips([clip])
-            rows = rows[(examples.time[rows] >= start) & (examples.time[rows] < start + length)]
-            frame = np.rint(((examples.time[rows] - start) * SAMPLE_RATE - WINDOW / 2) / HOP).astype(int)
-            last = (int(length * SAMPLE_RATE) - WINDOW) // HOP
-            found[rows] = row[np.clip(frame, 0, last) // frames_a_row]
-            weight[rows] = 1.0
-        done += len(owners)
-        if (now := time.perf_counter()) - shown > 10.0:
-            run.say(f"{done} windows, {done / (now - began):.0f} a second")
-            shown = now
-    return found / np.maximum(weight, 1e-9)
-
-
-def _fit_round(run: Run, x: np.ndarray, part: Fold, keep: bool = False) -> FoldResult:
-    """Fits each penalty on the training examples, takes the best on the validation ones, tells of the test ones.
+    """Computes features (n, width) window by window. A clip of several windows has their mean, weighted by duration.
 
     Args:
-        run: Whose examples.
-        x: (n, D) their features.
-        part: Which are for what.
-        keep: Make a classifier of it, that is where ``x`` are the encoder's features of clips.
+        run: Run whose audio is read.
+        clips: Indices of the clips to compute.
+        compute: Function from waveforms (B, S) and samples (B,) to features (B, width) and 0 or, in a frame-level task,
+            to (B, blocks, width) and the frames per block.
+        width: Number of features.
+    """
+    examples, task = run.examples, run.task
+    features = np.zeros((len(examples.clip), width), np.float32)
+    weight = np.zeros((len(features), 1), np.float32)
+    num_windows, start_time, last_report = 0, time.perf_counter(), time.perf_counter()
+    for waveforms, num_samples, window_clips, window_starts in run.read(clips):
+        computed, frames_per_block = compute(waveforms, num_samples)
+        rows, seconds = computed.cpu().numpy(), num_samples.numpy() / SAMPLE_RATE
+        for values, clip, start, duration in zip(rows, window_clips, window_starts, seconds, strict=True):
+            if not task.frame_level:
+                features[clip] += values * duration
+                weight[clip] += duration
+                continue
+            moments = examples.indices([clip])
+            moments = moments[(examples.time[moments] >= start) & (examples.time[moments] < start + duration)]
+            frame = np.rint(((examples.time[moments] - start) * SAMPLE_RATE - WINDOW / 2) / HOP).astype(int)
+            last_frame = (int(duration * SAMPLE_RATE) - WINDOW) // HOP
+            features[moments] = values[np.clip(frame, 0, last_frame) // frames_per_block]
+            weight[moments] = 1.0
+        num_windows += len(window_clips)
+        if (now := time.perf_counter()) - last_report > 10.0:
+            run.log(f"{num_windows} windows, {num_windows / (now - start_time):.0f} windows/s")
+            last_report = now
+    return features / np.maximum(weight, 1e-9)
+
+
+def _fit_fold(run: Run[ProbeOptions], features: np.ndarray, fold: Fold, keep: bool = False) -> FoldResult:
+    """Fits each penalty on the training examples, selects one on the validation examples, predicts the test examples.
+
+    Args:
+        run: Run whose examples are classified.
+        features: (n, D) features of all examples.
+        fold: Training, validation and test clips.
+        keep: Make a classifier of the result. ``features`` must then be the encoder's features of clips.
     """
     examples, multi_label = run.examples, run.task.multi_label
-    train, valid, test = (examples.of_clips(clips) for clips in (part.train, part.valid, part.test))
-    data = torch.from_numpy(x).to(run.device)
+    train, valid, test = (examples.indices(clips) for clips in (fold.train, fold.valid, fold.test))
+    data = torch.from_numpy(features).to(run.device)
     targets = torch.from_numpy(examples.targets).to(run.device)
     mean, var = data[train].mean(0), data[train].var(0, correction=0)
-    scaled = (data - mean) / (var + NORM_EPS).sqrt()  # as the classifier's norm does
-    weight, bias = scaled.new_zeros(targets.shape[1], x.shape[1]), scaled.new_zeros(targets.shape[1])
+    scaled = (data - mean) / (var + NORM_EPS).sqrt()  # as the classifier's norm computes it
+    weight, bias = scaled.new_zeros(targets.shape[1], features.shape[1]), scaled.new_zeros(targets.shape[1])
     best: tuple[float, float, Tensor, Tensor] | None = None
 
-    def told(rows: np.ndarray, w: Tensor, b: Tensor) -> np.ndarray:
-        logits = F.linear(scaled[rows], w, b)
+    def predict(rows: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:
+        logits = F.linear(scaled[rows], weight, bias)
         return (logits.sigmoid() if multi_label else logits.softmax(1)).cpu().numpy()
 
-    for penalty in PENALTIES:  # each starts where the last one ended
-        weight, bias = fit_logistic(scaled[train], targets[train], penalty, multi_label, (weight, bias))
-        value = run.score(told(valid, weight, bias), examples.targets[valid])
-        if best is None or value > best[0]:
-            best = (value, penalty, weight, bias)
-    value, penalty, weight, bias = best
+    for penalty in PENALTIES:  # each fit starts from the one before
+        weight, bias = fit_logistic(
+            scaled[train], targets[train], penalty=penalty, multi_label=multi_label, start=(weight, bias)
+        )
+        valid_score = run.score(predict(valid, weight, bias), examples.targets[valid])
+        if best is None or valid_score > best[0]:
+            best = (valid_score, penalty, weight, bias)
+    assert best is not None  # there are penalties
+    valid_score, penalty, weight, bias = best
     classifier = None
     if keep:
-        classifier = run.new_classifier(run.encoder)
+        classifier = run.build_classifier(run.encoder)
         set_norm(classifier, data[train])
         classifier.head.weight.data, classifier.head.bias.data = weight, bias
-    return FoldResult(part, told(test, weight, bias), value, classifier, {"C": penalty})
+    return FoldResult(
+        fold=fold,
+        probabilities=predict(test, weight, bias),
+        valid_score=valid_score,
+        classifier=classifier,
+        selected={"C": penalty},
+    )
 
 
-def set_norm(classifier: AudioClassifier, x: Tensor) -> None:
-    """Statistics of rows (n, D), until training moves them."""
-    classifier.norm.running_mean.copy_(x.mean(0))
-    classifier.norm.running_var.copy_(x.var(0, correction=0))
+def set_norm(classifier: AudioClassifier, pooled: Tensor) -> None:
+    """Sets the norm's statistics to those of pooled features (n, D). Training then updates them."""
+    mean, var = classifier.norm.running_mean, classifier.norm.running_var
+    assert mean is not None and var is not None  # the norm tracks statistics
+    mean.copy_(pooled.mean(0))
+    var.copy_(pooled.var(0, correction=0))
 
 
 def fit_logistic(
-    x: Tensor, targets: Tensor, penalty: float, multi_label: bool, start: tuple[Tensor, Tensor]
+    x: Tensor, targets: Tensor, *, penalty: float, multi_label: bool, start: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Logistic regression by L-BFGS: weights (C, D), biases (C,) that minimise the summed loss + |W|^2 / (2 penalty).
+    """Fits logistic regression by L-BFGS, minimising the summed loss + |W|^2 / (2 penalty).
 
     Args:
-        x: (n, D); the products are in fp64, in which the optimum can be told.
+        x: (n, D) features. Products are computed in fp64, which resolves the optimum.
         targets: (n, C) bool.
-        penalty: C, the inverse of the regularisation's strength.
-        multi_label: A loss for each class by itself, else a softmax over them.
-        start: Where to begin.
+        penalty: C, the inverse of the regularisation strength.
+        multi_label: True: a binary loss per class. False: a softmax over the classes.
+        start: Initial weights (C, D) and biases (C,).
+
+    Returns:
+        Weights (C, D) and biases (C,) in the dtype of ``start``.
     """
     x, y = x.double(), targets.double()
     weight, bias = (tensor.double().requires_grad_() for tensor in start)

@@ -1,16 +1,18 @@
-"""Six small tasks on real recordings out of Debian packages: their lists are shipped, ``build`` makes the audio.
+"""Six small tasks on real recordings from Debian packages. Their lists are shipped; ``build`` writes the audio.
 
-Labels come from file and folder names; nobody listened to the clips. Splits keep apart what would give the answer away:
-a test syllable of zh_initial22 was never trained on in any tone, nor a test phrase of hogvoice14 and sid32; folds of
-vocal4 have other characters, those of esc14 other recordings, ru_phone other sentences. Every clip was cut to where it
-sounds and set to one loudness when the lists were made; the shipped manifest says where and by how much. No clip of
-``default_clips`` is in a validation or test split; in cross-validation, where the split's training clips (folds 0 - 2)
-are tested on in turn, some of them were heard in pretraining, without their labels.
+Labels come from file and folder names; nobody listened to the clips. The splits separate what would leak the answer. A
+test syllable of zh_initial22 does not occur in training in any tone, nor does a test phrase of hogvoice14 or sid32.
+Folds of vocal4 have different characters, those of esc14 different recordings, those of ru_phone other sentences.
+
+When the lists were made, every clip was cut to its audible part and scaled to the same loudness; the shipped manifest
+records both. No clip of ``default_clips`` is in a validation or test split. In cross-validation the training clips of
+the split (folds 0 - 2) are tested too: some of them were in the pretraining data, without their labels.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import os
 import tempfile
@@ -28,9 +30,9 @@ from ..data.decoder import Decoder
 from ..files import atomic_write, locked
 from .datasets import write_manifest
 
-_SHORTER_SECONDS = 0.05  # by more, and the source is not the recording that was listed
-# To download, in 10^6 bytes (Debian 12).
-_MEGABYTES = {
+_TOLERANCE_SECONDS = 0.05  # a source that is shorter by more is not the listed recording
+# Download size in 10^6 bytes (Debian 12).
+_DOWNLOAD_MB = {
     "0ad-data": 1377.6,
     "asterisk-core-sounds-en-g722": 10.6,
     "asterisk-core-sounds-es-g722": 13.0,
@@ -70,9 +72,9 @@ _MEGABYTES = {
 
 
 class TaskInfo(NamedTuple):
-    """What a task asks, and how it is measured."""
+    """A small task: its classes, and its metric."""
 
-    what: str
+    description: str
     metric: str
 
 
@@ -90,7 +92,7 @@ def task_rows(name: str) -> list[dict[str, str]]:
     """The shipped list of a task: ``path`` as in the shipped manifest, ``label`` or ``phones``, ``split``, ``fold``.
 
     Raises:
-        ValueError: No such task.
+        ValueError: Unknown task.
     """
     if name not in TASKS:
         raise ValueError(f"expected one of {', '.join(TASKS)}, got {name!r}")
@@ -98,15 +100,16 @@ def task_rows(name: str) -> list[dict[str, str]]:
 
 
 def _table(asset: str) -> list[dict[str, str]]:
+    """Rows of a shipped, compressed table."""
     content = resources.files("mae_ast_fast.data").joinpath("assets", *asset.split("/")).read_bytes()
     text = gzip.decompress(content).decode()
     return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def packages(name: str) -> dict[str, float]:
-    """The packages of a task, the smallest first: name -> size to download in 10^6 bytes."""
+    """The packages of a task, the smallest first: name -> download size in 10^6 bytes."""
     needed = {row["path"].split("/")[1] for row in task_rows(name)}
-    return {package: _MEGABYTES[package] for package in sorted(needed, key=_MEGABYTES.__getitem__)}
+    return {package: _DOWNLOAD_MB[package] for package in sorted(needed, key=_DOWNLOAD_MB.__getitem__)}
 
 
 def build(
@@ -115,73 +118,77 @@ def build(
     cache: str | os.PathLike[str] | None = None,
     progress: Callable[[str], object] = print,
 ) -> dict[str, dict[str, Any]]:
-    """Makes the audio and the manifests of small tasks, those with the least to download first.
+    """Writes the audio and the manifests of small tasks, the smallest download first.
 
-    ``OUT/audio/PACKAGE/ID.wav``, 16 kHz mono PCM16, and ``OUT/TASK.tsv``, with paths relative to ``out``. Killed at any
-    time, the same call goes on; clips that are there stay. A package that this system's release lacks and a file that
-    gives no audio cost their clips alone, which are left out of the manifest.
+    Writes ``OUT/audio/PACKAGE/ID.wav``, 16 kHz mono PCM16, and ``OUT/TASK.tsv`` with paths relative to ``out``. After a
+    kill the same call resumes and keeps the existing clips. If this system's release lacks a package, or a file cannot
+    be decoded, the manifest leaves out its clips.
 
     Args:
-        names: Of ``TASKS``.
-        out: Folder.
-        cache: Of packages, as in ``corpus.fetch``.
-        progress: Told in sentences.
+        names: Names of tasks, from ``TASKS``.
+        out: Output folder; created if it does not exist.
+        cache: Folder for packages, as in ``corpus.fetch``. None: ``corpus.default_cache()``.
+        progress: Function that is called with progress messages.
 
     Returns:
-        Task -> ``manifest`` (path, or None without any clip), ``clips``, ``minutes`` and ``left_out``, reason -> paths.
+        Task -> ``manifest`` (path; None without any clip), ``clips``, ``minutes`` and ``left_out`` (reason -> paths).
 
     Raises:
-        ValueError: No such task.
-        CorpusError: No apt-get or dpkg-deb, no network or no space.
+        ValueError: Unknown task.
+        CorpusError: apt-get or dpkg-deb is missing, or there is no network or no space.
     """
     sizes = {name: sum(packages(name).values()) for name in names}
     out, cache = Path(out).expanduser().absolute(), Path(cache or default_cache()).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
     sources = {row["path"]: row for row in _table("manifest.tsv.gz")}
     with locked(out / ".lock"):
-        return {name: _build(name, out, cache, sources, progress) for name in sorted(sizes, key=sizes.__getitem__)}
+        return {
+            name: _build_task(name, out, cache, sources=sources, progress=progress)
+            for name in sorted(sizes, key=sizes.__getitem__)
+        }
 
 
-def _build(
-    name: str, out: Path, cache: Path, sources: dict[str, dict[str, str]], progress: Callable[[str], object]
+def _build_task(
+    name: str, out: Path, cache: Path, *, sources: dict[str, dict[str, str]], progress: Callable[[str], object]
 ) -> dict[str, Any]:
+    """``build`` for one task; ``sources`` are the rows of the shipped manifest by path."""
     rows = task_rows(name)
-    made = {row["path"]: str(Path(row["path"]).with_suffix(".wav")) for row in rows}
-    todo: dict[str, list[str]] = {package: [] for package in packages(name)}
-    for path, target in made.items():
-        if not (out / target).exists():
-            todo[sources[path]["package"]].append(path)
-    todo = {package: paths for package, paths in todo.items() if paths}
+    wav_paths = {row["path"]: str(Path(row["path"]).with_suffix(".wav")) for row in rows}
+    missing: dict[str, list[str]] = {package: [] for package in packages(name)}
+    for path, wav_path in wav_paths.items():
+        if not (out / wav_path).exists():
+            missing[sources[path]["package"]].append(path)
+    missing = {package: paths for package, paths in missing.items() if paths}
     faults: dict[str, str] = {}
-    if todo:
-        there: Sequence[str] = ()
-        new = sum(_MEGABYTES[package] for package in todo if not (cache / package).is_dir())
-        clips, of = sum(map(len, todo.values())), len(todo)
-        which = f"{clips} clip{'s' * (clips > 1)} of {of} package{'s' * (of > 1)}"
-        progress(f"{name}: {which}, {new:,.0f} MB to download")
+    if missing:
+        available: Sequence[str] = ()
+        download_mb = sum(_DOWNLOAD_MB[package] for package in missing if not (cache / package).is_dir())
+        num_clips, num_packages = sum(map(len, missing.values())), len(missing)
+        counts = f"{num_clips} clip{'s' * (num_clips > 1)} of {num_packages} package{'s' * (num_packages > 1)}"
+        progress(f"{name}: {counts}, {download_mb:,.0f} MB to download")
         try:
-            there = fetch(cache, list(todo), progress).packages
+            available = fetch(cache, list(missing), progress).packages
         except NotInRelease:
-            progress(f"{name}: none of its packages is in this system's release: {', '.join(todo)}")
-        for package, paths in todo.items():
-            if package in there:
+            progress(f"{name}: none of its packages is in this system's release: {', '.join(missing)}")
+        for package, paths in missing.items():
+            if package in available:
                 start = time.monotonic()
-                found = _cut_clips(cache / package, [(sources[path], out / made[path]) for path in paths])
-                faults.update(found)
-                spent = time.monotonic() - start
-                progress(f"{name}: {package}: {len(paths) - len(found)} of {len(paths)} clips in {spent:.1f} s")
+                package_faults = _cut_clips(cache / package, [(sources[path], out / wav_paths[path]) for path in paths])
+                faults.update(package_faults)
+                elapsed, num_cut = time.monotonic() - start, len(paths) - len(package_faults)
+                progress(f"{name}: {package}: {num_cut} of {len(paths)} clips in {elapsed:.1f} s")
             else:
                 faults.update(dict.fromkeys(paths, f"{package} is not in this system's release"))
     left_out: dict[str, list[str]] = {}
     for path, reason in sorted(faults.items()):
         left_out.setdefault(reason, []).append(path)
-    kept = [{**row, "path": made[row["path"]]} for row in rows if row["path"] not in faults]
+    kept = [{**row, "path": wav_paths[row["path"]]} for row in rows if row["path"] not in faults]
     manifest = out / f"{name}.tsv"
     if kept:
         write_manifest(kept, manifest)
     else:
         manifest.unlink(missing_ok=True)
-    seconds = sum(float(sources[path]["seconds"]) for path in made if path not in faults)
+    seconds = sum(float(sources[path]["seconds"]) for path in wav_paths if path not in faults)
     return {
         "manifest": str(manifest) if kept else None,
         "clips": len(kept),
@@ -191,38 +198,51 @@ def _build(
 
 
 def _cut_clips(package: Path, clips: Sequence[tuple[dict[str, str], Path]]) -> dict[str, str]:
-    """Writes the clips of a package, each (row of the shipped manifest, WAV file); path in the manifest -> fault."""
+    """Cuts the clips of a package out of its recordings.
+
+    Args:
+        package: Folder of the unpacked package.
+        clips: (row of the shipped manifest, WAV file to write) of each clip.
+
+    Returns:
+        Path in the shipped manifest -> reason, for clips that could not be written.
+    """
     import soundfile
 
     by_source: dict[str, list[tuple[dict[str, str], Path]]] = {}
-    for clip in clips:
-        by_source.setdefault(clip[0]["source_file"], []).append(clip)
+    for row, target in clips:
+        by_source.setdefault(row["source_file"], []).append((row, target))
     faults = {}
     with tempfile.TemporaryDirectory(prefix="mae_ast_fast_") as work:
         decoder = Decoder(Path(work) / "pcm")
         try:
-            for source, parts in by_source.items():
+            for source, source_clips in by_source.items():
                 try:
-                    pcm = _decode(decoder, package / source.replace("!", "!/", 1))
+                    recording = _decode(decoder, package / source.replace("!", "!/", 1))
                 except AudioError as error:
-                    faults.update({row["path"]: f"{row['package']}: {error.reason}" for row, _ in parts})
+                    faults.update({row["path"]: f"{row['package']}: {error.reason}" for row, _ in source_clips})
                     continue
-                for row, target in parts:
-                    start, length = (round(float(row[key]) * SAMPLE_RATE) for key in ("start", "seconds"))
-                    clip = pcm[start : start + length]
-                    if clip.size < length - _SHORTER_SECONDS * SAMPLE_RATE:
-                        faults[row["path"]] = f"{row['package']}: shorter than the recording that was listed"
+                for row, target in source_clips:
+                    start, num_samples = (round(float(row[key]) * SAMPLE_RATE) for key in ("start", "seconds"))
+                    clip = recording[start : start + num_samples]
+                    if clip.size < num_samples - _TOLERANCE_SECONDS * SAMPLE_RATE:
+                        faults[row["path"]] = f"{row['package']}: shorter than the listed recording"
                         continue
-                    louder = to_pcm16(clip * np.float32(10 ** (float(row["gain_db"]) / 20) / 32768))
+                    scaled = to_pcm16(clip * np.float32(10 ** (float(row["gain_db"]) / 20) / 32768))
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    atomic_write(target, lambda partial, pcm=louder: soundfile.write(partial, pcm, SAMPLE_RATE))
+                    write = functools.partial(soundfile.write, data=scaled, samplerate=SAMPLE_RATE)
+                    atomic_write(target, write)
         finally:
             decoder.close()
     return faults
 
 
 def _decode(decoder: Decoder, path: Path) -> np.ndarray:
-    """int16 (S,) at 16 kHz."""
+    """Decodes a file to int16 (S,) at 16 kHz.
+
+    Raises:
+        AudioError: The file does not exist or cannot be decoded.
+    """
     if not path.is_file():
         raise AudioError(path, "not in the package")
     result = decoder.decode(str(path))

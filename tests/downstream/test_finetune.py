@@ -1,4 +1,4 @@
-"""Probing and fine-tuning: the parts, and whole runs on tones that a linear layer can tell apart."""
+"""Probing and fine-tuning: their units, and whole runs on tones that a linear layer separates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mae_ast_fast.cli.downstream import task_summary
 from mae_ast_fast.downstream.augment import mixup, spec_augment
 from mae_ast_fast.downstream.classifier import NORM_EPS, AudioClassifier, pool_tokens
 from mae_ast_fast.downstream.finetune import finetune, parameter_groups
-from mae_ast_fast.downstream.metrics import average_precisions, interval, score
+from mae_ast_fast.downstream.metrics import average_precisions, bootstrap_ci, score
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.downstream.probe import PENALTIES, fit_logistic, probe
 from mae_ast_fast.models.mae_ast import encoder_alone
@@ -62,7 +62,7 @@ def tone(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """120 tones, manifests of splits, of folds, of several labels and of moments, and checkpoints."""
+    """120 tones, manifests with splits, with folds, with several labels and with moments, and checkpoints."""
     folder = tmp_path_factory.mktemp("tones")
     rng = np.random.default_rng(0)
     rows, phones = [], []
@@ -74,8 +74,8 @@ def folder(tmp_path_factory) -> Path:
         order = rng.permutation(list(PITCHES)).tolist() * 8
         ends = np.cumsum(rng.uniform(0.1, 0.3, len(order)))
         edges = [0.0, *ends]
-        parts = [tone(PITCHES[name], b - a, rng) for name, a, b in zip(order, edges[:-1], edges[1:], strict=True)]
-        soundfile.write(folder / f"mix{i}.wav", np.concatenate(parts), RATE)
+        tones = [tone(PITCHES[name], b - a, rng) for name, a, b in zip(order, edges[:-1], edges[1:], strict=True)]
+        soundfile.write(folder / f"mix{i}.wav", np.concatenate(tones), RATE)
         cells = " ".join(f"{end:.4f}:{name}" for name, end in zip(order, ends, strict=True))
         phones.append((f"mix{i}.wav", ["train", "train", "valid", "test"][i % 4], cells))
     (folder / "broken.wav").write_text("no audio")
@@ -93,9 +93,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def options(folder: Path, out: Path, data: str = "split.tsv", of: type = ProbeOptions, **more) -> ProbeOptions:
-    given = {"checkpoint": str(folder / "mae_ast"), "precision": "fp32", "cache": str(folder / "cache"), **more}
-    return of(data=str(folder / data), out=str(out), **given)
+def make_options(
+    folder: Path, out: Path, data: str = "split.tsv", *, options_class: type = ProbeOptions, **fields
+) -> ProbeOptions:
+    defaults = {"checkpoint": str(folder / "mae_ast"), "precision": "fp32", "cache": str(folder / "cache")}
+    return options_class(data=str(folder / data), out=str(out), **{**defaults, **fields})
 
 
 def predictions(out: Path) -> list[dict[str, str]]:
@@ -107,42 +109,45 @@ def predictions(out: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("make", [mae_ast, ssast])
-def test_encode_does_not_depend_on_the_batch(make):
+def test_encode_is_independent_of_the_batch(make):
     model = make()
     waves = [torch.from_numpy(tone(500, s, np.random.default_rng(1))) for s in (1.0, 0.03, 2.3)]
-    lengths = torch.tensor([len(wave) for wave in waves])
+    num_samples = torch.tensor([len(wave) for wave in waves])
     with torch.no_grad():
-        together = model.encode(*model.features(torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths))
+        log_mel, num_frames = model.features(torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), num_samples)
+        together = model.encode(log_mel, num_frames)
         means = pool_tokens(together, 3)
         for i, wave in enumerate(waves):
-            alone = model.encode(*model.features(wave[None]))
+            log_mel, num_frames = model.features(wave[None])
+            alone = model.encode(log_mel, num_frames)
             assert_rounding(together.x[together.packing.clip == i], alone.x)
             assert_rounding(means[i], alone.x.mean(0))
             assert torch.equal(together.time_block[together.packing.clip == i].sort()[0], alone.time_block.sort()[0])
             assert alone.time_block.bincount().unique().tolist() == [model.config.grid_f]
-            bands = pool_tokens(together, 3, model.config.grid_f).reshape(3, model.config.grid_f, -1)
+            bands = pool_tokens(together, 3, num_bands=model.config.grid_f).reshape(3, model.config.grid_f, -1)
             for band in range(model.config.grid_f):
                 assert_rounding(bands[i, band], alone.x[alone.frequency_block == band].mean(0))
 
 
-def test_mae_asts_encode_is_extract_features():
+def test_mae_ast_encode_equals_extract_features():
     model = mae_ast()
-    features = torch.randn(2, 70, 128)
-    lengths = torch.tensor([70, 33])
+    log_mel = torch.randn(2, 70, 128)
+    num_frames = torch.tensor([70, 33])
     with torch.no_grad():
         for layer in (None, 1):
-            packed, padded = model.encode(features, lengths, layer), model.extract_features(features, lengths, layer)
+            packed = model.encode(log_mel, num_frames, layer)
+            padded = model.extract_features(log_mel, num_frames, layer)
             assert torch.equal(packed.x, padded.last_hidden_state[packed.packing.clip, packed.packing.token])
             assert padded.lengths.tolist() == [40, 24]
             assert torch.equal(packed.packing.token, packed.time_block * 8 + packed.frequency_block)
 
 
-def test_ssasts_encode_is_a_plain_vit():
+def test_ssast_encode_equals_plain_vit():
     model, config = ssast(), ssast().config
-    features = torch.randn(2, 64, 128)
+    log_mel = torch.randn(2, 64, 128)
     with torch.no_grad():
-        found = model.encode(features)
-        image = features.transpose(1, 2)  # (B, F, T), patches frequency block by frequency block
+        encoded = model.encode(log_mel)
+        image = log_mel.transpose(1, 2)  # (B, F, T), patches frequency block by frequency block
         patches = image.unfold(1, 16, 16).unfold(2, 16, 16).reshape(2, 32, 256)
         grid = model.positions[2:].reshape(8, -1, 32)[:, :4].reshape(32, 32)
         first = torch.stack((model.cls_token, model.dist_token)) + model.positions[:2]
@@ -154,27 +159,29 @@ def test_ssasts_encode_is_a_plain_vit():
             x = x + layer.out_proj((weights @ v).transpose(1, 2).reshape(2, 34, 32))
             x = x + layer.fc2(torch.nn.functional.gelu(layer.fc1(layer.ffn_norm(x))))
         x = model.encoder.norm(x)[:, 2:]
-    assert_rounding(found.x.reshape(2, 32, 32), x)
-    assert found.time_block[:32].tolist() == [0, 1, 2, 3] * 8
-    assert found.frequency_block[:32].tolist() == sorted([*range(8)] * 4)
+    assert_rounding(encoded.x.reshape(2, 32, 32), x)
+    assert encoded.time_block[:32].tolist() == [0, 1, 2, 3] * 8
+    assert encoded.frequency_block[:32].tolist() == sorted([*range(8)] * 4)
 
 
-def test_a_layer_that_is_not_there():
+def test_encode_unknown_layer_raises():
     for model in (mae_ast(), ssast()):
         with pytest.raises(ValueError, match=r"layer must be an integer in 1..2, got 3"):
             model.encode(torch.randn(1, 32, 128), layer=3)
 
 
-# ----------------------------------------------------------------------------------------------------------- the parts
+# --------------------------------------------------------------------------------------------------------------- units
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_logistic_regression_ends_where_the_gradient_is_zero(multi_label, penalty):
+def test_fit_logistic_ends_at_zero_gradient(multi_label, penalty):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(120, 6, generator=generator)
     targets = torch.nn.functional.one_hot((x[:, :3] + torch.randn(120, 3, generator=generator)).argmax(1), 3).bool()
-    weight, bias = fit_logistic(x, targets, penalty, multi_label, (torch.zeros(3, 6), torch.zeros(3)))
+    weight, bias = fit_logistic(
+        x, targets, penalty=penalty, multi_label=multi_label, start=(torch.zeros(3, 6), torch.zeros(3))
+    )
     logits = x @ weight.T + bias
     p = logits.sigmoid() if multi_label else logits.softmax(1)
     gradient = (p - targets.float()).T @ x + weight / penalty  # of the summed loss
@@ -182,25 +189,26 @@ def test_logistic_regression_ends_where_the_gradient_is_zero(multi_label, penalt
     assert (p - targets.float()).sum(0).abs().max() < LOGISTIC_GRADIENT * len(x)
 
 
-def test_spec_augment_hides_one_stretch_of_each_kind():
+def test_spec_augment_masks_one_range_of_bins_and_one_of_frames():
     generator = torch.Generator().manual_seed(0)
-    features, frames = torch.randn(200, 60, 128), torch.randint(1, 61, (200,), generator=generator)
-    found = spec_augment(features, frames, 16, 0.25, -5.0, generator)
-    hidden = found != features
-    assert (found[hidden] == -5.0).all()
-    bins, times = hidden.all(1), hidden.all(2)
+    log_mel, num_frames = torch.randn(200, 60, 128), torch.randint(1, 61, (200,), generator=generator)
+    augmented = spec_augment(log_mel, num_frames, freq_mask=16, time_mask=0.25, fill=-5.0, generator=generator)
+    masked = augmented != log_mel
+    assert (augmented[masked] == -5.0).all()
+    bins, times = masked.all(1), masked.all(2)
     assert 14 <= bins.sum(1).max() <= 16
     assert bins.sum(1).min() == 0
-    assert (times.sum(1) <= 0.25 * frames).all()
-    assert (times.sum(1) / frames).max() > 0.2
-    assert torch.equal(hidden, bins[:, None, :] | times[:, :, None])
-    for stretch in (*bins, *times):  # one piece, and inside the clip
-        assert stretch.int().diff().abs().sum() <= 2
-    assert not (times & (torch.arange(60) >= frames[:, None])).any()
-    assert torch.equal(spec_augment(features, frames, 0, 0.0, -5.0, generator), features)
+    assert (times.sum(1) <= 0.25 * num_frames).all()
+    assert (times.sum(1) / num_frames).max() > 0.2
+    assert torch.equal(masked, bins[:, None, :] | times[:, :, None])
+    for is_masked in (*bins, *times):  # contiguous, and inside the clip
+        assert is_masked.int().diff().abs().sum() <= 2
+    assert not (times & (torch.arange(60) >= num_frames[:, None])).any()
+    unchanged = spec_augment(log_mel, num_frames, freq_mask=0, time_mask=0.0, fill=-5.0, generator=generator)
+    assert torch.equal(unchanged, log_mel)
 
 
-def test_mix_mixes_waveforms_as_targets():
+def test_mixup_mixes_waveforms_and_targets_alike():
     generator = torch.Generator().manual_seed(0)
     waveforms = (1000 * torch.arange(1, 101))[:, None].expand(-1, 7).short().clamp(max=30000)
     targets = torch.eye(100)
@@ -215,25 +223,25 @@ def test_mix_mixes_waveforms_as_targets():
     assert mixed.max(1).values.min() < 0.7
 
 
-def test_rates_fall_from_layer_to_layer():
+def test_parameter_groups_learning_rate_falls_from_layer_to_layer():
     classifier = AudioClassifier(encoder_alone(mae_ast()), ["a", "b"])
-    given = FinetuneOptions("d", "c", "o", layer_decay=0.5, head_lr_factor=3.0, weight_decay=0.1)
-    groups = parameter_groups(classifier, given)
+    options = FinetuneOptions("d", "c", "o", layer_decay=0.5, head_lr_factor=3.0, weight_decay=0.1)
+    groups = parameter_groups(classifier, options)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
-    found = {names[id(p)]: (group["factor"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert set(found) == {name for name, _ in classifier.named_parameters()}
-    assert found["head.weight"] == (3.0, 0.1)
-    assert found["encoder.encoder.norm.weight"] == (1.0, 0.0)
-    assert found["encoder.encoder.layers.1.fc1.weight"] == (1.0, 0.1)
-    assert found["encoder.encoder.layers.0.fc1.bias"] == (0.5, 0.0)
-    assert found["encoder.patch_embed.weight"] == (0.25, 0.1)
-    shorter = parameter_groups(classifier, dataclasses.replace(given, layer=1))
-    left = {names[id(p)]: group["factor"] for group in shorter for p in group["params"]}
-    assert not any("layers.1" in name for name in left)
-    assert left["encoder.encoder.layers.0.fc1.bias"] == 1.0
+    settings = {names[id(p)]: (group["factor"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert set(settings) == {name for name, _ in classifier.named_parameters()}
+    assert settings["head.weight"] == (3.0, 0.1)
+    assert settings["encoder.encoder.norm.weight"] == (1.0, 0.0)
+    assert settings["encoder.encoder.layers.1.fc1.weight"] == (1.0, 0.1)
+    assert settings["encoder.encoder.layers.0.fc1.bias"] == (0.5, 0.0)
+    assert settings["encoder.patch_embed.weight"] == (0.25, 0.1)
+    first_layer = parameter_groups(classifier, dataclasses.replace(options, layer=1))
+    factors = {names[id(p)]: group["factor"] for group in first_layer for p in group["params"]}
+    assert not any("layers.1" in name for name in factors)
+    assert factors["encoder.encoder.layers.0.fc1.bias"] == 1.0
 
 
-def test_input_normalisation_stays_that_of_pretraining():
+def test_classifier_training_keeps_input_norm_of_pretraining():
     classifier = AudioClassifier(encoder_alone(mae_ast()), ["a", "b"]).train()
     assert classifier.training
     classifier(torch.randn(2, 64, 128)).sum().backward()
@@ -244,15 +252,15 @@ def test_input_normalisation_stays_that_of_pretraining():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_probe_on_splits(folder, tmp_path, capsys):
-    summary = probe(options(folder, tmp_path / "run"))
+def test_probe_splits_writes_outputs(folder, tmp_path, capsys):
+    summary = probe(make_options(folder, tmp_path / "run"))
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["task"], summary["metric"], summary["n_test"], summary["per_fold"]) == ("split", "accuracy", 30, [])
     rows = predictions(tmp_path / "run")
     assert [row["path"] for row in rows] == [f"{i}.wav" for i in range(120) if i // 3 % 4 == 3]
     assert list(rows[0]) == ["path", "label", "pred", "prob_high", "prob_low", "prob_middle"]
-    right = np.mean([row["label"] == row["pred"] for row in rows])
-    assert summary["value"] == summary["accuracy"] == pytest.approx(right)
+    accuracy = np.mean([row["label"] == row["pred"] for row in rows])
+    assert summary["value"] == summary["accuracy"] == pytest.approx(accuracy)
     low, high = summary["ci95"]
     assert 0.6 < low < summary["value"] < high <= 1.0
     assert summary["log_mel_baseline"]["value"] == 1.0
@@ -261,26 +269,26 @@ def test_a_probe_on_splits(folder, tmp_path, capsys):
     assert (tmp_path / "run/confusion.png").stat().st_size > 5000
 
 
-def test_a_classifier_predicts_what_the_run_said(folder, tmp_path, capsys):
-    probe(options(folder, tmp_path / "run"))
+def test_predict_saved_probe_gives_its_predictions(folder, tmp_path, capsys):
+    probe(make_options(folder, tmp_path / "run"))
     row = predictions(tmp_path / "run")[0]
-    out = tmp_path / "told/p.csv"
+    out = tmp_path / "predicted/p.csv"
     command = ["predict", str(folder / row["path"]), str(folder / "broken.wav"), "--checkpoint", str(tmp_path / "run")]
     assert cli.main([*command, "--out", str(out)]) == 1
-    said = capsys.readouterr()
-    assert f"{row['path']}: {row['pred']} " in said.out
-    assert "1 classified, 1 skipped" in said.out
-    assert "broken.wav" in said.err
+    output = capsys.readouterr()
+    assert f"{row['path']}: {row['pred']} " in output.out
+    assert "1 classified, 1 skipped" in output.out
+    assert "broken.wav" in output.err
     with open(out, newline="") as file:
-        (told,) = csv.DictReader(file)
-    assert told["pred"] == row["pred"]
+        (predicted,) = csv.DictReader(file)
+    assert predicted["pred"] == row["pred"]
     for name in PITCHES:
-        assert float(told[f"prob_{name}"]) == pytest.approx(float(row[f"prob_{name}"]), abs=PROBABILITY)
+        assert float(predicted[f"prob_{name}"]) == pytest.approx(float(row[f"prob_{name}"]), abs=PROBABILITY)
 
 
-def test_folds(folder, tmp_path):
-    of = {"checkpoint": str(folder / "ssast"), "pool": "bands"}
-    summary = probe(options(folder, tmp_path / "run", "fold.tsv", **of))
+def test_probe_folds_gives_mean_over_folds(folder, tmp_path):
+    fields = {"checkpoint": str(folder / "ssast"), "pool": "bands"}
+    summary = probe(make_options(folder, tmp_path / "run", "fold.tsv", **fields))
     assert summary["folds"] == ["0", "1", "2"]
     assert summary["value"] == pytest.approx(np.mean(summary["per_fold"]))
     assert summary["n_test"] == 120
@@ -288,44 +296,48 @@ def test_folds(folder, tmp_path):
     assert summary["skipped"]["files"][0]["path"] == "broken.wav"
     rows = predictions(tmp_path / "run")
     assert sorted(row["path"] for row in rows) == sorted(f"{i}.wav" for i in range(120))
-    each = [[row["label"] == row["pred"] for row in rows if int(row["path"][:-4]) // 3 % 3 == k] for k in range(3)]
-    assert summary["per_fold"] == pytest.approx([np.mean(one) for one in each])
-    one = probe(options(folder, tmp_path / "one", "fold.tsv", folds="1", **of))
-    assert one["per_fold"] == summary["per_fold"][1:2]
-    with pytest.raises(ValueError, match=r"folds must be of \['0', '1', '2'\], got \['7'\]"):
-        probe(options(folder, tmp_path / "none", "fold.tsv", folds="7"))
+    correct = [[row["label"] == row["pred"] for row in rows if int(row["path"][:-4]) // 3 % 3 == k] for k in range(3)]
+    assert summary["per_fold"] == pytest.approx([np.mean(fold_correct) for fold_correct in correct])
+    one_fold = probe(make_options(folder, tmp_path / "one", "fold.tsv", folds="1", **fields))
+    assert one_fold["per_fold"] == summary["per_fold"][1:2]
+    with pytest.raises(ValueError, match=r"folds must be in \['0', '1', '2'\], got \['7'\]"):
+        probe(make_options(folder, tmp_path / "none", "fold.tsv", folds="7"))
     assert not (tmp_path / "none").exists()
 
 
-def test_moments(folder, tmp_path):
-    summary = probe(options(folder, tmp_path / "run", "moments.tsv", max_seconds=1.5))
+def test_probe_frame_level_task_classifies_moments(folder, tmp_path):
+    summary = probe(make_options(folder, tmp_path / "run", "moments.tsv", max_seconds=1.5))
     assert summary["frame_level"]
     rows = predictions(tmp_path / "run")
     assert len(rows) == summary["n_test"]
     assert {row["path"] for row in rows} == {"mix3.wav", "mix7.wav"}
     assert np.mean([row["label"] == row["pred"] for row in rows]) == pytest.approx(summary["value"])
-    # 20 ms stretches of three pitches are easy, patches of 160 ms see over the edges of stretches of 100 to 300 ms
+    # Moments of three pitches are easy for log-mel. Patches of 160 ms cross the edges of tones of 100 to 300 ms.
     assert summary["log_mel_baseline"]["value"] > 0.8
     assert 0.5 < summary["value"] < summary["log_mel_baseline"]["value"]
     low, high = summary["ci95"]
     assert low <= summary["value"] <= high
     assert not (tmp_path / "run/model.safetensors").exists()
-    with pytest.raises(ValueError, match="frame-level task, for mae-ast-fast probe alone"):
-        finetune(options(folder, tmp_path / "other", "moments.tsv", FinetuneOptions))
+    with pytest.raises(ValueError, match="frame-level task: use mae-ast-fast probe"):
+        finetune(make_options(folder, tmp_path / "other", "moments.tsv", options_class=FinetuneOptions))
 
 
-def test_the_norm_begins_with_the_training_clips(folder, tmp_path, monkeypatch):
-    """Scores make sense from the first update on; validation and test clips have no part in the statistics."""
+def test_finetune_norm_starts_with_statistics_of_training_clips(folder, tmp_path, monkeypatch):
+    """Scores make sense from the first step on. The statistics exclude validation and test clips."""
     from mae_ast_fast.downstream import finetune as module
 
-    begun = []
-    monkeypatch.setattr(module._Trainer, "train", lambda trainer: begun.append(trainer) or (0.0, {"history": []}))
-    finetune(tuned(folder, tmp_path / "run", data="split.tsv", pool="bands"))
-    (trainer,) = begun
-    classifier, run, part = trainer.classifier.eval(), trainer.run, trainer.part
+    trainers = []
+    monkeypatch.setattr(module._Trainer, "train", lambda trainer: trainers.append(trainer) or (0.0, {"history": []}))
+    finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", pool="bands"))
+    (trainer,) = trainers
+    classifier, run, fold = trainer.classifier.eval(), trainer.run, trainer.fold
+    pooled = []
     with torch.no_grad():
-        parts = [classifier.encoder.encode(*classifier.encoder.features(w, n)) for w, n, *_ in run.read(part.train)]
-        x = torch.cat([pool_tokens(e, int(e.packing.clip.max()) + 1, classifier.bands) for e in parts])
+        for waveforms, num_samples, *_ in run.read(fold.train):
+            log_mel, num_frames = classifier.encoder.features(waveforms, num_samples)
+            encoded = classifier.encoder.encode(log_mel, num_frames)
+            pooled.append(pool_tokens(encoded, len(waveforms), num_bands=classifier.num_bands))
+    x = torch.cat(pooled)
     assert len(x) == 60
     assert_rounding(classifier.norm.running_mean, x.mean(0))
     expected = (x - x.mean(0)) / (x.var(0, correction=0) + NORM_EPS).sqrt()
@@ -334,64 +346,63 @@ def test_the_norm_begins_with_the_training_clips(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-7, 0.0])
-def test_a_probe_of_features_that_hardly_differ_predicts_what_it_said(folder, tmp_path, size):
-    """Some columns of nearly no variance beside ordinary ones: the saved norm is the one that was fitted."""
+def test_predict_probe_of_nearly_constant_features_gives_its_predictions(folder, tmp_path, size):
+    """Some columns have almost no variance: the saved norm is the fitted one."""
     model = mae_ast()
     with torch.no_grad():
         model.encoder.norm.weight[:8] *= size
         model.encoder.norm.bias[:8] = 3.0
     model.save_pretrained(tmp_path / "model")
-    probe(options(folder, tmp_path / "run", checkpoint=str(tmp_path / "model")))
+    probe(make_options(folder, tmp_path / "run", checkpoint=str(tmp_path / "model")))
     classifier = AudioClassifier.from_pretrained(tmp_path / "run")
     for row in predictions(tmp_path / "run")[:5]:
-        told = [float(row[f"prob_{label}"]) for label in classifier.labels]
-        assert classifier.classify_file(folder / row["path"]).tolist() == pytest.approx(told, abs=PROBABILITY)
+        expected = [float(row[f"prob_{label}"]) for label in classifier.labels]
+        assert classifier.classify_file(folder / row["path"]).tolist() == pytest.approx(expected, abs=PROBABILITY)
 
 
-def test_a_clip_alone_in_a_batch_waits(folder, tmp_path, capsys):
+def test_finetune_single_leftover_clip_is_skipped(folder, tmp_path, capsys):
     rows = (folder / "split.tsv").read_text().splitlines()
     kept = [row for row in rows if not row.endswith("train")] + [row for row in rows if row.endswith("train")][:7]
     (folder / "seven.tsv").write_text("\n".join(kept) + "\n")
-    seven = tuned(folder, tmp_path / "run", data="seven.tsv", batch_size=3, epochs=2)
-    finetune(seven)
+    finetune(finetune_options(folder, tmp_path / "run", data="seven.tsv", batch_size=3, epochs=2))
     assert "2/2" in capsys.readouterr().out
     (folder / "one.tsv").write_text("\n".join(kept[:-6]) + "\n")
     with pytest.raises(ValueError, match="expected at least two training clips with audio, the split has 1"):
-        finetune(tuned(folder, tmp_path / "one", data="one.tsv"))
+        finetune(finetune_options(folder, tmp_path / "one", data="one.tsv"))
 
 
-def test_labels_that_the_font_lacks():
+def test_drawable_missing_glyphs_become_words():
     from mae_ast_fast.downstream.figures import _drawable
 
     labels = ("a b", "ü", "\u3105", "x\u3113", "\U0010fffe")
     assert [_drawable(label) for label in labels] == ["a b", "ü", "B", "x ZH", "U+10FFFE"]
 
 
-def test_a_run_notes_what_a_table_leaves_open(folder, tmp_path):
+def test_probe_incomplete_manifest_gives_notes(folder, tmp_path):
     rows = (folder / "split.tsv").read_text().splitlines()
     rows_open = [row for row in rows if "high\ttrain" not in row]
     text = "\n".join(rows_open).replace("high\tvalid", "high\ttest").replace("valid", "train")
     (folder / "open.tsv").write_text(text + "\n")
-    notes = probe(options(folder, tmp_path / "run", "open.tsv"))["notes"]
-    assert any(note.startswith("no clip is of split valid: ") for note in notes)
-    assert "tested without a training clip in the split: high" in notes
+    notes = probe(make_options(folder, tmp_path / "run", "open.tsv"))["notes"]
+    assert any(note.startswith("no clip has split valid: ") for note in notes)
+    assert "classes without training clips in the split, tested: high" in notes
     rare = [r.replace("middle", "odd") if r.endswith("valid") else r for r in rows]
     few = [r for i, r in enumerate(rare) if i == 0 or not r.endswith("test") or i < 40]
     (folder / "odd.tsv").write_text("\n".join(few) + "\n")
-    notes = probe(options(folder, tmp_path / "odd", "odd.tsv"))["notes"]
-    assert "in validation clips alone, without a training clip in the split: odd" in notes
-    assert "9 test clips: too few for the interval to be true to its name" in notes
+    notes = probe(make_options(folder, tmp_path / "odd", "odd.tsv"))["notes"]
+    assert "classes without training clips in the split, only in validation clips: odd" in notes
+    assert "9 test clips: too few for a reliable interval" in notes
     both = "\n".join([rows[0] + "\tfold", *(f"{row}\t{i % 3}" for i, row in enumerate(rows[1:]))])
     (folder / "both.tsv").write_text(both + "\n")
-    notes = probe(options(folder, tmp_path / "both", "both.tsv"))["notes"]
-    assert "the column fold is taken, the column split is not" in notes
-    assert probe(options(folder, tmp_path / "plain"))["notes"] == []
+    notes = probe(make_options(folder, tmp_path / "both", "both.tsv"))["notes"]
+    assert "the column fold is used, the column split is ignored" in notes
+    assert probe(make_options(folder, tmp_path / "plain"))["notes"] == []
 
 
-def test_several_labels(folder, tmp_path):
+def test_runs_several_labels_report_mean_average_precision(folder, tmp_path):
     for name, run in (("probe", probe), ("tuned", finetune)):
-        more = {"of": FinetuneOptions, "epochs": 12, "lr": 5e-3, "mixup": 0.3} if run is finetune else {}
-        summary = run(options(folder, tmp_path / name, "several.tsv", **more))
+        fields = {"options_class": FinetuneOptions, "epochs": 12, "lr": 5e-3, "mixup": 0.3} if run is finetune else {}
+        summary = run(make_options(folder, tmp_path / name, "several.tsv", **fields))
         assert summary["metric"] == "map"
         assert summary["multi_label"]
         assert summary["value"] > 0.8
@@ -399,20 +410,20 @@ def test_several_labels(folder, tmp_path):
         assert {row["label"] for row in rows} == {"low", "high;upper", "middle;upper"}
         assert not (tmp_path / name / "confusion.png").exists()
         assert (tmp_path / name / "average_precision.png").stat().st_size > 0
-        shown = task_summary(summary, str(tmp_path / name)).splitlines()[-2].partition(": ")[2].split(", ")
-        assert all((tmp_path / name / file).exists() for file in shown) and len(shown) == 3 + (run is finetune)
+        listed = task_summary(summary, str(tmp_path / name)).splitlines()[-2].partition(": ")[2].split(", ")
+        assert all((tmp_path / name / file).exists() for file in listed) and len(listed) == 3 + (run is finetune)
     assert AudioClassifier.from_pretrained(tmp_path / "tuned").multi_label
 
 
-def tuned(folder: Path, out: Path, **more) -> FinetuneOptions:
-    easy = {"layer_decay": 1.0, "label_smoothing": 0.0, "freq_mask": 8, "time_mask": 0.1}
-    given = {"epochs": 8, "lr": 5e-3, "batch_size": 4, "data": "fold.tsv", **easy, **more}
-    return options(folder, out, of=FinetuneOptions, **given)
+def finetune_options(folder: Path, out: Path, **fields) -> FinetuneOptions:
+    regularisation = {"layer_decay": 1.0, "label_smoothing": 0.0, "freq_mask": 8, "time_mask": 0.1}
+    defaults = {"epochs": 8, "lr": 5e-3, "batch_size": 4, "data": "fold.tsv", **regularisation}
+    return make_options(folder, out, options_class=FinetuneOptions, **{**defaults, **fields})
 
 
-def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, capsys):
-    given = tuned(folder, tmp_path / "run")
-    summary = finetune(given)
+def test_finetune_second_start_keeps_finished_folds(folder, tmp_path, capsys):
+    options = finetune_options(folder, tmp_path / "run")
+    summary = finetune(options)
     assert summary["value"] > 0.8
     assert len(summary["per_fold"]) == 3
     for name in (
@@ -432,107 +443,107 @@ def test_fine_tuning_goes_on_with_the_folds_that_are_not_done(folder, tmp_path, 
     (tmp_path / "run/fold_0/state.safetensors").write_text("killed before it was removed")
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
         file.write('{"fold": "1", "ep')  # killed there
-    again = finetune(dataclasses.replace(given, data=os.path.relpath(given.data)))
-    said = capsys.readouterr().out
-    assert "fold_0 is done" in said
-    assert "fold_1 is done" not in said
+    again = finetune(dataclasses.replace(options, data=os.path.relpath(options.data)))
+    output = capsys.readouterr().out
+    assert "fold_0 is done" in output
+    assert "fold_1 is done" not in output
     assert not list((tmp_path / "run").rglob("*state*"))
     assert again.pop("seconds") > 1000.0 > summary.pop("seconds") > done["seconds"] > 0.0
     assert again == summary
-    told = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert sorted((row["fold"], row["epoch"]) for row in told) == [(f, e) for f in "012" for e in range(1, 9)]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sorted((row["fold"], row["epoch"]) for row in rows) == [(f, e) for f in "012" for e in range(1, 9)]
     with pytest.raises(ValueError, match="holds a run with another lr: choose another --out"):
-        finetune(dataclasses.replace(given, lr=1e-3))
+        finetune(dataclasses.replace(options, lr=1e-3))
 
 
 @pytest.mark.parametrize("stop", [2, 7, 10, 22])
-def test_a_stopped_round_goes_on_where_it_stood(folder, tmp_path, monkeypatch, capsys, stop):
-    """In the first epoch, at an epoch's first update, in a later one, in the next fold: as if nothing had happened."""
+def test_finetune_interrupted_fold_resumes_with_same_results(folder, tmp_path, monkeypatch, capsys, *, stop):
+    """Stops in the first epoch, at an epoch's first step, in a later epoch, in the next fold."""
     from mae_ast_fast.downstream import finetune as module
 
     mae_ast(dropout=0.2).save_pretrained(tmp_path / "model")
-    more = {"checkpoint": str(tmp_path / "model"), "epochs": 2, "batch_size": 6, "mixup": 0.5, "balanced": True}
-    undisturbed = finetune(tuned(folder, tmp_path / "undisturbed", folds="0,2", **more))
+    fields = {"checkpoint": str(tmp_path / "model"), "epochs": 2, "batch_size": 6, "mixup": 0.5, "balanced": True}
+    expected = finetune(finetune_options(folder, tmp_path / "expected", folds="0,2", **fields))
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
-    real, made = module._Trainer._update, []
+    original_update, batches = module._Trainer._update, []
 
     def update(trainer, clips):
-        if len(made) == stop:
-            made.append("stopped")
+        if len(batches) == stop:
+            batches.append("stopped")
             raise KeyboardInterrupt
-        made.append(clips)
-        return real(trainer, clips)
+        batches.append(clips)
+        return original_update(trainer, clips)
 
     monkeypatch.setattr(module._Trainer, "_update", update)
-    given = tuned(folder, tmp_path / "run", folds="0,2", **more)
+    options = finetune_options(folder, tmp_path / "run", folds="0,2", **fields)
     with pytest.raises(KeyboardInterrupt):
-        finetune(given)
+        finetune(options)
     with pytest.raises(ValueError, match="holds a run with another lr"):
-        finetune(dataclasses.replace(given, lr=1e-3))
+        finetune(dataclasses.replace(options, lr=1e-3))
     (path,) = (tmp_path / "run").glob("*/state.safetensors")
     with safe_open(path, "pt") as file:
-        told = json.loads(file.metadata()["told"])
+        progress = json.loads(file.metadata()["told"])
         tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-    save_file(tensors, path, {"told": json.dumps({**told, "seconds": told["seconds"] + 1000.0})})
-    again = finetune(given)
+    save_file(tensors, path, {"told": json.dumps({**progress, "seconds": progress["seconds"] + 1000.0})})
+    again = finetune(options)
     assert again["seconds"] > 1000.0
-    kept = [json.loads(path.read_text())["seconds"] for path in (tmp_path / "run").glob("*/result.json")]
-    assert sorted(seconds > 1000.0 for seconds in kept) == [False, True]
-    assert len(made) == 1 + 2 * 2 * 7, "no update was made twice"
-    assert f"goes on after update {stop % 14} of 14" in capsys.readouterr().out
-    assert undisturbed | {"seconds": 0} == again | {"seconds": 0}
+    fold_seconds = [json.loads(path.read_text())["seconds"] for path in (tmp_path / "run").glob("*/result.json")]
+    assert sorted(seconds > 1000.0 for seconds in fold_seconds) == [False, True]
+    assert len(batches) == 1 + 2 * 2 * 7, "a step was repeated"
+    assert f"resumes after step {stop % 14} of 14" in capsys.readouterr().out
+    assert expected | {"seconds": 0} == again | {"seconds": 0}
     for name in ("metrics.jsonl", "predictions.csv", "model.safetensors", "fold_0/model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
     assert not list((tmp_path / "run").rglob("state*"))
 
 
-def test_every_epoch_and_update_draws_anew(folder, tmp_path, monkeypatch):
+def test_finetune_epochs_and_steps_draw_different_numbers(folder, tmp_path, monkeypatch):
     from mae_ast_fast.downstream import finetune as module
 
-    seeds, real = [], module._Trainer._draw_from
+    seeds, original_reseed = [], module._Trainer._reseed
 
-    def draw_from(trainer, place):
-        real(trainer, place)
+    def reseed(trainer, position):
+        original_reseed(trainer, position)
         seeds.append((trainer.generator.initial_seed(), torch.initial_seed(), trainer.rng.random()))
 
-    monkeypatch.setattr(module._Trainer, "_draw_from", draw_from)
-    finetune(tuned(folder, tmp_path / "run", folds="0,2", epochs=2, batch_size=20))
-    draws = 2 * 2 * (1 + 2)  # folds, epochs, an order and two updates
+    monkeypatch.setattr(module._Trainer, "_reseed", reseed)
+    finetune(finetune_options(folder, tmp_path / "run", folds="0,2", epochs=2, batch_size=20))
+    draws = 2 * 2 * (1 + 2)  # folds, epochs, an order and two steps
     assert [len(set(column)) for column in zip(*seeds, strict=True)] == [draws] * 3
     assert len(seeds) == draws
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stop", [3, 8, 11, 16])
-def test_a_signal_ends_an_update_and_is_no_loss(folder, tmp_path, monkeypatch, capsys, number, stop):
-    """In the first epoch, in its last update, in the next epoch, in its last: as if nothing had happened."""
+def test_finetune_signal_saves_and_resumes_with_same_results(folder, tmp_path, monkeypatch, capsys, *, number, stop):
+    """Stops in the first epoch, in its last step, in the next epoch, in the last step of that."""
     from mae_ast_fast.downstream import finetune as module
 
     line = ["--data", f"{folder}/split.tsv", "--checkpoint", f"{folder}/mae_ast", "--cache", f"{folder}/cache"]
     line = ["finetune", *line, "--epochs", "2", "--batch-size", "8", "--lr", "5e-3"]
-    assert cli.main([*line, "--out", f"{tmp_path}/undisturbed"]) == 0
-    real, made = module._Trainer._update, []
+    assert cli.main([*line, "--out", f"{tmp_path}/expected"]) == 0
+    original_update, batches = module._Trainer._update, []
 
     def update(trainer, clips):
-        made.append(clips)
-        if len(made) == stop:
+        batches.append(clips)
+        if len(batches) == stop:
             signal.raise_signal(number)
-        return real(trainer, clips)
+        return original_update(trainer, clips)
 
     monkeypatch.setattr(module._Trainer, "_update", update)
-    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGINT)]
     assert cli.main([*line, "--out", f"{tmp_path}/run"]) == 128 + number
-    assert before == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    assert len(made) == stop
-    told = f"mae-ast-fast finetune: stopped by {number.name}; saved {tmp_path}/run/split/state.safetensors"
-    assert told in capsys.readouterr().err
+    assert handlers == [signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGINT)]
+    assert len(batches) == stop
+    message = f"mae-ast-fast finetune: stopped by {number.name}; saved {tmp_path}/run/split/state.safetensors"
+    assert message in capsys.readouterr().err
     assert cli.main([*line, "--out", f"{tmp_path}/run"]) == 0
-    assert len(made) == 2 * 8
+    assert len(batches) == 2 * 8
     for name in ("metrics.jsonl", "predictions.csv", "model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
 
 
-def test_a_signal_where_nothing_can_be_saved(folder, tmp_path, monkeypatch, capsys):
+def test_finetune_signal_on_full_disk_stops_without_state(folder, tmp_path, monkeypatch, capsys):
     from mae_ast_fast.downstream import finetune as module
 
     def full(*_):
@@ -542,25 +553,25 @@ def test_a_signal_where_nothing_can_be_saved(folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(Interrupted, match="stopped by SIGINT; nothing could be saved") as stopped:
-        finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
+        finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=1))
     assert stopped.value.exit_code == 130
     assert "No space left on device" in capsys.readouterr().out
 
 
-def test_fine_tuning_outside_the_main_thread(folder, tmp_path):
-    """Where Python lets nobody handle signals."""
-    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1)
+def test_finetune_outside_main_thread_runs(folder, tmp_path):
+    """Python handles signals in the main thread only."""
+    options = finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=1)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(finetune, given).result()["value"] > 0.3
+        assert pool.submit(finetune, options).result()["value"] > 0.3
 
 
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("run", [probe, finetune])
-def test_two_runs_in_one_folder(folder, tmp_path, run, begun):
-    more = {"of": FinetuneOptions, "epochs": 1} if run is finetune else {}
-    given = options(folder, tmp_path / "run", **more)
-    if begun:
-        run(given)
+def test_runs_same_folder_at_once_raise(folder, tmp_path, run, resumed):
+    fields = {"options_class": FinetuneOptions, "epochs": 1} if run is finetune else {}
+    options = make_options(folder, tmp_path / "run", **fields)
+    if resumed:
+        run(options)
     holder = "import sys; from mae_ast_fast.training.lifecycle import run_lock; from pathlib import Path\n"
     holder += "with run_lock(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
     with subprocess.Popen(
@@ -568,56 +579,56 @@ def test_two_runs_in_one_folder(folder, tmp_path, run, begun):
     ) as process:
         assert process.stdout.readline() == b"has it\n"
         with pytest.raises(ValueError, match="a run is going on in"):
-            run(given)
+            run(options)
         process.stdin.close()
         process.wait()
-    run(given)
+    run(options)
 
 
 @pytest.fixture
 def stopped(folder, tmp_path, monkeypatch) -> FinetuneOptions:
-    """Of a run that was stopped before its third update, of five."""
+    """Options of a run that was stopped before its third step of five."""
     from mae_ast_fast.downstream import finetune as module
 
-    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1, batch_size=12)
-    real = module._Trainer._update
+    options = finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=1, batch_size=12)
+    original_update = module._Trainer._update
 
     def update(trainer, clips):
         if trainer.step == 2:
             raise KeyboardInterrupt
-        return real(trainer, clips)
+        return original_update(trainer, clips)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_SAVE_SECONDS", -1.0)
         patch.setattr(module._Trainer, "_update", update)
         with pytest.raises(KeyboardInterrupt):
-            finetune(given)
-    return given
+            finetune(options)
+    return options
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "message"),
     [
         ("cut", "is damaged"),
         ("bit", "is damaged (its checksum differs)"),
-        ("none", "the split goes on after update 2 of 5"),
+        ("none", "the split resumes after step 2 of 5"),
     ],
 )
-def test_a_state_that_does_not_serve(stopped, capsys, harm, told):
+def test_finetune_damaged_state_starts_again(stopped, capsys, damage, message):
     path = Path(stopped.out) / "split/state.safetensors"
     content = bytearray(path.read_bytes())
-    if harm == "bit":
+    if damage == "bit":
         content[-1] ^= 1
-    path.write_bytes(content[:-100] if harm == "cut" else content)
+    path.write_bytes(content[:-100] if damage == "cut" else content)
     (path.parent / ".state.partial.safetensors").write_text("killed while it was written")
     assert finetune(stopped)["value"] > 0.3
-    said = capsys.readouterr().out
-    assert told in said
-    assert ("the split begins anew" in said) == (harm != "none")
+    output = capsys.readouterr().out
+    assert message in output
+    assert ("the split starts again" in output) == (damage != "none")
     assert not list(Path(stopped.out).rglob("*state*"))
 
 
-def test_a_state_that_cannot_be_written_does_not_end_a_run(folder, tmp_path, monkeypatch, capsys):
+def test_finetune_unwritable_state_keeps_training(folder, tmp_path, monkeypatch, capsys):
     from mae_ast_fast.downstream import finetune as module
 
     def full(*_):
@@ -625,45 +636,47 @@ def test_a_state_that_cannot_be_written_does_not_end_a_run(folder, tmp_path, mon
 
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
     monkeypatch.setattr(module, "save_file", full)
-    assert finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))["value"] > 0.3
+    assert finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=1))["value"] > 0.3
     assert "state.safetensors cannot be written (No space left on device)" in capsys.readouterr().out
 
 
-def test_a_run_that_is_stopped_in_its_test_goes_on_there(folder, tmp_path, monkeypatch, capsys):
+def test_finetune_stopped_in_test_resumes_there(folder, tmp_path, monkeypatch, capsys):
     from mae_ast_fast.downstream.run import Run
 
-    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=2)
+    options = finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=2)
     with monkeypatch.context() as patch:
         patch.setattr(AudioClassifier, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            finetune(given)
-    evaluated, real = [], Run.probabilities
-    monkeypatch.setattr(Run, "probabilities", lambda run, *rest: evaluated.append(0) or real(run, *rest))
-    assert len(finetune(given)["chosen"]) == 1
-    assert len(evaluated) == 1
-    assert "goes on after update 30 of 30" in capsys.readouterr().out
+            finetune(options)
+    calls, original = [], Run.probabilities
+    monkeypatch.setattr(Run, "probabilities", lambda run, *args: calls.append(0) or original(run, *args))
+    assert len(finetune(options)["chosen"]) == 1
+    assert len(calls) == 1
+    assert "resumes after step 30 of 30" in capsys.readouterr().out
 
 
-def test_the_norm_of_many_clips_begins_with_a_sample(folder, tmp_path, monkeypatch):
+def test_finetune_norm_of_many_clips_starts_with_a_sample(folder, tmp_path, monkeypatch):
     from mae_ast_fast.downstream import finetune as module
     from mae_ast_fast.downstream import probe as probe_module
 
-    seen, real = [], probe_module.encoder_features
-    monkeypatch.setattr(module, "encoder_features", lambda run, clips: seen.append(clips) or real(run, clips))
+    calls, original = [], probe_module.encoder_features
+    monkeypatch.setattr(module, "encoder_features", lambda run, clips: calls.append(clips) or original(run, clips))
     monkeypatch.setattr(module, "_NORM_CLIPS", 20)
-    finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
-    assert len(set(seen[0])) == len(seen[0]) == 20
+    finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=1))
+    assert len(set(calls[0])) == len(calls[0]) == 20
 
 
 @pytest.mark.parametrize("run", [probe, finetune])
 @pytest.mark.parametrize("changed", ["label", "labels", "splits", "recording", "weights"])
-def test_results_of_other_data_are_not_overwritten(folder, tmp_path, run, changed):
-    """Under the same options: what they name has changed since."""
+def test_runs_changed_data_behind_same_options_raise(folder, tmp_path, run, changed):
+    """The content of the files that the options name has changed since the first run."""
     mae_ast().save_pretrained(tmp_path / "model")
     shutil.copytree(folder, tmp_path / "set")
-    more = {"of": FinetuneOptions, "epochs": 1} if run is finetune else {}
-    given = options(tmp_path / "set", tmp_path / "run", "split.tsv", checkpoint=str(tmp_path / "model"), **more)
-    made = run(given)
+    fields = {"options_class": FinetuneOptions, "epochs": 1} if run is finetune else {}
+    options = make_options(
+        tmp_path / "set", tmp_path / "run", "split.tsv", checkpoint=str(tmp_path / "model"), **fields
+    )
+    summary = run(options)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     if changed == "label":
         table = tmp_path / "set/split.tsv"
@@ -685,159 +698,165 @@ def test_results_of_other_data_are_not_overwritten(folder, tmp_path, run, change
         next(other.encoder.parameters()).data.mul_(1.5)
         other.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="a run of other clips, labels, audio or weights: choose another --out"):
-        run(given)
+        run(options)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     (tmp_path / "run/summary.json").unlink()
     for result in (tmp_path / "run").glob("*/result.json"):
         result.unlink()
-    again = run(given)
-    assert again.keys() == made.keys()
+    assert run(options).keys() == summary.keys()
 
 
 @pytest.mark.parametrize("save_seconds", [300.0, -1.0])
-def test_a_start_that_fails_leaves_the_folder_free(folder, tmp_path, monkeypatch, save_seconds):
+def test_finetune_diverged_run_leaves_folder_free(folder, tmp_path, monkeypatch, save_seconds):
     from mae_ast_fast.downstream import finetune as module
 
     monkeypatch.setattr(module, "_SAVE_SECONDS", save_seconds)
-    made, real = [], module._Trainer._update
-    monkeypatch.setattr(module._Trainer, "_update", lambda *of: made.append(1) or real(*of))
-    given = tuned(folder, tmp_path / "run", data="split.tsv", lr=1e30, layer_decay=1.0, clip_norm=1e30)
+    steps, original_update = [], module._Trainer._update
+    monkeypatch.setattr(module._Trainer, "_update", lambda *args: steps.append(1) or original_update(*args))
+    options = finetune_options(folder, tmp_path / "run", data="split.tsv", lr=1e30, layer_decay=1.0, clip_norm=1e30)
     with pytest.raises(ValueError, match="the loss became"):
-        finetune(given)
-    assert (len(made) < 15) == (save_seconds < 0), (
-        "a state is not written of what is lost, and an epoch not gone through"
-    )
-    finetune(dataclasses.replace(given, lr=1e-3, clip_norm=1.0, epochs=1))
+        finetune(options)
+    assert (len(steps) < 15) == (save_seconds < 0), "a save must notice the divergence before the epoch ends"
+    finetune(dataclasses.replace(options, lr=1e-3, clip_norm=1.0, epochs=1))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--out must be a folder"):
-        probe(options(folder, tmp_path / "file"))
+        probe(make_options(folder, tmp_path / "file"))
 
 
 @pytest.mark.parametrize("run", [probe, finetune])
-def test_one_label_or_none(folder, tmp_path, run):
-    """A detector: some clips have the label, the others none."""
+def test_runs_single_label_task_is_scored(folder, tmp_path, run):
+    """A detector: some clips have the label, the others have none."""
     rows = (folder / "split.tsv").read_text().replace("middle", "").replace("high", "")
     (folder / "low.tsv").write_text(rows)
-    more = {"of": FinetuneOptions, "epochs": 1} if run is finetune else {}
-    summary = run(options(folder, tmp_path / "run", "low.tsv", multi_label=True, **more))
+    fields = {"options_class": FinetuneOptions, "epochs": 1} if run is finetune else {}
+    summary = run(make_options(folder, tmp_path / "run", "low.tsv", multi_label=True, **fields))
     assert summary["classes"] == 1
     low, high = summary["ci95"]
     assert 0.0 <= low <= summary["value"] <= high <= 1.0
     (folder / "none.tsv").write_text("\n".join(row.replace("low\tvalid", "\tvalid") for row in rows.splitlines()))
-    with pytest.raises(ValueError, match="no valid clip of the split has any label"):
-        run(options(folder, tmp_path / "none", "none.tsv", multi_label=True, **more))
+    with pytest.raises(ValueError, match="no valid clip of the split has a label"):
+        run(make_options(folder, tmp_path / "none", "none.tsv", multi_label=True, **fields))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
-        ({"folds": "1"}, r"folds are of tables with a column fold, got '1' for .*split\.tsv"),
+        ({"folds": "1"}, r"folds needs a manifest with a column fold, got '1' for .*split\.tsv"),
         ({"cache": "FILE"}, r"cache must be a folder, got the file .*split\.tsv"),
         ({"checkpoint": "WEIGHTS"}, r"the folder of model\.safetensors and its config\.json, got the file"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_made(folder, tmp_path, wrong, message):
-    places = {"FILE": str(folder / "split.tsv"), "WEIGHTS": str(folder / "mae_ast/model.safetensors")}
-    wrong = {name: places.get(value, value) for name, value in wrong.items()}
+def test_probe_wrong_options_raise_before_output(folder, tmp_path, wrong, message):
+    paths = {"FILE": str(folder / "split.tsv"), "WEIGHTS": str(folder / "mae_ast/model.safetensors")}
+    wrong = {name: paths.get(value, value) for name, value in wrong.items()}
     with pytest.raises(ValueError, match=message):
-        probe(options(folder, tmp_path / "run", **wrong))
+        probe(make_options(folder, tmp_path / "run", **wrong))
     assert not (tmp_path / "run").exists()
 
 
-def test_intervals_hold_the_value():
+def test_bootstrap_ci_contains_the_value():
     rng = np.random.default_rng(0)
     targets = rng.random((400, 20)) < 0.02
     p = (0.3 * targets + rng.random((400, 20))).astype(np.float32)
     value = score("map", p, targets, True)
-    low, high = interval(lambda rows: score("map", p[rows], targets[rows], True), [np.arange(400)], costly=p.size * 40)
+    low, high = bootstrap_ci(
+        lambda rows: score("map", p[rows], targets[rows], True), [np.arange(400)], num_sorted=p.size * 40
+    )
     assert low < value < high
-    either = interval(lambda rows: 1.0 if rows.max() < 4 else float("nan"), [np.arange(4), np.arange(4, 8)])
-    assert either == (1.0, 1.0)  # a fold without the class says nothing of it
-    # What is drawn twice biases a statistic, such as the share of different clips: of all of them it is 1.
-    low, high = interval(lambda rows: len(np.unique(rows)) / 4, [np.arange(4)])
+    interval = bootstrap_ci(lambda rows: 1.0 if rows.max() < 4 else float("nan"), [np.arange(4), np.arange(4, 8)])
+    assert interval == (1.0, 1.0)  # a fold without the class is ignored
+    # Clips that are drawn twice bias a statistic, such as the share of distinct clips, which is 1 for all of them.
+    low, high = bootstrap_ci(lambda rows: len(np.unique(rows)) / 4, [np.arange(4)])
     assert low < 1.0 < high
-    low, high = interval(lambda rows: float("nan"), [np.arange(4)])
+    low, high = bootstrap_ci(lambda rows: float("nan"), [np.arange(4)])
     assert np.isnan(low) and np.isnan(high)
 
 
-def test_probabilities_that_are_not_finite_have_no_score(folder, tmp_path, monkeypatch):
-    """Of the last update's weights, whose loss nobody has seen; the folder stays free."""
+def test_finetune_probabilities_not_finite_raise(folder, tmp_path, monkeypatch):
+    """The last step's weights have no loss that could reveal it. The folder stays free."""
     from mae_ast_fast.downstream import finetune as module
     from mae_ast_fast.downstream.run import Run
 
-    given = tuned(folder, tmp_path / "run", data="split.tsv", epochs=1, batch_size=60, lr=1e30, clip_norm=1e30)
+    options = finetune_options(
+        folder, tmp_path / "run", data="split.tsv", epochs=1, batch_size=60, lr=1e30, clip_norm=1e30
+    )
     monkeypatch.setattr(module, "_SAVE_SECONDS", -1.0)
     with pytest.raises(ValueError, match=r"validation probabilities that are not finite in epoch 1 .*smaller --lr"):
-        finetune(given)
-    given = dataclasses.replace(given, lr=1e-3, clip_norm=1.0)
-    real = Run.probabilities
+        finetune(options)
+    options = dataclasses.replace(options, lr=1e-3, clip_norm=1.0)
+    original = Run.probabilities
+    test = [i for i in range(120) if i // 3 % 4 == 3]
+
+    def probabilities(run, classifier, clips):
+        return original(run, classifier, clips) * (1 if clips != test else np.nan)
+
     with monkeypatch.context() as patch:
-        test = [i for i in range(120) if i // 3 % 4 == 3]
-        patch.setattr(
-            Run, "probabilities", lambda run, of, clips: real(run, of, clips) * (1 if clips != test else np.nan)
-        )
+        patch.setattr(Run, "probabilities", probabilities)
         with pytest.raises(ValueError, match="the probabilities of the split are not finite"):
-            finetune(given)
+            finetune(options)
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def test_labels_of_folds_are_drawn_as_the_mean_over_folds(folder, tmp_path, monkeypatch):
+def test_average_precision_plot_uses_fold_mean(folder, tmp_path, monkeypatch):
     from mae_ast_fast.downstream import figures as figures_module
 
     drawn = []
-    monkeypatch.setattr(figures_module, "plot_labels", lambda precisions, *rest: drawn.append(precisions))
+    monkeypatch.setattr(figures_module, "plot_labels", lambda precisions, *args, **options: drawn.append(precisions))
     rows = (folder / "fold.tsv").read_text().splitlines()
     rows = [rows[0], *(row.replace("middle", "middle;odd") if row.endswith("\t1") else row for row in rows[1:])]
     (folder / "odd_fold.tsv").write_text("\n".join(rows) + "\n")
-    summary = probe(options(folder, tmp_path / "run", "odd_fold.tsv", multi_label=True))
-    known = {name: value for name, value in zip(["high", "low", "middle", "odd"], drawn[0], strict=True)}
-    assert np.isfinite(list(known.values())).all()
-    found = predictions(tmp_path / "run")
+    summary = probe(make_options(folder, tmp_path / "run", "odd_fold.tsv", multi_label=True))
+    drawn_precisions = dict(zip(["high", "low", "middle", "odd"], drawn[0], strict=True))
+    assert np.isfinite(list(drawn_precisions.values())).all()
+    predicted = predictions(tmp_path / "run")
     fold_of = {row.split("\t")[0]: row.split("\t")[2] for row in rows[1:]}
-    of_folds = {fold: [] for fold in "012"}
-    for name, value in known.items():
-        each = []
-        for fold, values in of_folds.items():
-            of = [row for row in found if fold_of[row["path"]] == fold]
-            y = np.array([[name in row["label"].split(";")] for row in of])
+    precisions_by_fold = {fold: [] for fold in "012"}
+    for name, drawn_precision in drawn_precisions.items():
+        precisions = []
+        for fold, fold_precisions in precisions_by_fold.items():
+            fold_rows = [row for row in predicted if fold_of[row["path"]] == fold]
+            y = np.array([[name in row["label"].split(";")] for row in fold_rows])
             if y.any():
-                each.append(average_precisions(np.array([[float(row[f"prob_{name}"])] for row in of], np.float32), y))
-                values.append(each[-1])
-        assert value == pytest.approx(np.mean(each), abs=1e-4)
-    assert [np.mean(values) for values in of_folds.values()] == pytest.approx(summary["per_fold"], abs=1e-4)
+                p = np.array([[float(row[f"prob_{name}"])] for row in fold_rows], np.float32)
+                precisions.append(average_precisions(p, y))
+                fold_precisions.append(precisions[-1])
+        assert drawn_precision == pytest.approx(np.mean(precisions), abs=1e-4)
+    fold_means = [np.mean(fold_precisions) for fold_precisions in precisions_by_fold.values()]
+    assert fold_means == pytest.approx(summary["per_fold"], abs=1e-4)
 
 
-def test_a_folder_of_pretraining_is_left_alone(folder, tmp_path):
+def test_runs_pretraining_folder_raises(folder, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     for run in (probe, finetune):
-        given = options(folder, tmp_path / "run", of=FinetuneOptions if run is finetune else ProbeOptions)
+        options_class = FinetuneOptions if run is finetune else ProbeOptions
+        options = make_options(folder, tmp_path / "run", options_class=options_class)
         with pytest.raises(ValueError, match="already holds a model or a pretraining run: choose another --out"):
-            run(given)
+            run(options)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
-    probe(options(folder, tmp_path / "probe"))
+    probe(make_options(folder, tmp_path / "probe"))
     with pytest.raises(ValueError, match="is the folder of a probe or fine-tuning: choose another --out"):
         pretrain(PretrainOptions(data=folder, out=tmp_path / "probe", cache=folder / "cache"))
 
 
-def test_another_run_that_was_there_first(folder, tmp_path, monkeypatch):
-    """It began and ended while this one read its audio: what it made is not taken for ours."""
+def test_finetune_other_run_finished_meanwhile_raises(folder, tmp_path, monkeypatch):
+    """The other run starts and ends while this one reads its audio. Its results are not mistaken for ours."""
     from mae_ast_fast.downstream import run as downstream
 
-    real, first = downstream.Waveforms, []
+    original, calls = downstream.Waveforms, []
 
-    def waveforms(*inputs):
-        if not first:
-            first.append(1)
-            finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=1))
-        return real(*inputs)
+    def waveforms(*args):
+        if not calls:
+            calls.append(1)
+            finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=1))
+        return original(*args)
 
     monkeypatch.setattr(downstream, "Waveforms", waveforms)
     with pytest.raises(ValueError, match="holds a run with another epochs: choose another --out"):
-        finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=2))
+        finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=2))
 
 
-def test_a_killed_start_leaves_no_rows(folder, tmp_path, monkeypatch):
+def test_finetune_killed_start_leaves_no_rows(folder, tmp_path, monkeypatch):
     from mae_ast_fast.downstream import finetune as module
 
     def killed(*_):
@@ -846,48 +865,48 @@ def test_a_killed_start_leaves_no_rows(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module._Trainer, "_save", killed)  # after the first epoch
         with pytest.raises(KeyboardInterrupt):
-            finetune(tuned(folder, tmp_path / "run", folds="0", epochs=1, lr=1e-2))
+            finetune(finetune_options(folder, tmp_path / "run", folds="0", epochs=1, lr=1e-2))
     assert (tmp_path / "run/metrics.jsonl").read_text()
-    finetune(tuned(folder, tmp_path / "run", folds="1", epochs=1))
-    told = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["fold"] for row in told] == ["1"]
+    finetune(finetune_options(folder, tmp_path / "run", folds="1", epochs=1))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["fold"] for row in rows] == ["1"]
 
 
-def test_results_of_an_earlier_version(folder, tmp_path):
-    probe(options(folder, tmp_path / "run"))
+def test_probe_results_of_earlier_version_raise(folder, tmp_path):
+    probe(make_options(folder, tmp_path / "run"))
     path = tmp_path / "run/task_options.json"
-    known = json.loads(path.read_text())
-    known.pop("content")
-    path.write_text(json.dumps(known))
+    written = json.loads(path.read_text())
+    written.pop("content")
+    path.write_text(json.dumps(written))
     with pytest.raises(ValueError, match="holds a run of an earlier version: choose another --out"):
-        probe(options(folder, tmp_path / "run"))
+        probe(make_options(folder, tmp_path / "run"))
     path.write_text("null")
     with pytest.raises(ValueError, match="holds a run with another mode"):
-        probe(options(folder, tmp_path / "run"))
+        probe(make_options(folder, tmp_path / "run"))
 
 
-def test_names_that_look_like_formulas(folder, tmp_path):
+def test_figures_names_like_formulas_are_drawn(folder, tmp_path):
     for name in ("split", "several"):
         shutil.copy(folder / f"{name}.tsv", folder / f"{name}$_$.tsv")
-        assert probe(options(folder, tmp_path / name, f"{name}$_$.tsv"))["value"] > 0.3
+        assert probe(make_options(folder, tmp_path / name, f"{name}$_$.tsv"))["value"] > 0.3
     rows = (folder / "fold.tsv").read_text().replace("\t1\n", "\t$_$\n")
     (folder / "odd$_$.tsv").write_text(rows)
-    assert finetune(tuned(folder, tmp_path / "folds", data="odd$_$.tsv", epochs=1))["value"] > 0.3
+    assert finetune(finetune_options(folder, tmp_path / "folds", data="odd$_$.tsv", epochs=1))["value"] > 0.3
 
 
-def test_average_precision_of_each_label():
+def test_average_precisions_absent_label_is_nan():
     rng = np.random.default_rng(0)
     targets = rng.random((50, 3)) < 0.4
     targets[:, 1] = False
     p = np.stack([targets[:, 0], rng.random(50), rng.random(50)], 1).astype(np.float32)
-    found = average_precisions(p, targets)
-    assert found[0] == 1.0 and np.isnan(found[1]) and found[2] < 1.0
-    assert np.nanmean(found) == pytest.approx(score("map", p, targets, True), abs=1e-6)
+    precisions = average_precisions(p, targets)
+    assert precisions[0] == 1.0 and np.isnan(precisions[1]) and precisions[2] < 1.0
+    assert np.nanmean(precisions) == pytest.approx(score("map", p, targets, True), abs=1e-6)
     assert average_precisions(p[:, :1], targets[:, :1]) == 1.0
 
 
 @pytest.mark.parametrize("count", [3, 70])
-def test_labels_are_drawn(tmp_path, monkeypatch, count):
+def test_plot_labels_draws_precisions_and_shares(tmp_path, monkeypatch, count):
     from mae_ast_fast.downstream import figures as figures_module
 
     drawn = []
@@ -896,7 +915,7 @@ def test_labels_are_drawn(tmp_path, monkeypatch, count):
     precisions[1] = np.nan
     shares = np.linspace(0.5, 0.1, count)
     labels = [f"label {i}" for i in range(count)]
-    figures_module.plot_labels(precisions, shares, labels, "title", tmp_path / "x.png")
+    figures_module.plot_labels(precisions, shares, labels, title="title", path=tmp_path / "x.png")
     axis = drawn[0].axes[0]
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert len(names) == min(count - 1, 60) and names[0] == "label 0" and names[-1] == labels[-1]
@@ -905,75 +924,75 @@ def test_labels_are_drawn(tmp_path, monkeypatch, count):
 
 
 @pytest.mark.parametrize("last", [0.5, 0.9])
-def test_the_best_epoch_is_kept(folder, tmp_path, monkeypatch, last):
-    """Of equal ones the first."""
+def test_finetune_keeps_best_epoch(folder, tmp_path, monkeypatch, last):
+    """Of equally good epochs it keeps the first."""
     from mae_ast_fast.downstream.run import Run
 
-    real, scores, epochs = Run.score, iter([0.2, 0.9, last]), []
+    original_score, scores, epochs = Run.score, iter([0.2, 0.9, last]), []
 
-    def fake(self, probabilities, targets, metric=None):
+    def fake_score(self, probabilities, targets, metric=None):
         value = next(scores, None)
         if value is None:
-            return real(self, probabilities, targets, metric)
+            return original_score(self, probabilities, targets, metric)
         epochs.append(probabilities)
         return value
 
-    monkeypatch.setattr(Run, "score", fake)
-    summary = finetune(tuned(folder, tmp_path / "run", data="split.tsv", epochs=3))
+    monkeypatch.setattr(Run, "score", fake_score)
+    summary = finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=3))
     assert (summary["valid"], summary["chosen"]) == ([0.9], [{"epoch": 2}])
     classifier = AudioClassifier.from_pretrained(tmp_path / "run")
     valid = [i for i in range(120) if i // 3 % 4 == 2]
-    found = np.stack([classifier.classify_file(folder / f"{i}.wav").numpy() for i in valid])
-    assert np.abs(found - epochs[1]).max() < 0.01 * np.abs(found - epochs[2]).max()
+    probabilities = np.stack([classifier.classify_file(folder / f"{i}.wav").numpy() for i in valid])
+    assert np.abs(probabilities - epochs[1]).max() < 0.01 * np.abs(probabilities - epochs[2]).max()
 
 
-def test_balanced_sampling_draws_rare_classes_as_often(folder, tmp_path, monkeypatch):
+def test_finetune_balanced_draws_classes_equally_often(folder, tmp_path, monkeypatch):
     from mae_ast_fast.downstream.finetune import _Trainer
 
     rows = (folder / "split.tsv").read_text().splitlines()
     kept = [r for i, r in enumerate(rows) if "low\ttrain" not in r or i < 5]
     (folder / "rare.tsv").write_text("\n".join(kept) + "\n")
     drawn = []
-    real = _Trainer._batches
+    original_batches = _Trainer._batches
 
     def batches(self, epoch):
-        for batch in real(self, epoch):
+        for batch in original_batches(self, epoch):
             drawn.extend(self.run.task.clips[i].labels[0] for i in batch)
             yield batch
 
     monkeypatch.setattr(_Trainer, "_batches", batches)
-    finetune(tuned(folder, tmp_path / "run", data="rare.tsv", epochs=8, balanced=True))
+    finetune(finetune_options(folder, tmp_path / "run", data="rare.tsv", epochs=8, balanced=True))
     shares = [drawn.count(name) / len(drawn) for name in PITCHES]
     assert min(shares) > 0.2
 
 
-def test_a_loss_that_is_not_finite_ends_a_run(folder, tmp_path):
+def test_finetune_loss_not_finite_raises(folder, tmp_path):
     with pytest.raises(ValueError, match=r"the loss became .* try a smaller --lr"):
-        finetune(tuned(folder, tmp_path / "run", data="split.tsv", lr=1e30, layer_decay=1.0, clip_norm=1e30))
+        finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", lr=1e30, layer_decay=1.0, clip_norm=1e30))
 
 
-def test_folders_of_others_are_kept(folder, tmp_path):
+def test_runs_folder_of_model_or_other_mode_raises(folder, tmp_path):
     mae_ast().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="already holds a model"):
-        probe(options(folder, tmp_path / "model"))
-    probe(options(folder, tmp_path / "run"))
+        probe(make_options(folder, tmp_path / "model"))
+    probe(make_options(folder, tmp_path / "run"))
     with pytest.raises(ValueError, match="holds a run with another mode"):
-        finetune(options(folder, tmp_path / "run", of=FinetuneOptions))
+        finetune(make_options(folder, tmp_path / "run", options_class=FinetuneOptions))
 
 
 # ---------------------------------------------------------------------------------------------------- options, commands
 
 
-def test_the_commands(folder, tmp_path, capsys):
-    given = ["--checkpoint", str(folder / "mae_ast"), "--cache", str(folder / "cache"), "--precision", "fp32"]
-    assert cli.main(["probe", "--data", str(folder / "split.tsv"), "--out", str(tmp_path / "p"), *given]) == 0
-    said = capsys.readouterr().out
-    value = json.loads((tmp_path / "p/summary.json").read_text())
-    low, high = value["ci95"]
-    assert f"split: accuracy {value['value']:.4f} (95 % interval {low:.4f} - {high:.4f}) on 30 test clips" in said
-    assert f"mae-ast-fast predict FILE --checkpoint {tmp_path / 'p'}" in said
-    more = ["--epochs", "1", "--preset", "esc50", "--batch_size", "8"]
-    assert cli.main(["finetune", "--data", str(folder / "split.tsv"), "--out", str(tmp_path / "f"), *given, *more]) == 0
+def test_commands_write_outputs_and_report_errors(folder, tmp_path, capsys):
+    common = ["--checkpoint", str(folder / "mae_ast"), "--cache", str(folder / "cache"), "--precision", "fp32"]
+    assert cli.main(["probe", "--data", str(folder / "split.tsv"), "--out", str(tmp_path / "p"), *common]) == 0
+    output = capsys.readouterr().out
+    summary = json.loads((tmp_path / "p/summary.json").read_text())
+    low, high = summary["ci95"]
+    assert f"split: accuracy {summary['value']:.4f} (95 % interval {low:.4f} - {high:.4f}) on 30 test clips" in output
+    assert f"mae-ast-fast predict FILE --checkpoint {tmp_path / 'p'}" in output
+    command = ["finetune", "--data", str(folder / "split.tsv"), "--out", str(tmp_path / "f"), *common]
+    assert cli.main([*command, "--epochs", "1", "--preset", "esc50", "--batch_size", "8"]) == 0
     written = json.loads((tmp_path / "f/task_options.json").read_text())
     assert (written["epochs"], written["batch_size"], written["head_lr_factor"]) == (1, 8, 10.0)
     capsys.readouterr()
@@ -984,21 +1003,21 @@ def test_the_commands(folder, tmp_path, capsys):
     )
     assert "x.tsv" in capsys.readouterr().err
     assert cli.main(["predict", "x.wav", "--checkpoint", str(folder / "mae_ast")]) == 1
-    assert "holds no classifier (mae-ast-fast finetune or probe makes one)" in capsys.readouterr().err
+    assert "holds no classifier (mae-ast-fast finetune and probe write one)" in capsys.readouterr().err
 
 
-def test_a_folder_is_no_place_for_a_table_of_predictions(folder, tmp_path, capsys):
+def test_predict_command_folder_as_out_exits_with_message(folder, tmp_path, capsys):
     assert cli.main(["predict", "x.wav", "--checkpoint", str(folder / "mae_ast"), "--out", str(tmp_path)]) == 2
     assert f"--out is the table to write, got the folder {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FINETUNE_PRESETS)
-def test_presets_are_options(name):
+def test_finetune_presets_are_valid_options(name):
     FinetuneOptions("d", "c", "o", **FINETUNE_PRESETS[name])
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("fields", "message"),
     [
         ({"metric": "auc"}, "metric must be one of accuracy.*got 'auc'"),
         ({"precision": "fp16"}, "precision must be"),
@@ -1011,12 +1030,12 @@ def test_presets_are_options(name):
         ({"workers": 0}, "workers must be at least 1"),
     ],
 )
-def test_options_out_of_range(given, message):
+def test_finetune_options_out_of_range_raise(fields, message):
     with pytest.raises(ValueError, match=message):
-        FinetuneOptions("d", "c", "o", **given)
+        FinetuneOptions("d", "c", "o", **fields)
 
 
-def test_classifiers_that_are_none(tmp_path):
+def test_classifier_wrong_arguments_and_damaged_folder_raise(tmp_path):
     encoder = encoder_alone(mae_ast())
     with pytest.raises(ValueError, match="at least two different names"):
         AudioClassifier(encoder, ["a", "a"])
@@ -1026,10 +1045,10 @@ def test_classifiers_that_are_none(tmp_path):
         AudioClassifier(encoder, ["a", "b"], pool="max")
     classifier = AudioClassifier(encoder, ["a", "b"], layer=1, pool="bands")
     classifier.save_pretrained(tmp_path / "c")
-    again = AudioClassifier.from_pretrained(tmp_path / "c")
-    assert (again.labels, again.layer, again.max_seconds, again.multi_label) == (["a", "b"], 1, 10.0, False)
-    features = torch.randn(1, 40, 128)
-    assert torch.equal(again(features), classifier.eval()(features))
+    loaded = AudioClassifier.from_pretrained(tmp_path / "c")
+    assert (loaded.labels, loaded.layer, loaded.max_seconds, loaded.multi_label) == (["a", "b"], 1, 10.0, False)
+    log_mel = torch.randn(1, 40, 128)
+    assert torch.equal(loaded(log_mel), classifier.eval()(log_mel))
     config = json.loads((tmp_path / "c/config.json").read_text())
     config["encoder"]["embed_dim"] = 64
     (tmp_path / "c/config.json").write_text(json.dumps(config))

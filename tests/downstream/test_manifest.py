@@ -1,4 +1,4 @@
-"""Manifests of labelled audio, their splits and folds, and the waveforms behind them."""
+"""Manifests of labelled audio, their splits and folds, and the waveforms of their clips."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def manifest(tmp_path: Path, rows: list[str], header: str = "path\tlabel\tsplit"
 SPLIT = ["a.wav\tdog\ttrain", "b.wav\tcat\ttrain", "c.wav\tdog\tvalid", "d.wav\tcat\ttest"]
 
 
-def test_splits(tmp_path):
+def test_read_task_splits_give_one_fold(tmp_path):
     task = read_task(manifest(tmp_path, SPLIT))
-    (part,) = task.rounds()
+    (fold,) = task.folds()
     assert (task.name, task.labels, task.multi_label, task.frame_level) == ("t", ["cat", "dog"], False, False)
-    assert (part.name, part.train, part.valid, part.test) == ("", [0, 1], [2], [3])
+    assert (fold.name, fold.train, fold.valid, fold.test) == ("", [0, 1], [2], [3])
     assert [clip.path for clip in task.clips] == [str(tmp_path / f"{x}.wav") for x in "abcd"]
     assert task.targets().tolist() == [[False, True], [True, False], [False, True], [True, False]]
 
@@ -46,14 +46,14 @@ def test_splits(tmp_path):
 @pytest.mark.parametrize(
     "words", [("training", "validation", "testing"), ("Train", "DEV", "eval"), ("train", "val", "test")]
 )
-def test_other_words_for_splits(tmp_path, words):
+def test_read_task_other_split_names_are_recognised(tmp_path, words):
     rows = [row.replace("train", "T0").replace("valid", "T1").replace("test", "T2") for row in SPLIT]
     for i, word in enumerate(words):
         rows = [row.replace(f"T{i}", word) for row in rows]
     assert [clip.split for clip in read_task(manifest(tmp_path, rows)).clips] == ["train", "train", "valid", "test"]
 
 
-def test_csv_with_quotes_a_byte_order_mark_and_any_order_of_columns(tmp_path):
+def test_read_task_csv_with_quotes_byte_order_mark_and_column_order_is_read(tmp_path):
     rows = ['train,"one, two",x,a.wav', "test,ü,y,b.wav", 'valid,"one, two",z,c.wav']
     path = manifest(tmp_path, [], "split,label,more,path", "m.csv")
     for name in "abc":
@@ -64,12 +64,12 @@ def test_csv_with_quotes_a_byte_order_mark_and_any_order_of_columns(tmp_path):
     assert [clip.split for clip in task.clips] == ["train", "test", "valid"]
 
 
-def test_labels_sort_as_numbers_where_they_are(tmp_path):
+def test_read_task_numeric_labels_sort_by_value(tmp_path):
     rows = [f"{i}.wav\t{label}\ttrain" for i, label in enumerate(["10", "9", "2", "b", "a"])]
     assert read_task(manifest(tmp_path, rows)).labels == ["2", "9", "10", "a", "b"]
 
 
-def test_several_labels(tmp_path):
+def test_read_task_several_labels_is_multi_label(tmp_path):
     rows = ["a.wav\tdog; cat\ttrain", "b.wav\tcat\ttrain", "c.wav\t\tvalid", "d.wav\tbird;bird\ttest"]
     task = read_task(manifest(tmp_path, rows))
     assert task.multi_label
@@ -78,104 +78,104 @@ def test_several_labels(tmp_path):
     assert read_task(manifest(tmp_path, SPLIT), multi_label=True).multi_label
 
 
-def test_paths_beside_the_manifest_and_below_the_root(tmp_path):
+def test_read_task_paths_are_looked_up_in_manifest_folder_then_root(tmp_path):
     rows = ["here.wav\ta\ttrain", "there.wav\tb\ttest", f"{tmp_path}/far/away.wav\ta\tvalid"]
     for name in ("data/here.wav", "audio/there.wav", "audio/here.wav", "far/away.wav"):
         write(tmp_path / name, "")
     path = write(tmp_path / "data/t.tsv", "\n".join(["path\tlabel\tsplit", *rows]))
     task = read_task(path, tmp_path / "audio")
-    found = [Path(clip.path).relative_to(tmp_path).as_posix() for clip in task.clips]
-    assert found == ["data/here.wav", "audio/there.wav", "far/away.wav"]
+    paths = [Path(clip.path).relative_to(tmp_path).as_posix() for clip in task.clips]
+    assert paths == ["data/here.wav", "audio/there.wav", "far/away.wav"]
     with pytest.raises(FileNotFoundError, match=r"none of the 4 files .* a\.wav is not in .*empty nor in .*nowhere"):
         read_task(write(tmp_path / "empty/t.tsv", "\n".join(["path\tlabel\tsplit", *SPLIT])), tmp_path / "nowhere")
 
 
-def test_paths_of_a_home_and_of_windows(tmp_path, monkeypatch):
+def test_read_task_home_and_windows_paths_are_resolved(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("home/a.wav", "sub/b.wav", "sub/~c.wav"):
         write(tmp_path / name, "")
-    rows = ["~/a.wav\tdog\ttrain", "sub\\b.wav\tcat\tvalid", "sub/~c.wav\tdog\ttest", "gone\\d.wav\tcat\ttest"]
+    rows = ["~/a.wav\tdog\ttrain", "sub\\b.wav\tcat\tvalid", "sub/~c.wav\tdog\ttest", "none\\d.wav\tcat\ttest"]
     task = read_task(write(tmp_path / "t.tsv", "\n".join(["path\tlabel\tsplit", *rows]) + "\n"))
-    names = ["home/a.wav", "sub/b.wav", "sub/~c.wav", "gone\\d.wav"]
+    names = ["home/a.wav", "sub/b.wav", "sub/~c.wav", "none\\d.wav"]
     assert [clip.path for clip in task.clips] == [str(tmp_path / name) for name in names]
 
 
-def test_folds_are_rounds(tmp_path):
+def test_folds_each_tests_once_and_next_one_validates(tmp_path):
     rows = [f"{fold}{label}.wav\t{label}\t{fold}\ttrain" for fold in ("1", "2", "10") for label in "ab"]
     task = read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
-    rounds = task.rounds()
-    assert [part.name for part in rounds] == ["1", "2", "10"]
-    assert [(part.train, part.valid, part.test) for part in rounds] == [
+    folds = task.folds()
+    assert [fold.name for fold in folds] == ["1", "2", "10"]
+    assert [(fold.train, fold.valid, fold.test) for fold in folds] == [
         ([4, 5], [2, 3], [0, 1]),
         ([0, 1], [4, 5], [2, 3]),
         ([2, 3], [0, 1], [4, 5]),
     ]
 
 
-@pytest.mark.parametrize("what", ["split", "fold"])
-def test_without_clips_to_choose_by_some_of_every_class_are_kept_aside(tmp_path, what):
-    rows = [f"{label}{i}.wav\t{label}\t{0 if what == 'fold' else 'train'}" for label in "abc" for i in range(20)]
-    rows += [f"{label}{x}.wav\t{label}\t{1 if what == 'fold' else 'test'}" for x in "xy" for label in "abc"]
-    task = read_task(manifest(tmp_path, rows, f"path\tlabel\t{what}"))
-    part = task.rounds(seed=1)[-1 if what == "fold" else 0]
-    assert Counter(task.clips[i].labels[0] for i in part.valid) == {"a": 3, "b": 3, "c": 3}
-    assert sorted(part.train + part.valid) == list(range(60))
-    assert part.test == [*range(60, 66)]
-    assert task.rounds(seed=1)[-1 if what == "fold" else 0] == part
-    assert task.rounds(seed=2)[-1 if what == "fold" else 0] != part
+@pytest.mark.parametrize("column", ["split", "fold"])
+def test_folds_without_validation_clips_draws_some_of_every_class(tmp_path, column):
+    rows = [f"{label}{i}.wav\t{label}\t{0 if column == 'fold' else 'train'}" for label in "abc" for i in range(20)]
+    rows += [f"{label}{x}.wav\t{label}\t{1 if column == 'fold' else 'test'}" for x in "xy" for label in "abc"]
+    task = read_task(manifest(tmp_path, rows, f"path\tlabel\t{column}"))
+    fold = task.folds(seed=1)[-1 if column == "fold" else 0]
+    assert Counter(task.clips[i].labels[0] for i in fold.valid) == {"a": 3, "b": 3, "c": 3}
+    assert sorted(fold.train + fold.valid) == list(range(60))
+    assert fold.test == [*range(60, 66)]
+    assert task.folds(seed=1)[-1 if column == "fold" else 0] == fold
+    assert task.folds(seed=2)[-1 if column == "fold" else 0] != fold
 
 
-def test_parts_of_a_file_are_kept_aside_together(tmp_path):
+def test_folds_drawn_validation_clips_take_whole_files(tmp_path):
     rows = [f"{i % 5}.wav\t{'ab'[i % 2]}\ttrain\t{i}\t{i + 1}" for i in range(20)] + ["x.wav\ta\ttest\t\t"]
     task = read_task(manifest(tmp_path, rows, "path\tlabel\tsplit\tstart\tend"))
-    (part,) = task.rounds()
-    assert part.valid
-    assert not {task.clips[i].name for i in part.train} & {task.clips[i].name for i in part.valid}
+    (fold,) = task.folds()
+    assert fold.valid
+    assert not {task.clips[i].name for i in fold.train} & {task.clips[i].name for i in fold.valid}
 
 
-def test_a_file_in_two_splits_is_noticed(tmp_path):
+def test_read_task_file_in_two_splits_gives_note(tmp_path):
     assert "1 file is in more than one split" in read_task(manifest(tmp_path, [*SPLIT, "a.wav\tdog\ttest"])).notes[0]
     assert read_task(manifest(tmp_path, SPLIT)).notes == []
 
 
-def test_rows_without_a_fold_are_no_fold_of_their_own(tmp_path):
+def test_read_task_missing_fold_raises(tmp_path):
     rows = ["a.wav\tx\t1.0\ttrain", "b.wav\ty\t2.0\ttrain", "c.wav\ty\t\ttest"]
-    with pytest.raises(ValueError, match=r"1 of 3 clips have no fold, c\.wav for one"):
+    with pytest.raises(ValueError, match=r"1 of 3 clips have no fold, for example c\.wav"):
         read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
 
 
-def test_folds_that_are_splits(tmp_path):
+def test_read_task_folds_named_like_splits_raise(tmp_path):
     with pytest.raises(ValueError, match=r"the folds are \['test', 'train'\]: name the column split"):
         read_task(manifest(tmp_path, ["a.wav\tx\ttrain", "b.wav\ty\ttest"], "path\tlabel\tfold"))
 
 
-def test_one_fold_beside_splits_is_none(tmp_path):
+def test_read_task_single_fold_with_splits_uses_splits(tmp_path):
     rows = ["a.wav\tx\t1\ttrain", "b.wav\ty\t1\tvalid", "c.wav\ty\t1\ttest"]
     task = read_task(manifest(tmp_path, rows, "path\tlabel\tfold\tsplit"))
-    assert task.notes == ["all clips are of fold 1: the splits are taken"]
-    assert [part.name for part in task.rounds()] == [""]
+    assert task.notes == ["all clips are in fold 1: the column split is used"]
+    assert [fold.name for fold in task.folds()] == [""]
 
 
-def test_an_open_quote_loses_no_rows(tmp_path):
+def test_read_task_unclosed_quote_raises(tmp_path):
     rows = [
         f"{i}.wav\tx\ttrain\t{words}" for i, words in enumerate(["one", '"Hello he said', "two", '"Hello again', "x"])
     ]
-    with pytest.raises(ValueError, match="an open quote"):
+    with pytest.raises(ValueError, match="unclosed quote"):
         read_task(manifest(tmp_path, [*rows, "z.wav\ty\ttest\t"], "path\tlabel\tsplit\tsentence"))
-    with pytest.raises(ValueError, match="a cell goes over several lines"):
+    with pytest.raises(ValueError, match="a cell spans several lines"):
         read_task(manifest(tmp_path, [rows[0], '1.wav\tx\ttest\t"a', 'b"'], "path\tlabel\tsplit\tsentence", "n.tsv"))
 
 
-def test_blank_rows_are_none(tmp_path):
+def test_read_task_blank_rows_are_skipped(tmp_path):
     assert len(read_task(manifest(tmp_path, [*SPLIT, "\t\t", ""][:5])).clips) == 4
 
 
-def test_a_folder_is_no_manifest(tmp_path):
+def test_read_task_folder_raises(tmp_path):
     with pytest.raises(ValueError, match=r"expected a manifest, \.tsv or \.csv, got the folder"):
         read_task(tmp_path)
 
 
-def test_phones(tmp_path):
+def test_read_task_phones_is_frame_level(tmp_path):
     rows = [f"{i}.wav\t{'train' if i else 'test'}\t0.5:a 0.75:b 1.0:a" + " 1.1:rare" * (i == 0) for i in range(20)]
     task = read_task(manifest(tmp_path, rows, "path\tsplit\tphones"))
     assert task.frame_level
@@ -200,7 +200,7 @@ def test_phones(tmp_path):
         (
             "path\tlabel\tsplit",
             ["a.wav\tx\ttrain", "b.wav\t\ttest"],
-            "b.wav has no label; that goes with --multi-label",
+            "b.wav has no label, which only --multi-label",
         ),
         (
             "path\tlabel\tsplit\tstart\tend",
@@ -218,21 +218,21 @@ def test_phones(tmp_path):
         ("path\tphones\tsplit", ["a.wav\t\ttrain"], "expected phones as END:PHONE"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, header, rows, message):
+def test_read_task_malformed_manifest_raises(tmp_path, header, rows, message):
     with pytest.raises(ValueError, match=message):
         read_task(manifest(tmp_path, rows, header))
 
 
-def test_a_row_without_a_path(tmp_path):
+def test_read_task_row_without_path_raises(tmp_path):
     with pytest.raises(ValueError, match="line 3: no path"):
         read_task(write(tmp_path / "t.tsv", "path\tlabel\tsplit\na.wav\tx\ttrain\n\tx\ttest\n"))
 
 
-def test_no_manifest(tmp_path):
+def test_read_task_missing_or_binary_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_task(tmp_path / "none.tsv")
     (tmp_path / "t.tsv").write_bytes(b"path\tlabel\tsplit\n\xff\xfe\tx\ttrain\n")
-    with pytest.raises(ValueError, match="no table in UTF-8"):
+    with pytest.raises(ValueError, match="not a table in UTF-8"):
         read_task(tmp_path / "t.tsv")
 
 
@@ -241,17 +241,17 @@ def test_no_manifest(tmp_path):
     [
         (["a.wav\tx\ttest", "b.wav\ty\ttest"], "expected clips of split train and test, got none of train"),
         (["a.wav\tx\ttrain", "b.wav\ty\ttrain"], "got none of test"),
-        (["a.wav\tx\ttrain", "b.wav\ty\ttrain", "c.wav\tx\ttest"], "too few training clips to keep some aside"),
+        (["a.wav\tx\ttrain", "b.wav\ty\ttrain", "c.wav\tx\ttest"], "too few training clips to draw validation clips"),
     ],
 )
-def test_rounds_that_cannot_be(tmp_path, rows, message):
+def test_folds_missing_or_too_few_clips_raise(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        read_task(manifest(tmp_path, rows)).rounds()
+        read_task(manifest(tmp_path, rows)).folds()
 
 
-def test_one_fold_is_no_cross_validation(tmp_path):
+def test_folds_single_fold_raises(tmp_path):
     with pytest.raises(ValueError, match=r"at least two folds, got \['1'\]"):
-        read_task(manifest(tmp_path, ["a.wav\tx\t1", "b.wav\ty\t1"], "path\tlabel\tfold")).rounds()
+        read_task(manifest(tmp_path, ["a.wav\tx\t1", "b.wav\ty\t1"], "path\tlabel\tfold")).folds()
 
 
 # ---------------------------------------------------------------------------------------------------------- waveforms
@@ -281,26 +281,26 @@ def samples(recordings: Path, name: str) -> np.ndarray:
     return soundfile.read(recordings / name, dtype="int16")[0]
 
 
-def test_what_gives_no_audio_is_named(audio):
+def test_waveforms_unusable_clips_are_missing_with_reason(audio):
     assert sorted(audio.missing) == [3, 4, 5, 6]
     assert "shorter" in audio.missing[3]
-    assert audio.missing[6] == "no audio of 25 ms there"
+    assert audio.missing[6] == "less than 25 ms of audio from start to end"
     assert audio.seconds[:3].tolist() == [2.5, 1.0, 0.75]
 
 
-def test_windows_are_the_whole_clip(recordings, audio):
-    found = audio.windows(0, 1.0)
-    assert [start for start, _ in found] == [0.0, 1.0, 2.0]
-    waveforms, lengths = audio.read([window for _, window in found])
-    assert lengths.tolist() == [RATE, RATE, RATE // 2]
-    joined = np.concatenate([row[:length] for row, length in zip(waveforms.numpy(), lengths.tolist(), strict=True)])
+def test_windows_cover_whole_clip(recordings, audio):
+    windows = audio.windows(0, 1.0)
+    assert [start for start, _ in windows] == [0.0, 1.0, 2.0]
+    waveforms, num_samples = audio.read([window for _, window in windows])
+    assert num_samples.tolist() == [RATE, RATE, RATE // 2]
+    joined = np.concatenate([row[:n] for row, n in zip(waveforms.numpy(), num_samples.tolist(), strict=True)])
     np.testing.assert_array_equal(joined, samples(recordings, "a.wav"))
     ((start, window),) = audio.windows(2, 1.0)
     assert start == 0.0
     np.testing.assert_array_equal(audio.read([window])[0][0], samples(recordings, "a.wav")[RATE // 2 : RATE * 5 // 4])
 
 
-def test_crops_are_anywhere_in_the_clip(recordings, audio):
+def test_crop_draws_anywhere_in_the_clip(recordings, audio):
     rng = random.Random(0)
     starts = [audio.crop(0, 1.0, rng).start for _ in range(200)]
     assert min(starts) < 0.1 * RATE < 1.4 * RATE < max(starts) <= 1.5 * RATE
@@ -311,7 +311,7 @@ def test_crops_are_anywhere_in_the_clip(recordings, audio):
     assert audio.crop(1, 5.0, rng).num_samples == RATE
 
 
-def test_a_long_recording_in_pieces(tmp_path, monkeypatch):
+def test_windows_of_several_segments_cover_whole_clip(tmp_path, monkeypatch):
     from mae_ast_fast.data import prepare
 
     monkeypatch.setattr(prepare, "_MAX_SEGMENT_SECONDS", 1)
@@ -321,15 +321,15 @@ def test_a_long_recording_in_pieces(tmp_path, monkeypatch):
     path = manifest(tmp_path, ["a.wav\tx\ttrain\t0.5\t2.25", "b.wav\ty\ttest\t\t"], "path\tlabel\tsplit\tstart\tend")
     audio = Waveforms(read_task(path), tmp_path / "cache")
     assert audio.seconds.tolist() == [1.75, 2.5]
-    found = audio.windows(0, 0.5)
-    waveforms, lengths = audio.read([window for _, window in found])
-    joined = np.concatenate([row[:length] for row, length in zip(waveforms.numpy(), lengths.tolist(), strict=True)])
+    windows = audio.windows(0, 0.5)
+    waveforms, num_samples = audio.read([window for _, window in windows])
+    joined = np.concatenate([row[:n] for row, n in zip(waveforms.numpy(), num_samples.tolist(), strict=True)])
     np.testing.assert_array_equal(joined, samples(tmp_path, "a.wav")[RATE // 2 : RATE * 9 // 4])
-    edges = np.cumsum([0, *lengths.tolist()])[:-1] / RATE
-    assert [start for start, _ in found] == edges.tolist()
+    edges = np.cumsum([0, *num_samples.tolist()])[:-1] / RATE
+    assert [start for start, _ in windows] == edges.tolist()
 
 
-def test_another_manifest_of_the_same_files_hears_them(recordings, audio):
+def test_waveforms_other_manifest_of_same_files_reuses_shards(recordings, audio):
     rows = ["a.wav\tx\ttrain\t\t", f"{recordings}/b.flac\ty\ttrain\t\t", "./short.wav\tx\ttest\t\t"]
     rows += ["./broken.wav\ty\ttest\t\t", f"{recordings}/none.wav\ty\ttest\t\t"]
     path = write(recordings / "other.tsv", "\n".join(["path\tlabel\tsplit\tstart\tend", *rows]) + "\n")
@@ -339,14 +339,14 @@ def test_another_manifest_of_the_same_files_hears_them(recordings, audio):
     assert sorted(again.missing) == [2, 3, 4]
 
 
-def test_batches_take_every_window_once_and_few_seconds(audio):
+def test_batches_take_every_window_once_within_the_budget(audio):
     windows = [window for i in (0, 1, 2) for _, window in audio.windows(i, 0.3)]
-    found = list(batches(windows, 0.9))
-    assert sorted(i for batch in found for i in batch) == list(range(len(windows)))
-    assert all(len(batch) * max(windows[i].num_samples for i in batch) <= 0.9 * RATE for batch in found)
+    indices = list(batches(windows, 0.9))
+    assert sorted(i for batch in indices for i in batch) == list(range(len(windows)))
+    assert all(len(batch) * max(windows[i].num_samples for i in batch) <= 0.9 * RATE for batch in indices)
 
 
-def test_nothing_to_hear(tmp_path):
+def test_waveforms_no_usable_clip_raises(tmp_path):
     path = manifest(tmp_path, SPLIT)
     with pytest.raises(ValueError, match=r"no usable|nothing usable|none"):
         Waveforms(read_task(path), tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""small_tasks.py: the shipped lists, and audio made from packages of a stand-in for apt-get."""
+"""Small tasks: the shipped lists, and audio built from packages of a stand-in for apt-get."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mae_ast_fast.ops.fbank import WINDOW
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
-# --------------------------------------------------------------------------------------------------- what is shipped
+# ------------------------------------------------------------------------------------------------------ shipped lists
 
 
 def manifest():
@@ -33,33 +33,33 @@ def manifest():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_shipped_list(name):
+def test_task_rows_shipped_list_matches_manifest_and_description(name):
     rows, sources = task_rows(name), manifest()
     assert len({row["path"] for row in rows}) == len(rows)
     for row in rows:
         source = sources[row["path"]]
         assert row["split"] in ("train", "valid", "test")
-        assert row["split"] == "train" or source["pretrain"] == "0"  # never heard in pretraining
+        assert row["split"] == "train" or source["pretrain"] == "0"  # not in the pretraining data
         assert source["package"] == row["path"].split("/")[1]
-        archive, inside, _ = source["source_file"].rpartition("!")
-        if inside:
+        archive, separator, _ = source["source_file"].rpartition("!")
+        if separator:
             assert Path(archive).name in corpus._ARCHIVES[source["package"]]
         assert Path(source["source_file"]).suffix in {*AUDIO_SUFFIXES, ".gsm"}
     labels = Counter(row["label"] for row in rows if "label" in row)
     if name == "ru_phone":
         ends = [row["phones"].split()[-1].partition(":")[0] for row in rows]
-        lengths = [float(sources[row["path"]]["seconds"]) for row in rows]
-        assert all(0 <= SAMPLE_RATE * (n - float(end)) < WINDOW for end, n in zip(ends, lengths, strict=True))
-        found = Counter(pair.partition(":")[2] for row in rows for pair in row["phones"].split())
-        labels = {phone: count for phone, count in found.items() if count >= 20}
-    assert len(labels) == int(re.search(r"\d+", TASKS[name].what)[0])
+        seconds = [float(sources[row["path"]]["seconds"]) for row in rows]
+        assert all(0 <= SAMPLE_RATE * (s - float(end)) < WINDOW for end, s in zip(ends, seconds, strict=True))
+        counts = Counter(pair.partition(":")[2] for row in rows for pair in row["phones"].split())
+        labels = {phone: count for phone, count in counts.items() if count >= 20}
+    assert len(labels) == int(re.search(r"\d+", TASKS[name].description)[0])
     assert ("fold" in rows[0]) == ("folds" in TASKS[name].metric)
     if "fold" in rows[0]:
         assert {row["fold"] for row in rows} == set("01234")
     assert list(packages(name).values()) == sorted(packages(name).values())
 
 
-def test_unknown_task(tmp_path):
+def test_build_unknown_task_raises(tmp_path):
     with pytest.raises(ValueError, match=r"expected one of zh_initial22, .*, got 'zh'"):
         build(["zh"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -75,12 +75,12 @@ SOURCES = {
     "b": ("gcin-voice", "usr/share/a.wav", "0.25", "0.0", "0.0"),
     "c": ("ufoai-sound", "usr/share/games/0snd.pk3!sound/c!.flac", "1.0", "0.0", "0.0"),
     "d": ("asterisk-prompt-es-co", "usr/share/d.gsm", "0.5", "0.0", "0.0"),
-    "gone": ("gcin-voice", "usr/share/gone.wav", "1.0", "0.0", "0.0"),
+    "absent": ("gcin-voice", "usr/share/absent.wav", "1.0", "0.0", "0.0"),
     "short": ("gcin-voice", "usr/share/a.wav", "1.0", "1.2", "0.0"),
     "bad": ("ufoai-sound", "usr/share/bad.ogg", "1.0", "0.0", "0.0"),
     "lacking": ("scratch", "usr/share/x.wav", "1.0", "0.0", "0.0"),
 }
-LISTS = {"zh_initial22": "ab", "vocal4": ["a", "c", "d", "gone", "short", "bad", "lacking"], "ru_phone": ["lacking"]}
+LISTS = {"zh_initial22": "ab", "vocal4": ["a", "c", "d", "absent", "short", "bad", "lacking"], "ru_phone": ["lacking"]}
 
 
 def wave(seconds: float, rate: int = RATE) -> np.ndarray:
@@ -88,9 +88,9 @@ def wave(seconds: float, rate: int = RATE) -> np.ndarray:
     return np.rint(8000 * np.sin(2 * np.pi * (300 + 200 * t) * t)).astype(np.int16)
 
 
-def encoded(samples: np.ndarray, rate: int, **form: str) -> bytes:
+def encoded(samples: np.ndarray, rate: int, **codec: str) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, **form)
+    soundfile.write(file, samples, rate, **codec)
     return file.getvalue()
 
 
@@ -115,8 +115,8 @@ def fake(tmp_path, monkeypatch):
                 for name, source in SOURCES.items()
             ]
         name = re.fullmatch(r"tasks/(\w+)\.tsv\.gz", asset)[1]
-        what = {"phones": "0.5:a 1.0:b"} if name == "ru_phone" else {"label": f"x{name}"}
-        rows = [{"path": f"audio/{SOURCES[clip][0]}/{clip}.opus", **what, "split": "train"} for clip in LISTS[name]]
+        labels = {"phones": "0.5:a 1.0:b"} if name == "ru_phone" else {"label": f"x{name}"}
+        rows = [{"path": f"audio/{SOURCES[clip][0]}/{clip}.opus", **labels, "split": "train"} for clip in LISTS[name]]
         return [{**row, "split": "test", **({"label": "y"} if "label" in row else {})} for row in rows[:1]] + rows[1:]
 
     monkeypatch.setattr(small_tasks, "_table", table)
@@ -129,18 +129,18 @@ def read(out: Path, name: str) -> np.ndarray:
     return samples
 
 
-def test_clips_are_cut_and_set_to_their_loudness(fake, tmp_path):
-    said: list[str] = []
+def test_build_cuts_and_scales_clips(fake, tmp_path):
+    progress: list[str] = []
     out = tmp_path / "out"
-    report = build(["zh_initial22"], out, progress=said.append)
+    report = build(["zh_initial22"], out, progress=progress.append)
     assert report == {
         "zh_initial22": {"manifest": str(out / "zh_initial22.tsv"), "clips": 2, "minutes": 1.25 / 60, "left_out": {}}
     }
     source = wave(2.0)
     assert np.array_equal(read(out, "a"), 2 * source[RATE // 2 : RATE // 2 + RATE])
     assert np.array_equal(read(out, "b"), source[: RATE // 4])
-    assert said[0] == "zh_initial22: 2 clips of 1 package, 8 MB to download"
-    assert re.fullmatch(r"zh_initial22: gcin-voice: 2 of 2 clips in [\d.]+ s", said[-1])
+    assert progress[0] == "zh_initial22: 2 clips of 1 package, 8 MB to download"
+    assert re.fullmatch(r"zh_initial22: gcin-voice: 2 of 2 clips in [\d.]+ s", progress[-1])
     assert (out / "zh_initial22.tsv").read_text().splitlines() == [
         "path\tlabel\tsplit",
         "audio/gcin-voice/a.wav\ty\ttest",
@@ -151,7 +151,7 @@ def test_clips_are_cut_and_set_to_their_loudness(fake, tmp_path):
     assert all(Path(clip.path).is_file() for clip in clips)
 
 
-def test_archives_and_headerless_files(fake, tmp_path):
+def test_build_archives_and_headerless_files_are_decoded(fake, tmp_path):
     build(["vocal4"], tmp_path / "out", progress=lambda line: None)
     (tmp_path / "c.flac").write_bytes(encoded(wave(1.0, 44100), 44100, format="FLAC"))
     expected = np.rint(decode(tmp_path / "c.flac") * 32768).astype(np.int16)
@@ -162,65 +162,65 @@ def test_archives_and_headerless_files(fake, tmp_path):
     assert 300 < spectrum.argmax() * RATE / samples.size < 500  # the glide of its first half second
 
 
-def test_what_cannot_be_had_is_named_and_left_out(fake, tmp_path):
-    said: list[str] = []
-    found = build(["vocal4", "ru_phone", "zh_initial22"], tmp_path / "out", progress=said.append)
-    assert list(found) == ["zh_initial22", "ru_phone", "vocal4"]  # by what there is to download
-    assert found["vocal4"]["clips"] == 3 and found["zh_initial22"]["clips"] == 2
-    left = {reason: [Path(path).stem for path in paths] for reason, paths in found["vocal4"]["left_out"].items()}
-    assert left == {
-        "gcin-voice: not in the package": ["gone"],
-        "gcin-voice: shorter than the recording that was listed": ["short"],
+def test_build_unavailable_clips_are_left_out_with_reason(fake, tmp_path):
+    progress: list[str] = []
+    report = build(["vocal4", "ru_phone", "zh_initial22"], tmp_path / "out", progress=progress.append)
+    assert list(report) == ["zh_initial22", "ru_phone", "vocal4"]  # by download size
+    assert report["vocal4"]["clips"] == 3 and report["zh_initial22"]["clips"] == 2
+    left_out = {reason: [Path(path).stem for path in paths] for reason, paths in report["vocal4"]["left_out"].items()}
+    assert left_out == {
+        "gcin-voice: not in the package": ["absent"],
+        "gcin-voice: shorter than the listed recording": ["short"],
         "ufoai-sound: corrupt": ["bad"],
         "scratch is not in this system's release": ["lacking"],
     }
     lines = (tmp_path / "out/vocal4.tsv").read_text().splitlines()
     assert [Path(line.split("\t")[0]).stem for line in lines[1:]] == ["a", "c", "d"]
-    assert found["ru_phone"]["manifest"] is None and not (tmp_path / "out/ru_phone.tsv").exists()
-    assert any("none of its packages is in this system's release: scratch" in line for line in said)
+    assert report["ru_phone"]["manifest"] is None and not (tmp_path / "out/ru_phone.tsv").exists()
+    assert any("none of its packages is in this system's release: scratch" in line for line in progress)
 
 
-def test_it_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch):
+def test_build_after_interruption_resumes(fake, tmp_path, monkeypatch):
     out, write, calls = tmp_path / "out", soundfile.write, []
 
-    def stopped(path, *arguments, **options):
+    def interrupted(path, *arguments, **options):
         if len(calls) == 1:
             Path(path).write_bytes(b"half")
             raise KeyboardInterrupt
         calls.append(path)
         write(path, *arguments, **options)
 
-    monkeypatch.setattr(soundfile, "write", stopped)
+    monkeypatch.setattr(soundfile, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(["zh_initial22"], out, progress=lambda line: None)
     assert [path.name for path in out.rglob("*.wav")] == ["a.wav"] and not (out / "zh_initial22.tsv").exists()
     first = (out / "audio/gcin-voice/a.wav").stat().st_mtime_ns
     monkeypatch.setattr(soundfile, "write", write)
     fake.calls()
-    said: list[str] = []
-    assert build(["zh_initial22"], out, progress=said.append)["zh_initial22"]["clips"] == 2
-    assert said[0] == "zh_initial22: 1 clip of 1 package, 0 MB to download" and fake.calls() == []
+    progress: list[str] = []
+    assert build(["zh_initial22"], out, progress=progress.append)["zh_initial22"]["clips"] == 2
+    assert progress[0] == "zh_initial22: 1 clip of 1 package, 0 MB to download" and fake.calls() == []
     assert (out / "audio/gcin-voice/a.wav").stat().st_mtime_ns == first
-    said.clear()
-    assert build(["zh_initial22"], out, progress=said.append)["zh_initial22"]["clips"] == 2 and said == []
+    progress.clear()
+    assert build(["zh_initial22"], out, progress=progress.append)["zh_initial22"]["clips"] == 2 and progress == []
 
 
-def test_a_crash_of_a_decoder_costs_one_file(fake, tmp_path, monkeypatch):
+def test_build_decoder_crash_leaves_out_one_file(fake, tmp_path, monkeypatch):
     decode_file = small_tasks.Decoder.decode
 
     def crash(self, path):
         return {"reason": "the decoder crashed or hung"} if path.endswith("a.wav") else decode_file(self, path)
 
     monkeypatch.setattr(small_tasks.Decoder, "decode", crash)
-    left = build(["vocal4"], tmp_path / "out", progress=lambda line: None)["vocal4"]["left_out"]
-    assert [Path(path).stem for path in left["gcin-voice: the decoder crashed or hung"]] == ["a", "short"]
+    left_out = build(["vocal4"], tmp_path / "out", progress=lambda line: None)["vocal4"]["left_out"]
+    assert [Path(path).stem for path in left_out["gcin-voice: the decoder crashed or hung"]] == ["a", "short"]
     assert read(tmp_path / "out", "c").size == RATE
 
 
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def test_the_command(fake, tmp_path, capsys):
+def test_tasks_command_builds_tasks_and_prints_next_command(fake, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["tasks", "zh_initial22", "--out", str(out)]) == 0
     first, last = capsys.readouterr().out.splitlines()
@@ -239,21 +239,21 @@ def test_the_command(fake, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"Next: mae-ast-fast probe {where}"
 
 
-def test_the_command_without_a_network(fake, tmp_path, capsys):
+def test_tasks_command_without_network_exits_with_error(fake, tmp_path, capsys):
     fake.mode("offline")
     with pytest.raises(CorpusError):
         build(["zh_initial22"], tmp_path / "out", progress=lambda line: None)
     assert main(["tasks", "zh_initial22", "--out", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert "mae-ast-fast tasks: error: apt-get update failed, is there a network?" in told
-    assert "--data" not in told
+    error = capsys.readouterr().err
+    assert "mae-ast-fast tasks: error: apt-get update failed, is there a network?" in error
+    assert "--data" not in error
 
 
 @pytest.mark.network
 @pytest.mark.long
-def test_real_packages(tmp_path):
-    found = build(["zh_initial22"], tmp_path / "out", tmp_path / "cache")["zh_initial22"]
-    assert found["left_out"] == {} and found["clips"] == 2357
+def test_build_real_packages_gives_all_clips(tmp_path):
+    report = build(["zh_initial22"], tmp_path / "out", tmp_path / "cache")["zh_initial22"]
+    assert report["left_out"] == {} and report["clips"] == 2357
     task = read_task(tmp_path / "out/zh_initial22.tsv")
     assert len(task.labels) == 22
     for clip in task.clips[::100]:
