@@ -119,7 +119,7 @@ def run_reconstruct(argv: Sequence[str]) -> int:
         "--seconds",
         type=float,
         metavar="S",
-        help="length of a clip in seconds (default: 10, or the longest that the model takes)",
+        help="length of a clip in seconds (default: 10, or less if the model takes less)",
     )
     add_device(parser)
     arguments = parser.read(argv)
