@@ -199,7 +199,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
 
         Returns:
             Features (B, T, 128) on the device of ``waveforms``, and the frames of each clip (B,) int64 on the device of
-            ``lengths`` (on the CPU if ``lengths`` is None or a list), as of ``fbank``.
+            ``lengths`` (on the CPU if ``lengths`` is None or a list), like those of ``fbank``.
 
         Raises:
             ValueError: As ``fbank``.
@@ -264,7 +264,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         return TokenCounts.of(visible, [total - kept for total, kept in zip(num_tokens, visible, strict=True)])
 
     def largest_sizes(self, num_clips: int, max_frames: int, drawn: bool = True) -> TokenCounts:
-        """Token counts that are upper bounds for every batch of at most this size, whatever its lengths.
+        """Token counts that are upper bounds for every batch of at most this size, for any lengths.
 
         Args:
             num_clips: Clips B.
@@ -273,8 +273,8 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         """
         config = self.config
         num_blocks = max_frames // config.patch_size[0]
-        tokens = num_blocks * config.grid_f
-        visible, masked = tokens, tokens
+        max_tokens = num_blocks * config.grid_f
+        visible, masked = max_tokens, max_tokens
         if drawn:
             visible, masked = max_token_counts(num_blocks, config.grid_f, config.mask_ratio)
         return TokenCounts(
@@ -282,7 +282,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             masked=num_clips * masked,
             max_visible=visible,
             max_masked=masked,
-            max_tokens=tokens,
+            max_tokens=max_tokens,
             has_padding_rows=True,
         )
 
@@ -417,7 +417,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         source = os.fspath(pretrained_model_name_or_path)
 
         if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-            raise ValueError(f"{source} is no folder, and no name of a Hub repository (owner/name)")
+            raise ValueError(f"{source} is neither a folder nor the name of a Hub repository (owner/name)")
 
         def locate(name: str) -> Path:
             if not os.path.isdir(source):
@@ -435,7 +435,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             path = Path(source) / name
             if not path.is_file():
                 raise ValueError(
-                    f"{source} is no checkpoint: expected {name} in it, found {sorted(os.listdir(source))}"
+                    f"{source} is not a checkpoint folder: expected {name} in it, found {sorted(os.listdir(source))}"
                 )
             return path
 
@@ -448,19 +448,19 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             model_type = fields.pop("model_type", None)
             if model_type not in list(classes):  # in a list, because it may be anything
                 is_classifier = model_type == "audio_classifier"
-                hint = " (predict, and export --format transformers, take it)" if is_classifier else ""
+                hint = " (use it with predict or with export --format transformers)" if is_classifier else ""
                 raise ValueError(f"expected model_type {' or '.join(map(repr, classes))}, got {model_type!r}{hint}")
             config = classes[model_type].config_class.from_dict(fields)
         except ValueError as error:  # that of the JSON reader among them
             names = " or ".join(model.__name__ for model in classes.values())
-            raise ValueError(f"{path} is no configuration of {names}: {error}") from None
+            raise ValueError(f"{path} is not a configuration of {names}: {error}") from None
         model_class = classes[model_type]
         path = locate("model.safetensors")
         try:
             weights = load_file(path)
             # Check before allocating: a configuration could ask for more memory than the machine has.
             if max(value for key, value in config.to_dict().items() if key.endswith("layers")) > len(weights):
-                raise ValueError(f"{config} has more layers than the {len(weights)} tensors there")
+                raise ValueError(f"{config} has more layers than the file has tensors ({len(weights)})")
             with torch.device("meta"):
                 expected = model_class(config).state_dict()
             differing = [

@@ -198,7 +198,7 @@ class MAEASTConfig:
             **overrides: Fields that replace those of the preset.
 
         Raises:
-            ValueError: An unknown name or field, or as of the class.
+            ValueError: An unknown name or field, or the constructor's errors.
         """
         if name not in cls.preset_names():
             raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
@@ -220,10 +220,10 @@ class MAEASTConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MAEASTConfig:
-        """Build a configuration from a dict as of ``to_dict``; missing fields take their defaults.
+        """Build a configuration from a dict like that of ``to_dict``; missing fields take their defaults.
 
         Raises:
-            ValueError: Unknown fields, which the message names, or as of the class.
+            ValueError: Unknown fields, which the message names, or the constructor's errors.
         """
         _check_fields(cls, fields)
         return cls(**fields)
@@ -363,7 +363,7 @@ class SSASTConfig:
             **overrides: Fields that replace those of the preset.
 
         Raises:
-            ValueError: An unknown name or field, or as of the class.
+            ValueError: An unknown name or field, or the constructor's errors.
         """
         if name not in cls.preset_names():
             raise ValueError(f"preset must be one of {', '.join(cls.preset_names())}, got {name!r}")
@@ -377,10 +377,10 @@ class SSASTConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SSASTConfig:
-        """Build a configuration from a dict as of ``to_dict``; missing fields take their defaults.
+        """Build a configuration from a dict like that of ``to_dict``; missing fields take their defaults.
 
         Raises:
-            ValueError: Unknown fields, which the message names, or as of the class.
+            ValueError: Unknown fields, which the message names, or the constructor's errors.
         """
         _check_fields(cls, fields)
         return cls(**fields)

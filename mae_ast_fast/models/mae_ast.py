@@ -248,7 +248,7 @@ class MAEAST(PretrainingModel):
         """
         config = self.config
         if config.decoder_layers == 0:
-            raise ValueError("this model is an encoder alone (decoder_layers=0): it extracts features, no losses")
+            raise ValueError("this model is an encoder alone (decoder_layers=0): it has features but no losses")
         num_frames = self._check(features, lengths, check_values=sizes is None)
         num_tokens = num_frames // config.patch_size[0] * config.grid_f
         max_tokens = features.shape[1] // config.patch_size[0] * config.grid_f
@@ -352,8 +352,8 @@ class MAEAST(PretrainingModel):
     def extract_features(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Features:
         """Encoder features of all tokens without a mask (paper, section 4).
 
-        A clip has ceil(frames / kt) * (F // kf) tokens, whatever the other clips of its batch. Frames past its length
-        count as 0.0 before normalisation.
+        A clip has ceil(frames / kt) * (F // kf) tokens, independent of its batch. Frames past its length count as 0.0
+        before normalisation.
 
         Args:
             features: (B, T, F) floating-point log-mel, not normalised.
@@ -378,7 +378,7 @@ class MAEAST(PretrainingModel):
         return float(self.input_norm.running_mean)
 
     def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
-        """Encoder features as of ``extract_features``, with the tokens of all clips packed."""
+        """Encoder features like those of ``extract_features``, with the tokens of all clips packed."""
         config = self.config
         self._check_layer(layer)
         num_frames = self._check(features, lengths)
@@ -517,9 +517,9 @@ class MAEAST(PretrainingModel):
 
     def _check(self, features: Tensor, lengths: Tensor | None, check_values: bool = True) -> Tensor:
         num_frames = super()._check(features, lengths, check_values)
-        tokens = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
-        if tokens > MAX_TOKENS:
-            raise ValueError(f"at most {MAX_TOKENS} tokens a clip, got {tokens}: cut long recordings into chunks")
+        max_tokens = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
+        if max_tokens > MAX_TOKENS:
+            raise ValueError(f"at most {MAX_TOKENS} tokens per clip, got {max_tokens}: cut long recordings into chunks")
         return num_frames
 
     def _check_mask(self, mask: Tensor, num_tokens: Tensor, max_tokens: int, check_values: bool) -> Tensor:

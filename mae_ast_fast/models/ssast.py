@@ -49,9 +49,9 @@ class _PositionRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
-        num_clips, tokens, width, dtype = ctx.table
-        padded = grad.new_zeros(num_clips * tokens + 1, width).index_copy(0, index, grad)[:-1]
-        return padded.view(num_clips, tokens, width).sum(0, dtype=dtype), None, None, None
+        num_clips, table_len, width, dtype = ctx.table
+        padded = grad.new_zeros(num_clips * table_len + 1, width).index_copy(0, index, grad)[:-1]
+        return padded.view(num_clips, table_len, width).sum(0, dtype=dtype), None, None, None
 
 
 @dataclass
@@ -154,7 +154,7 @@ class SSAST(PretrainingModel):
             sizes: Token counts, as for MAEAST; the same for both passes.
 
         Returns:
-            As of MAEAST; rows run clip by clip, tokens ascending. Means are over all masked tokens of the batch. The
+            As for MAEAST; rows run clip by clip, tokens ascending. Means are over all masked tokens of the batch. The
             loss is InfoNCE + 10 * MSE, or the one of the two that is the objective; the prediction of the other one is
             then empty, (0, P). Accuracy is the share of predictions whose own target is, among the clip's targets, the
             one with the largest softmax over predictions for them. In two passes ``target`` and ``mask`` are pairs, and
@@ -297,8 +297,8 @@ class SSAST(PretrainingModel):
             ids_restore,
             impl=cfg.impl,
         )
-        width = selected.shape[1]
-        index = torch.where(tokens.valid, tokens.clip * width + tokens.token, num_clips * width)
+        table_len = selected.shape[1]
+        index = torch.where(tokens.valid, tokens.clip * table_len + tokens.token, num_clips * table_len)
         x = x + _PositionRows.apply(self._positions(n_t), index, num_clips, dtype)
         return _Embedded(x, tokens, visible=visible, masked=masked, target=target)
 
@@ -418,8 +418,8 @@ class SSAST(PretrainingModel):
         num_frames = super()._check(features, lengths, check_values)
         if features.shape[1] > self.config.input_frames:
             raise ValueError(
-                f"at most input_frames={self.config.input_frames} frames a clip, got T={features.shape[1]}: cut longer "
-                "clips"
+                f"at most input_frames={self.config.input_frames} frames per clip, got T={features.shape[1]}: cut "
+                "longer clips"
             )
         return num_frames
 

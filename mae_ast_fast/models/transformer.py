@@ -55,28 +55,29 @@ class QueryRows(NamedTuple):
     indices: Tensor
 
 
-def is_plain(kind: type[nn.Module], *modules: nn.Module) -> bool:
+def is_plain(module_class: type[nn.Module], *modules: nn.Module) -> bool:
     """Whether fused operations may read the weights of these modules instead of calling them.
 
-    A plain module computes exactly what its class does, with its own weight and bias. Its type is ``kind``, not a
-    subclass or another class. It has no hooks, neither its own nor global ones, and its ``forward``, weight and bias
-    were not replaced by another kind. An adapter, a parametrization, pruning or quantisation makes a module not plain.
+    A plain module computes exactly what its class does, with its own weight and bias. Its type is ``module_class``, not
+    a subclass or another class. It has no hooks, neither its own nor global ones. Its ``forward`` was not replaced, and
+    its weight and bias are parameters or plain tensors. An adapter, a parametrization, pruning or quantisation makes a
+    module not plain.
 
     Args:
-        kind: ``nn.Linear``, ``nn.LayerNorm`` or ``nn.Sequential``.
+        module_class: ``nn.Linear``, ``nn.LayerNorm`` or ``nn.Sequential``.
         modules: The modules to check.
     """
-    return not _has_any_global_hook() and all(_is_plain(kind, module) for module in modules)
+    return not _has_any_global_hook() and all(_is_plain(module_class, module) for module in modules)
 
 
 _WEIGHT_TYPES = (nn.Parameter, Tensor)  # not a subclass, such as a quantised weight; not None
 
 
-def _is_plain(kind: type[nn.Module], module: nn.Module) -> bool:
+def _is_plain(module_class: type[nn.Module], module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) is not kind or hooks or "forward" in module.__dict__:
+    if type(module) is not module_class or hooks or "forward" in module.__dict__:
         return False
-    if kind is nn.Sequential:
+    if module_class is nn.Sequential:
         return True
     return type(module.weight) in _WEIGHT_TYPES and type(module.bias) in _WEIGHT_TYPES
 
@@ -395,8 +396,7 @@ class Layer(nn.Module):
         bias = h.new_zeros(h.shape[1]) if fc1_bias is None else fc1_bias
 
         def activate(h: Tensor) -> tuple[Tensor, Tensor | None]:
-            site = self.dropout_site + 3
-            activation = ops.bias_gelu(h, bias, dropout=rate, seed=cfg.seed, site=site, impl=cfg.impl)
+            activation = ops.bias_gelu(h, bias, dropout=rate, seed=cfg.seed, site=self.dropout_site + 3, impl=cfg.impl)
             return linear_without_bias(activation, self.fc2)
 
         if cfg.recompute == "gelu" and torch.is_grad_enabled():

@@ -58,7 +58,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def losses(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a fixed batch and mask, and its gradients."""
     model.zero_grad()
-    loss = model(*batch(), generator=torch.Generator().manual_seed(2)).loss
+    features, frames = batch()
+    loss = model(features, frames, generator=torch.Generator().manual_seed(2)).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

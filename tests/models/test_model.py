@@ -92,7 +92,7 @@ def gradients(model: MAEAST) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def run(model: MAEAST, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+def forward_backward(model: MAEAST, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
     """One forward and backward: the output and every parameter's gradient."""
     model.zero_grad()
     out = model(*args, **kwargs)
@@ -235,14 +235,14 @@ def test_forward_ignores_mask_entries_past_a_clip_and_mask_width() -> None:
     model = build().train()
     x, frames = batch(extra=9)
     mask = masks()
-    first = run(copy.deepcopy(model), x, frames, mask)
+    first = forward_backward(copy.deepcopy(model), x, frames, mask)
     max_tokens = max(tokens_of(FRAMES))
     past = ~real_tokens(torch.tensor(tokens_of(FRAMES)), max_tokens + 30)
     generator = torch.Generator().manual_seed(5)
     for width in (max_tokens, max_tokens + 1, max_tokens + 2 * GRID_F, max_tokens + 30):
         noise = torch.rand(4, width, generator=generator) < 0.5
         wide = torch.nn.functional.pad(mask, (0, width - max_tokens)) | (noise & past[:, :width])
-        again = run(copy.deepcopy(model), x, frames, wide)
+        again = forward_backward(copy.deepcopy(model), x, frames, wide)
         assert_same_output(first[0], again[0], first[1], again[1])
         assert not again[0].mask[past[:, : again[0].mask.shape[1]]].any()
 
@@ -255,9 +255,9 @@ def test_forward_clip_without_visible_or_masked_token_adds_no_loss(attention: st
     x, lengths = batch(frames)
     tokens = tokens_of(frames)
     mask = masks(frames, num_masked=[4, tokens[1], 0, 0, 0, 7])  # none visible, none masked, no patches (twice)
-    out, grads = run(model, x, lengths, mask)
+    out, grads = forward_backward(model, x, lengths, mask)
     keep = [0, 5]
-    kept, kept_grads = run(model, x[keep], lengths[keep], mask[keep])
+    kept, kept_grads = forward_backward(model, x[keep], lengths[keep], mask[keep])
     for name in ("loss", "loss_reconstruction", "loss_classification", "accuracy"):
         assert_rounding(getattr(out, name), getattr(kept, name), name)
     assert out.loss_per_clip[1:5].tolist() == [0.0] * 4
@@ -319,7 +319,7 @@ def test_forward_zero_weight_disables_objective(switched_off: str) -> None:
     x, frames = batch()
     mask = masks()
     full = both(x, frames, mask)
-    out, grads = run(single, x, frames, mask)
+    out, grads = forward_backward(single, x, frames, mask)
     patch_dim = single.config.patch_dim
     head = {"reconstruction_weight": slice(0, patch_dim), "classification_weight": slice(patch_dim, None)}
     assert not grads["head.weight"][head.pop(switched_off)].any()
@@ -432,8 +432,8 @@ def test_forward_padding_values_change_no_output(training: bool, padding: float)
     clean, dirty = build().train(training), build().train(training)
     x, frames = batch(extra=6)
     y, _ = batch(extra=6, padding=padding)
-    clean_out, clean_grads = run(clean, x, frames, masks())
-    dirty_out, dirty_grads = run(dirty, y, frames, masks())
+    clean_out, clean_grads = forward_backward(clean, x, frames, masks())
+    dirty_out, dirty_grads = forward_backward(dirty, y, frames, masks())
     assert_same_output(clean_out, dirty_out, clean_grads, dirty_grads)
     for model in (clean, dirty):
         model.train(training)
@@ -672,7 +672,7 @@ def test_layerdrop_near_one_skips_layers_and_uses_every_parameter(stack: str) ->
     model = build(**{f"{stack}_layerdrop": 1 - 1e-12}, encoder_layers=3, decoder_layers=2)
     x, frames = batch()
     torch.manual_seed(0)
-    _, grads = run(model.train(), x, frames, masks())
+    _, grads = forward_backward(model.train(), x, frames, masks())
     for name, gradient in grads.items():
         assert gradient is not None and gradient.isfinite().all(), name
         if name.startswith(f"{stack}.layers."):
@@ -799,7 +799,7 @@ def test_forward_training_same_seed_gives_same_result() -> None:
     for seed in (1, 1, 2):
         model = build(**rates).train()
         torch.manual_seed(seed)
-        results.append(run(model, x, frames))
+        results.append(forward_backward(model, x, frames))
     assert_same_output(results[0][0], results[1][0], results[0][1], results[1][1])
     assert torch.equal(results[0][0].mask, results[1][0].mask)
     assert not torch.equal(results[0][0].mask, results[2][0].mask)
@@ -892,7 +892,8 @@ def test_decoder_shares_heads_and_ffn_width_with_encoder() -> None:
             assert layer.fc1.weight.shape == (40, width) and layer.qkv.weight.shape == (3 * width, width)
             assert layer.config.num_heads == 4
     assert model.head.weight.shape == (2 * 16, 20) and model.mask_token.shape == (20,)
-    _, grads = run(model, *batch(), masks())
+    x, frames = batch()
+    _, grads = forward_backward(model, x, frames, masks())
     assert all(gradient.any() for name, gradient in grads.items())
 
 
@@ -904,7 +905,8 @@ def test_encoder_projection_exists_only_if_requested_or_needed(fields: dict, exp
     model = build(**fields)
     assert (model.encoder_projection is not None) is expected
     assert any(name.startswith("encoder_projection.") for name in model.state_dict()) is expected
-    assert model(*batch(), masks()).loss.isfinite()
+    x, frames = batch()
+    assert model(x, frames, masks()).loss.isfinite()
 
 
 def test_patch_base_has_expected_parameter_count() -> None:
@@ -917,7 +919,7 @@ def test_patch_base_has_expected_parameter_count() -> None:
 
 def test_attention_sdpa_matches_math() -> None:
     x, frames = batch()
-    a, b = (run(build(attention=name), x, frames, masks()) for name in ("sdpa", "math"))
+    a, b = (forward_backward(build(attention=name), x, frames, masks()) for name in ("sdpa", "math"))
     for name in ("loss", "loss_per_clip", "pred_reconstruction", "pred_classification"):
         assert_rounding(getattr(a[0], name), getattr(b[0], name), name)
     for name in a[1]:
@@ -933,7 +935,7 @@ def test_forward_bf16_autocast_is_near_fp32(name: str) -> None:
     case = Golden(name)
     model = MAEAST.from_fairseq_state_dict(case.state_dict, case.options)
     source, mask = case["source"], case.mask
-    exact, exact_grads = run(model, source, mask=mask)
+    exact, exact_grads = forward_backward(model, source, mask=mask)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         out = model(source, mask=mask)
@@ -978,8 +980,8 @@ def test_extract_features_autocast_is_near_fp32() -> None:
 def test_forward_fp64_model_matches_fp32(features: torch.dtype, training: bool) -> None:
     """An fp64 model takes features of either precision; outputs and gradients agree with fp32 to its rounding."""
     x, frames = batch()
-    out, grads = run(build().train(training), x, frames, masks())
-    exact, exact_grads = run(build().double().train(training), x.to(features), frames, masks())
+    out, grads = forward_backward(build().train(training), x, frames, masks())
+    exact, exact_grads = forward_backward(build().double().train(training), x.to(features), frames, masks())
     assert exact.loss.dtype == exact.loss_per_clip.dtype == torch.float64
     for name in ("loss", "loss_per_clip", "pred_reconstruction", "target"):
         assert_rounding(getattr(out, name), getattr(exact, name), name)
@@ -1007,7 +1009,7 @@ def test_forward_half_precision_weights_stay_near_fp32(dtype: torch.dtype, train
     model.train(training)
     exact.train(training)
     for features in (x, x.to(dtype)):
-        out, grads = run(model, features, frames, masks())
+        out, grads = forward_backward(model, features, frames, masks())
         assert out.loss.dtype == torch.float32
         assert max_rel(out.loss, exact(x, frames, masks()).loss) < HALF_FEATURES[dtype]
         assert all(gradient.isfinite().all() for gradient in grads.values())
@@ -1237,7 +1239,7 @@ def test_save_pretrained_failed_write_keeps_previous_files(tmp_path: Path, monke
 
 def test_from_pretrained_missing_folder_does_not_query_hub(tmp_path: Path) -> None:
     for missing in (str(tmp_path / "nothing"), "./nothing", "runs/of/mine"):
-        with pytest.raises(ValueError, match=r"nothing|runs/of/mine.* is no folder"):
+        with pytest.raises(ValueError, match=r"nothing|runs/of/mine.* is neither a folder"):
             MAEAST.from_pretrained(missing)
 
 

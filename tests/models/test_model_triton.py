@@ -60,7 +60,7 @@ def batch(model: MAEAST, frames: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return features, torch.tensor(frames), mask.to(DEVICE)
 
 
-def step(model: MAEAST, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[object, dict[str, Tensor]]:
+def forward_backward(model: MAEAST, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[object, dict[str, Tensor]]:
     """One forward and backward on features, frame counts and mask: the output and every parameter's gradient."""
     features, frames, mask = inputs
     model.zero_grad()
@@ -76,7 +76,7 @@ def test_triton_loss_and_gradients_match_torch(shape: str, variant: str, frames:
     runs = []
     for impl, attention in (("torch", "sdpa"), ("triton", "short")):
         model = build(impl, shape, attention, **VARIANTS[variant])
-        runs.append(step(model, batch(model, frames)))
+        runs.append(forward_backward(model, batch(model, frames)))
     (expected, expected_grads), (out, grads) = runs
     for name in ("loss", "loss_reconstruction", "loss_classification", "loss_per_clip"):
         assert max_rel(getattr(out, name), getattr(expected, name)) <= ONE_STEP, name
@@ -95,18 +95,18 @@ def test_triton_loss_and_gradients_match_torch(shape: str, variant: str, frames:
 def test_triton_half_precision_is_near_fp32(shape: str, dtype: torch.dtype) -> None:
     exact = build("torch", shape)
     model = build("triton", shape, "short")
-    inputs = batch(model, FRAMES["unequal"])
-    expected, _ = step(exact, inputs)
+    features, frames, mask = batch(model, FRAMES["unequal"])
+    expected, _ = forward_backward(exact, (features, frames, mask))
     with torch.autocast(DEVICE.type, dtype):
-        out = model(*inputs)
+        out = model(features, frames, mask)
     out.loss.backward()
     assert out.pred_reconstruction.dtype == dtype and out.loss.dtype == torch.float32
     assert max_rel(out.loss, expected.loss) <= BF16_LOSS
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    features = [m.eval().extract_features(*inputs[:2]).last_hidden_state for m in (model, exact)]
+    states = [m.eval().extract_features(features, frames).last_hidden_state for m in (model, exact)]
     with torch.autocast(DEVICE.type, dtype):
-        features[0] = model.extract_features(*inputs[:2]).last_hidden_state
-    assert max_rel(features[0], features[1]) <= HALF_FEATURES[dtype]
+        states[0] = model.extract_features(features, frames).last_hidden_state
+    assert max_rel(states[0], states[1]) <= HALF_FEATURES[dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -125,16 +125,16 @@ DROPOUT = {"dropout": 0.2, "attention_dropout": 0.2, "activation_dropout": 0.2, 
 def test_triton_dropout_uses_one_mask_in_forward_and_backward() -> None:
     """At a fixed seed the loss is a function of the weights alone, and the gradient is its slope."""
     model = build("triton", "patch", "short", **DROPOUT)
-    inputs = batch(model, FRAMES["unequal"])
+    features, frames, mask = batch(model, FRAMES["unequal"])
 
     def loss() -> Tensor:
         torch.manual_seed(7)
-        return model(*inputs).loss
+        return model(features, frames, mask).loss
 
     first = loss()
     assert torch.equal(first, loss())
     torch.manual_seed(8)
-    assert not torch.equal(first, model(*inputs).loss), "another seed must draw other masks"
+    assert not torch.equal(first, model(features, frames, mask).loss), "another seed must draw other masks"
     first.backward()
     generator = torch.Generator().manual_seed(1)
     parameters = list(model.parameters())
@@ -170,7 +170,8 @@ def test_dropout_sites_of_a_model_are_distinct(monkeypatch: pytest.MonkeyPatch) 
 
         monkeypatch.setattr(ops, name, spy)
     model = build("triton", "patch", "short", **DROPOUT)
-    model(*batch(model, FRAMES["unequal"]))
+    features, frames, mask = batch(model, FRAMES["unequal"])
+    model(features, frames, mask)
     assert len(sites) == 1 + 2 * 4 + 1 + 4 + 3 and len(set(sites)) == len(sites)
     assert len({int(seed) for seed in seeds}) == 1
 
@@ -202,13 +203,13 @@ def test_triton_fifty_training_steps_track_torch() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         features, frames, _ = batch(model, [24, 12])
         generator = torch.Generator().manual_seed(0)
-        run = []
+        run_losses = []
         for _ in range(50):
             optimizer.zero_grad()
             loss = model(features, frames, generator=generator).loss
             loss.backward()
             optimizer.step()
-            run.append(loss.detach())
-        losses.append(torch.stack(run))
+            run_losses.append(loss.detach())
+        losses.append(torch.stack(run_losses))
     assert losses[0][-1] < 0.7 * losses[0][0], "it learns"
     assert ((losses[1] - losses[0]).abs() / losses[0]).max() <= FIFTY_STEPS

@@ -55,7 +55,7 @@ def batch(model: MAEAST, frames: list[int], seed: int = 0, max_frames: int = 48)
     return features, lengths.to(DEVICE), mask.to(DEVICE)
 
 
-def step(
+def forward_backward(
     model: MAEAST, inputs: tuple[Tensor, Tensor, Tensor], sizes: TokenCounts | None = None
 ) -> tuple[object, dict[str, Tensor]]:
     """One forward and backward on features, lengths and mask: the output and every parameter's gradient."""
@@ -122,14 +122,14 @@ FRAMES = {"unequal": [48, 17, 33], "an empty and a tiny clip": [0, 48, 9, 16], "
 def test_forward_bucket_sizes_change_no_result(path: str, shape: str, frames: list[int]) -> None:
     model = build(path, shape)
     inputs = batch(model, frames)
-    exact, expected = step(model, inputs)
-    wide, gradients = step(model, inputs, sizes=model.sizes_of(frames).bucket())
+    exact, expected = forward_backward(model, inputs)
+    wide, gradients = forward_backward(model, inputs, sizes=model.sizes_of(frames).bucket())
     for name in ("loss", "loss_reconstruction", "loss_classification", "loss_per_clip", "accuracy"):
         assert_rounding(getattr(wide, name), getattr(exact, name), name)
-    rows = len(exact.target)
-    assert len(wide.target) > rows
+    num_rows = len(exact.target)
+    assert len(wide.target) > num_rows
     for name in ("pred_reconstruction", "pred_classification", "target"):
-        assert_rounding(getattr(wide, name)[:rows], getattr(exact, name), name)
+        assert_rounding(getattr(wide, name)[:num_rows], getattr(exact, name), name)
     for name, gradient in gradients.items():
         if name.endswith("qkv.bias"):  # the key part is rounding noise around 0
             width = len(gradient) // 3
@@ -141,7 +141,7 @@ def test_forward_with_sizes_and_no_masked_token_returns_zero_loss() -> None:
     """With sizes the model does not check for visible and masked tokens: losses and gradients are 0, not NaN."""
     model = build()
     features, lengths, mask = batch(model, [7, 0])
-    out, gradients = step(model, (features, lengths, mask), sizes=model.sizes_of([48, 48]).bucket())
+    out, gradients = forward_backward(model, (features, lengths, mask), sizes=model.sizes_of([48, 48]).bucket())
     assert out.loss == 0 and all(gradient.isfinite().all() and not gradient.any() for gradient in gradients.values())
 
 
@@ -162,7 +162,7 @@ def test_compile_batches_of_one_bucket_share_one_graph(path: str) -> None:
     for seed, frames in enumerate(([48, 17, 33], [48, 24, 24], [48, 32, 9])):
         assert model.sizes_of(frames).bucket() == sizes
         inputs = batch(model, frames, seed)
-        expected, expected_gradients = step(model, inputs, sizes=sizes)
+        expected, expected_gradients = forward_backward(model, inputs, sizes=sizes)
         out = graph(*inputs, sizes=sizes)
         model.zero_grad()
         out.loss.backward()
@@ -196,7 +196,7 @@ def test_compile_drawn_masks_dropout_and_layerdrop_make_one_graph(path: str, sha
 def test_inductor_matches_eager() -> None:
     model = build(encoder_layers=1, decoder_layers=1)
     inputs, sizes = batch(model, [48, 17, 33]), model.sizes_of([48, 17, 33]).bucket()
-    expected, gradients = step(model, inputs, sizes=sizes)
+    expected, gradients = forward_backward(model, inputs, sizes=sizes)
     torch._dynamo.reset()
     graph = torch.compile(model, fullgraph=True)
     model.zero_grad()
@@ -225,8 +225,8 @@ def test_compile_graph_reads_no_value_on_the_host() -> None:
     backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(keep(graph, inputs)))
     inputs = batch(model, [48, 17, 33])
     torch._dynamo.reset()
-    run = torch.compile(model, fullgraph=True, backend=backend)
-    run(*inputs, sizes=model.sizes_of([48, 17, 33]).bucket()).loss.backward()
+    compiled_model = torch.compile(model, fullgraph=True, backend=backend)
+    compiled_model(*inputs, sizes=model.sizes_of([48, 17, 33]).bucket()).loss.backward()
     assert len(graphs) == 2, "forward and backward"
     reading = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select", "unique", "aten.equal")
     for graph in graphs:

@@ -54,7 +54,7 @@ def batch(model: SSAST, frames: list[int], padding: float = 0.0, seed: int = 0) 
     return x, torch.tensor(frames)
 
 
-def run(model: SSAST, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+def forward_backward(model: SSAST, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
     model.zero_grad()
     out = model(*args, **kwargs)
     out.loss.backward()
@@ -197,7 +197,7 @@ def test_ssast_matches_plain_vit(shape: str) -> None:
     x = x.double()
     mask = model.sample_mask(lengths, max(frames), seed=3)
     mask[0, :3] = True  # a count that differs from the drawn one
-    out, gradients = run(model, x, lengths, mask)
+    out, gradients = forward_backward(model, x, lengths, mask)
 
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
     plain, rows = [], []
@@ -238,7 +238,7 @@ def test_ssast_batch_equals_its_clips(shape: str, objective: str) -> None:
     frames = UNEQUAL[shape]
     x, lengths = batch(model, frames, padding=float("nan"))
     mask = model.sample_mask(lengths, max(frames), seed=1)
-    out, gradients = run(model, x, lengths, mask)
+    out, gradients = forward_backward(model, x, lengths, mask)
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
 
     def clip_mask(mask: Tensor, clip: int) -> Tensor:
@@ -247,7 +247,7 @@ def test_ssast_batch_equals_its_clips(shape: str, objective: str) -> None:
     singles, total = [], {}
     for clip, count in enumerate(frames):
         single_mask = tuple(clip_mask(m, clip) for m in mask) if isinstance(mask, tuple) else clip_mask(mask, clip)
-        single, grads = run(model, x[clip : clip + 1, :count], None, single_mask)
+        single, grads = forward_backward(model, x[clip : clip + 1, :count], None, single_mask)
         rows = int((single_mask[0] if isinstance(single_mask, tuple) else single_mask).sum())
         singles.append((single, rows))
         total = {name: total.get(name, 0) + gradient * rows for name, gradient in grads.items()}
@@ -269,7 +269,7 @@ def test_ssast_triton_matches_torch_on_unequal_clips() -> None:
         x, lengths = batch(model, [26, 11])
         mask = model.sample_mask(lengths, 26, seed=1).to(DEVICE)
         sizes = model.sizes_of([26, 11]).bucket() if impl == "triton" else None  # with padding rows
-        runs.append(run(model, x.to(DEVICE), lengths, mask, sizes=sizes))
+        runs.append(forward_backward(model, x.to(DEVICE), lengths, mask, sizes=sizes))
     (expected, expected_gradients), (out, gradients) = runs
     for name in LOSSES:
         assert_rounding(getattr(out, name), getattr(expected, name), name)
@@ -286,12 +286,12 @@ def test_ssast_two_passes_equal_two_models() -> None:
     x, lengths = batch(model, frames)
     masks = model.sample_mask(lengths, max(frames), seed=1)
     masks[1][0, :7] = True  # the two may mask different counts
-    out, gradients = run(model, x, lengths, masks)
+    out, gradients = forward_backward(model, x, lengths, masks)
     single = {}
     for number, objective in enumerate(("mpc", "mpg")):
         other = build(objective=objective)
         other.load_state_dict(model.state_dict())
-        single[objective] = run(other, x, lengths, masks[number])
+        single[objective] = forward_backward(other, x, lengths, masks[number])
         assert torch.equal(out.target[number], single[objective][0].target)
         assert torch.equal(out.mask[number], single[objective][0].mask)
     (mpc, mpc_gradients), (mpg, mpg_gradients) = single["mpc"], single["mpg"]
@@ -313,8 +313,8 @@ def test_ssast_two_passes_equal_two_models() -> None:
 def test_ssast_two_passes_with_one_mask_equal_shared_pass() -> None:
     x, lengths = batch(model := build(), UNEQUAL["patch"])
     mask = model.sample_mask(lengths, 52, seed=1)
-    shared, gradients = run(model, x, lengths, mask)
-    two, again = run(build(objective="joint_two_pass"), x, lengths, (mask, mask))
+    shared, gradients = forward_backward(model, x, lengths, mask)
+    two, again = forward_backward(build(objective="joint_two_pass"), x, lengths, (mask, mask))
     for name in (*LOSSES, "pred_reconstruction", "pred_classification"):
         assert_rounding(getattr(two, name), getattr(shared, name), name)
     assert_gradients(gradients, again, assert_small)
@@ -324,7 +324,7 @@ def test_ssast_two_passes_with_one_mask_equal_shared_pass() -> None:
 def test_ssast_gradients_reach_every_used_parameter(objective: str) -> None:
     model = build(objective=objective)
     features = batch(model, [52, 52])[0].requires_grad_()  # targets stay data
-    out, gradients = run(model, features)
+    out, gradients = forward_backward(model, features)
     off = {"mpc": "reconstruction_head", "mpg": "classification_head"}.get(objective, "none")
     for name, parameter in model.named_parameters():
         if name.startswith(off):
@@ -348,7 +348,7 @@ def test_position_rows_gradient_matches_indexing() -> None:
 def test_ssast_shorter_clip_uses_leading_positions() -> None:
     model = build()
     x, _ = batch(model, [20])  # 4 of 10 columns
-    _, gradients = run(model, x, mask=model.sample_mask(torch.tensor([20]), 20, seed=0))
+    _, gradients = forward_backward(model, x, mask=model.sample_mask(torch.tensor([20]), 20, seed=0))
     touched = gradients["positions"].any(1)
     assert touched[:2].all()
     assert torch.equal(touched[2:].view(6, 10), (torch.arange(10) < 4).expand(6, -1))
@@ -372,7 +372,7 @@ def test_ssast_bf16_autocast_is_near_fp32() -> None:
     mask = model.sample_mask(lengths, 52, seed=1)
     exact = model(x, lengths, mask)
     with torch.autocast("cpu", torch.bfloat16):
-        out, gradients = run(model, x, lengths, mask)
+        out, gradients = forward_backward(model, x, lengths, mask)
     assert out.pred_reconstruction.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
     assert max_rel(out.loss, exact.loss) <= BF16_LOSS
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients.values())
@@ -390,9 +390,9 @@ def test_ssast_bucket_sizes_change_no_result(objective: str, frames: list[int]) 
     sizes = model.sizes_of(frames)
     first = mask[0] if isinstance(mask, tuple) else mask
     assert sizes.masked == first.sum() and sizes.visible + sizes.masked == sum(f // 5 * 6 for f in frames)
-    exact, expected = run(model, x, lengths, mask)
+    exact, expected = forward_backward(model, x, lengths, mask)
     for used_sizes in (sizes, sizes.bucket()):
-        wide, gradients = run(model, x, lengths, mask, sizes=used_sizes)
+        wide, gradients = forward_backward(model, x, lengths, mask, sizes=used_sizes)
         for name in LOSSES:
             assert_rounding(getattr(wide, name), getattr(exact, name), name)
         rows = len(exact.pred_classification)
@@ -413,7 +413,7 @@ def test_ssast_compile_batches_of_one_bucket_share_one_graph(objective: str) -> 
         assert model.sizes_of(frames).bucket() == sizes
         x, lengths = batch(model, frames)
         mask = model.sample_mask(lengths, 52, seed=1)
-        expected, expected_gradients = run(model, x, lengths, mask, sizes=sizes)
+        expected, expected_gradients = forward_backward(model, x, lengths, mask, sizes=sizes)
         model.zero_grad()
         out = graph(x, lengths, mask, sizes=sizes)
         out.loss.backward()
@@ -657,7 +657,7 @@ def test_ssast_save_pretrained_round_trip_is_exact(tmp_path: Path) -> None:
     assert_rounding(again(x, lengths, mask).loss, model(x, lengths, mask).loss)
     weights = model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
-    with pytest.raises(ValueError, match="no configuration of MAEAST: expected model_type 'mae_ast', got 'ssast'"):
+    with pytest.raises(ValueError, match="not a configuration of MAEAST: expected model_type 'mae_ast', got 'ssast'"):
         MAEAST.from_pretrained(tmp_path / "a")
 
 
@@ -732,7 +732,7 @@ def test_ssast_invalid_input_raises() -> None:
     model = build()
     bins = model.config.num_mel_bins
     for x, lengths, message in [
-        (torch.zeros(1, 53, bins), None, "at most input_frames=52 frames a clip, got T=53"),
+        (torch.zeros(1, 53, bins), None, "at most input_frames=52 frames per clip, got T=53"),
         (torch.zeros(1, 52, bins + 1), None, r"features must be a tensor \(B, T, 24\)"),
         (torch.zeros(1, 52, bins).long(), None, "floating point"),
         (torch.zeros(0, 52, bins), None, "no clips"),
