@@ -37,12 +37,12 @@ def resolve_impl(impl: str, device: torch.device | str, dtype: torch.dtype = tor
     device = torch.device(device)
     if impl == "triton":
         _check_triton(device, dtype)
-        return "triton", "asked for by name"
+        return "triton", "requested by name"
     if impl == "torch":
-        return "torch", "asked for by name"
+        return "torch", "requested by name"
     if device.type != "cuda":
         return "torch", f"the Triton kernels need a GPU ({device})"
-    return "torch", "the Triton kernels have not run on a GPU yet; impl='triton' takes them"
+    return "torch", "the Triton kernels have not run on a GPU yet; impl='triton' selects them"
 
 
 def _check_triton(device: torch.device, dtype: torch.dtype) -> None:

@@ -179,19 +179,19 @@ def _packed_fbank(
     if frontend == "ssast":
         clip_means = _clip_means(waveforms, num_samples)[send(clip, device), None]
 
-    # All chunks of a call have the same number of rows: the last one ends in
-    # rows of the chunk before it, which are not used.
-    chunks = math.ceil(total / _chunk_rows(device))
-    rows = math.ceil(total / chunks / _ROW_MULTIPLE) * _ROW_MULTIPLE
+    # All chunks of a call have the same number of rows: the last one ends in rows of the chunk before it, which are
+    # not used.
+    num_chunks = math.ceil(total / _chunk_rows(device))
+    chunk_rows = math.ceil(total / num_chunks / _ROW_MULTIPLE) * _ROW_MULTIPLE
     all_windows = waveforms.view(-1).unfold(0, WINDOW, 1)  # (B * S - 399, 400), a view
-    frame = torch.zeros(rows, WINDOW, dtype=dtype, device=device)
-    padded = torch.zeros(rows, _FFT, dtype=dtype, device=device)
+    frame = torch.zeros(chunk_rows, WINDOW, dtype=dtype, device=device)
+    padded = torch.zeros(chunk_rows, _FFT, dtype=dtype, device=device)
     emphasised = padded[:, :WINDOW]
-    mel = torch.empty(rows, NUM_MEL_BINS, dtype=product_dtype, device=device)
+    mel = torch.empty(chunk_rows, NUM_MEL_BINS, dtype=product_dtype, device=device)
     # Kaldi's order of operations, rounding by rounding: bins 100 dB below the peak depend on how samples are rounded,
     # and only the same rounding gives the same value there.
-    for start in range(0, total, rows):
-        stop = min(start + rows, total)
+    for start in range(0, total, chunk_rows):
+        stop = min(start + chunk_rows, total)
         frame[: stop - start] = _to_float(all_windows.index_select(0, first_sample[start:stop]))
         if frontend == "ssast":
             frame[: stop - start] -= clip_means[start:stop]

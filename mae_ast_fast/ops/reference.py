@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def patchify(features: Tensor, patch_size: tuple[int, int]) -> Tensor:
+def patchify(log_mel: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cut (B, T, F) into (B, L, P) patches; frames after the last whole patch are dropped.
 
     Token index = time block * (F // kf) + frequency block; inside a patch, index = t * kf + f.
     """
     kt, kf = patch_size
-    batch, num_frames, num_mel_bins = features.shape
+    batch, num_frames, num_mel_bins = log_mel.shape
     grid_t, grid_f = num_frames // kt, num_mel_bins // kf
-    blocks = features[:, : grid_t * kt].reshape(batch, grid_t, kt, grid_f, kf)
+    blocks = log_mel[:, : grid_t * kt].reshape(batch, grid_t, kt, grid_f, kf)
     return blocks.transpose(2, 3).reshape(batch, grid_t * grid_f, kt * kf)
 
 

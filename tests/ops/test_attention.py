@@ -255,8 +255,8 @@ def test_choose_backend_auto_measured_shape_is_short(gpu: Any, monkeypatch: pyte
 def test_choose_backend_explicit_name_is_kept(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda", "mps"):
         for name in ("sdpa", "math", "short"):
-            assert choose_backend(name, device) == (name, "asked for by name")
-    assert choose_backend("clips", "cpu") == ("clips", "asked for by name")
+            assert choose_backend(name, device) == (name, "requested by name")
+    assert choose_backend("clips", "cpu") == ("clips", "requested by name")
     for name in flash.FLASH:
         if full := flash.FLASH[name].module:
             package = SimpleNamespace(flash_attn_varlen_func=print)
@@ -347,7 +347,7 @@ Q, KV = QKV[:, 0], QKV[:, 1:]
         (lambda: attention(QKV, CU, 4, -0.1), ["dropout", "[0, 1)", "-0.1"]),
         (lambda: cross_attention(Q, QKV, CU, 4, CU, 4), ["(N, 2, H, Dh)", "(4, 3, 1, 8)"]),
         (lambda: cross_attention(Q[..., :4], KV, CU, 4, CU, 4), ["(Nq, H, Dh)", "(4, 1, 4)"]),
-        (lambda: cross_attention(Q.half(), KV, CU, 4, CU, 4), ["alike", "float16", "float32"]),
+        (lambda: cross_attention(Q.half(), KV, CU, 4, CU, 4), ["one dtype and device", "float16", "float32"]),
         (lambda: cross_attention(Q, KV, CU, 4, CU.long(), 4), ["cu_kv", "int32", "int64"]),
         (lambda: cross_attention(Q, KV, CU, 4, CU[:1], 4), ["same clips", "1 and 0"]),
         (lambda: cross_attention(Q, KV, CU, 4, CU, 4, 1.5), ["dropout", "1.5"]),

@@ -128,7 +128,7 @@ def test_flash_ragged_clips_equal_reference(backend: Backend, case: str) -> None
                 "q": randn(sum(num_queries), heads, dim, like=backend, dtype=dtype),
                 "kv": randn(sum(counts), 2, heads, dim, seed=1, like=backend, dtype=dtype),
             }
-            lengths = {
+            boundaries = {
                 "cu_q": cu_seqlens_of(num_queries, backend.device),
                 "max_q": max(num_queries),
                 "cu_kv": cu,
@@ -136,10 +136,10 @@ def test_flash_ragged_clips_equal_reference(backend: Backend, case: str) -> None
             }
 
             def run(q: Tensor, kv: Tensor) -> Tensor:
-                return cross_attention(q, kv, **lengths, backend=backend.name)  # noqa: B023
+                return cross_attention(q, kv, **boundaries, backend=backend.name)  # noqa: B023
 
             def expected(q: Tensor, kv: Tensor) -> Tensor:
-                return reference.cross_attention(q, kv, **lengths)  # noqa: B023
+                return reference.cross_attention(q, kv, **boundaries)  # noqa: B023
 
         compare(run, expected, inputs, list(inputs), dtype, dot=True)
 
@@ -161,7 +161,7 @@ def with_masks(q: Tensor, kv: Tensor, *, num_queries: list[int], counts: list[in
 def test_flash_dropout_forward_and_backward_share_mask(backend: Backend) -> None:
     """Values that are unit vectors reveal the mask; other values and all gradients must use the same one."""
     counts, num_queries, heads, dim, rate = [64, 0, 17, 1, 40], [50, 0, 17, 1, 3], 2, 64, 0.25
-    lengths = {
+    boundaries = {
         "cu_q": cu_seqlens_of(num_queries, backend.device),
         "max_q": max(num_queries),
         "cu_kv": cu_seqlens_of(counts, backend.device),
@@ -173,7 +173,7 @@ def test_flash_dropout_forward_and_backward_share_mask(backend: Backend) -> None
 
         def run(q: Tensor, kv: Tensor, seed: int = 5) -> Tensor:
             torch.manual_seed(seed)
-            return cross_attention(q, kv, **lengths, dropout=rate, backend=backend.name)
+            return cross_attention(q, kv, **boundaries, dropout=rate, backend=backend.name)
 
         units = torch.cat([torch.eye(dim)[:count] for count in counts]).to(q)[:, None].expand(-1, heads, -1)
         probabilities = run(q, torch.stack((kv[:, 0], units), 1)).split(num_queries)
@@ -368,9 +368,9 @@ def arguments(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 def test_flash_operators_pass_registration_checks(backend: Backend) -> None:
     forward_arguments = arguments("cpu", torch.float32)
     check_registration(flash.forward_op, *forward_arguments)
-    q, k, v, *lengths, dropout, scale = (x.detach() if isinstance(x, Tensor) else x for x in forward_arguments)
-    out, lse, rng_state, unused = flash.forward_op(q, k, v, *lengths, dropout, scale)
-    backward_arguments = torch.ones_like(q), q, k, v, out, lse, *lengths, dropout, rng_state, unused, scale
+    q, k, v, *boundaries, dropout, scale = (x.detach() if isinstance(x, Tensor) else x for x in forward_arguments)
+    out, lse, rng_state, unused = flash.forward_op(q, k, v, *boundaries, dropout, scale)
+    backward_arguments = torch.ones_like(q), q, k, v, out, lse, *boundaries, dropout, rng_state, unused, scale
     check_registration(flash.backward_op, *backward_arguments)
 
 

@@ -55,11 +55,11 @@ def test_patchify_non_contiguous_features_equals_contiguous() -> None:
 
 def test_packing_selection_lists_tokens_clip_by_clip() -> None:
     selected = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
-    rows = Packing.of(selected)
-    assert rows.clip.tolist() == [0, 0, 2, 2]
-    assert rows.token.tolist() == [1, 2, 0, 3]
-    assert rows.cu_seqlens.tolist() == [0, 2, 2, 4] and rows.cu_seqlens.dtype == torch.int32
-    assert rows.counts.tolist() == [2, 0, 2] and rows.max_seqlen == 2
+    packing = Packing.of(selected)
+    assert packing.clip.tolist() == [0, 0, 2, 2]
+    assert packing.token.tolist() == [1, 2, 0, 3]
+    assert packing.cu_seqlens.tolist() == [0, 2, 2, 4] and packing.cu_seqlens.dtype == torch.int32
+    assert packing.counts.tolist() == [2, 0, 2] and packing.max_seqlen == 2
     empty = Packing.of(torch.zeros(2, 0, dtype=torch.bool))
     assert empty.cu_seqlens.tolist() == [0, 0, 0] and empty.max_seqlen == 0 and empty.clip.numel() == 0
 
@@ -108,9 +108,9 @@ def test_scatter_tokens_masked_rows_equal_loop() -> None:
     normed = reference.scatter_tokens(
         visible, mask_token, table, token=token, inverse=ids_restore, weight=weight, bias=bias
     )
-    rows = iter(visible)
+    visible_rows = iter(visible)
     for n, masked in enumerate(is_masked):
-        expected = (mask_token if masked else next(rows)) + table[token[n]]
+        expected = (mask_token if masked else next(visible_rows)) + table[token[n]]
         assert torch.equal(out[n], expected)
         assert_rounding(normed[n : n + 1], loop_layer_norm(expected[None], weight, bias))
 
@@ -137,12 +137,12 @@ def test_scatter_tokens_mask_patterns_pass_gradcheck(pattern: str, norm: bool) -
 
 
 def loop_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    rows = []
+    normed_rows = []
     for row in x.double():
         mean = sum(row.tolist()) / len(row)
         variance = sum((value - mean) ** 2 for value in row.tolist()) / len(row)
-        rows.append((row - mean) / math.sqrt(variance + 1e-5) * weight.double() + bias.double())
-    return torch.stack(rows)
+        normed_rows.append((row - mean) / math.sqrt(variance + 1e-5) * weight.double() + bias.double())
+    return torch.stack(normed_rows)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])

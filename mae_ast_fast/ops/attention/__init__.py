@@ -69,18 +69,21 @@ def choose_backend(
     if backend in flash.FLASH:
         if problem := flash.problem(backend, device, dtype, dropout=dropout, head_dim=head_dim):
             raise ValueError(f"attention={backend!r} {problem}; use attention='auto' or 'sdpa'")
-        return backend, "asked for by name"
+        return backend, "requested by name"
     if backend == "short" and max(max_seqlen or 0, head_dim or 0) > ops.SHORT:
         name, reason = choose_backend("auto", device, dtype=dtype, dropout=dropout, head_dim=head_dim)
-        return name, f"'short' takes clips of at most {ops.SHORT} rows and heads as wide; as 'auto': {reason}"
+        return name, f"'short' takes at most {ops.SHORT} rows per clip and values per head; as 'auto': {reason}"
     traced = torch.compiler.is_compiling()
     if backend == "clips" and (device.type != "cpu" or traced):
         got = "a graph that torch.compile traces" if traced else device
         raise ValueError(f"attention='clips' needs a CPU and eager mode, got {got}; use attention='auto' or 'sdpa'")
     if backend != "auto":
-        return backend, "asked for by name"
+        return backend, "requested by name"
     if device.type == "cpu" and not traced:
-        return "clips", "clip by clip, hardly padded: faster on a CPU than PyTorch's fused attention over padded rows"
+        return (
+            "clips",
+            "clip by clip with little padding: faster on a CPU than PyTorch's fused attention over padded rows",
+        )
     if device.type == "cpu" and dropout > 0.0 and dtype in (torch.bfloat16, torch.float16):
         return "math", "explicit products: PyTorch's fused attention with dropout is slower on a CPU in half precision"
     if problem := flash.problem("aten", device, dtype, dropout=dropout, head_dim=head_dim):
@@ -211,7 +214,9 @@ def cross_attention(  # noqa: PLR0917 - public signature
 def _check(dropout: float, q: Tensor, kv: Tensor, **cu_seqlens: Tensor) -> None:
     ops.check_dropout(dropout, None, q.device)
     if kv.dtype != q.dtype or kv.device != q.device:
-        raise ValueError(f"q and kv must be alike, got {q.dtype} on {q.device} and {kv.dtype} on {kv.device}")
+        raise ValueError(
+            f"q and kv must have one dtype and device, got {q.dtype} on {q.device} and {kv.dtype} on {kv.device}"
+        )
     for name, cu in cu_seqlens.items():
         ops.check_cu_seqlens(name, cu, q)
     first, *others = cu_seqlens.values()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_MULTIPLE, HEAD_MAX = 8, 256
-BUILT = torch.backends.cuda.is_flash_attention_available()  # a property of this PyTorch build; asks no driver
+BUILT = torch.backends.cuda.is_flash_attention_available()  # a property of the PyTorch build; does not query the driver
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def attend(
         **options,
     )
     out = out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
-    _clear_tail(out.data, cu_q)  # hidden from autograd: the backward does not read these rows
+    _clear_tail(out.data, cu_q)  # .data: autograd need not know, the backward does not read these rows
     return out
 
 
