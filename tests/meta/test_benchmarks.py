@@ -202,14 +202,14 @@ def test_bench_data_rejects_wrong_samples() -> None:
 def test_check_fbank_rejects_wrong_log_mel() -> None:
     pytest.importorskip("torchaudio", reason="needs torchaudio")
     waveforms = torch.from_numpy(np.random.default_rng(0).normal(0, 3000, (2, 8000)).astype(np.int16))
-    lengths = torch.tensor([8000, 4000])
-    features, frames = bench_data.fbank(waveforms, lengths)
-    bench_data.check_fbank(features, frames, waveforms, lengths)
+    num_samples = torch.tensor([8000, 4000])
+    log_mel, num_frames = bench_data.fbank(waveforms, num_samples)
+    bench_data.check_fbank(log_mel, num_frames, waveforms, num_samples)
     for clip, frame, message in ((0, 3, "clip 0: max"), (1, -1, "clip 1: not zero")):
-        wrong = features.clone()
+        wrong = log_mel.clone()
         wrong[clip, frame, 5] += 0.01
         with pytest.raises(AssertionError, match=message):
-            bench_data.check_fbank(wrong, frames, waveforms, lengths)
+            bench_data.check_fbank(wrong, num_frames, waveforms, num_samples)
 
 
 @pytest.fixture(scope="module")

@@ -41,15 +41,15 @@ import tempfile
 import torch
 from mae_ast_fast import MAEAST, MAEASTConfig, fbank
 
-features, frames = fbank(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]))
+log_mel, num_frames = fbank(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]))
 config = MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1)
 model = MAEAST(config).train()
-model(features, frames).loss.backward()
+model(log_mel, num_frames).loss.backward()
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    MAEAST.from_pretrained(folder).extract_features(features, frames)
+    MAEAST.from_pretrained(folder).extract_features(log_mel, num_frames)
 with torch.autocast("cpu", torch.bfloat16):
-    model(features, frames)
+    model(log_mel, num_frames)
 """
 
 

@@ -19,9 +19,9 @@ from mae_ast_fast import MAEAST, MAEASTConfig, fbank
 from mae_ast_fast.cli import main
 assert pathlib.Path(mae_ast_fast.__file__).is_relative_to(sys.argv[1]), mae_ast_fast.__file__
 assert pathlib.Path(mae_ast_fast.kernels.__file__).is_relative_to(sys.argv[1])
-features, frames = fbank(torch.randn(2, 16000) / 10)
+log_mel, num_frames = fbank(torch.randn(2, 16000) / 10)
 config = MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1)
-MAEAST(config)(features, frames).loss.backward()
+MAEAST(config)(log_mel, num_frames).loss.backward()
 assert main(["doctor", "--help"]) == 0
 from mae_ast_fast.data.corpus import default_clips
 try:

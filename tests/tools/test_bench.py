@@ -47,8 +47,8 @@ def test_to_text_speedup_is_median_of_round_ratios() -> None:
     assert [line.split()[-2] for line in table.splitlines() if line.endswith(" x")] == ["2.00", "2.00", "1.00"]
 
 
-def half_batch(step: bench.TrainStep, update: Any, features: Any, mask: Any = None, **options: Any) -> Any:
-    return update(features[::2], mask=None if mask is None else mask[::2], **options)
+def half_batch(step: bench.TrainStep, update: Any, log_mel: Any, mask: Any = None, **options: Any) -> Any:
+    return update(log_mel[::2], mask=None if mask is None else mask[::2], **options)
 
 
 def skipped_optimizer(step: bench.TrainStep, update: Any, *inputs: Any, **options: Any) -> Any:
