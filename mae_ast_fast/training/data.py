@@ -6,11 +6,8 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..data import corpus, prepare
 from ..data.audio import AudioFile
@@ -28,7 +25,7 @@ def open_data(
     *,
     min_seconds: float,
     workers: int,
-    split: Callable[[Sequence[Any]], tuple[np.ndarray, np.ndarray, str]] | None = None,
+    split: prepare.Split | None = None,
     progress: bool = True,
 ) -> Shards:
     """Open the shards in ``source``, or convert it to shards once, in ``cache``/shards.

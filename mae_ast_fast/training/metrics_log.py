@@ -25,8 +25,8 @@ class MetricsLog:
         from tqdm import tqdm
 
         self.path, self.steps = run / "metrics.jsonl", steps
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.is_file() else []
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.is_file() else []
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write(self.path, lambda temp: temp.write_text(text))
         self._events = SummaryWriter(run / "tensorboard", purge_step=step)
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)

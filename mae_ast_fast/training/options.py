@@ -149,7 +149,7 @@ class PretrainOptions:
 
         Raises:
             ValueError: A preset or field that the model does not have, a source of the other model, or sizes that
-                contradict each other or the length of the windows.
+                contradict each other or the length of the crops.
         """
         config_class = CONFIGS[self.model]
         if source is not None and not isinstance(source, config_class):

@@ -1,7 +1,7 @@
 """Pretraining: data in, checkpoints, curves and pictures out. The same command resumes a run that was stopped.
 
 A run has one process, or the processes that torchrun starts with the same program. Every random draw is a function of
-the seed and of its purpose: order, windows and masks depend on the epoch and the clip, dropout on the update and the
+the seed and of its purpose: order, crops and masks depend on the epoch and the clip, dropout on the update and the
 micro-batch. A run resumed from a checkpoint therefore computes the same as an uninterrupted one.
 """
 

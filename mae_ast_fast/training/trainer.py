@@ -386,7 +386,7 @@ class Trainer:
                 "files": data_report.get("files"),
                 "clips": data_report.get("clips"),
                 "hours": round(data_report.get("hours", 0.0), 3),
-                "skipped": {reason: found["count"] for reason, found in data_report.get("skipped", {}).items()},
+                "skipped": {reason: finding["count"] for reason, finding in data_report.get("skipped", {}).items()},
                 **{name: data_report.get(name, {}).get("count", 0) for name in ("silent", "clipped", "duplicate")},
                 "unreadable_in_training": self.fault_count,
                 "unreadable_names": self.faults,
