@@ -99,8 +99,8 @@ def before(trainer):
 STUCK_WRITE = """
 write = resume._Writer.write_data
 def stuck(writer, plan, planner):
-    if writer.final.name.endswith("12"):
-        writer.final.parent.joinpath("stuck").touch()
+    if writer.folder.name.endswith("12"):
+        writer.folder.parent.joinpath("stuck").touch()
         time.sleep(600)
     return write(writer, plan, planner)
 resume._Writer.write_data = stuck
