@@ -330,14 +330,14 @@ class Column:
             self.update = TrainStep(self.model, LR, precision=precision, **variant.train_step)
             self.optimizer = self.update.optimizer
             if not variant.train_step.get("graphs"):
-                forward = self.update.forward
+                forward = self.update.loss_module
 
                 def timed(*inputs: Any, **options: Any) -> Any:
                     out = forward(*inputs, **options)
                     self.clock("forward")
                     return out
 
-                self.update.forward = timed
+                self.update.loss_module = timed
 
     def run(self, clock: Callable[[str], None] = lambda stage: None) -> float:
         """Make one update per batch; return the last loss. ``clock`` is called with each stage as it ends."""
