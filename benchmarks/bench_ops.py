@@ -64,9 +64,9 @@ def check(op: Op, name: str) -> None:
         op.columns["reference"],
         op.inputs,
         op.differentiable,
-        DTYPE,
-        op.summed_inputs,
-        op.uses_products,
+        dtype=DTYPE,
+        summed=op.summed_inputs,
+        dot=op.uses_products,
     )
 
 

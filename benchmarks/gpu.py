@@ -55,8 +55,8 @@ OPTIONAL = (
 )
 # Tile edges, strides and offsets in bf16, which other machines do not test. Repeats and statistics add nothing here.
 MEMCHECK = (
-    "bfloat16 and (test_values_and_gradients or test_moves_the_rows or test_normalised or test_cleared_tail) "
-    "or test_clips_of_ten_seconds"
+    "bfloat16 and (values_and_gradients or moves_rows_and_gradients or normalised_values or zeroes_padding_rows) "
+    "or ten_second_clips"
 )
 OTHER_KERNEL_TESTS = {
     "test_model_triton.py",

@@ -4,13 +4,16 @@
     xhat = (z - mean z) * rstd,  y = xhat * weight + bias    statistics in fp32 over D, eps 1e-5
 
 Letters: N packed rows, D width, G programs. Fused: bias, dropout, addition, statistics, affine; in the backward also
-the column sums for weight, bias and branch_bias, and the sum of two incoming gradients. Saved: the inputs, mean and
-rstd; z is computed again, masks are drawn again. Moved: forward 3 (N, D) tensors (unfused: 7 and a mask), backward 6.
+the column sums for weight, bias and branch_bias, and the sum of two incoming gradients. Saved for the backward: the
+inputs, mean and rstd; z is recomputed and masks are drawn again. Memory traffic: forward 3 (N, D) tensors (unfused: 7
+and a mask), backward 6.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +24,7 @@ from .common.dropout import keep_mask, threshold_and_scale
 from .common.launch import block, dense, launch, options, unit_stride
 
 
-@triton.jit(do_not_specialize=["N", "site", "threshold"])
+@triton.jit(do_not_specialize=["N", "dropout_site", "threshold"])
 def _forward(
     branch_ptr,
     residual_ptr,
@@ -35,7 +38,7 @@ def _forward(
     N,
     stride_branch,
     stride_residual,
-    site,
+    dropout_site,
     threshold,
     scale,
     eps,
@@ -52,7 +55,8 @@ def _forward(
     if BRANCH_BIAS:
         z += tl.load(branch_bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        z = tl.where(keep_mask(tl.load(seed_ptr), row, 0, site, threshold, BLOCK_D), z * scale, 0.0)
+        keep = keep_mask(tl.load(seed_ptr), row, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+        z = tl.where(keep, z * scale, 0.0)
     z += tl.load(residual_ptr + row[:, None] * stride_residual + col[None, :], mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(tl.where(inside, z, 0.0), 1) / D  # (ROWS,)
     centred = tl.where(inside, z - mean[:, None], 0.0)
@@ -65,7 +69,7 @@ def _forward(
     tl.store(rstd_ptr + row, rstd, mask=row < N)
 
 
-@triton.jit(do_not_specialize=["N", "G", "site", "threshold"])
+@triton.jit(do_not_specialize=["N", "G", "dropout_site", "threshold"])
 def _backward(
     dy_ptr,
     dy_again_ptr,
@@ -85,14 +89,14 @@ def _backward(
     stride_dy_again,
     stride_branch,
     stride_residual,
-    site,
+    dropout_site,
     threshold,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    AGAIN: tl.constexpr,
+    FORKED: tl.constexpr,
 ):
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK_D)
@@ -111,19 +115,21 @@ def _backward(
         if BRANCH_BIAS:
             z += branch_bias
         if DROPOUT:
-            kept = tl.reshape(keep_mask(seed, row + tl.zeros((1,), tl.int64), 0, site, threshold, BLOCK_D), (BLOCK_D,))
-            z = tl.where(kept, z * scale, 0.0)
+            row_vector = row + tl.zeros((1,), tl.int64)
+            keep = keep_mask(seed, row_vector, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+            keep = tl.reshape(keep, (BLOCK_D,))
+            z = tl.where(keep, z * scale, 0.0)
         z += tl.load(residual_ptr + row * stride_residual + col, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
         xhat = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
         dy = tl.load(dy_ptr + row * stride_dy + col, mask=inside, other=0.0).to(tl.float32)
-        if AGAIN:
+        if FORKED:
             dy += tl.load(dy_again_ptr + row * stride_dy_again + col, mask=inside, other=0.0).to(tl.float32)
         scaled = dy * weight
         dz = (scaled - tl.sum(scaled, 0) / D - xhat * (tl.sum(scaled * xhat, 0) / D)) * rstd
         tl.store(dresidual_ptr + row * D + col, dz.to(dresidual_ptr.dtype.element_ty), mask=inside)
         if DROPOUT:  # without dropout both gradients are the same
-            dz = tl.where(kept, dz * scale, 0.0)
+            dz = tl.where(keep, dz * scale, 0.0)
             tl.store(dbranch_ptr + row * D + col, dz.to(dbranch_ptr.dtype.element_ty), mask=inside)
         dweight += dy * xhat
         dbias += dy
@@ -144,21 +150,33 @@ def forward(
     branch_bias: Tensor | None,
     seed: Tensor | None,
     dropout: float,
-    site: int,
+    dropout_site: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, D) in the dtype of ``residual``, mean and rstd (N,) in fp32."""
-    rows, width = residual.shape
+    """Compute y (N, D) in the dtype of ``residual``, and mean and rstd (N,) in fp32.
+
+    Args:
+        branch: (N, D) fp32, fp16 or bf16.
+        residual: (N, D) in the dtype of ``branch``.
+        weight: (D,) of any floating dtype, like the biases.
+        bias: (D,).
+        branch_bias: (D,), or None for no bias.
+        seed: (1,) int64; None is allowed with dropout 0.
+        dropout: Rate in [0, 1), applied to branch + branch_bias.
+        dropout_site: Number of this dropout in the model.
+        eps: Added to the variance.
+    """
+    num_rows, width = residual.shape
     branch, residual = unit_stride(branch), unit_stride(residual)
-    weight, bias, branch_bias = dense(weight, bias, branch_bias)
+    weight, bias, branch_bias = dense(weight), dense(bias), dense(branch_bias)
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    mean = torch.empty(rows, dtype=torch.float32, device=y.device)
+    mean = torch.empty(num_rows, dtype=torch.float32, device=y.device)
     rstd = torch.empty_like(mean)
     threshold, scale = threshold_and_scale(dropout)
-    chosen = options("add_layer_norm_forward", residual, width)
+    config = options("add_layer_norm_forward", residual, width)
     launch(
         _forward,
-        (triton.cdiv(rows, chosen["ROWS"]),),
+        (triton.cdiv(num_rows, config["ROWS"]),),
         branch,
         residual,
         weight,
@@ -168,10 +186,10 @@ def forward(
         y,
         mean,
         rstd,
-        rows,
+        num_rows,
         branch.stride(0),
         residual.stride(0),
-        site,
+        dropout_site,
         threshold,
         scale,
         eps,
@@ -179,7 +197,7 @@ def forward(
         BLOCK_D=block(width),
         BRANCH_BIAS=branch_bias is not None,
         DROPOUT=dropout > 0.0,
-        **chosen,
+        **config,
     )
     return y, mean, rstd
 
@@ -195,27 +213,41 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     dropout: float,
-    site: int,
+    dropout_site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients: of branch (no elements without dropout: it is that of residual), of residual, and fp32 column sums.
+    """Gradients of branch and of residual, and the column sums (3, D) in fp32.
 
-    The sums are (3, D): of weight, of bias, of branch_bias (undefined without one).
+    Without dropout the gradient of branch equals that of residual, and the first tensor is empty. The column sums are
+    the gradients of weight, bias and branch_bias; the third is undefined if ``branch_bias`` is None.
+
+    Args:
+        dy: (N, D) gradient of y.
+        dy_again: (N, D) second gradient of y, added to ``dy``, or None.
+        branch: As in ``forward``, like the following inputs.
+        residual: (N, D).
+        weight: (D,).
+        branch_bias: (D,) or None.
+        seed: (1,) int64 or None.
+        mean: (N,) fp32, from the forward.
+        rstd: (N,) fp32, from the forward.
+        dropout: Rate in [0, 1).
+        dropout_site: Number of this dropout in the model.
     """
-    rows, width = residual.shape
+    num_rows, width = residual.shape
     dy, branch, residual = unit_stride(dy), unit_stride(branch), unit_stride(residual)
     dy_again = None if dy_again is None else unit_stride(dy_again)
-    weight, branch_bias = dense(weight, branch_bias)
+    weight, branch_bias = dense(weight), dense(branch_bias)
     dresidual = torch.empty_like(residual, memory_format=torch.contiguous_format)
     dbranch = torch.empty_like(dresidual) if dropout > 0.0 else dresidual.new_empty(0)
-    chosen = dict(options("add_layer_norm_backward", residual, width))
-    programs = min(max(rows, 1), chosen.pop("PROGRAMS"))
-    partial = torch.empty(programs, 3, width, dtype=torch.float32, device=dy.device)
-    if rows == 0:
-        return dbranch, dresidual, partial.zero_().sum(0)
+    config = dict(options("add_layer_norm_backward", residual, width))
+    num_programs = min(max(num_rows, 1), config.pop("PROGRAMS"))
+    partial_sums = torch.empty(num_programs, 3, width, dtype=torch.float32, device=dy.device)
+    if num_rows == 0:
+        return dbranch, dresidual, partial_sums.zero_().sum(0)
     threshold, scale = threshold_and_scale(dropout)
     launch(
         _backward,
-        (programs,),
+        (num_programs,),
         dy,
         dy_again,
         branch,
@@ -227,24 +259,24 @@ def backward(
         rstd,
         dbranch,
         dresidual,
-        partial,
-        rows,
-        programs,
+        partial_sums,
+        num_rows,
+        num_programs,
         dy.stride(0),
         0 if dy_again is None else dy_again.stride(0),
         branch.stride(0),
         residual.stride(0),
-        site,
+        dropout_site,
         threshold,
         scale,
         D=width,
         BLOCK_D=block(width),
         BRANCH_BIAS=branch_bias is not None,
         DROPOUT=dropout > 0.0,
-        AGAIN=dy_again is not None,
-        **chosen,
+        FORKED=dy_again is not None,
+        **config,
     )
-    return dbranch, dresidual, partial.sum(0)
+    return dbranch, dresidual, partial_sums.sum(0)
 
 
 forward_op = torch.library.custom_op("mae_ast_fast::add_layer_norm", forward, mutates_args=())
@@ -252,13 +284,13 @@ backward_op = torch.library.custom_op("mae_ast_fast::add_layer_norm_backward", b
 
 
 @forward_op.register_fake
-def _(branch, residual, weight, bias, branch_bias, seed, dropout, site, eps):
+def _(branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, eps):
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     return y, y.new_empty(y.shape[0], dtype=torch.float32), y.new_empty(y.shape[0], dtype=torch.float32)
 
 
 @backward_op.register_fake
-def _(dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, dropout, site):
+def _(dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, dropout, dropout_site):
     dresidual = torch.empty_like(residual, memory_format=torch.contiguous_format)
     dbranch = torch.empty_like(dresidual) if dropout > 0.0 else dresidual.new_empty(0)
     return dbranch, dresidual, mean.new_empty(3, residual.shape[1])
@@ -266,27 +298,27 @@ def _(dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, dro
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    branch, residual, weight, bias, branch_bias, seed, dropout, site, _ = inputs
+    branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, _ = inputs
     ctx.save_for_backward(branch, residual, weight, branch_bias, seed, *output[1:])
-    ctx.dropout, ctx.site, ctx.bias_dtype = dropout, site, bias.dtype
+    ctx.dropout, ctx.dropout_site, ctx.bias_dtype = dropout, dropout_site, bias.dtype
 
 
 def _gradients(ctx, dy, dy_again):
     branch, residual, weight, branch_bias, seed, mean, rstd = ctx.saved_tensors
     dbranch, dresidual, (dweight, dbias, dbranch_bias) = backward_op(
-        dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, ctx.dropout, ctx.site
+        dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, ctx.dropout, ctx.dropout_site
     )
     dbranch = dbranch if ctx.dropout > 0.0 else dresidual
     dbranch_bias = None if branch_bias is None else dbranch_bias.to(branch_bias.dtype)
-    columns = dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), dbranch_bias
-    return dbranch, dresidual, *columns, None, None, None, None
+    dweight, dbias = dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
+    return dbranch, dresidual, dweight, dbias, dbranch_bias, None, None, None, None
 
 
 forward_op.register_autograd(lambda ctx, dy, dmean, drstd: _gradients(ctx, dy, None), setup_context=_save)
 
 
 class _Fork(torch.autograd.Function):
-    """The op with y given out twice: two gradients come back and are added inside the kernel, not in a pass before."""
+    """The operation with y returned twice: the backward kernel adds the two incoming gradients itself."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -309,26 +341,41 @@ def add_layer_norm(
     branch_bias: Tensor | None,
     seed: Tensor | None,
     dropout: float,
-    site: int,
+    dropout_site: int,
     eps: float,
     fork: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y, or y twice with ``fork`` (the same memory)."""
-    inputs = branch, residual, weight, bias, branch_bias, seed, dropout, site, eps
-    return _Fork.apply(*inputs) if fork else forward_op(*inputs)[0]
+    """y of ``forward``; with ``fork`` y twice, in the same memory."""
+    if fork:
+        return _Fork.apply(branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, eps)
+    return forward_op(branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, eps)[0]
 
 
 WIDTHS = (192, 384, 768)  # of the presets
 
 
 def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
-    rows = 65536
-    branch, residual, dy, again = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(4))
-    w, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
-    mean, rstd = torch.zeros(rows, device=device), torch.ones(rows, device=device)
+    """(label, number of rows, call) of every variant.
+
+    ``mae-ast-fast kernels`` compiles them on the meta device, ``mae-ast-fast tune`` times them on CUDA.
+    """
+    num_rows = 65536
+    branch, residual, dy, dy_again = (torch.randn(num_rows, width, dtype=dtype, device=device) for _ in range(4))
+    vector, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    mean, rstd = torch.zeros(num_rows, device=device), torch.ones(num_rows, device=device)
+    inputs: dict[str, Any] = {
+        "branch": branch,
+        "residual": residual,
+        "weight": vector,
+        "branch_bias": vector,
+        "seed": seed,
+    }
     for dropout in (0.0, 0.1):
-        label, last = "dropout" if dropout else "", (seed, dropout, 1)
-        back = (dy, again, branch, residual, w, w, seed, mean, rstd, dropout, 1)
-        yield f"forward {label}", rows, lambda last=last: forward(branch, residual, w, w, w, *last, 1e-5)
-        yield f"backward {label}", rows, lambda back=back: backward(*back)
+        label = "dropout" if dropout else ""
+        inputs |= {"dropout": dropout, "dropout_site": 1}
+        yield f"forward {label}", num_rows, partial(forward, bias=vector, eps=1e-5, **inputs)
+        yield (
+            f"backward {label}",
+            num_rows,
+            partial(backward, dy=dy, dy_again=dy_again, mean=mean, rstd=rstd, **inputs),
+        )

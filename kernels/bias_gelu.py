@@ -2,14 +2,16 @@
 
     dx = keep * scale * dy * (Phi(h) + h * phi(h)),  phi(h) = exp(-h^2 / 2) / sqrt(2 pi),  dbias = column sums of dx
 
-Letters: N packed rows, F columns, G programs a column block. Fused: bias, GELU, dropout; in the backward the column
-sums. Saved: x and bias alone. Moved: forward 2 (N, F) tensors, backward 3 (unfused: the sum stored, and read again for
-the bias gradient).
+Letters: N packed rows, F columns, G programs per column block. Fused: bias, GELU, dropout; in the backward also the
+column sums. Saved for the backward: x and bias. Memory traffic: forward 2 (N, F) tensors, backward 3 (unfused: the sum
+is stored, and read again for the bias gradient).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +22,7 @@ from .common.dropout import keep_mask, threshold_and_scale
 from .common.launch import dense, launch, options, unit_stride
 
 
-@triton.jit(do_not_specialize=["N", "site", "threshold"])
+@triton.jit(do_not_specialize=["N", "dropout_site", "threshold"])
 def _forward(
     x_ptr,
     bias_ptr,
@@ -28,7 +30,7 @@ def _forward(
     y_ptr,
     N,
     stride_x,
-    site,
+    dropout_site,
     threshold,
     scale,
     F: tl.constexpr,
@@ -37,18 +39,21 @@ def _forward(
     DROPOUT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * COLUMNS
-    col = first + tl.arange(0, COLUMNS)
+    first_col = tl.program_id(1) * COLUMNS
+    col = first_col + tl.arange(0, COLUMNS)
     inside = (row < N)[:, None] & (col < F)[None, :]
     h = tl.load(x_ptr + row[:, None] * stride_x + col[None, :], mask=inside, other=0.0).to(tl.float32)
     h += tl.load(bias_ptr + col, mask=col < F, other=0.0).to(tl.float32)[None, :]
     y = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
     if DROPOUT:
-        y = tl.where(keep_mask(tl.load(seed_ptr), row, 0, site, threshold, COLUMNS, first), y * scale, 0.0)
+        keep = keep_mask(
+            tl.load(seed_ptr), row, 0, dropout_site, threshold=threshold, COLUMNS=COLUMNS, first_column=first_col
+        )
+        y = tl.where(keep, y * scale, 0.0)
     tl.store(y_ptr + row[:, None] * F + col[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "G", "site", "threshold"])
+@triton.jit(do_not_specialize=["N", "G", "dropout_site", "threshold"])
 def _backward(
     dy_ptr,
     x_ptr,
@@ -60,7 +65,7 @@ def _backward(
     G,
     stride_dy,
     stride_x,
-    site,
+    dropout_site,
     threshold,
     scale,
     F: tl.constexpr,
@@ -69,8 +74,8 @@ def _backward(
     DROPOUT: tl.constexpr,
 ):
     program = tl.program_id(0)
-    first = tl.program_id(1) * COLUMNS
-    col = first + tl.arange(0, COLUMNS)
+    first_col = tl.program_id(1) * COLUMNS
+    col = first_col + tl.arange(0, COLUMNS)
     bias = tl.load(bias_ptr + col, mask=col < F, other=0.0).to(tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     if DROPOUT:
@@ -82,64 +87,76 @@ def _backward(
         h += bias[None, :]
         dx = tl.load(dy_ptr + row[:, None] * stride_dy + col[None, :], mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            dx = tl.where(keep_mask(seed, row, 0, site, threshold, COLUMNS, first), dx * scale, 0.0)
-        below = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
-        dx *= below + h * (tl.exp(-0.5 * h * h) * 0.3989422804014327)
+            keep = keep_mask(seed, row, 0, dropout_site, threshold=threshold, COLUMNS=COLUMNS, first_column=first_col)
+            dx = tl.where(keep, dx * scale, 0.0)
+        cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+        dx *= cdf + h * (tl.exp(-0.5 * h * h) * 0.3989422804014327)
         tl.store(dx_ptr + row[:, None] * F + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
         dbias += dx
     tl.store(partial_ptr + program.to(tl.int64) * F + col, tl.sum(dbias, 0), mask=col < F)
 
 
-def forward(x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, site: int) -> Tensor:
-    """y (N, F) in the dtype of ``x``."""
-    rows, width = x.shape
-    x, (bias,) = unit_stride(x), dense(bias)
+def forward(x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, dropout_site: int) -> Tensor:
+    """Compute y (N, F) in the dtype of ``x``.
+
+    Args:
+        x: (N, F) fp32, fp16 or bf16.
+        bias: (F,) of any floating dtype.
+        seed: (1,) int64; None is allowed with dropout 0.
+        dropout: Rate in [0, 1).
+        dropout_site: Number of this dropout in the model.
+    """
+    num_rows, width = x.shape
+    x, bias = unit_stride(x), dense(bias)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     threshold, scale = threshold_and_scale(dropout)
-    chosen = options("bias_gelu_forward", x, width)
-    grid = (triton.cdiv(rows, chosen["ROWS"]), triton.cdiv(width, chosen["COLUMNS"]))
-    constants = {"F": width, "DROPOUT": dropout > 0.0, **chosen}
-    launch(_forward, grid, x, bias, seed, y, rows, x.stride(0), site, threshold, scale, **constants)
+    config = options("bias_gelu_forward", x, width)
+    grid = (triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(width, config["COLUMNS"]))
+    constants = {"F": width, "DROPOUT": dropout > 0.0, **config}
+    launch(_forward, grid, x, bias, seed, y, num_rows, x.stride(0), dropout_site, threshold, scale, **constants)
     return y
 
 
 def backward(
-    dy: Tensor, x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, site: int
+    dy: Tensor, x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, dropout_site: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (N, F) and, in fp32, of bias (F,)."""
+    """Gradients of x (N, F), in its dtype, and of bias (F,), in fp32; arguments as in ``forward``."""
     x = unit_stride(x)
-    return backward_into(torch.empty_like(x, memory_format=torch.contiguous_format), dy, x, bias, seed, dropout, site)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return backward_into(dx, dy, x, bias, seed=seed, dropout=dropout, dropout_site=dropout_site)
 
 
-def backward_into(dx, dy, x, bias, seed, dropout, site):
-    """Same, into ``dx``, which may be ``dy``."""
-    rows, width = x.shape
-    dy, x, (bias,) = unit_stride(dy), unit_stride(x), dense(bias)
+def backward_into(
+    dx: Tensor, dy: Tensor, x: Tensor, bias: Tensor, *, seed: Tensor | None, dropout: float, dropout_site: int
+) -> tuple[Tensor, Tensor]:
+    """Like ``backward``, with the gradient of x written to ``dx``, which may be ``dy`` itself."""
+    num_rows, width = x.shape
+    dy, x, bias = unit_stride(dy), unit_stride(x), dense(bias)
     threshold, scale = threshold_and_scale(dropout)
-    chosen = dict(options("bias_gelu_backward", x, width))
-    programs = min(triton.cdiv(rows, chosen["ROWS"]), chosen.pop("PROGRAMS"))
-    partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    config = dict(options("bias_gelu_backward", x, width))
+    num_programs = min(triton.cdiv(num_rows, config["ROWS"]), config.pop("PROGRAMS"))
+    partial_sums = torch.empty(num_programs, width, dtype=torch.float32, device=x.device)
     launch(
         _backward,
-        (programs, triton.cdiv(width, chosen["COLUMNS"])),
+        (num_programs, triton.cdiv(width, config["COLUMNS"])),
         dy,
         x,
         bias,
         seed,
         dx,
-        partial,
-        rows,
-        programs,
+        partial_sums,
+        num_rows,
+        num_programs,
         dy.stride(0),
         x.stride(0),
-        site,
+        dropout_site,
         threshold,
         scale,
         F=width,
         DROPOUT=dropout > 0.0,
-        **chosen,
+        **config,
     )
-    return dx, partial.sum(0)
+    return dx, partial_sums.sum(0)
 
 
 forward_op = torch.library.custom_op("mae_ast_fast::bias_gelu", forward, mutates_args=())
@@ -147,25 +164,25 @@ backward_op = torch.library.custom_op("mae_ast_fast::bias_gelu_backward", backwa
 
 
 @forward_op.register_fake
-def _(x, bias, seed, dropout, site):
+def _(x, bias, seed, dropout, dropout_site):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @backward_op.register_fake
-def _(dy, x, bias, seed, dropout, site):
+def _(dy, x, bias, seed, dropout, dropout_site):
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    x, bias, seed, dropout, site = inputs
+    x, bias, seed, dropout, dropout_site = inputs
     ctx.save_for_backward(x, bias, seed)
-    ctx.dropout, ctx.site = dropout, site
+    ctx.dropout, ctx.dropout_site = dropout, dropout_site
 
 
 def _gradients(ctx, dy):
     x, bias, seed = ctx.saved_tensors
-    dx, dbias = backward_op(dy, x, bias, seed, ctx.dropout, ctx.site)
+    dx, dbias = backward_op(dy, x, bias, seed, ctx.dropout, ctx.dropout_site)
     return dx, dbias.to(bias.dtype), None, None, None
 
 
@@ -175,11 +192,15 @@ WIDTHS = (768, 1536, 3072)  # ffn_dim of the presets
 
 
 def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
-    rows = 65536
-    x, dy = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(2))
+    """(label, number of rows, call) of every variant.
+
+    ``mae-ast-fast kernels`` compiles them on the meta device, ``mae-ast-fast tune`` times them on CUDA.
+    """
+    num_rows = 65536
+    x, dy = (torch.randn(num_rows, width, dtype=dtype, device=device) for _ in range(2))
     bias, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
     for dropout in (0.0, 0.1):
         label = "dropout" if dropout else ""
-        yield f"forward {label}", rows, lambda p=dropout: forward(x, bias, seed, p, 1)
-        yield f"backward {label}", rows, lambda p=dropout: backward(dy, x, bias, seed, p, 1)
+        arguments: dict[str, Any] = {"bias": bias, "seed": seed, "dropout": dropout, "dropout_site": 1}
+        yield f"forward {label}", num_rows, partial(forward, x=x, **arguments)
+        yield f"backward {label}", num_rows, partial(backward, dy=dy, x=x, **arguments)

@@ -5,10 +5,11 @@
     dx[clip, t_block * kt + t, f_block * kf + f] = dout[n, t * kf + f] * scale, 0 where no row has the patch
 
 Letters: B clips, T frames, F mel bins, kt x kf patch of P = kt * kf values, N packed rows. Fused: cutting into patches,
-the gather, the normalisation and the cast; mean and scale are read on the device. Moved: the patches asked for, in and
-out once (unfused: all of the spectrogram in and out for the patches, then N rows twice more). The features may have any
-strides: a tile keeps its (t, f) axes apart, so that the compiler reads along whichever is dense in memory and writes
-along f. Each (clip, token) stands in at most one row, which therefore owns its place in dx: a store, no addition.
+the gather, the normalisation and the cast. Mean and scale are read on the device. Memory traffic: the gathered patches,
+in and out once (unfused: the whole spectrogram in and out for the patches, then N rows twice more). The log-mel
+spectrogram can have any strides: a tile keeps its (t, f) axes separate, so that the compiler reads along the axis that
+is dense in memory and writes along f. Each (clip, token) occurs in at most one row, so the backward stores each
+gradient without adding.
 
 Index values are not checked: every clip must be in [0, B) and every token in [0, (T // kt) * grid_f).
 """
@@ -16,6 +17,8 @@ Index values are not checked: every clip must be in [0, B) and every token in [0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +29,7 @@ from .common.launch import launch, options
 
 
 @triton.jit
-def _place(
+def _tile_offsets(
     clip_ptr,
     token_ptr,
     N,
@@ -42,7 +45,7 @@ def _place(
     BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of this program's tile (ROWS, BLOCK_T, BLOCK_F): offsets in the spectrogram, in the packed rows, and the mask."""
+    """Offsets of a program's tile (ROWS, BLOCK_T, BLOCK_F) in the spectrogram and in the packed rows, and its mask."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     clip = tl.load(clip_ptr + row * stride_clip, mask=row < N, other=0)
     token = tl.load(token_ptr + row * stride_token, mask=row < N, other=0).to(tl.int32)  # a 64-bit division is slow
@@ -50,10 +53,10 @@ def _place(
     mel_bin = (token % grid_f).to(tl.int64) * KF
     t = tl.arange(0, BLOCK_T)[None, :, None]
     f = tl.arange(0, BLOCK_F)[None, None, :]
-    first = clip * stride_xb + frame * stride_xt + mel_bin * stride_xf  # (ROWS,)
-    source = first[:, None, None] + t.to(tl.int64) * stride_xt + f.to(tl.int64) * stride_xf
-    packed = row[:, None, None] * (KT * KF) + t * KF + f
-    return source, packed, (row < N)[:, None, None] & (t < KT) & (f < KF)
+    patch_start = clip * stride_xb + frame * stride_xt + mel_bin * stride_xf  # (ROWS,)
+    source_offset = patch_start[:, None, None] + t.to(tl.int64) * stride_xt + f.to(tl.int64) * stride_xf
+    packed_offset = row[:, None, None] * (KT * KF) + t * KF + f
+    return source_offset, packed_offset, (row < N)[:, None, None] & (t < KT) & (f < KF)
 
 
 @triton.jit(do_not_specialize=["N", "grid_f"])
@@ -77,26 +80,26 @@ def _forward(
     BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    source, packed, inside = _place(
+    source_offset, packed_offset, inside = _tile_offsets(
         clip_ptr,
         token_ptr,
         N,
         grid_f,
-        stride_clip,
-        stride_token,
-        stride_xb,
-        stride_xt,
-        stride_xf,
-        KT,
-        KF,
-        BLOCK_T,
-        BLOCK_F,
-        ROWS,
+        stride_clip=stride_clip,
+        stride_token=stride_token,
+        stride_xb=stride_xb,
+        stride_xt=stride_xt,
+        stride_xf=stride_xf,
+        KT=KT,
+        KF=KF,
+        BLOCK_T=BLOCK_T,
+        BLOCK_F=BLOCK_F,
+        ROWS=ROWS,
     )
     mean = tl.load(mean_ptr).to(tl.float32)
     scale = tl.load(scale_ptr).to(tl.float32)
-    x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + packed, ((x - mean) * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    x = tl.load(x_ptr + source_offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + packed_offset, ((x - mean) * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "grid_f"])
@@ -119,60 +122,75 @@ def _backward(
     BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    place, packed, inside = _place(
+    source_offset, packed_offset, inside = _tile_offsets(
         clip_ptr,
         token_ptr,
         N,
         grid_f,
-        stride_clip,
-        stride_token,
-        stride_xb,
-        stride_xt,
-        stride_xf,
-        KT,
-        KF,
-        BLOCK_T,
-        BLOCK_F,
-        ROWS,
+        stride_clip=stride_clip,
+        stride_token=stride_token,
+        stride_xb=stride_xb,
+        stride_xt=stride_xt,
+        stride_xf=stride_xf,
+        KT=KT,
+        KF=KF,
+        BLOCK_T=BLOCK_T,
+        BLOCK_F=BLOCK_F,
+        ROWS=ROWS,
     )
     scale = tl.load(scale_ptr).to(tl.float32)
-    dout = tl.load(dout_ptr + packed, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + place, (dout * scale).to(dx_ptr.dtype.element_ty), mask=inside)
+    dout = tl.load(dout_ptr + packed_offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + source_offset, (dout * scale).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel: triton.JITFunction, x: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int, *tensors: Tensor):
-    """Either kernel; ``tensors`` are its pointers, ``x`` (B, T, F) the spectrogram or its gradient."""
-    chosen = options("gather_patches", x, kt * kf)
+def _launch(
+    kernel: triton.JITFunction, *pointers: Tensor, x: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int
+) -> None:
+    """Launch either kernel with its ``pointers``; ``x`` (B, T, F) is the spectrogram or its gradient."""
+    config = options("gather_patches", x, kt * kf)
     launch(
         kernel,
-        (triton.cdiv(clip.shape[0], chosen["ROWS"]),),
-        *tensors,
+        (triton.cdiv(clip.shape[0], config["ROWS"]),),
+        *pointers,
         clip.shape[0],
         x.shape[2] // kf,
         clip.stride(0),
         token.stride(0),
-        *x.stride(),
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
         KT=kt,
         KF=kf,
         BLOCK_T=triton.next_power_of_2(kt),
         BLOCK_F=triton.next_power_of_2(kf),
-        **chosen,
+        **config,
     )
 
 
 def forward(
-    features: Tensor, mean: Tensor, scale: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int, dtype: torch.dtype
+    log_mel: Tensor, mean: Tensor, scale: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int, dtype: torch.dtype
 ) -> Tensor:
-    """Patches (N, kt * kf) in ``dtype``."""
-    out = torch.empty(clip.shape[0], kt * kf, dtype=dtype, device=features.device)
-    _launch(_forward, features, clip, token, kt, kf, features, mean, scale, clip, token, out)
+    """Normalised patches (N, kt * kf) in ``dtype``.
+
+    Args:
+        log_mel: (B, T, F) fp32, fp16 or bf16, any strides.
+        mean: One element, subtracted from every value.
+        scale: One element, multiplied with the difference.
+        clip: (N,) int64 clip of each row.
+        token: (N,) int64 token of each row within its clip.
+        kt: Frames per patch.
+        kf: Mel bins per patch.
+        dtype: fp32, fp16 or bf16.
+    """
+    out = torch.empty(clip.shape[0], kt * kf, dtype=dtype, device=log_mel.device)
+    _launch(_forward, log_mel, mean, scale, clip, token, out, x=log_mel, clip=clip, token=token, kt=kt, kf=kf)
     return out
 
 
-def backward(dout: Tensor, features: Tensor, scale: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int) -> Tensor:
-    """Gradient of ``features``, of which the shape, dtype and strides count."""
-    dx = torch.zeros_like(features)
-    _launch(_backward, dx, clip, token, kt, kf, dout.contiguous(), scale, clip, token, dx)
+def backward(dout: Tensor, log_mel: Tensor, scale: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int) -> Tensor:
+    """Gradient of ``log_mel``, whose values are not used; ``dout`` (N, P) is the gradient of the patches."""
+    dx = torch.zeros_like(log_mel)
+    _launch(_backward, dout.contiguous(), scale, clip, token, dx, x=dx, clip=clip, token=token, kt=kt, kf=kf)
     return dx
 
 
@@ -181,24 +199,25 @@ backward_op = torch.library.custom_op("mae_ast_fast::gather_patches_backward", b
 
 
 @forward_op.register_fake
-def _(features, mean, scale, clip, token, kt, kf, dtype):
-    return features.new_empty(clip.shape[0], kt * kf, dtype=dtype)
+def _(log_mel, mean, scale, clip, token, kt, kf, dtype):
+    return log_mel.new_empty(clip.shape[0], kt * kf, dtype=dtype)
 
 
 @backward_op.register_fake
-def _(dout, features, scale, clip, token, kt, kf):
-    return torch.zeros_like(features)
+def _(dout, log_mel, scale, clip, token, kt, kf):
+    return torch.zeros_like(log_mel)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    features, _, scale, clip, token, ctx.kt, ctx.kf, _ = inputs
-    ctx.save_for_backward(features, scale, clip, token)
+    log_mel, _, scale, clip, token, ctx.kt, ctx.kf, _ = inputs
+    ctx.save_for_backward(log_mel, scale, clip, token)
 
 
 def _gradients(ctx, dout):
-    dfeatures = backward_op(dout, *ctx.saved_tensors, ctx.kt, ctx.kf)
-    return dfeatures, None, None, None, None, None, None, None
+    log_mel, scale, clip, token = ctx.saved_tensors
+    dlog_mel = backward_op(dout, log_mel, scale, clip, token, ctx.kt, ctx.kf)
+    return dlog_mel, None, None, None, None, None, None, None
 
 
 forward_op.register_autograd(_gradients, setup_context=_save)
@@ -208,21 +227,21 @@ WIDTHS = (256,)  # P of the presets
 
 
 def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
+    """(label, number of rows, call) of every variant.
+
+    ``mae-ast-fast kernels`` compiles them on the meta device, ``mae-ast-fast tune`` times them on CUDA.
+    """
     batch, frames, bins = 128, 1024, 128
-    rows = batch * frames * bins // width
-    scalar, index = torch.ones(1, device=device), torch.arange(rows, device=device)
-    clip, token = index // (rows // batch), index % (rows // batch)
-    dout = torch.randn(rows, width, dtype=dtype, device=device)
-    for stored in dict.fromkeys((torch.float32, dtype)):
-        x = torch.randn(batch, frames, bins, dtype=stored, device=device)
+    num_rows = batch * frames * bins // width
+    scalar, index = torch.ones(1, device=device), torch.arange(num_rows, device=device)
+    rows: dict[str, Any] = {"clip": index // (num_rows // batch), "token": index % (num_rows // batch)}
+    dout = torch.randn(num_rows, width, dtype=dtype, device=device)
+    for stored_dtype in dict.fromkeys((torch.float32, dtype)):
+        log_mel = torch.randn(batch, frames, bins, dtype=stored_dtype, device=device)
         for kt in (2, 16):
             kf = width // kt
-            for label, layout, size in (("", x, (kt, kf)), (" transposed", x.transpose(1, 2), (kf, kt))):
-                inputs, name = (layout, scalar, scalar, clip, token, *size, dtype), f"{kt}x{kf}{label} from {stored}"
-                yield f"forward {name}", rows, lambda inputs=inputs: forward(*inputs)
-                yield (
-                    f"backward {name}",
-                    rows,
-                    lambda x=layout, size=size: backward(dout, x, scalar, clip, token, *size),
-                )
+            for layout, x, size_t, size_f in (("", log_mel, kt, kf), (" transposed", log_mel.transpose(1, 2), kf, kt)):
+                name = f"{kt}x{kf}{layout} from {stored_dtype}"
+                inputs: dict[str, Any] = {"log_mel": x, "kt": size_t, "kf": size_f, **rows}
+                yield f"forward {name}", num_rows, partial(forward, mean=scalar, scale=scalar, dtype=dtype, **inputs)
+                yield f"backward {name}", num_rows, partial(backward, dout, scale=scalar, **inputs)

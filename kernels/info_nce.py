@@ -6,22 +6,26 @@
     over "targets":      d prediction_i = g_i (sum_{j != i} q_ij target_j - (1 - q_ii) target_i)
     over "predictions":  d prediction_j = sum_{i != j} g_i q_ij target_i - g_j (1 - q_jj) target_j
 
-Letters: B clips, M rows of the longest, N packed rows, P values a row, BM x BN tile of S. One program works on BM rows
-of one clip and sweeps the other operand in tiles of BN. Fused: products, softmax, own logit, hit; in the backward
-products again, softmax, its product with the targets and the scaling by g. Ties go to the first index.
+Letters: B clips, M rows of the longest clip, N packed rows, P values per row, BM x BN tile of S, g_i the gradient of
+loss_i. A program works on BM rows of one clip and sweeps the other operand in tiles of BN. Fused: products, softmax,
+own logit, hit; in the backward products again, softmax, its product with the targets and the scaling by g. Ties go to
+the first index.
 
-The gradient is not kept from the forward: stored in half precision and then scaled by g it would be rounded twice. The
-sweep that computes it is the same in either place. In half precision the weights q enter the product with the targets
-in two parts, rounded and remainder: rounded alone they would cost as much as rounding the result, and far more where
-the targets share an offset. The diagonal, whose weight is by far the largest, is added in fp32. lse is kept as its two
-parts, max and log sum exp(S - max): their sum loses the digits that large products share. Saved: the inputs, loss and
-these parts. Moved: forward 2 (N, P) tensors, backward 3, and in each the swept operand cdiv(M, BM) times, from the L2
-cache (unfused: N * M logits in fp32 as well, several times).
+The forward does not store the gradient: stored in half precision and then scaled by g it would be rounded twice. The
+sweep that computes it is the same in forward and backward. In half precision the weights q enter the product with the
+targets as a rounded number and its remainder. Rounded alone they would cost as much accuracy as rounding the result,
+and far more where the targets share an offset. The diagonal, whose weight is by far the largest, is added in fp32. lse
+is stored as two numbers, row_max = max S and log_sum = log sum exp(S - row_max): their sum loses the digits that large
+products share. Saved for the backward: the inputs, loss, row_max and log_sum. Memory traffic: forward 2 (N, P) tensors,
+backward 3, and in each the swept operand cdiv(M, BM) times from the L2 cache (unfused: also N * M logits in fp32,
+several times).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -33,11 +37,11 @@ from .common.launch import block, launch, options, unit_stride
 
 
 @triton.jit
-def _load_rows(x_ptr, first, count, stride, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """ROWS rows from number ``first``, of which ``count`` are real: (ROWS, BLOCK_P), zeros outside."""
+def _load_rows(x_ptr, first_row, num_valid, stride, ROWS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
+    """ROWS rows from ``first_row`` on, the first ``num_valid`` of them real: (ROWS, BLOCK_P), zeros outside."""
     index, col = tl.arange(0, ROWS), tl.arange(0, BLOCK_P)
-    row = first.to(tl.int64) + index
-    inside = (index < count)[:, None] & (col < P)[None, :]
+    row = first_row.to(tl.int64) + index
+    inside = (index < num_valid)[:, None] & (col < P)[None, :]
     return tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=inside, other=0.0)
 
 
@@ -45,10 +49,10 @@ def _load_rows(x_ptr, first, count, stride, ROWS: tl.constexpr, P: tl.constexpr,
 def _loss(
     query_ptr,
     key_ptr,
-    cu_ptr,
+    cu_seqlens_ptr,
     loss_ptr,
-    top_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     hit_ptr,
     stride_query,
     stride_key,
@@ -58,48 +62,48 @@ def _loss(
     BN: tl.constexpr,
     HIT: tl.constexpr,
 ):
-    """Loss and parts of lse of the rows of S = query @ key^T; with HIT also whether S_ii is row i's first maximum."""
-    start = tl.load(cu_ptr + tl.program_id(0))
-    length = tl.load(cu_ptr + tl.program_id(0) + 1) - start
-    first = tl.program_id(1) * BM
-    if first >= length:
+    """Loss and lse of the rows of S = query @ key^T; with HIT also whether S_ii is the first maximum of row i."""
+    start = tl.load(cu_seqlens_ptr + tl.program_id(0))
+    clip_rows = tl.load(cu_seqlens_ptr + tl.program_id(0) + 1) - start
+    first_row = tl.program_id(1) * BM
+    if first_row >= clip_rows:
         return
-    i = first + tl.arange(0, BM)
-    query = _load_rows(query_ptr, start + first, length - first, stride_query, BM, P, BLOCK_P)
-    top = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)  # sum of exp(S - top)
-    own = tl.zeros((BM,), tl.float32)
-    before = tl.full((BM,), float("-inf"), tl.float32)
-    after = tl.full((BM,), float("-inf"), tl.float32)
-    for begin in range(0, length, BN):
-        j = begin + tl.arange(0, BN)
-        key = _load_rows(key_ptr, start + begin, length - begin, stride_key, BN, P, BLOCK_P)
+    i = first_row + tl.arange(0, BM)
+    query = _load_rows(query_ptr, start + first_row, clip_rows - first_row, stride_query, ROWS=BM, P=P, BLOCK_P=BLOCK_P)
+    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)  # sum of exp(S - row_max)
+    own_logit = tl.zeros((BM,), tl.float32)
+    max_before = tl.full((BM,), float("-inf"), tl.float32)
+    max_after = tl.full((BM,), float("-inf"), tl.float32)
+    for tile_start in range(0, clip_rows, BN):
+        j = tile_start + tl.arange(0, BN)
+        key = _load_rows(key_ptr, start + tile_start, clip_rows - tile_start, stride_key, ROWS=BN, P=P, BLOCK_P=BLOCK_P)
         s = tl.dot(query, tl.trans(key), input_precision="ieee")
-        own += tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
-        s = tl.where((j < length)[None, :], s, float("-inf"))
+        own_logit += tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 1)
+        s = tl.where((j < clip_rows)[None, :], s, float("-inf"))
         if HIT:
-            before = tl.maximum(before, tl.max(tl.where(j[None, :] < i[:, None], s, float("-inf")), 1))
-            after = tl.maximum(after, tl.max(tl.where(j[None, :] > i[:, None], s, float("-inf")), 1))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # products so far that all overflowed to -inf
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
-        top = new_top
+            max_before = tl.maximum(max_before, tl.max(tl.where(j[None, :] < i[:, None], s, float("-inf")), 1))
+            max_after = tl.maximum(max_after, tl.max(tl.where(j[None, :] > i[:, None], s, float("-inf")), 1))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf: all products so far overflowed to it
+        row_sum = row_sum * tl.exp(row_max - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+        row_max = new_max
     row = start.to(tl.int64) + i
-    log_total = tl.log(total)
-    tl.store(top_ptr + row, top, mask=i < length)
-    tl.store(log_total_ptr + row, log_total, mask=i < length)
-    tl.store(loss_ptr + row, (top - own) + log_total, mask=i < length)
+    log_sum = tl.log(row_sum)
+    tl.store(row_max_ptr + row, row_max, mask=i < clip_rows)
+    tl.store(log_sum_ptr + row, log_sum, mask=i < clip_rows)
+    tl.store(loss_ptr + row, (row_max - own_logit) + log_sum, mask=i < clip_rows)
     if HIT:
-        tl.store(hit_ptr + row, (own > before) & (own >= after), mask=i < length)
+        tl.store(hit_ptr + row, (own_logit > max_before) & (own_logit >= max_after), mask=i < clip_rows)
 
 
 @triton.jit
 def _column_hit(
     prediction_ptr,
     target_ptr,
-    cu_ptr,
-    top_ptr,
-    log_total_ptr,
+    cu_seqlens_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     hit_ptr,
     stride_prediction,
     stride_target,
@@ -108,28 +112,32 @@ def _column_hit(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """For each prediction, whether its own target is the first maximum of its column of S - lse."""
-    start = tl.load(cu_ptr + tl.program_id(0))
-    length = tl.load(cu_ptr + tl.program_id(0) + 1) - start
-    first = tl.program_id(1) * BM
-    if first >= length:
+    """Whether the own target of each prediction is the first maximum of the prediction's column of S - lse."""
+    start = tl.load(cu_seqlens_ptr + tl.program_id(0))
+    clip_rows = tl.load(cu_seqlens_ptr + tl.program_id(0) + 1) - start
+    first_row = tl.program_id(1) * BM
+    if first_row >= clip_rows:
         return
-    j = first + tl.arange(0, BM)
-    prediction = _load_rows(prediction_ptr, start + first, length - first, stride_prediction, BM, P, BLOCK_P)
-    own = tl.zeros((BM,), tl.float32)
-    before = tl.full((BM,), float("-inf"), tl.float32)
-    after = tl.full((BM,), float("-inf"), tl.float32)
-    for begin in range(0, length, BN):
-        i = begin + tl.arange(0, BN)
-        target = _load_rows(target_ptr, start + begin, length - begin, stride_target, BN, P, BLOCK_P)
-        top = tl.load(top_ptr + start.to(tl.int64) + i, mask=i < length, other=0.0)
-        log_total = tl.load(log_total_ptr + start.to(tl.int64) + i, mask=i < length, other=0.0)
-        s = (tl.dot(prediction, tl.trans(target), input_precision="ieee") - top[None, :]) - log_total[None, :]
-        own += tl.sum(tl.where(i[None, :] == j[:, None], s, 0.0), 1)
-        s = tl.where((i < length)[None, :], s, float("-inf"))
-        before = tl.maximum(before, tl.max(tl.where(i[None, :] < j[:, None], s, float("-inf")), 1))
-        after = tl.maximum(after, tl.max(tl.where(i[None, :] > j[:, None], s, float("-inf")), 1))
-    tl.store(hit_ptr + start.to(tl.int64) + j, (own > before) & (own >= after), mask=j < length)
+    j = first_row + tl.arange(0, BM)
+    prediction = _load_rows(
+        prediction_ptr, start + first_row, clip_rows - first_row, stride_prediction, ROWS=BM, P=P, BLOCK_P=BLOCK_P
+    )
+    own_logit = tl.zeros((BM,), tl.float32)
+    max_before = tl.full((BM,), float("-inf"), tl.float32)
+    max_after = tl.full((BM,), float("-inf"), tl.float32)
+    for tile_start in range(0, clip_rows, BN):
+        i = tile_start + tl.arange(0, BN)
+        target = _load_rows(
+            target_ptr, start + tile_start, clip_rows - tile_start, stride_target, ROWS=BN, P=P, BLOCK_P=BLOCK_P
+        )
+        row_max = tl.load(row_max_ptr + start.to(tl.int64) + i, mask=i < clip_rows, other=0.0)
+        log_sum = tl.load(log_sum_ptr + start.to(tl.int64) + i, mask=i < clip_rows, other=0.0)
+        s = (tl.dot(prediction, tl.trans(target), input_precision="ieee") - row_max[None, :]) - log_sum[None, :]
+        own_logit += tl.sum(tl.where(i[None, :] == j[:, None], s, 0.0), 1)
+        s = tl.where((i < clip_rows)[None, :], s, float("-inf"))
+        max_before = tl.maximum(max_before, tl.max(tl.where(i[None, :] < j[:, None], s, float("-inf")), 1))
+        max_after = tl.maximum(max_after, tl.max(tl.where(i[None, :] > j[:, None], s, float("-inf")), 1))
+    tl.store(hit_ptr + start.to(tl.int64) + j, (own_logit > max_before) & (own_logit >= max_after), mask=j < clip_rows)
 
 
 @triton.jit
@@ -137,10 +145,10 @@ def _gradient(
     dloss_ptr,
     prediction_ptr,
     target_ptr,
-    cu_ptr,
+    cu_seqlens_ptr,
     loss_ptr,
-    top_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     dprediction_ptr,
     stride_prediction,
     stride_target,
@@ -148,80 +156,118 @@ def _gradient(
     BLOCK_P: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    OVER_PREDICTIONS: tl.constexpr,
 ):
-    """Rows of the gradient; with COLUMNS (over "predictions") lse and g belong to the swept targets."""
-    start = tl.load(cu_ptr + tl.program_id(0))
-    length = tl.load(cu_ptr + tl.program_id(0) + 1) - start
-    first = tl.program_id(1) * BM
-    if first >= length:
+    """Rows of the gradient; with OVER_PREDICTIONS lse and g belong to the swept targets."""
+    start = tl.load(cu_seqlens_ptr + tl.program_id(0))
+    clip_rows = tl.load(cu_seqlens_ptr + tl.program_id(0) + 1) - start
+    first_row = tl.program_id(1) * BM
+    if first_row >= clip_rows:
         return
-    i = first + tl.arange(0, BM)
+    i = first_row + tl.arange(0, BM)
     row = start.to(tl.int64) + i
-    prediction = _load_rows(prediction_ptr, start + first, length - first, stride_prediction, BM, P, BLOCK_P)
-    dloss = tl.load(dloss_ptr + row, mask=i < length, other=0.0)
-    # Weights go into products in half precision: g, often far below what fp16 holds, enters relative to the clip's
-    # largest, or (a factor of the whole row) afterwards.
+    prediction = _load_rows(
+        prediction_ptr, start + first_row, clip_rows - first_row, stride_prediction, ROWS=BM, P=P, BLOCK_P=BLOCK_P
+    )
+    dloss = tl.load(dloss_ptr + row, mask=i < clip_rows, other=0.0)
+    # Weights enter products in half precision. g is often far below the range of fp16. It enters relative to the clip's
+    # largest g, or, as a factor of the whole row, after the product.
     factor = dloss
-    if COLUMNS:
-        largest = 0.0
-        for begin in range(0, length, BN):
-            j = begin + tl.arange(0, BN)
-            g = tl.load(dloss_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0)
-            largest = tl.maximum(largest, tl.max(tl.abs(g), 0))
-        largest = tl.where(largest > 0.0, largest, 1.0)
-        factor = tl.zeros((BM,), tl.float32) + largest
+    if OVER_PREDICTIONS:
+        max_dloss = 0.0
+        for tile_start in range(0, clip_rows, BN):
+            j = tile_start + tl.arange(0, BN)
+            g = tl.load(dloss_ptr + start.to(tl.int64) + j, mask=j < clip_rows, other=0.0)
+            max_dloss = tl.maximum(max_dloss, tl.max(tl.abs(g), 0))
+        max_dloss = tl.where(max_dloss > 0.0, max_dloss, 1.0)
+        factor = tl.zeros((BM,), tl.float32) + max_dloss
     else:
-        top = tl.load(top_ptr + row, mask=i < length, other=0.0)
-        log_total = tl.load(log_total_ptr + row, mask=i < length, other=0.0)
+        row_max = tl.load(row_max_ptr + row, mask=i < clip_rows, other=0.0)
+        log_sum = tl.load(log_sum_ptr + row, mask=i < clip_rows, other=0.0)
     total = tl.zeros((BM, BLOCK_P), tl.float32)
-    for begin in range(0, length, BN):
-        j = begin + tl.arange(0, BN)
-        target = _load_rows(target_ptr, start + begin, length - begin, stride_target, BN, P, BLOCK_P)
+    for tile_start in range(0, clip_rows, BN):
+        j = tile_start + tl.arange(0, BN)
+        target = _load_rows(
+            target_ptr, start + tile_start, clip_rows - tile_start, stride_target, ROWS=BN, P=P, BLOCK_P=BLOCK_P
+        )
         s = tl.dot(prediction, tl.trans(target), input_precision="ieee")
-        counts = (i < length)[:, None] & (j < length)[None, :] & (i[:, None] != j[None, :])
-        s = tl.where(counts, s, float("-inf"))
-        if COLUMNS:
-            other_top = tl.load(top_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0)
-            other_log_total = tl.load(log_total_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0)
-            g = tl.load(dloss_ptr + start.to(tl.int64) + j, mask=j < length, other=0.0) / largest
-            weight = tl.exp((s - other_top[None, :]) - other_log_total[None, :]) * g[None, :]
+        is_negative = (i < clip_rows)[:, None] & (j < clip_rows)[None, :] & (i[:, None] != j[None, :])
+        s = tl.where(is_negative, s, float("-inf"))
+        if OVER_PREDICTIONS:
+            swept_max = tl.load(row_max_ptr + start.to(tl.int64) + j, mask=j < clip_rows, other=0.0)
+            swept_log_sum = tl.load(log_sum_ptr + start.to(tl.int64) + j, mask=j < clip_rows, other=0.0)
+            g = tl.load(dloss_ptr + start.to(tl.int64) + j, mask=j < clip_rows, other=0.0) / max_dloss
+            weight = tl.exp((s - swept_max[None, :]) - swept_log_sum[None, :]) * g[None, :]
         else:
-            weight = tl.exp((s - top[:, None]) - log_total[:, None])
+            weight = tl.exp((s - row_max[:, None]) - log_sum[:, None])
         rounded = weight.to(target.dtype)
         total = tl.dot(rounded, target, total, input_precision="ieee")
         if target.dtype != tl.float32:
             total = tl.dot((weight - rounded.to(tl.float32)).to(target.dtype), target, total)
-    diagonal = dloss * (1.0 - tl.exp(-tl.load(loss_ptr + row, mask=i < length, other=0.0)))
-    own = _load_rows(target_ptr, start + first, length - first, stride_target, BM, P, BLOCK_P).to(tl.float32)
+    diagonal = dloss * (1.0 - tl.exp(-tl.load(loss_ptr + row, mask=i < clip_rows, other=0.0)))
+    own_target = _load_rows(
+        target_ptr, start + first_row, clip_rows - first_row, stride_target, ROWS=BM, P=P, BLOCK_P=BLOCK_P
+    ).to(tl.float32)
     col = tl.arange(0, BLOCK_P)
     tl.store(
         dprediction_ptr + row[:, None] * P + col[None, :],
-        (total * factor[:, None] - own * diagonal[:, None]).to(dprediction_ptr.dtype.element_ty),
-        mask=(i < length)[:, None] & (col < P)[None, :],
+        (total * factor[:, None] - own_target * diagonal[:, None]).to(dprediction_ptr.dtype.element_ty),
+        mask=(i < clip_rows)[:, None] & (col < P)[None, :],
     )
 
 
 def forward(
     prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (N,) in fp32, hit (N,) bool, and the parts of lse in fp32: top = max_j S_ij, log sum_j exp(S_ij - top)."""
-    rows, width = prediction.shape
+    """Compute loss (N,) in fp32, hit (N,) bool, and lse as row_max and log_sum (N,) in fp32.
+
+    Args:
+        prediction: (N, P) fp32, fp16 or bf16.
+        target: (N, P) in the dtype of ``prediction``.
+        cu_seqlens: (B + 1,) int32 first row of each clip.
+        max_seqlen: Rows of the longest clip.
+        over: "targets" or "predictions", the operand that the softmax runs over.
+    """
+    num_rows, width = prediction.shape
     prediction, target, cu_seqlens = unit_stride(prediction), unit_stride(target), cu_seqlens.contiguous()
-    loss = torch.zeros(rows, dtype=torch.float32, device=prediction.device)  # rows past the last clip stay 0
-    top, log_total = torch.empty_like(loss), torch.empty_like(loss)
-    hit = torch.zeros(rows, dtype=torch.bool, device=prediction.device)
-    chosen = options("info_nce_forward", prediction, width)
-    grid = cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, chosen["BM"])
-    shape = {"P": width, "BLOCK_P": block(width), **chosen}
-    columns = over == "predictions"
-    query, key = (target, prediction) if columns else (prediction, target)
-    outputs = loss, top, log_total, hit
-    launch(_loss, grid, query, key, cu_seqlens, *outputs, query.stride(0), key.stride(0), HIT=not columns, **shape)
-    if columns:
-        strides = prediction.stride(0), target.stride(0)
-        launch(_column_hit, grid, prediction, target, cu_seqlens, top, log_total, hit, *strides, **shape)
-    return loss, hit, top, log_total
+    loss = torch.zeros(num_rows, dtype=torch.float32, device=prediction.device)  # rows past the last clip stay 0
+    row_max, log_sum = torch.empty_like(loss), torch.empty_like(loss)
+    hit = torch.zeros(num_rows, dtype=torch.bool, device=prediction.device)
+    config = options("info_nce_forward", prediction, width)
+    grid = cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, config["BM"])
+    constants = {"P": width, "BLOCK_P": block(width), **config}
+    over_predictions = over == "predictions"
+    query, key = (target, prediction) if over_predictions else (prediction, target)
+    launch(
+        _loss,
+        grid,
+        query,
+        key,
+        cu_seqlens,
+        loss,
+        row_max,
+        log_sum,
+        hit,
+        query.stride(0),
+        key.stride(0),
+        HIT=not over_predictions,
+        **constants,
+    )
+    if over_predictions:
+        launch(
+            _column_hit,
+            grid,
+            prediction,
+            target,
+            cu_seqlens,
+            row_max,
+            log_sum,
+            hit,
+            prediction.stride(0),
+            target.stride(0),
+            **constants,
+        )
+    return loss, hit, row_max, log_sum
 
 
 def backward(
@@ -230,33 +276,37 @@ def backward(
     target: Tensor,
     cu_seqlens: Tensor,
     loss: Tensor,
-    top: Tensor,
-    log_total: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     max_seqlen: int,
     over: str,
 ) -> Tensor:
-    """Gradient of prediction (N, P) in its dtype, from dloss (N,) in fp32."""
+    """Gradient of prediction (N, P) in its dtype.
+
+    ``dloss`` (N,) fp32 is the gradient of the loss; loss, row_max and log_sum come from ``forward``, and the other
+    arguments are those of ``forward``.
+    """
     width = prediction.shape[1]
     prediction, target, cu_seqlens = unit_stride(prediction), unit_stride(target), cu_seqlens.contiguous()
     dprediction = torch.empty_like(prediction, memory_format=torch.contiguous_format)
-    chosen = options("info_nce_backward", prediction, width)
+    config = options("info_nce_backward", prediction, width)
     launch(
         _gradient,
-        (cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, chosen["BM"])),
+        (cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, config["BM"])),
         dloss.contiguous(),
         prediction,
         target,
         cu_seqlens,
         loss,
-        top,
-        log_total,
+        row_max,
+        log_sum,
         dprediction,
         prediction.stride(0),
         target.stride(0),
         P=width,
         BLOCK_P=block(width),
-        COLUMNS=over == "predictions",
-        **chosen,
+        OVER_PREDICTIONS=over == "predictions",
+        **config,
     )
     return clear_tail(dprediction, cu_seqlens)
 
@@ -272,20 +322,22 @@ def _(prediction, target, cu_seqlens, max_seqlen, over):
 
 
 @backward_op.register_fake
-def _(dloss, prediction, target, cu_seqlens, loss, top, log_total, max_seqlen, over):
+def _(dloss, prediction, target, cu_seqlens, loss, row_max, log_sum, max_seqlen, over):
     return torch.empty_like(prediction, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     prediction, target, cu_seqlens, ctx.max_seqlen, ctx.over = inputs
-    loss, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(prediction, target, cu_seqlens, loss, *others[1:])
+    loss, hit, row_max, log_sum = output
+    ctx.mark_non_differentiable(hit, row_max, log_sum)
+    ctx.save_for_backward(prediction, target, cu_seqlens, loss, row_max, log_sum)
 
 
 def _gradients(ctx, dloss, *_):
-    return backward_op(dloss, *ctx.saved_tensors, ctx.max_seqlen, ctx.over), None, None, None, None
+    prediction, target, cu_seqlens, loss, row_max, log_sum = ctx.saved_tensors
+    dprediction = backward_op(dloss, prediction, target, cu_seqlens, loss, row_max, log_sum, ctx.max_seqlen, ctx.over)
+    return dprediction, None, None, None, None
 
 
 forward_op.register_autograd(_gradients, setup_context=_save)
@@ -294,7 +346,7 @@ forward_op.register_autograd(_gradients, setup_context=_save)
 def info_nce(
     prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str
 ) -> tuple[Tensor, Tensor]:
-    """loss (N,) in fp32 and hit (N,) bool; the target gets no gradient."""
+    """loss (N,) in fp32 and hit (N,) bool; only the prediction gets a gradient."""
     return forward_op(prediction, target, cu_seqlens, max_seqlen, over)[:2]
 
 
@@ -302,17 +354,24 @@ WIDTHS = (256,)  # of the presets
 
 
 def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
-    clips, longest = 171, 384
-    rows = clips * longest
-    joint = torch.randn(rows, 2 * width, dtype=dtype, device=device) / width**0.5  # products around 1
-    prediction, target = joint[:, width:], torch.randn(rows, width, dtype=dtype, device=device)
-    loss, top, log_total = (torch.full((rows,), value, device=device) for value in (6.0, 4.0, 2.5))
-    cu = torch.arange(clips + 1, dtype=torch.int32, device=device) * longest
+    """(label, number of rows, call) of every variant.
+
+    ``mae-ast-fast kernels`` compiles them on the meta device, ``mae-ast-fast tune`` times them on CUDA.
+    """
+    num_clips, clip_rows = 171, 384
+    num_rows = num_clips * clip_rows
+    joint = torch.randn(num_rows, 2 * width, dtype=dtype, device=device) / width**0.5  # products around 1
+    inputs: dict[str, Any] = {
+        "prediction": joint[:, width:],
+        "target": torch.randn(num_rows, width, dtype=dtype, device=device),
+        "cu_seqlens": torch.arange(num_clips + 1, dtype=torch.int32, device=device) * clip_rows,
+        "max_seqlen": clip_rows,
+    }
+    loss, row_max, log_sum = (torch.full((num_rows,), value, device=device) for value in (6.0, 4.0, 2.5))
     for over in ("targets", "predictions"):
-        yield f"forward over {over}", rows, lambda o=over: forward(prediction, target, cu, longest, o)
+        yield f"forward over {over}", num_rows, partial(forward, over=over, **inputs)
         yield (
             f"backward over {over}",
-            rows,
-            lambda o=over: backward(loss, prediction, target, cu, loss, top, log_total, longest, o),
+            num_rows,
+            partial(backward, dloss=loss, loss=loss, row_max=row_max, log_sum=log_sum, over=over, **inputs),
         )

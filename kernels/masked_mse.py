@@ -3,15 +3,17 @@
     target' = target, or with norm_pix_loss (target - mean) / sqrt(var + 1e-6), var unbiased over the row's P values
     d prediction_ip = g_i * 2 / P * (prediction_ip - target'_ip)
 
-Letters: N packed rows, P values in a patch. Fused: the widening to fp32, both statistics of the target, difference,
-square and mean; in the backward the same again and the scaling by g. The gradient is not kept from the forward: in half
-precision it would be rounded twice (rms error 1.46 times that of one rounding), and a kept tensor costs as many bytes
-as reading the two inputs again. Saved: the inputs. Moved: forward 2 (N, P) tensors, backward 3.
+Letters: N packed rows, P values per patch, g_i the gradient of loss_i. Fused: the cast to fp32, both statistics of the
+target, difference, square and mean; in the backward the same again and the scaling by g. The forward does not store the
+gradient: in half precision it would be rounded twice (rms error 1.46 times that of one rounding), and storing it costs
+as many bytes as reading the two inputs again. Saved for the backward: the inputs. Memory traffic: forward 2 (N, P)
+tensors, backward 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton
@@ -34,7 +36,7 @@ def _difference(
     BLOCK_P: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """prediction - target' in fp32, 0 outside: (ROWS, BLOCK_P), and the mask of what is inside."""
+    """prediction - target' (ROWS, BLOCK_P) in fp32, 0 outside the tensors, and the mask of the elements inside."""
     col = tl.arange(0, BLOCK_P)
     inside = (row < N)[:, None] & (col < P)[None, :]
     target = tl.load(target_ptr + row[:, None] * stride_target + col[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -62,7 +64,16 @@ def _forward(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     difference, _ = _difference(
-        prediction_ptr, target_ptr, row, N, stride_prediction, stride_target, eps, P, BLOCK_P, NORM
+        prediction_ptr,
+        target_ptr,
+        row,
+        N,
+        stride_prediction=stride_prediction,
+        stride_target=stride_target,
+        eps=eps,
+        P=P,
+        BLOCK_P=BLOCK_P,
+        NORM=NORM,
     )
     tl.store(loss_ptr + row, tl.sum(difference * difference, 1) / P, mask=row < N)
 
@@ -84,7 +95,16 @@ def _backward(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     difference, inside = _difference(
-        prediction_ptr, target_ptr, row, N, stride_prediction, stride_target, eps, P, BLOCK_P, NORM
+        prediction_ptr,
+        target_ptr,
+        row,
+        N,
+        stride_prediction=stride_prediction,
+        stride_target=stride_target,
+        eps=eps,
+        P=P,
+        BLOCK_P=BLOCK_P,
+        NORM=NORM,
     )
     scale = tl.load(dloss_ptr + row, mask=row < N, other=0.0) * (2.0 / P)
     dprediction = (difference * scale[:, None]).to(dprediction_ptr.dtype.element_ty)
@@ -92,50 +112,57 @@ def _backward(
 
 
 def forward(prediction: Tensor, target: Tensor, norm_pix_loss: bool, eps: float) -> Tensor:
-    """loss (N,) in fp32."""
-    rows, width = prediction.shape
+    """Compute the loss (N,) in fp32.
+
+    Args:
+        prediction: (N, P) fp32, fp16 or bf16.
+        target: (N, P) of any floating dtype.
+        norm_pix_loss: Normalise every target row by its own mean and unbiased variance.
+        eps: Added to the variance.
+    """
+    num_rows, width = prediction.shape
     prediction, target = unit_stride(prediction), unit_stride(target)
-    loss = torch.empty(rows, dtype=torch.float32, device=prediction.device)
-    chosen = options("masked_mse", prediction, width)
+    loss = torch.empty(num_rows, dtype=torch.float32, device=prediction.device)
+    config = options("masked_mse", prediction, width)
     launch(
         _forward,
-        (triton.cdiv(rows, chosen["ROWS"]),),
+        (triton.cdiv(num_rows, config["ROWS"]),),
         prediction,
         target,
         loss,
-        rows,
+        num_rows,
         prediction.stride(0),
         target.stride(0),
         eps,
         P=width,
         BLOCK_P=block(width),
         NORM=norm_pix_loss,
-        **chosen,
+        **config,
     )
     return loss
 
 
 def backward(dloss: Tensor, prediction: Tensor, target: Tensor, norm_pix_loss: bool, eps: float) -> Tensor:
-    """Gradient of prediction (N, P) in its dtype, from dloss (N,) in fp32."""
-    rows, width = prediction.shape
+    """Gradient of prediction (N, P) in its dtype; ``dloss`` (N,) fp32 is the gradient of the loss."""
+    num_rows, width = prediction.shape
     dloss, prediction, target = dloss.contiguous(), unit_stride(prediction), unit_stride(target)
     dprediction = torch.empty_like(prediction, memory_format=torch.contiguous_format)
-    chosen = options("masked_mse", prediction, width)
+    config = options("masked_mse", prediction, width)
     launch(
         _backward,
-        (triton.cdiv(rows, chosen["ROWS"]),),
+        (triton.cdiv(num_rows, config["ROWS"]),),
         dloss,
         prediction,
         target,
         dprediction,
-        rows,
+        num_rows,
         prediction.stride(0),
         target.stride(0),
         eps,
         P=width,
         BLOCK_P=block(width),
         NORM=norm_pix_loss,
-        **chosen,
+        **config,
     )
     return dprediction
 
@@ -161,14 +188,15 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dloss):
-    return backward_op(dloss, *ctx.saved_tensors, ctx.norm_pix_loss, ctx.eps), None, None, None
+    prediction, target = ctx.saved_tensors
+    return backward_op(dloss, prediction, target, ctx.norm_pix_loss, ctx.eps), None, None, None
 
 
 forward_op.register_autograd(_gradients, setup_context=_save)
 
 
 def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool) -> Tensor:
-    """loss (N,) in fp32; the target gets no gradient."""
+    """The loss (N,) in fp32 with variance eps 1e-6; only the prediction gets a gradient."""
     return forward_op(prediction, target, norm_pix_loss, 1e-6)
 
 
@@ -176,11 +204,14 @@ WIDTHS = (256,)  # of the presets
 
 
 def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
-    rows = 65536
-    prediction = torch.randn(rows, 2 * width, dtype=dtype, device=device)[:, :width]  # half of the joint head
-    target, dloss = torch.randn(rows, width, dtype=dtype, device=device), torch.ones(rows, device=device)
+    """(label, number of rows, call) of every variant.
+
+    ``mae-ast-fast kernels`` compiles them on the meta device, ``mae-ast-fast tune`` times them on CUDA.
+    """
+    num_rows = 65536
+    prediction = torch.randn(num_rows, 2 * width, dtype=dtype, device=device)[:, :width]  # half of the joint head
+    target, dloss = torch.randn(num_rows, width, dtype=dtype, device=device), torch.ones(num_rows, device=device)
     for norm in (False, True):
         label = "norm_pix" if norm else ""
-        yield f"forward {label}", rows, lambda n=norm: forward(prediction, target, n, 1e-6)
-        yield f"backward {label}", rows, lambda n=norm: backward(dloss, prediction, target, n, 1e-6)
+        yield f"forward {label}", num_rows, partial(forward, prediction, target, norm_pix_loss=norm, eps=1e-6)
+        yield f"backward {label}", num_rows, partial(backward, dloss, prediction, target, norm_pix_loss=norm, eps=1e-6)

@@ -1,16 +1,19 @@
-"""The decoder's input in one pass: visible rows at their places, else the mask token, + position, LayerNorm, dropout.
+"""The decoder's input in one pass: visible rows and mask tokens in token order, + position, LayerNorm, dropout.
 
-    z_i = (visible[inverse_i] if inverse_i >= 0 else mask_token) + table[token_i]
+    z_i = (visible[ids_restore_i] if ids_restore_i >= 0 else mask_token) + table[token_i]
     y   = keep * scale * LayerNorm(z)           LayerNorm (eps 1e-5) and dropout are optional
 
-Letters: N packed rows, Nv visible ones, D width, G programs. Every visible row stands at one place, so its gradient is
-a store; the mask token's, weight's and bias's are partial sums. Saved: the inputs, mean and rstd. Moved: forward N
-writes and Nv reads of D, backward N + Nv reads and Nv writes (unfused: the gathered rows, their sum and the mask too).
+Letters: N packed rows, Nv visible rows, D width, G programs. Each visible row is used at most once, so its gradient is
+a store. The gradients of mask token, weight and bias are partial sums. Saved for the backward: the inputs, mean and
+rstd. Memory traffic: forward N writes and Nv reads of D values, backward N + Nv reads and Nv writes (unfused: also the
+gathered rows, their sum and the mask).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -21,13 +24,13 @@ from .common.dropout import keep_mask, threshold_and_scale
 from .common.launch import block, dense, launch, options, unit_stride
 
 
-@triton.jit(do_not_specialize=["N", "site", "threshold"])
+@triton.jit(do_not_specialize=["N", "dropout_site", "threshold"])
 def _forward(
     visible_ptr,
     mask_token_ptr,
     table_ptr,
     token_ptr,
-    inverse_ptr,
+    ids_restore_ptr,
     weight_ptr,
     bias_ptr,
     seed_ptr,
@@ -36,7 +39,7 @@ def _forward(
     rstd_ptr,
     N,
     stride_visible,
-    site,
+    dropout_site,
     threshold,
     scale,
     eps,
@@ -49,14 +52,14 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_D)
     inside = (row < N)[:, None] & (col < D)[None, :]
-    inverse = tl.load(inverse_ptr + row, mask=row < N, other=-1).to(tl.int64)  # (ROWS,)
+    ids_restore = tl.load(ids_restore_ptr + row, mask=row < N, other=-1).to(tl.int64)  # (ROWS,)
     token = tl.load(token_ptr + row, mask=row < N, other=0).to(tl.int64)
-    seen = inverse >= 0
+    is_visible = ids_restore >= 0
     z = tl.load(
-        visible_ptr + inverse[:, None] * stride_visible + col[None, :], mask=inside & seen[:, None], other=0.0
+        visible_ptr + ids_restore[:, None] * stride_visible + col[None, :], mask=inside & is_visible[:, None], other=0.0
     ).to(tl.float32)
     mask_token = tl.load(mask_token_ptr + col, mask=col < D, other=0.0).to(tl.float32)
-    z = tl.where(seen[:, None], z, mask_token[None, :])
+    z = tl.where(is_visible[:, None], z, mask_token[None, :])
     z += tl.load(table_ptr + token[:, None] * D + col[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORM:
         mean = tl.sum(tl.where(inside, z, 0.0), 1) / D
@@ -68,18 +71,19 @@ def _forward(
         tl.store(mean_ptr + row, mean, mask=row < N)
         tl.store(rstd_ptr + row, rstd, mask=row < N)
     if DROPOUT:
-        z = tl.where(keep_mask(tl.load(seed_ptr), row, 0, site, threshold, BLOCK_D), z * scale, 0.0)
+        keep = keep_mask(tl.load(seed_ptr), row, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+        z = tl.where(keep, z * scale, 0.0)
     tl.store(y_ptr + row[:, None] * D + col[None, :], z.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "G", "site", "threshold"])
+@triton.jit(do_not_specialize=["N", "G", "dropout_site", "threshold"])
 def _backward(
     dy_ptr,
     visible_ptr,
     mask_token_ptr,
     table_ptr,
     token_ptr,
-    inverse_ptr,
+    ids_restore_ptr,
     weight_ptr,
     seed_ptr,
     mean_ptr,
@@ -90,7 +94,7 @@ def _backward(
     G,
     stride_dy,
     stride_visible,
-    site,
+    dropout_site,
     threshold,
     scale,
     D: tl.constexpr,
@@ -111,16 +115,17 @@ def _backward(
         seed = tl.load(seed_ptr)
     for index in range(program, N, G):
         row = tl.cast(index, tl.int64)
-        inverse = tl.load(inverse_ptr + row).to(tl.int64)
-        seen = inverse >= 0
+        ids_restore = tl.load(ids_restore_ptr + row).to(tl.int64)
+        is_visible = ids_restore >= 0
         dz = tl.load(dy_ptr + row * stride_dy + col, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            kept = tl.reshape(keep_mask(seed, row + tl.zeros((1,), tl.int64), 0, site, threshold, BLOCK_D), (BLOCK_D,))
-            dz = tl.where(kept, dz * scale, 0.0)
+            row_vector = row + tl.zeros((1,), tl.int64)
+            keep = keep_mask(seed, row_vector, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+            dz = tl.where(tl.reshape(keep, (BLOCK_D,)), dz * scale, 0.0)
         if NORM:
             token = tl.load(token_ptr + row).to(tl.int64)
-            z = tl.load(visible_ptr + inverse * stride_visible + col, mask=inside & seen, other=0.0).to(tl.float32)
-            z = tl.where(seen, z, mask_token)
+            z = tl.load(visible_ptr + ids_restore * stride_visible + col, mask=inside & is_visible, other=0.0)
+            z = tl.where(is_visible, z.to(tl.float32), mask_token)
             z += tl.load(table_ptr + token * D + col, mask=inside, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + row)
             xhat = tl.where(inside, (z - tl.load(mean_ptr + row)) * rstd, 0.0)
@@ -128,8 +133,8 @@ def _backward(
             dbias += dz
             scaled = dz * weight
             dz = (scaled - tl.sum(scaled, 0) / D - xhat * (tl.sum(scaled * xhat, 0) / D)) * rstd
-        tl.store(dvisible_ptr + inverse * D + col, dz.to(dvisible_ptr.dtype.element_ty), mask=inside & seen)
-        dmask_token += tl.where(seen, 0.0, dz)
+        tl.store(dvisible_ptr + ids_restore * D + col, dz.to(dvisible_ptr.dtype.element_ty), mask=inside & is_visible)
+        dmask_token += tl.where(is_visible, 0.0, dz)
     partial_ptr += program.to(tl.int64) * (3 * D) + col
     tl.store(partial_ptr, dmask_token, mask=inside)
     if NORM:
@@ -142,40 +147,55 @@ def forward(
     mask_token: Tensor,
     table: Tensor,
     token: Tensor,
-    inverse: Tensor,
+    ids_restore: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     dropout: float,
-    site: int,
+    dropout_site: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, D) in the dtype of ``visible``, mean and rstd (N,) in fp32 (no elements without LayerNorm)."""
-    rows, width = token.shape[0], visible.shape[1]
+    """Compute y (N, D) in the dtype of ``visible``, and mean and rstd (N,) in fp32, which are empty without LayerNorm.
+
+    Args:
+        visible: (Nv, D) fp32, fp16 or bf16.
+        mask_token: (D,) of any floating dtype, like ``weight`` and ``bias``.
+        table: (tokens, D) positions.
+        token: (N,) integer row of ``table`` for each packed row.
+        ids_restore: (N,) integer row of ``visible`` for each packed row, -1 for the mask token.
+        weight: (D,) of the LayerNorm, or None for no LayerNorm.
+        bias: (D,), or None with ``weight``.
+        seed: (1,) int64; None is allowed with dropout 0.
+        dropout: Rate in [0, 1).
+        dropout_site: Number of this dropout in the model.
+        eps: Added to the variance.
+    """
+    num_rows, width = token.shape[0], visible.shape[1]
     visible, table = unit_stride(visible), table.contiguous()
-    mask_token, token, inverse, weight, bias = dense(mask_token, token, inverse, weight, bias)
-    y = visible.new_empty(rows, width)
-    mean = visible.new_empty(rows if weight is not None else 0, dtype=torch.float32)
+    mask_token, token, ids_restore = dense(mask_token), dense(token), dense(ids_restore)
+    weight, bias = dense(weight), dense(bias)
+    y = visible.new_empty(num_rows, width)
+    mean = visible.new_empty(num_rows if weight is not None else 0, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     threshold, scale = threshold_and_scale(dropout)
-    chosen = options("scatter_tokens_forward", visible, width)
+    config = options("scatter_tokens_forward", visible, width)
     launch(
         _forward,
-        (triton.cdiv(rows, chosen["ROWS"]),),
+        (triton.cdiv(num_rows, config["ROWS"]),),
         visible,
         mask_token,
         table,
         token,
-        inverse,
+        ids_restore,
         weight,
         bias,
         seed,
         y,
         mean,
         rstd,
-        rows,
+        num_rows,
         visible.stride(0),
-        site,
+        dropout_site,
         threshold,
         scale,
         eps,
@@ -183,7 +203,7 @@ def forward(
         BLOCK_D=block(width),
         NORM=weight is not None,
         DROPOUT=dropout > 0.0,
-        **chosen,
+        **config,
     )
     return y, mean, rstd
 
@@ -194,53 +214,58 @@ def backward(
     mask_token: Tensor,
     table: Tensor,
     token: Tensor,
-    inverse: Tensor,
+    ids_restore: Tensor,
     weight: Tensor | None,
     seed: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     dropout: float,
-    site: int,
+    dropout_site: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of visible (Nv, D), and fp32 column sums (3, D): of mask_token, weight, bias (undefined without)."""
-    rows, width = token.shape[0], visible.shape[1]
+    """Gradient of visible (Nv, D), and the column sums (3, D) in fp32: the gradients of mask_token, weight and bias.
+
+    Without LayerNorm the last two column sums are undefined. ``dy`` (N, D) is the gradient of y; ``mean`` and ``rstd``
+    (N,) come from the forward. The other arguments are those of ``forward``.
+    """
+    num_rows, width = token.shape[0], visible.shape[1]
     dy, visible, table = unit_stride(dy), unit_stride(visible), table.contiguous()
-    mask_token, token, inverse, weight = dense(mask_token, token, inverse, weight)
-    # A visible row that stands nowhere (past the last clip, where rows are rounded up) has no gradient.
+    mask_token, token = dense(mask_token), dense(token)
+    ids_restore, weight = dense(ids_restore), dense(weight)
+    # Visible rows that are not used (padding rows past the last clip) have the gradient 0.
     dvisible = torch.zeros_like(visible, memory_format=torch.contiguous_format)
-    chosen = dict(options("scatter_tokens_backward", visible, width))
-    programs = min(rows, chosen.pop("PROGRAMS"))
-    partial = torch.empty(programs, 3, width, dtype=torch.float32, device=dy.device)
+    config = dict(options("scatter_tokens_backward", visible, width))
+    num_programs = min(num_rows, config.pop("PROGRAMS"))
+    partial_sums = torch.empty(num_programs, 3, width, dtype=torch.float32, device=dy.device)
     threshold, scale = threshold_and_scale(dropout)
     launch(
         _backward,
-        (programs,),
+        (num_programs,),
         dy,
         visible,
         mask_token,
         table,
         token,
-        inverse,
+        ids_restore,
         weight,
         seed,
         mean,
         rstd,
         dvisible,
-        partial,
-        rows,
-        programs,
+        partial_sums,
+        num_rows,
+        num_programs,
         dy.stride(0),
         visible.stride(0),
-        site,
+        dropout_site,
         threshold,
         scale,
         D=width,
         BLOCK_D=block(width),
         NORM=weight is not None,
         DROPOUT=dropout > 0.0,
-        **chosen,
+        **config,
     )
-    return dvisible, partial.sum(0)
+    return dvisible, partial_sums.sum(0)
 
 
 forward_op = torch.library.custom_op("mae_ast_fast::scatter_tokens", forward, mutates_args=())
@@ -248,29 +273,29 @@ backward_op = torch.library.custom_op("mae_ast_fast::scatter_tokens_backward", b
 
 
 @forward_op.register_fake
-def _(visible, mask_token, table, token, inverse, weight, bias, seed, dropout, site, eps):
-    rows = token.shape[0]
-    mean = visible.new_empty(rows if weight is not None else 0, dtype=torch.float32)
-    return visible.new_empty(rows, visible.shape[1]), mean, torch.empty_like(mean)
+def _(visible, mask_token, table, token, ids_restore, weight, bias, seed, dropout, dropout_site, eps):
+    num_rows = token.shape[0]
+    mean = visible.new_empty(num_rows if weight is not None else 0, dtype=torch.float32)
+    return visible.new_empty(num_rows, visible.shape[1]), mean, torch.empty_like(mean)
 
 
 @backward_op.register_fake
-def _(dy, visible, mask_token, table, token, inverse, weight, seed, mean, rstd, dropout, site):
+def _(dy, visible, mask_token, table, token, ids_restore, weight, seed, mean, rstd, dropout, dropout_site):
     sums = visible.new_empty(3, visible.shape[1], dtype=torch.float32)
     return torch.empty_like(visible, memory_format=torch.contiguous_format), sums
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    visible, mask_token, table, token, inverse, weight, bias, seed, dropout, site, _ = inputs
-    ctx.save_for_backward(visible, mask_token, table, token, inverse, weight, seed, *output[1:])
-    ctx.dropout, ctx.site, ctx.bias_dtype = dropout, site, None if bias is None else bias.dtype
+    visible, mask_token, table, token, ids_restore, weight, bias, seed, dropout, dropout_site, _ = inputs
+    ctx.save_for_backward(visible, mask_token, table, token, ids_restore, weight, seed, *output[1:])
+    ctx.dropout, ctx.dropout_site, ctx.bias_dtype = dropout, dropout_site, None if bias is None else bias.dtype
 
 
 def _gradients(ctx, dy, dmean, drstd):
-    visible, mask_token, table, token, inverse, weight, seed, mean, rstd = ctx.saved_tensors
+    visible, mask_token, table, token, ids_restore, weight, seed, mean, rstd = ctx.saved_tensors
     dvisible, (dmask_token, dweight, dbias) = backward_op(
-        dy, visible, mask_token, table, token, inverse, weight, seed, mean, rstd, ctx.dropout, ctx.site
+        dy, visible, mask_token, table, token, ids_restore, weight, seed, mean, rstd, ctx.dropout, ctx.dropout_site
     )
     affine = (None, None) if weight is None else (dweight.to(weight.dtype), dbias.to(ctx.bias_dtype))
     return dvisible, dmask_token.to(mask_token.dtype), None, None, None, *affine, None, None, None, None
@@ -282,17 +307,21 @@ WIDTHS = (192, 384, 768)  # of the presets
 
 
 def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
-    rows = 65536
-    x, dy = (torch.randn(count, width, dtype=dtype, device=device) for count in (rows // 4, rows))
-    w, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
-    table, mean, rstd = (torch.ones(*shape, device=device) for shape in ((512, width), (rows,), (rows,)))
-    index = torch.arange(rows, device=device)
-    token, inverse = index % 512, torch.where(index % 4 == 0, index // 4, -1)  # every fourth token is visible
-    for norm in (w, None):
-        for p in (0.0, 0.1):
-            label = " ".join(word for word, used in (("norm", norm is not None), ("dropout", p > 0.0)) if used)
-            put = (x, w, table, token, inverse, norm, norm, seed, p, 1, 1e-5)
-            yield f"forward {label}", rows, lambda put=put: forward(*put)
-            back = (dy, x, w, table, token, inverse, norm, seed, mean, rstd, p, 1)
-            yield f"backward {label}", rows, lambda back=back: backward(*back)
+    """(label, number of rows, call) of every variant.
+
+    ``mae-ast-fast kernels`` compiles them on the meta device, ``mae-ast-fast tune`` times them on CUDA.
+    """
+    num_rows = 65536
+    visible, dy = (torch.randn(count, width, dtype=dtype, device=device) for count in (num_rows // 4, num_rows))
+    vector, seed = torch.randn(width, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    table, mean, rstd = (torch.ones(*shape, device=device) for shape in ((512, width), (num_rows,), (num_rows,)))
+    index = torch.arange(num_rows, device=device)
+    ids_restore = torch.where(index % 4 == 0, index // 4, -1)  # every fourth token is visible
+    inputs = {"visible": visible, "mask_token": vector, "table": table, "token": index % 512}
+    inputs |= {"ids_restore": ids_restore, "seed": seed}
+    for norm in (vector, None):
+        for dropout in (0.0, 0.1):
+            label = " ".join(word for word, used in (("norm", norm is not None), ("dropout", dropout > 0.0)) if used)
+            arguments: dict[str, Any] = {**inputs, "weight": norm, "dropout": dropout, "dropout_site": 1}
+            yield f"forward {label}", num_rows, partial(forward, bias=norm, eps=1e-5, **arguments)
+            yield f"backward {label}", num_rows, partial(backward, dy=dy, mean=mean, rstd=rstd, **arguments)

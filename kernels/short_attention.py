@@ -4,18 +4,21 @@
     dv = M^T do,  dM = do v^T,  dP = keep * kept_scale * dM,  dS = P * (dP - rowsum(dP * P))
     dq = scale * dS k,  dk = scale * dS^T q                  keep from Philox, see common/dropout.py
 
-Row, lane and column of the keep mask: the packed row of the query, the head, and the key's index within its clip.
+Row, head and column of the keep mask: the packed row of the query, the head, and the key's index within its clip.
 
-Letters: N packed rows, B clips, H heads of D, qkv (N, 3, H, D). One program a clip and head: all its keys fit into
-one tile, so a row's softmax is done in one go and nothing but qkv is saved: the backward computes P again. It holds K,
-V and their fp32 gradients, goes over blocks of BLOCK_M queries and writes into dqkv (N, 3, H, D) itself, which spares
-the concatenation of dq, dk and dv. Moved, in (N, H D) tensors: forward 4, backward 7 (FlashAttention-2 and a
-concatenation: 19). Softmax and all sums are fp32; P, M and dS are rounded to the input dtype as operands of dots.
+Letters: N packed rows, B clips, H heads of D values, qkv (N, 3, H, D). One program per clip and head: all its keys fit
+into one tile, so a row's softmax needs one pass. Only qkv is saved for the backward, which recomputes P. A backward
+program holds K, V and their fp32 gradients, loops over blocks of BLOCK_M queries and writes into dqkv (N, 3, H, D)
+itself, which avoids concatenating dq, dk and dv. Memory traffic in (N, H D) tensors: forward 4, backward 7
+(FlashAttention-2 and a concatenation: 19). Softmax and all sums are fp32; P, M and dS are rounded to the input dtype as
+operands of dots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -28,39 +31,39 @@ from .common.launch import block, launch, options
 
 
 @triton.jit
-def _keep_mask(seed, row, lane, site, threshold, COLUMNS: tl.constexpr):
-    """What dropout.keep_mask draws, for the layouts of dots.
+def _keep_mask(seed, row, head, dropout_site, threshold, COLUMNS: tl.constexpr):
+    """The mask of dropout.keep_mask, for the layouts of dots.
 
-    There the eight elements of a call of Philox belong to four threads. The call's eight decisions are packed into one
-    number first, so that a number for eight elements crosses threads and not eight values.
+    In these layouts the eight elements of one call of Philox belong to four threads. The eight decisions of the call
+    are first packed into one number, so that one number crosses threads instead of eight values.
     """
-    words = mask_words(seed, row, lane, site, COLUMNS)
+    words = mask_words(seed, row, head, dropout_site, COLUMNS=COLUMNS)
     packed = tl.zeros_like(words[0]).to(tl.int32)
     for index in tl.static_range(4):
         packed += ((words[index] & 0xFFFF) >= threshold).to(tl.int32) << (2 * index)
         packed += ((words[index] >> 16) >= threshold).to(tl.int32) << (2 * index + 1)
     packed = tl.broadcast_to(packed[:, :, None], (row.shape[0], COLUMNS // 8, 8))
-    place = tl.arange(0, COLUMNS) % 8
-    return ((tl.reshape(packed, (row.shape[0], COLUMNS)) >> place[None, :]) & 1) == 1
+    bit = tl.arange(0, COLUMNS) % 8
+    return ((tl.reshape(packed, (row.shape[0], COLUMNS)) >> bit[None, :]) & 1) == 1
 
 
 @triton.jit
-def _exponentials(q, k, scale, length, BLOCK_S: tl.constexpr):
-    """exp(S - rowmax S) (BLOCK_M, BLOCK_S), 0 where there is no key, and its row sums (BLOCK_M,)."""
+def _exponentials(q, k, scale, clip_rows, BLOCK_S: tl.constexpr):
+    """exp(S - rowmax S) (BLOCK_M, BLOCK_S), 0 past the clip's last key, and its row sums (BLOCK_M,)."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-    s = tl.where((tl.arange(0, BLOCK_S) < length)[None, :], s, float("-inf"))
+    s = tl.where((tl.arange(0, BLOCK_S) < clip_rows)[None, :], s, float("-inf"))
     e = tl.exp2(s - tl.max(s, 1)[:, None])
     return e, tl.sum(e, 1)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["dropout_site", "threshold"])
 def _forward(
     qkv_ptr,
     cu_seqlens_ptr,
     seed_ptr,
     o_ptr,
     stride_qkv,
-    site,
+    dropout_site,
     threshold,
     scale,
     kept_scale,
@@ -74,28 +77,29 @@ def _forward(
     clip = tl.program_id(0).to(tl.int64) // H
     head = tl.program_id(0) % H
     start = tl.load(cu_seqlens_ptr + clip).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + clip + 1) - start).to(tl.int32)
+    clip_rows = (tl.load(cu_seqlens_ptr + clip + 1) - start).to(tl.int32)
     col = tl.arange(0, BLOCK_D)
     key = tl.arange(0, BLOCK_S)
     q_ptr = qkv_ptr + head * D + col[None, :]
-    has_key = (key < length)[:, None] & (col < D)[None, :]
+    has_key = (key < clip_rows)[:, None] & (col < D)[None, :]
     k_ptr = q_ptr + H * D + (start + key)[:, None] * stride_qkv
     k = tl.load(k_ptr, mask=has_key, other=0.0)  # (BLOCK_S, BLOCK_D)
     v = tl.load(k_ptr + H * D, mask=has_key, other=0.0)
-    for first in range(0, length, BLOCK_M):
-        query = first + tl.arange(0, BLOCK_M)
+    for first_query in range(0, clip_rows, BLOCK_M):
+        query = first_query + tl.arange(0, BLOCK_M)
         row = start + query
-        inside = (query < length)[:, None] & (col < D)[None, :]
+        inside = (query < clip_rows)[:, None] & (col < D)[None, :]
         q = tl.load(q_ptr + row[:, None] * stride_qkv, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
-        e, total = _exponentials(q, k, scale, length, BLOCK_S)
+        e, total = _exponentials(q, k, scale, clip_rows, BLOCK_S=BLOCK_S)
         if DROPOUT:
-            e = tl.where(_keep_mask(tl.load(seed_ptr), row, head, site, threshold, BLOCK_S), e, 0.0)
+            keep = _keep_mask(tl.load(seed_ptr), row, head, dropout_site, threshold=threshold, COLUMNS=BLOCK_S)
+            e = tl.where(keep, e, 0.0)
         o = tl.dot(e.to(v.dtype), v, input_precision="ieee") * (kept_scale / total)[:, None]
         o_row = o_ptr + row[:, None] * (H * D) + head * D + col[None, :]
         tl.store(o_row, o.to(o_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
+@triton.jit(do_not_specialize=["dropout_site", "threshold"])
 def _backward(
     do_ptr,
     qkv_ptr,
@@ -104,7 +108,7 @@ def _backward(
     dqkv_ptr,
     stride_do,
     stride_qkv,
-    site,
+    dropout_site,
     threshold,
     scale,
     kept_scale,
@@ -118,33 +122,33 @@ def _backward(
     clip = tl.program_id(0).to(tl.int64) // H
     head = tl.program_id(0) % H
     start = tl.load(cu_seqlens_ptr + clip).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + clip + 1) - start).to(tl.int32)
+    clip_rows = (tl.load(cu_seqlens_ptr + clip + 1) - start).to(tl.int32)
     col = tl.arange(0, BLOCK_D)
     key = tl.arange(0, BLOCK_S)
     q_ptr = qkv_ptr + head * D + col[None, :]
     dq_ptr = dqkv_ptr + head * D + col[None, :]
-    has_key = (key < length)[:, None] & (col < D)[None, :]
+    has_key = (key < clip_rows)[:, None] & (col < D)[None, :]
     k_ptr = q_ptr + H * D + (start + key)[:, None] * stride_qkv
     k = tl.load(k_ptr, mask=has_key, other=0.0)  # (BLOCK_S, BLOCK_D)
     v = tl.load(k_ptr + H * D, mask=has_key, other=0.0)
     dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for first in range(0, length, BLOCK_M):
-        query = first + tl.arange(0, BLOCK_M)
+    for first_query in range(0, clip_rows, BLOCK_M):
+        query = first_query + tl.arange(0, BLOCK_M)
         row = start + query
-        inside = (query < length)[:, None] & (col < D)[None, :]
+        inside = (query < clip_rows)[:, None] & (col < D)[None, :]
         q = tl.load(q_ptr + row[:, None] * stride_qkv, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
         do = tl.load(do_ptr + row[:, None] * stride_do + head * D + col[None, :], mask=inside, other=0.0)
-        e, total = _exponentials(q, k, scale, length, BLOCK_S)
+        e, total = _exponentials(q, k, scale, clip_rows, BLOCK_S=BLOCK_S)
         p = e / total[:, None]
         m = p
         if DROPOUT:
-            kept = _keep_mask(tl.load(seed_ptr), row, head, site, threshold, BLOCK_S)
-            m = tl.where(kept, p * kept_scale, 0.0)
+            keep = _keep_mask(tl.load(seed_ptr), row, head, dropout_site, threshold=threshold, COLUMNS=BLOCK_S)
+            m = tl.where(keep, p * kept_scale, 0.0)
         dv = tl.dot(tl.trans(m.to(do.dtype)), do, dv, input_precision="ieee")
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            dp = tl.where(kept, dp * kept_scale, 0.0)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
         dq = tl.dot(ds, k, input_precision="ieee") * scale
@@ -155,7 +159,7 @@ def _backward(
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """``x`` itself where each of its rows lies densely in memory, else a copy."""
+    """``x`` itself if each of its rows is dense in memory, otherwise a contiguous copy."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size > 1 and stride != expected:
@@ -165,19 +169,30 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _constants(name: str, qkv: Tensor, max_seqlen: int) -> dict[str, int]:
-    """Sizes and launch options, alike in both kernels."""
+    """Sizes and launch configuration of the kernel ``name``; both kernels take the same constants."""
     heads, width = qkv.shape[2:]
-    longest = block(max_seqlen)
-    sizes = {"H": heads, "D": width, "BLOCK_S": longest, "BLOCK_D": block(width)}
-    chosen = options(name, qkv, width)
-    return {**sizes, **chosen, "BLOCK_M": min(chosen["BLOCK_M"], longest)}
+    block_s = block(max_seqlen)
+    sizes = {"H": heads, "D": width, "BLOCK_S": block_s, "BLOCK_D": block(width)}
+    config = options(name, qkv, width)
+    return {**sizes, **config, "BLOCK_M": min(config["BLOCK_M"], block_s)}
 
 
-def forward(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, site: int) -> Tensor:
-    """o (N, H, D) in the dtype of ``qkv``."""
-    rows, _, heads, width = qkv.shape
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, dropout_site: int
+) -> Tensor:
+    """Compute o (N, H, D) in the dtype of ``qkv``.
+
+    Args:
+        qkv: (N, 3, H, D) fp32, fp16 or bf16, D at most 128.
+        cu_seqlens: (B + 1,) int32 first row of each clip.
+        seed: (1,) int64; None is allowed with dropout 0.
+        max_seqlen: Rows of the longest clip, at most 128.
+        dropout: Rate in [0, 1) on the attention probabilities.
+        dropout_site: Number of this dropout in the model.
+    """
+    num_rows, _, heads, width = qkv.shape
     qkv, cu_seqlens = _dense_rows(qkv), cu_seqlens.contiguous()
-    o = torch.empty(rows, heads, width, dtype=qkv.dtype, device=qkv.device)
+    o = torch.empty(num_rows, heads, width, dtype=qkv.dtype, device=qkv.device)
     threshold, kept_scale = threshold_and_scale(dropout)
     launch(
         _forward,
@@ -187,7 +202,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: in
         seed,
         o,
         qkv.stride(0),
-        site,
+        dropout_site,
         threshold,
         width**-0.5,
         kept_scale,
@@ -198,9 +213,9 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: in
 
 
 def backward(
-    do: Tensor, qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, site: int
+    do: Tensor, qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, dropout_site: int
 ) -> Tensor:
-    """The gradient of qkv (N, 3, H, D), contiguous."""
+    """Gradient of qkv (N, 3, H, D), contiguous; ``do`` (N, H, D) is that of o, the rest as in ``forward``."""
     do, qkv, cu_seqlens = _dense_rows(do), _dense_rows(qkv), cu_seqlens.contiguous()
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     threshold, kept_scale = threshold_and_scale(dropout)
@@ -214,7 +229,7 @@ def backward(
         dqkv,
         do.stride(0),
         qkv.stride(0),
-        site,
+        dropout_site,
         threshold,
         qkv.shape[3] ** -0.5,
         kept_scale,
@@ -229,41 +244,51 @@ backward_op = torch.library.custom_op("mae_ast_fast::short_attention_backward", 
 
 
 @forward_op.register_fake
-def _(qkv, cu_seqlens, seed, max_seqlen, dropout, site):
+def _(qkv, cu_seqlens, seed, max_seqlen, dropout, dropout_site):
     return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
 
 
 @backward_op.register_fake
-def _(do, qkv, cu_seqlens, seed, max_seqlen, dropout, site):
+def _(do, qkv, cu_seqlens, seed, max_seqlen, dropout, dropout_site):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    qkv, cu_seqlens, seed, ctx.max_seqlen, ctx.dropout, ctx.site = inputs
+    qkv, cu_seqlens, seed, ctx.max_seqlen, ctx.dropout, ctx.dropout_site = inputs
     ctx.save_for_backward(qkv, cu_seqlens, seed)
 
 
 def _gradients(ctx, do):
-    return backward_op(do, *ctx.saved_tensors, ctx.max_seqlen, ctx.dropout, ctx.site), None, None, None, None, None
+    qkv, cu_seqlens, seed = ctx.saved_tensors
+    dqkv = backward_op(do, qkv, cu_seqlens, seed, ctx.max_seqlen, ctx.dropout, ctx.dropout_site)
+    return dqkv, None, None, None, None, None
 
 
 forward_op.register_autograd(_gradients, setup_context=_save)
 
 
-WIDTHS = (64,)  # of a head, in the presets
+WIDTHS = (64,)  # head width of the presets
 
 
 def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(label, rows, call) of every variant: what ``mae-ast-fast kernels`` compiles (meta) and ``tune`` times (CUDA)."""
+    """(label, number of rows, call) of every variant.
+
+    ``mae-ast-fast kernels`` compiles them on the meta device, ``mae-ast-fast tune`` times them on CUDA.
+    """
     heads = 12
-    for longest in (64, 128):
-        clips = 32768 // longest
-        qkv = torch.randn(clips * longest, 3, heads, width, dtype=dtype, device=device)
-        do = torch.randn(clips * longest, heads, width, dtype=dtype, device=device)
-        cu_seqlens = torch.arange(clips + 1, dtype=torch.int32, device=device) * longest
-        seed = torch.ones(1, dtype=torch.int64, device=device)
+    for clip_rows in (64, 128):
+        num_clips = 32768 // clip_rows
+        qkv = torch.randn(num_clips * clip_rows, 3, heads, width, dtype=dtype, device=device)
+        do = torch.randn(num_clips * clip_rows, heads, width, dtype=dtype, device=device)
+        inputs: dict[str, Any] = {
+            "qkv": qkv,
+            "cu_seqlens": torch.arange(num_clips + 1, dtype=torch.int32, device=device) * clip_rows,
+            "seed": torch.ones(1, dtype=torch.int64, device=device),
+            "max_seqlen": clip_rows,
+        }
         for dropout in (0.0, 0.1):
-            label, saved = f"{longest}{' dropout' if dropout else ''}", (qkv, cu_seqlens, seed, longest, dropout, 1)
-            yield f"forward {label}", qkv.shape[0], lambda a=saved: forward(*a)
-            yield f"backward {label}", qkv.shape[0], lambda a=saved, do=do: backward(do, *a)
+            label = f"{clip_rows}{' dropout' if dropout else ''}"
+            inputs |= {"dropout": dropout, "dropout_site": 1}
+            yield f"forward {label}", qkv.shape[0], partial(forward, **inputs)
+            yield f"backward {label}", qkv.shape[0], partial(backward, do, **inputs)

@@ -1,10 +1,10 @@
-"""Register spills that stay, each with a reason: ``mae-ast-fast kernels`` fails on every other one.
+"""Accepted register spills, each with a reason: ``mae-ast-fast kernels`` fails on every other spill.
 
-An entry allows one variant on one architecture up to ``bytes`` (stored and loaded by a thread, as the report shows).
-An entry whose spill is gone fails too, so that the list cannot rot.
+An entry allows one variant on one architecture up to ``bytes`` (stored and loaded per thread, as the report shows).
+An entry without a spill fails too, so that the list stays current.
 
-Spills depend on the version of Triton and of the assembler that it brings. The launches and this list are those of one
-version; with another one, spills are notes of the report and do not fail it.
+Spills depend on the version of Triton and of its assembler. The launches and this list are for one version. With
+another version the report shows spills as notes and does not fail.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TRITON = "3.8"  # major and minor version
 
 
 class Allowed(NamedTuple):
-    """As the report names them: "op._kernel", the variant, the architecture."""
+    """Accepted spill of one variant; ``kernel`` is "op._kernel", and all names are those of the report."""
 
     kernel: str
     variant: str
@@ -24,15 +24,15 @@ class Allowed(NamedTuple):
     reason: str
 
 
-# The table has no rows for gfx942: the kernels have been compiled for it, never run.
+# The kernels have been compiled for gfx942, never run there.
 _GFX942 = "never tuned nor run there: slower, not wrong"
 _BACKWARD = "short_attention._backward"
 
 ALLOWED: tuple[Allowed, ...] = (
     Allowed("sample_mask._forward", "chunk fp32 8192", "sm_100", 32, "with 8 or 32 warps in place of 16 it spills too"),
     *(
-        Allowed(kernel, variant, "gfx942", cap, _GFX942)
-        for kernel, variant, cap in (
+        Allowed(kernel, variant, "gfx942", max_bytes, _GFX942)
+        for kernel, variant, max_bytes in (
             ("info_nce._gradient", "backward over targets bf16 256", 1024),
             ("info_nce._gradient", "backward over predictions bf16 256", 1024),
             ("info_nce._gradient", "backward over targets fp16 256", 1024),

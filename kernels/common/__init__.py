@@ -1,1 +1,1 @@
-"""Code that several kernels share: launching, launch configurations and dropout."""
+"""Code shared by several kernels: launching, launch configurations and dropout."""

@@ -1,8 +1,8 @@
-"""How every kernel is launched: options from the table, and a recorder for the ahead-of-time compiler.
+"""Launching of every kernel: options from the table, and a recorder for the ahead-of-time compiler.
 
-A kernel's wrapper asks ``options`` for its constants and passes everything to ``launch``. Inside ``record`` nothing is
-launched: wrappers called with tensors on the meta device leave their arguments behind, exactly those of a real launch,
-from which ``mae-ast-fast kernels`` compiles for any architecture without a GPU.
+A kernel's wrapper gets its configuration from ``options`` and passes everything to ``launch``. Inside ``record``
+nothing is launched: wrappers called with tensors on the meta device record their arguments, exactly those of a real
+launch. ``mae-ast-fast kernels`` compiles them for any architecture without a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -21,9 +21,12 @@ from .configs import TABLE
 
 @dataclass
 class Recorder:
-    """Launches that did not happen: (kernel, positional arguments, constants and launch options).
+    """Launches that were recorded instead of made.
 
-    ``asked``: what ``options`` was asked for and answered: (name in the table, width, bytes an element, launch).
+    Attributes:
+        arch: Architecture to choose configurations for, such as "sm_90".
+        launches: (kernel, positional arguments, constants and launch options) of each launch.
+        asked: (name in the table, row width, bytes per element, configuration) of each call of ``options``.
     """
 
     arch: str
@@ -36,7 +39,11 @@ _recorders: list[Recorder] = []  # at most one
 
 @contextlib.contextmanager
 def record(arch: str) -> Iterator[Recorder]:
-    """Collects launches as for ``arch`` ("sm_90", "gfx942", ...) instead of making them."""
+    """Record launches as for ``arch`` ("sm_90", "gfx942", ...) instead of making them.
+
+    Raises:
+        RuntimeError: Another ``record`` is active.
+    """
     if _recorders:
         raise RuntimeError("record does not nest")
     _recorders.append(Recorder(arch))
@@ -55,7 +62,7 @@ def _device_arch(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """The name under which the table knows a device; "any" for the interpreter on a CPU."""
+    """The device's name in the table; "any" for the interpreter on a CPU."""
     if _recorders:
         return _recorders[0].arch
     if device.type != "cuda":
@@ -64,30 +71,33 @@ def architecture(device: torch.device) -> str:
 
 
 def options(kernel: str, tensor: torch.Tensor, width: int) -> dict[str, int]:
-    """The table's first row for a kernel that fits the device, the row's width and the bytes an element.
+    """The launch configuration of a kernel: the table's first row that fits the device, row width and element size.
 
     Args:
         kernel: Name in the table.
-        tensor: Of the device and dtype that count.
-        width: Elements of a row.
+        tensor: Tensor whose device and dtype select the row.
+        width: Elements per row.
 
     Raises:
-        ValueError: The table does not know the kernel, or no row takes this width.
+        ValueError: The table does not contain the kernel, or has no row for this width.
     """
-    arch, size = architecture(tensor.device), tensor.element_size()
+    arch, element_size = architecture(tensor.device), tensor.element_size()
     if kernel not in TABLE:
         raise ValueError(f"kernels/common/configs.py has no rows for {kernel!r}; it has {', '.join(TABLE)}")
-    for row_arch, widest, largest, chosen in TABLE[kernel]:
-        if row_arch in (arch, "any") and width <= widest and size <= largest:
+    for row_arch, max_width, max_element_size, config in TABLE[kernel]:
+        if row_arch in (arch, "any") and width <= max_width and element_size <= max_element_size:
             if _recorders:
-                _recorders[0].asked.append((kernel, width, size, chosen))
-            return chosen
-    widest = max(row[1] for row in TABLE[kernel])
-    raise ValueError(f"{kernel} takes rows of at most {widest} values, got {width}: use impl='torch'")
+                _recorders[0].asked.append((kernel, width, element_size, config))
+            return config
+    max_width = max(row[1] for row in TABLE[kernel])
+    raise ValueError(f"{kernel} takes rows of at most {max_width} values, got {width}: use impl='torch'")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``, on the device of its tensors; nothing where the grid is empty."""
+    """``kernel[grid](*arguments, **constants)`` on the device of the tensors; does nothing for an empty grid.
+
+    Tensors, sizes and strides are positional: Triton binds keywords more slowly on every launch.
+    """
     if _recorders:
         _recorders[0].launches.append((kernel, arguments, constants))
         return
@@ -98,16 +108,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants)
 
 
-def block(width: int, least: int = 16) -> int:
-    """The power of two, at least ``least``, that holds ``width``."""
-    return max(least, triton.next_power_of_2(width))
+def block(width: int, minimum: int = 16) -> int:
+    """The smallest power of two that is at least ``width`` and ``minimum``."""
+    return max(minimum, triton.next_power_of_2(width))
 
 
-def dense(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Vectors as kernels read them, one element after the other: copies of those that are not."""
-    return tuple(None if x is None else x.contiguous() for x in vectors)
+@overload
+def dense(vector: torch.Tensor) -> torch.Tensor: ...
+
+
+@overload
+def dense(vector: None) -> None: ...
+
+
+def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """``vector`` with its elements adjacent in memory, as kernels read it: itself, or a copy if it is strided."""
+    return None if vector is None else vector.contiguous()
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself where the last dimension lies densely in memory, else a copy."""
+    """``x`` itself if its last dimension is dense in memory, otherwise a contiguous copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

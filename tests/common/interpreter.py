@@ -1,10 +1,10 @@
 """Exact bfloat16 for Triton's interpreter, which keeps bf16 as bits in uint16, truncates casts and multiplies bits.
 
 Widening shifts the bits. Narrowing rounds to nearest, ties to even, as a GPU does. A dot widens its operands (products
-of two bf16 are exact in fp32) and sums in fp32. Arithmetic on bf16 itself would work on the bits, so it is refused; no
-kernel needs it. Not reproduced: the order in which tensor cores sum.
+of two bf16 are exact in fp32) and sums in fp32. Arithmetic on bf16 itself would work on the bits, so it raises an
+error; no kernel needs it. The order in which tensor cores sum is not reproduced.
 
-Triton 3.6 also calls ``int()`` on arrays of one element, which NumPy 2.4 refuses; that is corrected too.
+Triton 3.6 also calls ``int()`` on arrays of one element, which NumPy 2.4 rejects; this module corrects that too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface
 
 from mae_ast_fast.ops import dispatch
 
-# All that reaches the interpreter in bf16: Triton itself refuses erf, rsqrt and the like, and clamps in fp32.
+# All operations that the interpreter gets in bf16: Triton itself rejects erf, rsqrt and similar, and clamps in fp32.
 ARITHMETIC = ("binary_op", "unary_op", "create_fma", "create_fp_to_fp", "create_atomic_rmw")
 
 
@@ -58,7 +58,7 @@ def _wide(handle: TensorHandle) -> TensorHandle:
 
 
 def install() -> None:
-    """Patch the interpreter and let ``impl="triton"`` take bf16 under it. To be called once."""
+    """Patch the interpreter and let ``impl="triton"`` take bf16 under it. Call once per process."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self: Any, source: TensorHandle, target: tl.dtype) -> TensorHandle:

@@ -1,4 +1,4 @@
-"""What the kernel tests share: where kernels run here, inputs that make them stumble, and the comparison of three.
+"""Shared code of the kernel tests: the kernels' device, difficult inputs, and the comparison with the reference.
 
 Without a GPU the kernels run on CPU tensors under Triton's interpreter. conftest.py switches it on, and interpreter.py
 corrects its bf16.
@@ -19,11 +19,11 @@ from mae_ast_fast.ops.masking import philox4x32
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OFFSETS = (0.0, 30.0)  # statistics in low precision hide on zero-mean inputs
+OFFSETS = (0.0, 30.0)  # zero-mean inputs do not show statistics in low precision
 
 
 def few_programs(monkeypatch: pytest.MonkeyPatch, *names: str, programs: int = 3) -> None:
-    """Lets every program of the named kernels work on several rows even where a test has few."""
+    """Limit the programs of the named kernels, so that each works on several rows even where a test has few."""
     for name in names:
         rows = [(*row[:3], {**row[3], "PROGRAMS": programs}) for row in TABLE[name]]
         monkeypatch.setitem(TABLE, name, rows)
@@ -36,27 +36,27 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, offset: float = 0.0, 
 
 
 def seed_tensor(seed: int) -> Tensor:
-    """A dropout seed as the ops take it."""
+    """A dropout seed as the ops expect it: (1,) int64 on the kernels' device."""
     return torch.tensor([seed], dtype=torch.int64, device=DEVICE)
 
 
-def cu_seqlens(lengths: Sequence[int]) -> Tensor:
-    """(B + 1,) int32 of the lengths."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+def cu_seqlens(clip_rows: Sequence[int]) -> Tensor:
+    """(B + 1,) int32 first row of each clip, from the number of rows of each clip."""
+    return torch.tensor([0, *clip_rows]).cumsum(0).to(DEVICE, torch.int32)
 
 
-def keep_mask(seed: int, rows: int, columns: int, site: int, dropout: float, lane: int = 0) -> Tensor:
-    """What kernels/common/dropout.py draws, written with PyTorch's integers: (rows, columns) bool, True = kept."""
+def keep_mask(seed: int, rows: int, columns: int, *, dropout_site: int, dropout: float, head: int = 0) -> Tensor:
+    """The mask of kernels/common/dropout.py in PyTorch's integers: (rows, columns) bool, True = kept."""
     group, row = torch.arange(-(-columns // 8))[None, :], torch.arange(rows)[:, None]
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    words = philox4x32((group + 0 * row, row + 0 * group, site, lane), key)
+    words = philox4x32((group + 0 * row, row + 0 * group, dropout_site, head), key)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     bits = torch.stack(halves, dim=-1).flatten(1)[:, :columns]
     return (bits >= round(dropout * 65536)).to(DEVICE)
 
 
 def kept_scale(dropout: float) -> float:
-    """The factor on what is kept: the inverse of the keep rate, which is a multiple of 1 / 65536."""
+    """The factor on kept values: the inverse of the keep rate, which is a multiple of 1 / 65536."""
     return 1 / (1 - round(dropout * 65536) / 65536)
 
 
@@ -65,7 +65,8 @@ def results_and_gradients(
 ) -> dict[str, Tensor]:
     """The outputs of ``function(**inputs)`` by number, and the gradients of the named inputs.
 
-    The incoming gradients are normal values of a fixed seed in the outputs' dtype, the same for every implementation.
+    The incoming gradients are normal values in the outputs' dtype. Their seed is fixed, so that every implementation
+    gets the same ones.
     """
     leaves = {name: x.detach().clone() if name in differentiable else x for name, x in inputs.items()}
     for name in differentiable:
@@ -75,17 +76,17 @@ def results_and_gradients(
         leaves[name].requires_grad_()
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    found = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
+    results = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
     sources = [out for out in outputs if out.requires_grad]
     incoming = [
         torch.randn(out.shape, generator=torch.Generator().manual_seed(99 + index)).half().to(out.device, out.dtype)
         for index, out in enumerate(sources)
     ]
     if not differentiable:
-        return found
-    wanted = [leaves[name] for name in differentiable]  # one that nothing depends on (a mask token never used): 0
-    gradients = torch.autograd.grad(sources, wanted, incoming, allow_unused=True, materialize_grads=True)
-    return found | {f"gradient of {name}": x for name, x in zip(differentiable, gradients, strict=True)}
+        return results
+    inputs_of_gradients = [leaves[name] for name in differentiable]  # an unused one (a mask token, say) has gradient 0
+    gradients = torch.autograd.grad(sources, inputs_of_gradients, incoming, allow_unused=True, materialize_grads=True)
+    return results | {f"gradient of {name}": x for name, x in zip(differentiable, gradients, strict=True)}
 
 
 def compare(
@@ -93,45 +94,42 @@ def compare(
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: dict[str, Tensor],
     differentiable: Sequence[str],
+    *,
     dtype: torch.dtype,
     summed: Sequence[str] = (),
     dot: bool = False,
 ) -> None:
-    """Kernel, reference in the same dtype and reference in fp64 on the same inputs, by the policy.
+    """Compare a kernel with the reference in the same dtype and in fp64 on the same inputs, by the policy.
 
     Args:
-        kernel: Takes the inputs by name.
+        kernel: Function under test; takes the inputs by name.
         reference: The same function in PyTorch.
         inputs: Tensors; floating ones are widened for the fp64 run.
-        differentiable: Names of the inputs whose gradients count.
-        dtype: Of the stream.
-        summed: Those of them whose gradient sums over rows.
-        dot: Whether gradients go through dot products.
+        differentiable: Names of the inputs whose gradients are compared.
+        dtype: Dtype in which the kernel works.
+        summed: Names of the differentiable inputs whose gradient sums over rows.
+        dot: Whether gradients pass through dot products.
     """
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    runs = [
-        results_and_gradients(kernel, inputs, differentiable),
-        results_and_gradients(reference, inputs, differentiable),
-        results_and_gradients(reference, wide, differentiable),
-    ]
+    kernel_results = results_and_gradients(kernel, inputs, differentiable)
+    same_dtype_results = results_and_gradients(reference, inputs, differentiable)
     rows = max(x.shape[0] for x in inputs.values() if x.dim() > 0)
-    for name, exact in runs[2].items():
-        k, t = runs[0][name], runs[1][name]
+    for name, exact in results_and_gradients(reference, wide, differentiable).items():
+        k, t = kernel_results[name], same_dtype_results[name]
         if not exact.is_floating_point():
             assert torch.equal(k, t), f"{name}: kernel and reference differ"
             continue
         is_sum = name.removeprefix("gradient of ") in summed
-        assert_kernel(
-            k, t, exact, dtype, name, dot=dot and name.startswith("gradient"), summed_rows=rows if is_sum else 0
-        )
+        is_dot = dot and name.startswith("gradient")
+        assert_kernel(k, t, exact, dtype, name=name, dot=is_dot, summed_rows=rows if is_sum else 0)
 
 
 def check_registration(op: Callable[..., Any], *arguments: Any) -> None:
-    """PyTorch's own checks of a custom op: schema, autograd registration, fake tensors, AOT dispatch.
+    """Run PyTorch's own checks of a custom op: schema, autograd registration, fake tensors, AOT dispatch.
 
     Args:
         op: The custom op.
-        *arguments: Of one call, gradients switched on where they are to be checked.
+        *arguments: Positional arguments of one call. Tensors that require gradients have their gradients checked.
     """
     torch.library.opcheck(op, arguments)
 
@@ -142,7 +140,14 @@ def check_compiles(
     differentiable: Sequence[str] = (),
     others: dict[str, Tensor] | None = None,
 ) -> None:
-    """One graph under torch.compile, equal to eager to the bit; also with ``others``, inputs of another row count."""
+    """Check that torch.compile gives one graph, equal to eager to the bit.
+
+    Args:
+        function: Takes the inputs by name.
+        inputs: Tensors of the first call.
+        differentiable: Names of the inputs whose gradients are compared.
+        others: Tensors of a second call, with another number of rows; None: no second call.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for tensors in (inputs,) if others is None else (inputs, others):
@@ -154,7 +159,7 @@ def check_compiles(
 def check_strided_vectors(
     function: Callable[..., Tensor], inputs: dict[str, Tensor], names: Sequence[str], differentiable: Sequence[str]
 ) -> None:
-    """Vectors that are every second element of another: the same results to the bit, gradients too."""
+    """Check that the named vectors may have stride 2: the same results and gradients to the bit."""
     dense = results_and_gradients(function, inputs, differentiable)
     strided = dict(inputs)
     for name in names:
@@ -169,7 +174,7 @@ def check_strided_vectors(
 def check_repeats(
     function: Callable[..., Tensor], inputs: dict[str, Tensor], differentiable: Sequence[str] = ()
 ) -> None:
-    """Bit-equal repeats: 100 on a GPU, where order could change; 2 in the interpreter, where it cannot."""
+    """Check that repeats are bit-equal: 100 on a GPU, where the order could change; 2 in the interpreter."""
     first = results_and_gradients(function, inputs, differentiable)
     for _ in range(99 if DEVICE.type == "cuda" else 1):
         for name, x in results_and_gradients(function, inputs, differentiable).items():

@@ -296,11 +296,11 @@ def test_memcheck_stage_without_sanitizer_is_not_run(tree, monkeypatch):
 def test_memcheck_selection_covers_every_kernel():
     """The selection uses names of existing tests."""
     kernels, _ = gpu.test_files()
-    selected = re.findall(r"test_\w+", gpu.MEMCHECK)
+    words = set(re.findall(r"\w+", gpu.MEMCHECK)) - {"bfloat16", "and", "or"}
     ops = [file for file in kernels if file.name not in gpu.OTHER_KERNEL_TESTS]
     assert len(ops) >= 8
     for file in ops:
-        assert any(f"def {name}(" in file.read_text() for name in selected), file.name
+        assert any(re.search(rf"def test_\w*{word}", file.read_text()) for word in words), file.name
     assert {file.name for file in kernels} >= gpu.OTHER_KERNEL_TESTS
 
 

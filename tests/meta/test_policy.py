@@ -190,7 +190,7 @@ def test_assert_kernel_wrong_kernel_fails(dtype: torch.dtype, offset: float) -> 
         wrong["statistics in half precision"] = normalise(x, torch.float16 if dtype != torch.bfloat16 else dtype)
     for name, tensor in wrong.items():
         with pytest.raises(AssertionError):
-            policy.assert_kernel(tensor.to(dtype), reference, exact, dtype, name)
+            policy.assert_kernel(tensor.to(dtype), reference, exact, dtype, name=name)
             print(f"{name} passed")
     with pytest.raises(AssertionError, match="shape"):
         policy.assert_kernel(kernel[:-1], reference, exact, dtype)

@@ -443,7 +443,7 @@ def test_clip_attention_dropout_gradients_use_forward_mask(block: int, dtype: to
         assert_rounding(ours[0], exact[0], "output")
         assert_rounding(ours[1], exact[1], "gradient", grad=True)
     for name, k, t, r in zip(("output", "gradient"), ours, same, exact, strict=True):
-        assert_kernel(k, t, r, dtype, name, dot=True)
+        assert_kernel(k, t, r, dtype, name=name, dot=True)
 
 
 def test_clip_attention_any_block_size_equals_loop(block: int) -> None:
@@ -457,8 +457,8 @@ def test_clip_attention_any_block_size_equals_loop(block: int) -> None:
         same = qkv.detach().clone().requires_grad_()
         same_out = masked_loop(same, MIXED, [torch.tensor(True)] * len(MIXED), 1.0)
         same_out.sum().backward()
-        assert_kernel(out, same_out, expected, dtype, "output", dot=True)
-        assert_kernel(qkv.grad, same.grad, exact.grad, dtype, "gradient", dot=True)
+        assert_kernel(out, same_out, expected, dtype, name="output", dot=True)
+        assert_kernel(qkv.grad, same.grad, exact.grad, dtype, name="gradient", dot=True)
 
 
 def test_clip_attention_dropout_with_subset_of_queries_is_consistent() -> None:

@@ -141,7 +141,7 @@ def test_flash_ragged_clips_equal_reference(backend: Backend, case: str) -> None
             def expected(q: Tensor, kv: Tensor) -> Tensor:
                 return reference.cross_attention(q, kv, **boundaries)  # noqa: B023
 
-        compare(run, expected, inputs, list(inputs), dtype, dot=True)
+        compare(run, expected, inputs, list(inputs), dtype=dtype, dot=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- dropout
@@ -185,7 +185,7 @@ def test_flash_dropout_forward_and_backward_share_mask(backend: Backend) -> None
         masks = [mask / (1 - rate) for mask in kept]
         inputs = {"q": q, "kv": kv}
         expected = partial(with_masks, num_queries=num_queries, counts=counts, masks=masks)
-        compare(run, expected, inputs, ["q", "kv"], dtype, dot=True)
+        compare(run, expected, inputs, ["q", "kv"], dtype=dtype, dot=True)
         assert torch.equal(run(q, kv), run(q, kv)) and not torch.equal(run(q, kv), run(q, kv, 6))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -30,7 +31,7 @@ SIZES = [(16, 16), (2, 32), (3, 5), (1, 1), (7, 1), (1, 9)]
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan() -> Iterator[None]:
-    """What ``torch.empty`` returns is filled with NaN in this mode: what a kernel leaves out is seen."""
+    """``torch.empty`` is filled with NaN in this mode, which shows elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -40,14 +41,14 @@ def scalar(value: float) -> torch.Tensor:
     return torch.tensor([value], device=DEVICE)
 
 
-def pick(batch: int, tokens: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(clip, token) of ``count`` patches, none twice, in any order."""
-    flat = torch.randperm(batch * tokens, generator=torch.Generator().manual_seed(seed))[:count].to(DEVICE)
-    return flat // max(tokens, 1), flat % max(tokens, 1)
+def pick(batch: int, num_tokens: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(clip, token) of ``count`` different patches in random order."""
+    flat = torch.randperm(batch * num_tokens, generator=torch.Generator().manual_seed(seed))[:count].to(DEVICE)
+    return flat // max(num_tokens, 1), flat % max(num_tokens, 1)
 
 
 def check_equal(features: torch.Tensor, differentiable: tuple[str, ...] = ("features",), **others) -> torch.Tensor:
-    """Kernel and reference, values and gradient; returns the values."""
+    """Check that values and gradient equal the reference's; returns the values."""
     others = {"mean": scalar(0.0), "scale": scalar(1.0), "dtype": None} | others
     fixed = {name: others.pop(name) for name in ("patch_size", "dtype")}
 
@@ -58,19 +59,21 @@ def check_equal(features: torch.Tensor, differentiable: tuple[str, ...] = ("feat
         return reference.gather_patches(**inputs, **fixed)
 
     inputs = {"features": features, **others}
-    found, want = (results_and_gradients(f, inputs, differentiable) for f in (kernel, expected))
-    for name, x in want.items():
-        assert found[name].dtype == x.dtype and torch.equal(found[name], x), name
-    return found["output 0"]
+    results, expected_results = (results_and_gradients(f, inputs, differentiable) for f in (kernel, expected))
+    for name, x in expected_results.items():
+        assert results[name].dtype == x.dtype and torch.equal(results[name], x), name
+    return results["output 0"]
 
 
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("stored_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_moves_the_rows_and_their_gradients(size: tuple[int, int], dtype: torch.dtype, stored: torch.dtype) -> None:
-    """Clips with some rows, one, none and all of them; a tail frame; mean 0 and scale 1 change nothing."""
+def test_gather_patches_moves_rows_and_gradients_exactly(
+    size: tuple[int, int], dtype: torch.dtype, stored_dtype: torch.dtype
+) -> None:
+    """Clips with some rows, one, none and all of them; a tail frame; mean 0 and scale 1 change no value."""
     kt, kf = size
-    features = randn(4, 3 * kt + kt // 2, 2 * kf, dtype=stored, offset=30.0)
+    features = randn(4, 3 * kt + kt // 2, 2 * kf, dtype=stored_dtype, offset=30.0)
     selected = torch.zeros(4, 6, dtype=torch.bool, device=DEVICE)
     selected[0, [1, 2, 5]], selected[1, 3], selected[3] = True, True, True
     rows = Packing.of(selected)
@@ -82,8 +85,10 @@ def test_moves_the_rows_and_their_gradients(size: tuple[int, int], dtype: torch.
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("size", "count"), [((16, 16), 1), ((2, 32), 11), ((3, 5), 14)])
-def test_normalised(size: tuple[int, int], count: int, dtype: torch.dtype, offset: float) -> None:
-    """By the policy too: the mean has more digits than fp16, and is large beside what remains."""
+def test_gather_patches_normalised_values_match_reference(
+    size: tuple[int, int], count: int, dtype: torch.dtype, offset: float
+) -> None:
+    """Also by the policy: the mean has more digits than fp16, and is large compared with the difference."""
     features = randn(3, 3 * size[0], 2 * size[1], dtype=dtype, offset=offset)
     clip, token = pick(3, 6, count)
     inputs = {"mean": scalar(offset - 0.2871), "scale": scalar(0.1234), "clip": clip, "token": token}
@@ -93,18 +98,18 @@ def test_normalised(size: tuple[int, int], count: int, dtype: torch.dtype, offse
         lambda **x: reference.gather_patches(**x, patch_size=size),
         {"features": features, **inputs},
         ("features",),
-        dtype,
+        dtype=dtype,
     )
 
 
 @st.composite
-def strided(draw, batch: int, frames: int, bins: int, dtype: torch.dtype) -> torch.Tensor:
-    """(batch, frames, bins) with its dimensions in any order in memory, with gaps of NaN, or standing still."""
+def strided(draw, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor (batch, frames, bins) with its dimensions in any order in memory and gaps of NaN between values."""
     order = draw(st.permutations(range(3)))
     steps = [draw(st.integers(1, 2)) for _ in range(3)]
-    shape = (batch, frames, bins)
-    stored = torch.full([shape[d] * steps[d] + draw(st.integers(0, 2)) for d in order], float("nan"))
-    view = stored.to(DEVICE, dtype).permute([order.index(d) for d in range(3)])
+    batch, frames, bins = shape
+    storage = torch.full([shape[d] * steps[d] + draw(st.integers(0, 2)) for d in order], float("nan"))
+    view = storage.to(DEVICE, dtype).permute([order.index(d) for d in range(3)])
     view = view[: batch * steps[0] : steps[0], : frames * steps[1] : steps[1], : bins * steps[2] : steps[2]]
     view.copy_(randn(*shape, dtype=dtype))
     return view
@@ -112,12 +117,12 @@ def strided(draw, batch: int, frames: int, bins: int, dtype: torch.dtype) -> tor
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_strides_sizes_and_rows(data: st.DataObject) -> None:
+def test_gather_patches_any_strides_sizes_and_rows_match_reference(data: st.DataObject) -> None:
     batch, grid_t, grid_f = (data.draw(st.integers(1, 3)) for _ in range(3))
     size = kt, kf = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     dtype, out_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([None, *DTYPES]))
     frames = grid_t * kt + data.draw(st.integers(0, kt - 1))
-    features = data.draw(strided(batch, frames, grid_f * kf, dtype))
+    features = data.draw(strided((batch, frames, grid_f * kf), dtype))
     count = data.draw(st.integers(0, batch * grid_t * grid_f))
     clip, token = pick(batch, grid_t * grid_f, count, data.draw(st.integers(0, 9)))
     check_equal(
@@ -131,7 +136,7 @@ def test_any_strides_sizes_and_rows(data: st.DataObject) -> None:
     )
 
 
-def test_transposed_view_gives_the_layout_of_ssast() -> None:
+def test_gather_patches_transposed_view_gives_ssast_layout() -> None:
     """Token = f_block * n_t + t_block, inside a patch f * kt + t."""
     kt, kf, n_t, n_f = 4, 8, 3, 2
     features = randn(2, n_t * kt, n_f * kf)
@@ -142,21 +147,21 @@ def test_transposed_view_gives_the_layout_of_ssast() -> None:
         assert torch.equal(out[row], features[b, t : t + kt, f : f + kf].T.flatten())
 
 
-def test_expanded_features_and_strided_indices() -> None:
+def test_gather_patches_expanded_features_and_strided_indices_match_reference() -> None:
     clip, token = torch.stack(pick(3, 6, 18), dim=1).unbind(1)
     assert clip.stride(0) == 2  # columns of one matrix
-    one = randn(1, 6, 8)
-    check_equal(one.expand(3, 6, 8), (), clip=clip, token=token, patch_size=(2, 4))
+    clip_features = randn(1, 6, 8)
+    check_equal(clip_features.expand(3, 6, 8), (), clip=clip, token=token, patch_size=(2, 4))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 8), (2, 1, 8), (0, 6, 8)])
-def test_without_rows(shape: tuple[int, int, int]) -> None:
-    none = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    out = check_equal(randn(*shape), clip=none, token=none, patch_size=(2, 4))
+def test_gather_patches_no_rows_returns_no_rows(shape: tuple[int, int, int]) -> None:
+    no_index = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    out = check_equal(randn(*shape), clip=no_index, token=no_index, patch_size=(2, 4))
     assert out.shape == (0, 8)
 
 
-def test_writes_nothing_behind_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gather_patches_writes_nothing_past_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
     from mae_ast_fast.kernels import gather_patches as module
 
     features, (clip, token) = randn(1, 6, 10), pick(1, 4, 3)
@@ -164,13 +169,12 @@ def test_writes_nothing_behind_the_last_row(monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *shape, **_: buffer[: 3 * 15].view(*shape))
         out = module.forward(features, scalar(0.0), scalar(1.0), clip, token, 3, 5, torch.float32)
-    assert torch.equal(
-        out, reference.gather_patches(features, scalar(0.0), scalar(1.0), clip=clip, token=token, patch_size=(3, 5))
-    )
+    expected = reference.gather_patches(features, scalar(0.0), scalar(1.0), clip=clip, token=token, patch_size=(3, 5))
+    assert torch.equal(out, expected)
     assert (buffer[3 * 15 :] == 77.0).all()
 
 
-def test_clip_and_token_may_have_strides_of_their_own() -> None:
+def test_gather_patches_strided_clip_or_token_changes_nothing() -> None:
     clip, token = pick(2, 6, 7)
     features = randn(2, 7, 8)
     inputs = {"features": features, "mean": scalar(0.3), "scale": scalar(1.7), "clip": clip, "token": token}
@@ -182,7 +186,7 @@ def test_clip_and_token_may_have_strides_of_their_own() -> None:
         check_strided_vectors(gathered, inputs, names, ("features",))
 
 
-def test_registration_compile_and_repeats() -> None:
+def test_gather_patches_registers_compiles_and_repeats() -> None:
     from mae_ast_fast.kernels.gather_patches import backward_op, forward_op
 
     clip, token = pick(2, 6, 7)
@@ -200,28 +204,39 @@ def test_registration_compile_and_repeats() -> None:
         check_repeats(gathered, inputs, ("features",))
 
 
-def test_reference_gradients_and_arithmetic() -> None:
+def test_gather_patches_reference_gradients_and_arithmetic_are_exact() -> None:
     """impl="torch" differentiates all three; half-precision features are normalised in fp32, fp64 ones in fp64."""
     clip, token = pick(2, 4, 5)
     wide = randn(2, 4, 6).double()
     leaves = [x.double().requires_grad_() for x in (wide, scalar(0.3), scalar(1.7))]
-    assert torch.autograd.gradcheck(lambda *x: ops.gather_patches(*x, clip, token, (2, 3), impl="torch"), leaves)
+
+    def gathered(features, mean, scale, *, token=token, **options) -> torch.Tensor:
+        return ops.gather_patches(features, mean, scale, clip=clip, token=token, patch_size=(2, 3), **options)
+
+    assert torch.autograd.gradcheck(functools.partial(gathered, impl="torch"), leaves)
     half = wide.half()
-    out = ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token, (2, 3))
-    assert torch.equal(
-        out, ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token, (2, 3), torch.float32).half()
-    )
-    exact = ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token, (2, 3), torch.float64)
-    assert torch.equal(exact.float().double(), exact)  # its values are fp32's
+    out = gathered(half, scalar(0.3), scalar(1.7))
+    assert torch.equal(out, gathered(half, scalar(0.3), scalar(1.7), dtype=torch.float32).half())
+    exact = gathered(half, scalar(0.3), scalar(1.7), dtype=torch.float64)
+    assert torch.equal(exact.float().double(), exact)  # the values are exact in fp32
     with pytest.raises(IndexError):
-        ops.gather_patches(half, scalar(0.3), scalar(1.7), clip, token + 4, (2, 3))
+        gathered(half, scalar(0.3), scalar(1.7), token=token + 4)
 
 
-def test_reads_nothing_back() -> None:
-    """Tensors without values do: nothing waits for a device."""
-    index, one = torch.empty(5, dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
+def test_gather_patches_meta_tensors_read_nothing_back() -> None:
+    """Tensors without values are enough: nothing waits for a device."""
+    index, scalar_on_meta = torch.empty(5, dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
     features = torch.empty(2, 8, 8, device="meta")
-    out = ops.gather_patches(features, one, one, index, index, (4, 2), torch.bfloat16, impl="triton")
+    out = ops.gather_patches(
+        features,
+        scalar_on_meta,
+        scalar_on_meta,
+        clip=index,
+        token=index,
+        patch_size=(4, 2),
+        dtype=torch.bfloat16,
+        impl="triton",
+    )
     assert out.shape == (5, 8) and out.dtype == torch.bfloat16 and out.device.type == "meta"
 
 
@@ -248,7 +263,7 @@ INDEX = torch.zeros(2, dtype=torch.int64, device=DEVICE)
         ({"impl": "triton", "features": torch.zeros(1, 4, 4, device=DEVICE).double()}, "impl='triton' takes float32"),
     ],
 )
-def test_bad_input(change: dict, message: str) -> None:
+def test_gather_patches_bad_input_raises(change: dict, message: str) -> None:
     inputs = {
         "features": torch.zeros(1, 4, 4, device=DEVICE),
         "mean": scalar(0.0),
@@ -262,7 +277,7 @@ def test_bad_input(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mean", "scale"])
-def test_the_kernel_has_no_gradient_for_mean_and_scale(name: str) -> None:
+def test_gather_patches_gradient_of_mean_or_scale_raises(name: str) -> None:
     inputs = {"mean": scalar(0.0), "scale": scalar(1.0)}
     inputs[name].requires_grad_()
     with pytest.raises(ValueError, match="no gradient for mean and scale: detach them or use impl='torch'"):

@@ -30,33 +30,39 @@ from mae_ast_fast.kernels.common.configs import TABLE
 from mae_ast_fast.ops import reference
 
 OVER = ("targets", "predictions")
-LENGTHS = ([1], [7], [5, 0, 1, 9, 5], [16, 32, 17], [0, 33], [70, 3])
+CLIP_ROWS = ([1], [7], [5, 0, 1, 9, 5], [16, 32, 17], [0, 33], [70, 3])
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short clips then cross the edges of tiles, which are unequal so that mixing them up shows."""
+    """Use small unequal tiles: short clips cross their edges, and a confusion of BM and BN changes the result."""
     for name in ("info_nce_forward", "info_nce_backward"):
         monkeypatch.setitem(TABLE, name, [(*row[:3], {**row[3], "BM": 32, "BN": 16}) for row in TABLE[name]])
 
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan() -> Iterator[None]:
-    """torch.empty then holds NaN: what a kernel leaves out shows."""
+    """``torch.empty`` is filled with NaN in this mode, which shows elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def make_inputs(
-    lengths: list[int], width: int, dtype: torch.dtype, offset: float = 0.0, scale: float = 1.0, grid: bool = True
+    clip_rows: list[int], width: int, dtype: torch.dtype, *, offset: float = 0.0, scale: float = 1.0, grid: bool = True
 ) -> dict[str, Tensor]:
-    """Products of about ``scale``, plus for each prediction one number that all of them share.
+    """Prediction and target with products of about ``scale``.
 
-    On the grid, all products are exact in fp32: the large ones of a peaked softmax otherwise differ by their rounding
-    from one matrix multiplication to another, by more than the policy grants the result.
+    Args:
+        clip_rows: Rows of each clip.
+        width: Values per row.
+        dtype: Dtype of both tensors.
+        offset: Mean of the targets, which adds a constant to all products of a prediction.
+        scale: Size of the products.
+        grid: Round the values so that all products are exact in fp32. Otherwise the rounding of the large products of a
+            peaked softmax differs between matrix multiplications by more than the policy allows the result.
     """
-    rows = sum(lengths)
+    rows = sum(clip_rows)
     prediction, target = randn(rows, width, seed=1), randn(rows, width, offset=offset, seed=2)
     factor = scale / width**0.5
     if grid:
@@ -65,14 +71,20 @@ def make_inputs(
     return {"prediction": (prediction * factor).to(dtype), "target": target.to(dtype)}
 
 
-def judge(
-    inputs: dict[str, Tensor], lengths: list[int], over: str, dtype: torch.dtype, factor: float = 1.0, hits: bool = True
+def check_policy(
+    inputs: dict[str, Tensor],
+    clip_rows: list[int],
+    over: str,
+    dtype: torch.dtype,
+    *,
+    factor: float = 1.0,
+    hits: bool = True,
 ) -> None:
-    """Loss, hits and gradient by the policy; ``factor`` scales the loss, and so the incoming gradient."""
-    cu, longest = cu_seqlens(lengths), max(lengths)
+    """Check loss, hits and gradient by the policy; ``factor`` scales the loss and so the incoming gradient."""
+    cu, max_seqlen = cu_seqlens(clip_rows), max(clip_rows)
 
-    def run(function, prediction: Tensor, target: Tensor, **more: str) -> tuple[Tensor, ...]:
-        loss, hit = function(prediction, target, cu, longest, over=over, **more)
+    def run(function, prediction: Tensor, target: Tensor, **options: str) -> tuple[Tensor, ...]:
+        loss, hit = function(prediction, target, cu, max_seqlen, over=over, **options)
         return (loss * factor, hit) if hits else (loss * factor,)
 
     def kernel(**inputs: Tensor) -> tuple[Tensor, ...]:
@@ -81,20 +93,20 @@ def judge(
     def plain(**inputs: Tensor) -> tuple[Tensor, ...]:
         return run(reference.info_nce, **inputs)
 
-    compare(kernel, plain, inputs, ["prediction"], dtype, dot=True)
+    compare(kernel, plain, inputs, ["prediction"], dtype=dtype, dot=True)
 
 
 # --------------------------------------------------------------------------------------------------------- reference
 
 
-@pytest.mark.parametrize("lengths", [*LENGTHS[:4], [2] * 9 + [40]])  # the last one in groups of similar lengths
-def test_reference_over_predictions_against_a_loop(lengths: list[int]) -> None:
-    rows, cu = sum(lengths), cu_seqlens(lengths).cpu()
+@pytest.mark.parametrize("clip_rows", [*CLIP_ROWS[:4], [2] * 9 + [40]])  # the last one needs groups of similar clips
+def test_info_nce_reference_over_predictions_matches_loop(clip_rows: list[int]) -> None:
+    rows, cu = sum(clip_rows), cu_seqlens(clip_rows).cpu()
     prediction, target = randn(rows, 3, seed=1).cpu().double(), randn(rows, 3, seed=2).cpu().double()
-    loss, hit = reference.info_nce(prediction, target, cu, max(lengths), over="predictions")
+    loss, hit = reference.info_nce(prediction, target, cu, max(clip_rows), over="predictions")
     losses, hits = [], []
-    for first, last in zip(cu.tolist(), cu.tolist()[1:], strict=False):
-        clip = range(first, last)
+    for start, end in zip(cu.tolist(), cu.tolist()[1:], strict=False):
+        clip = range(start, end)
         product = {(i, j): float(target[i] @ prediction[j]) for i in clip for j in clip}
         log_sum = {i: math.log(sum(math.exp(product[i, j]) for j in clip)) for i in clip}
         losses += [log_sum[i] - product[i, i] for i in clip]
@@ -103,14 +115,14 @@ def test_reference_over_predictions_against_a_loop(lengths: list[int]) -> None:
     assert hit.tolist() == hits
 
 
-def test_reference_over_predictions_gradients() -> None:
+def test_info_nce_reference_over_predictions_passes_gradcheck() -> None:
     leaves = [randn(6, 3, seed=seed).cpu().double().requires_grad_() for seed in (1, 2)]
     cu = cu_seqlens([4, 0, 1, 1]).cpu()
     assert gradcheck(lambda p, t: reference.info_nce(p, t, cu, 4, over="predictions")[0], leaves)
 
 
-def test_reference_transposes() -> None:
-    """Over predictions the two operands change places in the loss, not in the hits."""
+def test_info_nce_reference_over_predictions_swaps_operands_of_loss() -> None:
+    """The softmax over predictions swaps the two operands in the loss, but not in the hits."""
     prediction, target, cu = randn(12, 5, seed=1), randn(12, 5, seed=2), cu_seqlens([5, 7])
     loss, hit = reference.info_nce(prediction, target, cu, 7, over="predictions")
     other_loss, other_hit = reference.info_nce(target, prediction, cu, 7, over="targets")
@@ -123,138 +135,139 @@ def test_reference_transposes() -> None:
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_values_and_gradients(lengths: list[int], dtype: torch.dtype, over: str) -> None:
-    judge(make_inputs(lengths, 20, dtype, grid=False), lengths, over, dtype)
-    inputs = make_inputs(lengths, 256, dtype, scale=16.0)
+@pytest.mark.parametrize("clip_rows", CLIP_ROWS, ids=str)
+def test_info_nce_values_and_gradients_match_reference(clip_rows: list[int], dtype: torch.dtype, over: str) -> None:
+    check_policy(make_inputs(clip_rows, 20, dtype, grid=False), clip_rows, over, dtype)
+    inputs = make_inputs(clip_rows, 256, dtype, scale=16.0)
     joint = torch.cat([torch.full_like(inputs["prediction"], float("nan")), inputs["prediction"]], dim=1)
-    judge({**inputs, "prediction": joint[:, 256:]}, lengths, over, dtype)  # half of the output of two heads
+    check_policy({**inputs, "prediction": joint[:, 256:]}, clip_rows, over, dtype)  # half of the output of two heads
 
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("width", [1, 33, 512])
-def test_widths_and_offsets(width: int, offset: float, dtype: torch.dtype, over: str) -> None:
-    lengths = [18, 1, 35]
-    # Over predictions an offset makes one of them all targets' choice: which target wins it is a matter of rounding.
+def test_info_nce_widths_and_offsets_match_reference(width: int, offset: float, dtype: torch.dtype, over: str) -> None:
+    clip_rows = [18, 1, 35]
+    # With an offset and the softmax over predictions, all targets choose one prediction: rounding decides the hit.
     hits = over == "targets" or offset == 0.0
-    judge(make_inputs(lengths, width, dtype, offset), lengths, over, dtype, hits=hits)
+    check_policy(make_inputs(clip_rows, width, dtype, offset=offset), clip_rows, over, dtype, hits=hits)
 
 
 @pytest.mark.parametrize("over", OVER)
-def test_the_tiles_of_the_table(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_nce_tiles_of_table_match_reference(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # no small tiles
-    lengths = [65, 130]
+    clip_rows = [65, 130]
     for dtype in DTYPES:
-        judge(make_inputs(lengths, 256, dtype, scale=4.0), lengths, over, dtype)
+        check_policy(make_inputs(clip_rows, 256, dtype, scale=4.0), clip_rows, over, dtype)
 
 
-@settings(  # derandomised: two products nearer to each other than rounding would make an open winner of a hit
+@settings(  # derandomised: if two products differ by less than rounding, either can be the hit
     max_examples=30, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any),
+    clip_rows=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any),
     width=st.integers(2, 70),
     pad=st.integers(0, 3),
     scale=st.sampled_from([0.1, 1.0, 10.0]),
     over=st.sampled_from(OVER),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_lengths_widths_and_row_strides(
-    lengths: list[int], width: int, pad: int, scale: float, over: str, dtype: torch.dtype
+def test_info_nce_any_clips_widths_and_row_strides_match_reference(
+    *, clip_rows: list[int], width: int, pad: int, scale: float, over: str, dtype: torch.dtype
 ) -> None:
-    inputs = make_inputs(lengths, width, dtype, scale=scale)
-    for name, more in (("prediction", pad), ("target", 2 * pad)):
-        inputs[name] = torch.nn.functional.pad(inputs[name], (more, more), value=float("nan"))[:, more : more + width]
-    judge(inputs, lengths, over, dtype)
+    inputs = make_inputs(clip_rows, width, dtype, scale=scale)
+    for name, margin in (("prediction", pad), ("target", 2 * pad)):
+        padded = torch.nn.functional.pad(inputs[name], (margin, margin), value=float("nan"))
+        inputs[name] = padded[:, margin : margin + width]
+    check_policy(inputs, clip_rows, over, dtype)
 
 
 @pytest.mark.parametrize("over", OVER)
-def test_hits_of_equal_products(over: str) -> None:
-    """The first of equals wins, inside a tile and across tiles; small whole numbers make products exact."""
+def test_info_nce_equal_products_hit_first(over: str) -> None:
+    """Of equal products the first is the hit, inside a tile and across tiles; small integers make products exact."""
     rows = 50
     zeros, target = torch.zeros(rows, 4, device=DEVICE), randn(rows, 4, seed=2).mul(2).round()
-    _, hit = ops.info_nce(zeros, target, cu_seqlens([rows]), rows, over, impl="triton")
+    _, hit = ops.info_nce(zeros, target, cu_seqlens([rows]), rows, over=over, impl="triton")
     assert hit.nonzero().flatten().tolist() == [0]
 
     basis = 8 * torch.eye(16, device=DEVICE)
     copies = basis[torch.arange(rows) % 16]  # rows 16, 32 and 48 are row 0 again, each in another tile
-    _, hit = ops.info_nce(copies, copies, cu_seqlens([rows]), rows, over, impl="triton")
+    _, hit = ops.info_nce(copies, copies, cu_seqlens([rows]), rows, over=over, impl="triton")
     assert hit.nonzero().flatten().tolist() == list(range(16))
 
     target[7], target[40] = target[3], target[39]  # neighbours in one tile
     prediction = target.clone()
-    for lengths in ([rows], [4, 0, 46], [40, 10]):
-        cu = cu_seqlens(lengths)
-        _, hit = ops.info_nce(prediction, target, cu, max(lengths), "targets", impl="triton")
-        _, expected_hit = reference.info_nce(prediction, target, cu, max(lengths), over="targets")
+    for clip_rows in ([rows], [4, 0, 46], [40, 10]):
+        cu = cu_seqlens(clip_rows)
+        _, hit = ops.info_nce(prediction, target, cu, max(clip_rows), over="targets", impl="triton")
+        _, expected_hit = reference.info_nce(prediction, target, cu, max(clip_rows), over="targets")
         assert torch.equal(hit, expected_hit) and not hit.all()
 
 
-def test_hits_over_predictions_compare_probabilities() -> None:
+def test_info_nce_hits_over_predictions_compare_probabilities() -> None:
     """Target 0 has the larger products with both predictions, but each softmax is over its own row."""
     prediction = torch.tensor([[3.0, 0.0], [2.0, 1.0]], device=DEVICE)
     target = torch.tensor([[3.0, 0.0], [0.0, 1.0]], device=DEVICE)
-    _, hit = ops.info_nce(prediction, target, cu_seqlens([2]), 2, "predictions", impl="triton")
+    _, hit = ops.info_nce(prediction, target, cu_seqlens([2]), 2, over="predictions", impl="triton")
     assert hit.tolist() == [True, True]
-    _, hit = ops.info_nce(prediction, target, cu_seqlens([2]), 2, "targets", impl="triton")
+    _, hit = ops.info_nce(prediction, target, cu_seqlens([2]), 2, over="targets", impl="triton")
     assert hit.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_clip_of_one_row_costs_nothing(dtype: torch.dtype, over: str) -> None:
+def test_info_nce_clip_of_one_row_has_no_loss(dtype: torch.dtype, over: str) -> None:
     inputs, cu = make_inputs([1, 1, 1], 24, dtype, offset=30.0), cu_seqlens([1, 0, 1, 1])
-    found = results_and_gradients(
+    results = results_and_gradients(
         lambda **inputs: ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=1, over=over, impl="triton"),
         inputs,
         ["prediction"],
     )
-    assert not found["output 0"].any() and found["output 1"].all() and not found["gradient of prediction"].any()
+    assert not results["output 0"].any() and results["output 1"].all() and not results["gradient of prediction"].any()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about the other clips' NaN
 @pytest.mark.parametrize("over", OVER)
-def test_a_clip_does_not_see_another(over: str) -> None:
-    lengths = [5, 20, 34]
-    inputs = make_inputs(lengths, 24, torch.float32)
-    alone = {name: x[5:25] for name, x in inputs.items()}
+def test_info_nce_clips_are_independent(over: str) -> None:
+    clip_rows = [5, 20, 34]
+    inputs = make_inputs(clip_rows, 24, torch.float32)
+    middle_clip = {name: x[5:25] for name, x in inputs.items()}
     for x in inputs.values():
         x[:5], x[25:] = float("nan"), float("inf")
 
-    def run(cu: Tensor, longest: int):
-        return lambda **inputs: ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=longest, over=over, impl="triton")
+    def kernel_for(cu: Tensor, max_seqlen: int):
+        return lambda **inputs: ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=max_seqlen, over=over, impl="triton")
 
-    found = results_and_gradients(run(cu_seqlens(lengths), 34), inputs, [])
-    expected = results_and_gradients(run(cu_seqlens([20]), 20), alone, [])
+    results = results_and_gradients(kernel_for(cu_seqlens(clip_rows), 34), inputs, [])
+    expected = results_and_gradients(kernel_for(cu_seqlens([20]), 20), middle_clip, [])
     for name, x in expected.items():
-        assert torch.equal(found[name][5:25], x), name
+        assert torch.equal(results[name][5:25], x), name
     leaf = inputs["prediction"].requires_grad_()
-    loss, _ = ops.info_nce(leaf, inputs["target"], cu_seqlens(lengths), 34, over, impl="triton")
+    loss, _ = ops.info_nce(leaf, inputs["target"], cu_seqlens(clip_rows), 34, over=over, impl="triton")
     (gradient,) = torch.autograd.grad(loss[5:25].sum(), leaf)
-    leaf = alone["prediction"].clone().requires_grad_()
-    loss, _ = ops.info_nce(leaf, alone["target"], cu_seqlens([20]), 20, over, impl="triton")
+    leaf = middle_clip["prediction"].clone().requires_grad_()
+    loss, _ = ops.info_nce(leaf, middle_clip["target"], cu_seqlens([20]), 20, over=over, impl="triton")
     assert torch.equal(gradient[5:25], torch.autograd.grad(loss.sum(), leaf)[0])
 
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", [1e-6, 1e4])
-def test_small_and_large_incoming_gradients(factor: float, dtype: torch.dtype, over: str) -> None:
-    """Weights of the order of 1e-8 (nothing in fp16) and 1e4: the products with targets of the inverse size fit."""
-    lengths, size = [40, 9], 1000.0 if factor < 1 else 0.1
-    inputs = make_inputs(lengths, 16, torch.float32)
+def test_info_nce_small_and_large_gradients_match_reference(factor: float, dtype: torch.dtype, over: str) -> None:
+    """Weights of the order of 1e-8 (0 in fp16) and 1e4: the products with targets of the inverse size fit the dtype."""
+    clip_rows, size = [40, 9], 1000.0 if factor < 1 else 0.1
+    inputs = make_inputs(clip_rows, 16, torch.float32)
     inputs = {"prediction": (inputs["prediction"] / size).to(dtype), "target": (inputs["target"] * size).to(dtype)}
-    judge(inputs, lengths, over, dtype, factor)
+    check_policy(inputs, clip_rows, over, dtype, factor=factor)
 
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_incoming_gradients_of_some_rows(dtype: torch.dtype, over: str) -> None:
-    """Rows of weight 0, and a clip that has no other: the model leaves clips out of the loss in this way."""
-    lengths = [20, 17, 3]
-    inputs, cu = make_inputs(lengths, 24, dtype), cu_seqlens(lengths)
+def test_info_nce_zero_gradients_of_some_rows_match_reference(dtype: torch.dtype, over: str) -> None:
+    """Rows of weight 0, and a clip with only such rows: this is how the model leaves clips out of the loss."""
+    clip_rows = [20, 17, 3]
+    inputs, cu = make_inputs(clip_rows, 24, dtype), cu_seqlens(clip_rows)
     weight = torch.ones(40, device=DEVICE)
     weight[::3] = 0.0
     weight[20:37] = 0.0
@@ -265,78 +278,83 @@ def test_incoming_gradients_of_some_rows(dtype: torch.dtype, over: str) -> None:
     def plain(**inputs: Tensor) -> Tensor:
         return reference.info_nce(**inputs, cu_seqlens=cu, max_seqlen=20, over=over)[0] * weight
 
-    compare(kernel, plain, inputs, ["prediction"], dtype, dot=True)
+    compare(kernel, plain, inputs, ["prediction"], dtype=dtype, dot=True)
     gradient = results_and_gradients(kernel, inputs, ["prediction"])["gradient of prediction"]
     assert not gradient[20:37].any() and gradient[:20].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_confident_rows(dtype: torch.dtype) -> None:
-    """Losses of 1e-9 to 1 from products of 100: own target against others, down to nothing left to learn."""
-    lengths = [24]
+def test_info_nce_confident_rows_match_reference(dtype: torch.dtype) -> None:
+    """Losses from 1 down to 1e-9, from products of up to 100 with the own target."""
+    clip_rows = [24]
     target = torch.eye(24, device=DEVICE).to(dtype) * 10
     prediction = target * torch.linspace(0.03, 1.0, 24, device=DEVICE)[:, None].to(dtype)
     for over in OVER:
         inputs = {"prediction": prediction, "target": target}
-        judge(inputs, lengths, over, dtype, hits=False)
-        assert ops.info_nce(**inputs, cu_seqlens=cu_seqlens(lengths), max_seqlen=24, over=over, impl="triton")[1].all()
+        check_policy(inputs, clip_rows, over, dtype, hits=False)
+        assert ops.info_nce(**inputs, cu_seqlens=cu_seqlens(clip_rows), max_seqlen=24, over=over, impl="triton")[
+            1
+        ].all()
 
 
 @pytest.mark.parametrize("over", OVER)
-@pytest.mark.parametrize("lengths", [[0], [0, 0], []])
-def test_without_rows(lengths: list[int], over: str) -> None:
-    found = results_and_gradients(
-        lambda **inputs: ops.info_nce(**inputs, cu_seqlens=cu_seqlens(lengths), max_seqlen=0, over=over, impl="triton"),
+@pytest.mark.parametrize("clip_rows", [[0], [0, 0], []])
+def test_info_nce_no_rows_returns_no_rows(clip_rows: list[int], over: str) -> None:
+    results = results_and_gradients(
+        lambda **inputs: ops.info_nce(
+            **inputs, cu_seqlens=cu_seqlens(clip_rows), max_seqlen=0, over=over, impl="triton"
+        ),
         make_inputs([0], 16, torch.float16),
         ["prediction"],
     )
-    assert found["output 0"].shape == (0,) and found["output 0"].dtype == torch.float32
-    assert found["output 1"].shape == (0,) and found["output 1"].dtype == torch.bool
-    assert found["gradient of prediction"].shape == (0, 16)
+    assert results["output 0"].shape == (0,) and results["output 0"].dtype == torch.float32
+    assert results["output 1"].shape == (0,) and results["output 1"].dtype == torch.bool
+    assert results["gradient of prediction"].shape == (0, 16)
 
 
 @pytest.mark.parametrize("over", OVER)
-def test_rows_past_the_last_clip_are_0(over: str) -> None:
+def test_info_nce_padding_rows_are_zero(over: str) -> None:
     inputs = make_inputs([5, 9, 3], 24, torch.float32)
     cu = cu_seqlens([5, 9])
 
     def run(**inputs: Tensor) -> Tensor:
         return ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=9, over=over, impl="triton")[0]
 
-    found = results_and_gradients(run, inputs, ["prediction"])
-    assert not found["output 0"][14:].any() and not found["gradient of prediction"][14:].any()
-    own = results_and_gradients(run, {name: x[:14] for name, x in inputs.items()}, ["prediction"])
-    assert torch.equal(found["output 0"][:14], own["output 0"])
+    results = results_and_gradients(run, inputs, ["prediction"])
+    assert not results["output 0"][14:].any() and not results["gradient of prediction"][14:].any()
+    expected = results_and_gradients(run, {name: x[:14] for name, x in inputs.items()}, ["prediction"])
+    assert torch.equal(results["output 0"][:14], expected["output 0"])
 
 
-def test_products_that_overflow_do_not_spoil_the_rest() -> None:
-    """A first tile of -inf: the row's other products count."""
+def test_info_nce_overflowing_products_leave_others_exact() -> None:
+    """If all products of a row's first tile are -inf, its other products still give the loss."""
     prediction, target = torch.full((70, 16), 1e20, device=DEVICE), torch.full((70, 16), -1e20, device=DEVICE)
     target[64:] = 0
-    arguments = prediction, target, cu_seqlens([70]), 70
-    losses = [ops.info_nce(*arguments, impl=impl)[0][64:] for impl in ("triton", "torch")]
-    assert_rounding(*losses)
+    cu = cu_seqlens([70])
+    losses = {impl: ops.info_nce(prediction, target, cu, 70, impl=impl)[0][64:] for impl in ("triton", "torch")}
+    assert_rounding(losses["triton"], losses["torch"])
 
 
 @pytest.mark.parametrize("over", OVER)
-def test_registration_compile_and_repeats(over: str) -> None:
+def test_info_nce_registers_compiles_and_repeats(over: str) -> None:
     from mae_ast_fast.kernels.info_nce import backward_op, forward_op
 
-    lengths = [5, 0, 20]
-    inputs, cu = make_inputs(lengths, 24, torch.float32), cu_seqlens(lengths)
-    loss, _, *parts = forward_op(*inputs.values(), cu, 20, over)
-    check_registration(forward_op, inputs["prediction"].clone().requires_grad_(), inputs["target"], cu, 20, over)
-    check_registration(backward_op, randn(25), *inputs.values(), cu, loss, *parts, 20, over)
+    clip_rows = [5, 0, 20]
+    inputs, cu = make_inputs(clip_rows, 24, torch.float32), cu_seqlens(clip_rows)
+    prediction, target = inputs["prediction"], inputs["target"]
+    loss, _, row_max, log_sum = forward_op(prediction, target, cu, 20, over)
+    check_registration(forward_op, prediction.clone().requires_grad_(), target, cu, 20, over)
+    check_registration(backward_op, randn(25), prediction, target, cu, loss, row_max, log_sum, 20, over)
 
     def run(**inputs: Tensor) -> tuple[Tensor, Tensor]:
         loss, hit = ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=20, over=over, impl="triton")
         return loss.sin(), hit
 
-    check_compiles(run, inputs, ["prediction"], make_inputs([5, 0, 20, 3], 24, torch.float32))  # 3 rows of no clip
+    check_compiles(run, inputs, ["prediction"], make_inputs([5, 0, 20, 3], 24, torch.float32))  # 3 padding rows
     check_repeats(run, inputs, ["prediction"])
 
 
-def test_target_with_a_gradient_is_refused_where_one_would_be_lost() -> None:
+def test_info_nce_target_requiring_gradient_raises() -> None:
     prediction, target = make_inputs([3], 4, torch.float32).values()
     target.requires_grad_()
     with pytest.raises(ValueError, match=r"target requires a gradient.*impl='torch' or target\.detach"):
@@ -359,14 +377,14 @@ def test_target_with_a_gradient_is_refused_where_one_would_be_lost() -> None:
         ({"impl": "cuda"}, "impl must be one of auto, torch, triton"),
     ],
 )
-def test_bad_input(change: dict, message: str) -> None:
+def test_info_nce_bad_input_raises(change: dict, message: str) -> None:
     inputs = {"prediction": torch.zeros(3, 4), "target": torch.zeros(3, 4), "max_seqlen": 3}
     inputs["cu_seqlens"] = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         ops.info_nce(**{**inputs, **change})
 
 
-def test_too_wide_rows_name_the_alternative() -> None:
+def test_info_nce_too_wide_rows_name_alternative() -> None:
     wide = torch.zeros(1, 513, device=DEVICE)
     with pytest.raises(ValueError, match="at most 512 values, got 513: use impl='torch'"):
         ops.info_nce(wide, wide, cu_seqlens([1]), 1, impl="triton")

@@ -1,4 +1,4 @@
-"""bf16 under Triton's interpreter, made exact by interpreter.py: the reference is PyTorch."""
+"""bf16 under Triton's interpreter, made exact by interpreter.py, against PyTorch."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)  # every bf1
 
 
 def float_bits() -> torch.Tensor:
-    """2^22 fp32 bit patterns at random, and all ties of the bf16 patterns and their neighbours."""
-    drawn = torch.randint(-(1 << 31), 1 << 31, (1 << 22,), generator=torch.Generator().manual_seed(0))
+    """2^22 random fp32 bit patterns, and all ties of the bf16 patterns and their neighbours."""
+    random = torch.randint(-(1 << 31), 1 << 31, (1 << 22,), generator=torch.Generator().manual_seed(0))
     ties = (torch.arange(1 << 16)[:, None] << 16) + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    return torch.cat((drawn, ties.flatten())).to(torch.int32).view(torch.float32)
+    return torch.cat((random, ties.flatten())).to(torch.int32).view(torch.float32)
 
 
 def test_widen_all_patterns_equal_torch() -> None:
-    found = widen(PATTERNS.numpy().view(np.uint16))
+    result = widen(PATTERNS.numpy().view(np.uint16))
     expected = PATTERNS.view(torch.bfloat16).float()
-    assert np.array_equal(found.view(np.int32), expected.view(torch.int32).numpy())
+    assert np.array_equal(result.view(np.int32), expected.view(torch.int32).numpy())
 
 
 def test_narrow_random_and_tied_patterns_equal_torch() -> None:
     values = float_bits()
     assert values.isnan().any() and values.isinf().any() and (values.abs() < torch.finfo(torch.float32).tiny).any()
-    found = torch.from_numpy(narrow(values.numpy()).view(np.int16)).view(torch.bfloat16)
+    result = torch.from_numpy(narrow(values.numpy()).view(np.int16)).view(torch.bfloat16)
     expected = values.bfloat16()
-    assert torch.equal(found.isnan(), expected.isnan())
-    wrong = (found.view(torch.int16) != expected.view(torch.int16)) & ~expected.isnan()
+    assert torch.equal(result.isnan(), expected.isnan())
+    wrong = (result.view(torch.int16) != expected.view(torch.int16)) & ~expected.isnan()
     assert not wrong.any(), f"{int(wrong.sum())} of {len(values)} differ, the first is {values[wrong][0]!r}"
 
 
 @triton.jit
 def _convert(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + place, tl.load(x_ptr + place).to(y_ptr.dtype.element_ty))
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offset, tl.load(x_ptr + offset).to(y_ptr.dtype.element_ty))
 
 
 @interpreted
 @pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.float64, torch.int32, torch.bool], ids=str)
 def test_kernel_casts_equal_torch(other: torch.dtype) -> None:
-    """To bf16 and back, through a kernel: 4,096 values, half of them fractions, the largest beyond fp16 and bf16."""
+    """Cast 4,096 values to bf16 and back in a kernel: half are fractions, the largest exceed fp16 and bf16."""
     scale = torch.tensor([1, 1e-40, 1e4, 1e38] if other in (torch.float32, torch.float64) else [1, 1e-3, 1e2, 1e4])
     wide = (torch.randn(1024, 4, generator=torch.Generator().manual_seed(1)) * scale).flatten().to(other)
     narrowed, back = torch.empty(4096, dtype=torch.bfloat16), torch.empty(4096, dtype=other)
@@ -62,48 +62,48 @@ def test_kernel_casts_equal_torch(other: torch.dtype) -> None:
 @triton.jit
 def _product(a_ptr, b_ptr, y_ptr, BLOCK: tl.constexpr):
     row, col = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    place = row * BLOCK + col
-    tl.store(y_ptr + place, tl.dot(tl.load(a_ptr + place), tl.load(b_ptr + place)))
+    offset = row * BLOCK + col
+    tl.store(y_ptr + offset, tl.dot(tl.load(a_ptr + offset), tl.load(b_ptr + offset)))
 
 
 @interpreted
 def test_dot_small_integers_is_exact() -> None:
-    """Products and sums of small integers are exact in fp32 in any order: one wrong bit shows."""
+    """Products and sums of small integers are exact in fp32 in any order, so one wrong bit fails the test."""
     generator = torch.Generator().manual_seed(2)
     a, b = (torch.randint(-128, 129, (32, 32), generator=generator).bfloat16() for _ in range(2))
-    found = torch.empty(32, 32)
-    _product[(1,)](a, b, found, BLOCK=32)
-    assert torch.equal(found, a.float() @ b.float())
+    result = torch.empty(32, 32)
+    _product[(1,)](a, b, result, BLOCK=32)
+    assert torch.equal(result, a.float() @ b.float())
 
 
 @triton.jit
-def _arithmetic(x_ptr, y_ptr, WHAT: tl.constexpr):
-    place = tl.arange(0, 16)
-    x, y = tl.load(x_ptr + place), tl.load(y_ptr + place)
-    if WHAT == "addition":
+def _arithmetic(x_ptr, y_ptr, OPERATION: tl.constexpr):
+    offset = tl.arange(0, 16)
+    x, y = tl.load(x_ptr + offset), tl.load(y_ptr + offset)
+    if OPERATION == "addition":
         x = x + y
-    elif WHAT == "negation":
+    elif OPERATION == "negation":
         x = -x
-    elif WHAT == "comparison":
+    elif OPERATION == "comparison":
         x = tl.where(x > y, x, y)
-    elif WHAT == "fma":
+    elif OPERATION == "fma":
         x = tl.fma(x, x, x)
-    elif WHAT == "atomic":
-        tl.atomic_add(y_ptr + place, x)
-    elif WHAT == "reduction":
+    elif OPERATION == "atomic":
+        tl.atomic_add(y_ptr + offset, x)
+    elif OPERATION == "reduction":
         x = tl.reduce(x, 0, tl.standard._sum_combine) + tl.zeros((16,), tl.float32)
-    elif WHAT == "rounding":
+    elif OPERATION == "rounding":
         x = x.to(tl.float32).to(tl.bfloat16, fp_downcast_rounding="rtz")
-    tl.store(y_ptr + place, x)
+    tl.store(y_ptr + offset, x)
 
 
 @interpreted
-@pytest.mark.parametrize("what", ["addition", "negation", "comparison", "fma", "atomic", "reduction", "rounding"])
-def test_arithmetic_on_bf16_is_refused(what: str) -> None:
+@pytest.mark.parametrize("operation", ["addition", "negation", "comparison", "fma", "atomic", "reduction", "rounding"])
+def test_bf16_arithmetic_raises(operation: str) -> None:
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(InterpreterError, match="no arithmetic on bfloat16"):
-        _arithmetic[(1,)](x, x.clone(), WHAT=what)
-    _arithmetic[(1,)](x, x.clone(), WHAT="nothing")
+        _arithmetic[(1,)](x, x.clone(), OPERATION=operation)
+    _arithmetic[(1,)](x, x.clone(), OPERATION="nothing")
 
 
 @triton.jit
@@ -115,15 +115,15 @@ def _count(count_ptr, y_ptr):
 
 
 @interpreted
-def test_loop_to_a_loaded_bound_runs_with_any_numpy() -> None:
-    """Triton 3.6 makes the bound an int by a conversion that NumPy 2.4 refuses."""
+def test_loop_to_loaded_bound_runs_with_any_numpy() -> None:
+    """Triton 3.6 converts the bound to an int in a way that NumPy 2.4 rejects."""
     total = torch.zeros(1, dtype=torch.int32)
     _count[(1,)](torch.tensor([5], dtype=torch.int32), total)
     assert total.item() == 10
 
 
 @interpreted
-def test_impl_triton_bf16_without_the_patch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impl_triton_bf16_without_patch_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.resolve_impl("triton", "cpu", torch.bfloat16)[0] == "triton"
     monkeypatch.setattr(dispatch, "INTERPRETS_BF16", False)
     monkeypatch.setattr(dispatch, "_interpreter_fault", lambda: None)
@@ -141,7 +141,7 @@ def test_impl_triton_bf16_without_the_patch_is_refused(monkeypatch: pytest.Monke
     ],
     ids=["3.6 and 2.4", "3.6 and 2.3", "3.8 and 2.5"],
 )
-def test_impl_triton_numpy_too_new_for_the_interpreter_is_refused(
+def test_impl_triton_numpy_too_new_for_interpreter_raises(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], refused: bool
 ) -> None:
     monkeypatch.setattr(dispatch.importlib.metadata, "version", versions.__getitem__)

@@ -27,14 +27,14 @@ from mae_ast_fast.ops import reference
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan() -> Iterator[None]:
-    """torch.empty then holds NaN: what a kernel leaves out shows."""
+    """``torch.empty`` is filled with NaN in this mode, which shows elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def judge(inputs: dict[str, Tensor], dtype: torch.dtype, norm: bool = False, factor: float = 1.0) -> None:
-    """Loss and gradient by the policy; ``factor`` scales the loss, and so the incoming gradient."""
+def check_policy(inputs: dict[str, Tensor], dtype: torch.dtype, norm: bool = False, factor: float = 1.0) -> None:
+    """Check loss and gradient by the policy; ``factor`` scales the loss and so the incoming gradient."""
 
     def kernel(prediction: Tensor, target: Tensor) -> Tensor:
         return ops.masked_mse(prediction, target, norm, impl="triton") * factor
@@ -42,7 +42,7 @@ def judge(inputs: dict[str, Tensor], dtype: torch.dtype, norm: bool = False, fac
     def plain(prediction: Tensor, target: Tensor) -> Tensor:
         return reference.masked_mse(prediction, target, norm) * factor
 
-    compare(kernel, plain, inputs, ["prediction"], dtype, dot=True)
+    compare(kernel, plain, inputs, ["prediction"], dtype=dtype, dot=True)
 
 
 def make_inputs(rows: int, width: int, dtype: torch.dtype, offset: float = 0.0) -> dict[str, Tensor]:
@@ -56,8 +56,10 @@ def make_inputs(rows: int, width: int, dtype: torch.dtype, offset: float = 0.0) 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 48), (9, 33), (130, 256), (4, 2), (3, 1500), (2, 5000)])
-def test_values_and_gradients(rows: int, width: int, dtype: torch.dtype, offset: float, norm: bool) -> None:
-    judge(make_inputs(rows, width, dtype, offset), dtype, norm)
+def test_masked_mse_values_and_gradients_match_reference(
+    *, rows: int, width: int, dtype: torch.dtype, offset: float, norm: bool
+) -> None:
+    check_policy(make_inputs(rows, width, dtype, offset), dtype, norm)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,14 +70,17 @@ def test_values_and_gradients(rows: int, width: int, dtype: torch.dtype, offset:
     norm=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_size_and_row_stride(rows: int, width: int, pad: int, norm: bool, dtype: torch.dtype) -> None:
+def test_masked_mse_any_size_and_row_stride_matches_reference(
+    *, rows: int, width: int, pad: int, norm: bool, dtype: torch.dtype
+) -> None:
     inputs = make_inputs(rows, width, dtype)
-    for name, more in (("prediction", pad), ("target", 2 * pad)):
-        inputs[name] = torch.nn.functional.pad(inputs[name], (more, more), value=float("nan"))[:, more : more + width]
-    judge(inputs, dtype, norm)
+    for name, margin in (("prediction", pad), ("target", 2 * pad)):
+        padded = torch.nn.functional.pad(inputs[name], (margin, margin), value=float("nan"))
+        inputs[name] = padded[:, margin : margin + width]
+    check_policy(inputs, dtype, norm)
 
 
-def test_prediction_is_half_of_a_joint_head() -> None:
+def test_masked_mse_half_of_joint_head_matches_reference() -> None:
     head = randn(7, 40, seed=1).requires_grad_()
     target = randn(7, 20, seed=2)
     loss = ops.masked_mse(head[:, :20], target, impl="triton")
@@ -83,30 +88,30 @@ def test_prediction_is_half_of_a_joint_head() -> None:
     expected = torch.autograd.grad(reference.masked_mse(head[:, :20], target).sum(), head)[0]
     assert gradient[:, :20].any() and not gradient[:, 20:].any()
     inputs = {"prediction": head.detach()[:, :20], "target": target}
-    judge(inputs, torch.float32)
+    check_policy(inputs, torch.float32)
     assert_rounding(gradient, expected, grad=True)
 
 
-def test_columns_far_apart_in_memory() -> None:
+def test_masked_mse_strided_columns_match_reference() -> None:
     inputs = {"prediction": randn(24, 9, seed=1).T, "target": randn(24, 9, seed=2).T}
-    judge(inputs, torch.float32, norm=True)
+    check_policy(inputs, torch.float32, norm=True)
 
 
-def test_target_of_another_dtype() -> None:
+def test_masked_mse_target_of_another_dtype_matches_reference() -> None:
     inputs = {**make_inputs(6, 20, torch.float16), "target": randn(6, 20, seed=3)}
-    judge(inputs, torch.float16, norm=True)
+    check_policy(inputs, torch.float16, norm=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", [1e-4, 1000.0])
-def test_small_and_large_incoming_gradients(dtype: torch.dtype, factor: float) -> None:
-    """2 / P * g alone is far below what fp16 holds, the gradient is not; the squares are above its largest value."""
+def test_masked_mse_small_and_large_gradients_match_reference(dtype: torch.dtype, factor: float) -> None:
+    """2 / P * g alone is far below the range of fp16, but the gradient is not; the squares exceed its largest value."""
     inputs = {name: 300 * x for name, x in make_inputs(6, 64, dtype).items()}
-    judge(inputs, dtype, factor=factor)
+    check_policy(inputs, dtype, factor=factor)
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_equal_rows_cost_nothing(norm: bool) -> None:
+def test_masked_mse_perfect_prediction_has_no_loss(norm: bool) -> None:
     target = randn(5, 32, seed=1)
     prediction = target.clone()
     if norm:
@@ -115,27 +120,27 @@ def test_equal_rows_cost_nothing(norm: bool) -> None:
     assert loss.max() <= PERFECT_MSE
 
 
-def test_constant_target_with_norm_pix_is_zero() -> None:
+def test_masked_mse_constant_target_norm_pix_matches_reference() -> None:
     """Silence: the variance is 0, eps keeps the division finite."""
     inputs = {"prediction": randn(6, 256, seed=1), "target": torch.full((6, 256), -16.0).to(randn(1).device)}
-    judge(inputs, torch.float32, norm=True)
+    check_policy(inputs, torch.float32, norm=True)
 
 
-def test_without_rows() -> None:
-    found = results_and_gradients(
+def test_masked_mse_no_rows_returns_no_rows() -> None:
+    results = results_and_gradients(
         lambda **inputs: ops.masked_mse(**inputs, impl="triton"), make_inputs(0, 16, torch.float16), ["prediction"]
     )
-    assert found["output 0"].shape == (0,) and found["output 0"].dtype == torch.float32
-    assert found["gradient of prediction"].shape == (0, 16)
+    assert results["output 0"].shape == (0,) and results["output 0"].dtype == torch.float32
+    assert results["gradient of prediction"].shape == (0, 16)
 
 
-def test_registration_compile_and_repeats() -> None:
+def test_masked_mse_registers_compiles_and_repeats() -> None:
     from mae_ast_fast.kernels.masked_mse import backward_op, forward_op
 
     inputs = make_inputs(5, 24, torch.float32)
     for norm in (False, True):
         check_registration(forward_op, inputs["prediction"].clone().requires_grad_(), inputs["target"], norm, 1e-6)
-        check_registration(backward_op, randn(5), *inputs.values(), norm, 1e-6)
+        check_registration(backward_op, randn(5), inputs["prediction"], inputs["target"], norm, 1e-6)
 
         def run(norm: bool = norm, **inputs: Tensor) -> Tensor:
             return ops.masked_mse(**inputs, norm_pix_loss=norm, impl="triton").sin()
@@ -144,7 +149,7 @@ def test_registration_compile_and_repeats() -> None:
         check_repeats(run, inputs, ["prediction"])
 
 
-def test_target_with_a_gradient_is_refused_where_one_would_be_lost() -> None:
+def test_masked_mse_target_requiring_gradient_raises() -> None:
     prediction, target = make_inputs(3, 4, torch.float32).values()
     target.requires_grad_()
     with pytest.raises(ValueError, match=r"target requires a gradient.*impl='torch' or target\.detach"):
@@ -170,13 +175,13 @@ def test_target_with_a_gradient_is_refused_where_one_would_be_lost() -> None:
         ),
     ],
 )
-def test_bad_input(change: dict, message: str) -> None:
+def test_masked_mse_bad_input_raises(change: dict, message: str) -> None:
     inputs = {"prediction": torch.zeros(3, 4), "target": torch.zeros(3, 4)}
     with pytest.raises(ValueError, match=message):
         ops.masked_mse(**{**inputs, **change})
 
 
-def test_too_wide_rows_name_the_alternative() -> None:
+def test_masked_mse_too_wide_rows_name_alternative() -> None:
     wide = torch.zeros(1, 20000).to(randn(1).device)
     with pytest.raises(ValueError, match="at most 16384 values, got 20000: use impl='torch'"):
         ops.masked_mse(wide, wide, impl="triton")

@@ -1,8 +1,8 @@
-"""Kernels broken on purpose: the tests of the op must fail on every one of them, or they prove nothing.
+"""Mutation tests: the tests of an operation must fail on every deliberately broken kernel.
 
-A mutant is a kernel file with one place changed. Its op's tests run in a process of their own on a copy of the package
-with that file; they must find at least one failure (and not fail to start). Three kinds for each kernel: a wrong index
-at a tile's edge, a dropped last row, and a wrong row owner (movement) or a missing fp32 cast (row maths).
+A mutant is a kernel file with one change. The operation's tests run in a separate process on a copy of the package with
+that file. At least one test must fail, and the tests must start. Each kernel has three kinds of mutants: a wrong index
+at the edge of a tile, a dropped last row, and a wrong row owner (movement) or a missing fp32 cast (row maths).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: ``old``, which stands exactly once in kernels/``op``.py, becomes ``new``."""
+    """One change: ``old``, which occurs exactly once in kernels/``op``.py, becomes ``new``."""
 
     op: str
     kind: str
@@ -50,8 +50,8 @@ MUTANTS = [
     Mutant(
         "bias_gelu",
         "edge",
-        "    first = tl.program_id(1) * COLUMNS\n    col = first + tl.arange(0, COLUMNS)\n    bias",
-        "    first = tl.program_id(1) * (COLUMNS - 1)\n    col = first + tl.arange(0, COLUMNS)\n    bias",
+        "    first_col = tl.program_id(1) * COLUMNS\n    col = first_col + tl.arange(0, COLUMNS)\n    bias",
+        "    first_col = tl.program_id(1) * (COLUMNS - 1)\n    col = first_col + tl.arange(0, COLUMNS)\n    bias",
     ),
     Mutant(
         "bias_gelu",
@@ -74,7 +74,12 @@ MUTANTS = [
         'total, input_precision="ieee").to(x.dtype).to(tl.float32)',
     ),
     Mutant("feed_forward", "stored h", "_slices(total.to(h_ptr.dtype.element_ty), BS)", "_slices(total, BS)"),
-    Mutant("feed_forward", "row owner", "partial_ptr + down.to(tl.int64)", "partial_ptr + (down // 2).to(tl.int64)"),
+    Mutant(
+        "feed_forward",
+        "row owner",
+        "partial_ptr + row_block.to(tl.int64)",
+        "partial_ptr + (row_block // 2).to(tl.int64)",
+    ),
     Mutant(
         "scatter_tokens",
         "edge",
@@ -87,8 +92,8 @@ MUTANTS = [
     Mutant(
         "scatter_tokens",
         "row owner",
-        "dvisible_ptr + inverse * D + col",
-        "dvisible_ptr + tl.maximum(inverse - 1, 0) * D + col",
+        "dvisible_ptr + ids_restore * D + col",
+        "dvisible_ptr + tl.maximum(ids_restore - 1, 0) * D + col",
     ),
     Mutant(
         "scatter_tokens",
@@ -105,20 +110,22 @@ MUTANTS = [
     ),
     Mutant("gather_patches", "row owner", "clip_ptr + row * stride_clip,", "clip_ptr + row // 2 * 2 * stride_clip,"),
     Mutant("sample_mask", "edge", "mask=token < L)", "mask=token < L - 1)"),
-    Mutant("sample_mask", "last row", "token < tl.load(tokens_ptr + row)", "token < tl.load(tokens_ptr + row) - 1"),
+    Mutant(
+        "sample_mask", "last row", "token < tl.load(num_tokens_ptr + row)", "token < tl.load(num_tokens_ptr + row) - 1"
+    ),
     Mutant("sample_mask", "row owner", "clip_ids.contiguous()", "torch.arange(len(clip_ids), device=clip_ids.device)"),
-    Mutant("sample_mask", "ties", "below | ((tied == 1) & first)", "below | (tied == 1)"),
+    Mutant("sample_mask", "ties", "is_below | ((is_tied == 1) & is_first)", "is_below | (is_tied == 1)"),
     Mutant(
         "short_attention",
         "edge",
-        "(tl.arange(0, BLOCK_S) < length)[None, :]",
-        "(tl.arange(0, BLOCK_S) <= length)[None, :]",
+        "(tl.arange(0, BLOCK_S) < clip_rows)[None, :]",
+        "(tl.arange(0, BLOCK_S) <= clip_rows)[None, :]",
     ),
     Mutant(
         "short_attention",
         "last row",
         "tl.store(o_row, o.to(o_ptr.dtype.element_ty), mask=inside)",
-        "tl.store(o_row, o.to(o_ptr.dtype.element_ty), mask=inside & (query < length - 1)[:, None])",
+        "tl.store(o_row, o.to(o_ptr.dtype.element_ty), mask=inside & (query < clip_rows - 1)[:, None])",
     ),
     Mutant(
         "short_attention",
@@ -142,14 +149,14 @@ MUTANTS = [
     Mutant(
         "info_nce",
         "edge",
-        's = tl.where((j < length)[None, :], s, float("-inf"))',
-        's = tl.where((j <= length)[None, :], s, float("-inf"))',
+        's = tl.where((j < clip_rows)[None, :], s, float("-inf"))',
+        's = tl.where((j <= clip_rows)[None, :], s, float("-inf"))',
     ),
     Mutant(
         "info_nce",
         "last row",
-        "mask=(i < length)[:, None] & (col < P)[None, :],\n    )",
-        "mask=(i < length - 1)[:, None] & (col < P)[None, :],\n    )",
+        "mask=(i < clip_rows)[:, None] & (col < P)[None, :],\n    )",
+        "mask=(i < clip_rows - 1)[:, None] & (col < P)[None, :],\n    )",
     ),
     Mutant(
         "info_nce",
@@ -160,30 +167,31 @@ MUTANTS = [
     Mutant(
         "info_nce",
         "hits",
-        "(own > before) & (own >= after), mask=i < length",
-        "(own >= before) & (own >= after), mask=i < length",
+        "(own_logit > max_before) & (own_logit >= max_after), mask=i < clip_rows",
+        "(own_logit >= max_before) & (own_logit >= max_after), mask=i < clip_rows",
     ),
     Mutant("clear_padding", "edge", "mask=col < WIDTH)", "mask=col < WIDTH - 1)"),
     Mutant("clear_padding", "last row", "tl.program_id(0), N, PROGRAMS)", "tl.program_id(0), N - 1, PROGRAMS)"),
-    Mutant("clear_padding", "row owner", "first + tl.program_id(0)", "first - 1 + tl.program_id(0)"),
+    Mutant("clear_padding", "row owner", "first_row + tl.program_id(0)", "first_row - 1 + tl.program_id(0)"),
     Mutant("add_layer_norm", "stride", "row * stride_dy_again + col", "row * stride_dy + col"),
     Mutant(
         "scatter_tokens",
         "stride",
-        "mask_token, token, inverse, weight, bias = dense(mask_token, token, inverse, weight, bias)",
-        "pass",
+        "mask_token, token, ids_restore = dense(mask_token), dense(token), dense(ids_restore)\n"
+        "    weight, bias = dense(weight), dense(bias)\n",
+        "pass\n",
     ),
 ]
 
 
 def run_tests(folder: Path, mutant: Mutant) -> subprocess.CompletedProcess[str]:
-    """The op's tests against a copy of the package with the mutant in it."""
+    """Run the operation's tests on a copy of the package with the mutant, in ``folder``."""
     package = folder / "mae_ast_fast"
     shutil.copytree(ROOT / "mae_ast_fast", package, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     path = package / "kernels" / f"{mutant.op}.py"
     source = path.read_text()
-    assert source.count(mutant.old) == 1, f"{mutant.old!r} stands {source.count(mutant.old)} times in {path.name}"
+    assert source.count(mutant.old) == 1, f"{mutant.old!r} occurs {source.count(mutant.old)} times in {path.name}"
     path.write_text(source.replace(mutant.old, mutant.new))
     tests = ROOT / "tests"
     (folder / "mutated.py").write_text(
@@ -213,37 +221,38 @@ def run_tests(folder: Path, mutant: Mutant) -> subprocess.CompletedProcess[str]:
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Mutant, subprocess.CompletedProcess[str]]:
-    """Of the mutants that this run of pytest selected, side by side."""
+    """Test runs of the mutants that this run of pytest selected, started side by side."""
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    chosen = [params["mutant"] for params in calls if "mutant" in params]
-    folders = [tmp_path_factory.mktemp("mutant") for _ in chosen]
+    selected = [params["mutant"] for params in calls if "mutant" in params]
+    folders = [tmp_path_factory.mktemp("mutant") for _ in selected]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(chosen, pool.map(run_tests, folders, chosen), strict=True))
+        return dict(zip(selected, pool.map(run_tests, folders, selected), strict=True))
 
 
 def cases() -> list[Any]:
-    """CI takes the first mutant of each kernel, ``make test-all`` all: they take minutes."""
+    """CI runs the first mutant of each kernel, ``make test-all`` runs all, which takes minutes."""
     ops = [mutant.op for mutant in MUTANTS]
     return [
         pytest.param(
             mutant,
-            marks=pytest.mark.ci if ops.index(mutant.op) == place else pytest.mark.long,
+            marks=pytest.mark.ci if ops.index(mutant.op) == index else pytest.mark.long,
             id=f"{mutant.op}, {mutant.kind}",
         )
-        for place, mutant in enumerate(MUTANTS)
+        for index, mutant in enumerate(MUTANTS)
     ]
 
 
 @pytest.mark.timeout(1200)  # the first one waits for all
 @pytest.mark.parametrize("mutant", cases())
-def test_no_mutant_survives(mutant: Mutant, outcomes: dict[Mutant, subprocess.CompletedProcess[str]]) -> None:
-    done = outcomes[mutant]
-    report = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert done.returncode == 1, f"expected a failing test, pytest's exit code was {done.returncode}:\n{report}"
-    assert " failed" in done.stdout and " error" not in done.stdout.splitlines()[-1], report
+def test_mutant_fails_its_tests(mutant: Mutant, outcomes: dict[Mutant, subprocess.CompletedProcess[str]]) -> None:
+    completed = outcomes[mutant]
+    report = f"{completed.stdout[-2000:]}\n{completed.stderr[-2000:]}"
+    exit_code = completed.returncode
+    assert exit_code == 1, f"expected a failing test, pytest's exit code was {exit_code}:\n{report}"
+    assert " failed" in completed.stdout and " error" not in completed.stdout.splitlines()[-1], report
 
 
-def test_every_kernel_is_sabotaged_in_three_ways() -> None:
+def test_mutants_every_kernel_has_three_kinds() -> None:
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.py") if "def examples(" in path.read_text()}
     for op in sorted(kernels):
         kinds = {mutant.kind for mutant in MUTANTS if mutant.op == op}

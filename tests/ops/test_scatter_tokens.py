@@ -32,7 +32,7 @@ SUMMED = ("mask_token", "weight", "bias")
 
 
 @pytest.fixture(autouse=True)
-def several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def several_rows_per_program(monkeypatch: pytest.MonkeyPatch) -> None:
     few_programs(monkeypatch, "scatter_tokens_backward")
 
 
@@ -41,17 +41,23 @@ def kernel(**inputs) -> torch.Tensor:
 
 
 def make_inputs(
-    seen: list[bool], width: int, dtype: torch.dtype, offset: float = 0.0, norm: bool = True, position: float = 1.0
+    visible: list[bool],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    offset: float = 0.0,
+    norm: bool = True,
+    position_scale: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """``seen`` says of each packed row whether a visible one stands there; tokens run over a table of 50, repeating."""
-    is_seen = torch.tensor(seen, dtype=torch.bool)
-    inverse = torch.where(is_seen, is_seen.cumsum(0) - 1, -1).to(DEVICE)
+    """Inputs whose packed rows are visible or masked as in ``visible``; tokens repeat over a table of 50 positions."""
+    is_visible = torch.tensor(visible, dtype=torch.bool)
+    ids_restore = torch.where(is_visible, is_visible.cumsum(0) - 1, -1).to(DEVICE)
     inputs = {
-        "visible": randn(int(is_seen.sum()), width, dtype=dtype, offset=offset, seed=1),
+        "visible": randn(int(is_visible.sum()), width, dtype=dtype, offset=offset, seed=1),
         "mask_token": randn(width, seed=2),
-        "table": randn(50, width, seed=3) * position,
-        "token": torch.arange(len(seen), device=DEVICE) * 7 % 50,
-        "inverse": inverse,
+        "table": randn(50, width, seed=3) * position_scale,
+        "token": torch.arange(len(visible), device=DEVICE) * 7 % 50,
+        "inverse": ids_restore,
     }
     if norm:
         inputs |= {"weight": randn(width, offset=1.0, seed=4), "bias": randn(width, seed=5)}
@@ -71,58 +77,63 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seen", PATTERNS.values(), ids=PATTERNS.keys())
-def test_plain_movement_is_exact(seen: list[bool], dtype: torch.dtype) -> None:
-    """Without positions, LayerNorm and dropout rows are moved, not computed: equal to the bit, gradients too."""
-    inputs = make_inputs(seen, 40, dtype, norm=False, position=0.0)
+@pytest.mark.parametrize("visible", PATTERNS.values(), ids=PATTERNS.keys())
+def test_scatter_tokens_plain_movement_is_exact(visible: list[bool], dtype: torch.dtype) -> None:
+    """Without positions, LayerNorm and dropout rows are only moved: results and gradients are equal to the bit."""
+    inputs = make_inputs(visible, 40, dtype, norm=False, position_scale=0.0)
     inputs["mask_token"] = inputs["mask_token"].to(dtype)
-    k, r = (
+    results, expected = (
         results_and_gradients(call, inputs, ("visible", "mask_token")) for call in (kernel, reference.scatter_tokens)
     )
-    assert torch.equal(k["output 0"], r["output 0"])
-    assert torch.equal(k["gradient of visible"], r["gradient of visible"])
+    assert torch.equal(results["output 0"], expected["output 0"])
+    assert torch.equal(results["gradient of visible"], expected["gradient of visible"])
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seen", PATTERNS.values(), ids=PATTERNS.keys())
+@pytest.mark.parametrize("visible", PATTERNS.values(), ids=PATTERNS.keys())
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-def test_values_and_gradients(seen: list[bool], dtype: torch.dtype, offset: float, norm: bool) -> None:
-    inputs = make_inputs(seen, 33, dtype, offset, norm)
+def test_scatter_tokens_values_and_gradients_match_reference(
+    visible: list[bool], dtype: torch.dtype, offset: float, norm: bool
+) -> None:
+    inputs = make_inputs(visible, 33, dtype, offset=offset, norm=norm)
     names = NORMED if norm else NORMED[:2]
-    compare(kernel, reference.scatter_tokens, inputs, names, dtype, summed=SUMMED)
+    compare(kernel, reference.scatter_tokens, inputs, names, dtype=dtype, summed=SUMMED)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    seen=st.lists(st.booleans(), min_size=1, max_size=40),
+    visible=st.lists(st.booleans(), min_size=1, max_size=40),
     width=st.integers(8, 130),
     pad=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_size_and_row_stride(seen: list[bool], width: int, pad: int, dtype: torch.dtype) -> None:
-    inputs = make_inputs(seen, width, dtype)
+def test_scatter_tokens_any_size_and_row_stride_matches_reference(
+    visible: list[bool], width: int, pad: int, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(visible, width, dtype)
     inputs["visible"] = torch.nn.functional.pad(inputs["visible"], (0, pad), value=float("nan"))[:, :width]
-    compare(kernel, reference.scatter_tokens, inputs, NORMED, dtype, summed=SUMMED)
+    compare(kernel, reference.scatter_tokens, inputs, NORMED, dtype=dtype, summed=SUMMED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dropout_with_its_own_mask(dtype: torch.dtype) -> None:
-    dropout, site, width = 0.3, 4, 48
+def test_scatter_tokens_dropout_matches_reference_with_drawn_mask(dtype: torch.dtype) -> None:
+    dropout, dropout_site, width = 0.3, 4, 48
     inputs = make_inputs(PATTERNS["ragged"], width, dtype)
-    keep = keep_mask(SEED, len(PATTERNS["ragged"]), width, site, dropout) * kept_scale(dropout)
+    mask = keep_mask(SEED, len(PATTERNS["ragged"]), width, dropout_site=dropout_site, dropout=dropout)
+    keep = mask * kept_scale(dropout)
 
     def masked(**inputs):
         y = reference.scatter_tokens(**inputs)
         return y * keep.to(y.dtype)
 
     def dropped(**inputs):
-        return kernel(**inputs, dropout=dropout, seed=seed_tensor(SEED), site=site)
+        return kernel(**inputs, dropout=dropout, seed=seed_tensor(SEED), site=dropout_site)
 
-    compare(dropped, masked, inputs, NORMED, dtype, summed=SUMMED)
+    compare(dropped, masked, inputs, NORMED, dtype=dtype, summed=SUMMED)
 
 
-def test_strided_vectors_and_table_and_a_visible_row_that_stands_nowhere() -> None:
+def test_scatter_tokens_strided_inputs_and_unused_visible_rows_change_nothing() -> None:
     inputs = make_inputs(PATTERNS["ragged"], 24, torch.float32)
     check_strided_vectors(kernel, inputs, ("mask_token", "token", "inverse", "weight", "bias"), NORMED)
     dense = results_and_gradients(kernel, inputs, NORMED)
@@ -134,12 +145,12 @@ def test_strided_vectors_and_table_and_a_visible_row_that_stands_nowhere() -> No
     assert torch.equal(gradient[:-2], dense["gradient of visible"]) and not gradient[-2:].any()
 
 
-def test_no_rows() -> None:
-    found = results_and_gradients(kernel, make_inputs([], 16, torch.float32), NORMED)
-    assert found["output 0"].shape == (0, 16) and not found["gradient of mask_token"].any()
+def test_scatter_tokens_no_rows_returns_no_rows() -> None:
+    results = results_and_gradients(kernel, make_inputs([], 16, torch.float32), NORMED)
+    assert results["output 0"].shape == (0, 16) and not results["gradient of mask_token"].any()
 
 
-def test_registration_compile_and_repeats() -> None:
+def test_scatter_tokens_registers_compiles_and_repeats() -> None:
     from mae_ast_fast.kernels.scatter_tokens import forward_op
 
     for dropout, norm in ((0.0, False), (0.2, True)):
@@ -152,8 +163,8 @@ def test_registration_compile_and_repeats() -> None:
         def dropped(dropout=dropout, **inputs):
             return kernel(**inputs, dropout=dropout, seed=seed_tensor(SEED), site=2).sin()
 
-        more = make_inputs(PATTERNS["ragged"], 24, torch.float32, norm=norm)
-        check_compiles(dropped, inputs, names, more)
+        others = make_inputs(PATTERNS["ragged"], 24, torch.float32, norm=norm)
+        check_compiles(dropped, inputs, names, others)
         check_repeats(dropped, inputs, names)
 
 
@@ -167,7 +178,7 @@ def test_registration_compile_and_repeats() -> None:
         ({"weight": torch.zeros(4)}, "weight and bias of the LayerNorm come together"),
     ],
 )
-def test_bad_input(change: dict, message: str) -> None:
+def test_scatter_tokens_bad_input_raises(change: dict, message: str) -> None:
     index = torch.zeros(2, dtype=torch.int64)
     inputs = {
         "visible": torch.zeros(1, 4),

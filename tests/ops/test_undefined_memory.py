@@ -1,6 +1,8 @@
-"""The kernels' tests work in memory full of NaN (conftest.py): kernels that never run must leave it behind."""
+"""The kernels' tests run in memory filled with NaN (conftest.py): if no kernel runs, the results are NaN."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -11,34 +13,38 @@ from mae_ast_fast.kernels import add_layer_norm, bias_gelu, info_nce, sample_mas
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_launched(monkeypatch):
+def no_launches(monkeypatch):
     for module in (add_layer_norm, bias_gelu, info_nce, sample_mask, scatter_tokens):
         monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
 
 
-def test_what_kernels_do_not_write_is_nan():
-    x, w, ones = randn(3, 16), randn(16), torch.ones(3, device=DEVICE)
+def test_kernels_not_launched_leave_nan():
+    x, vector, ones = randn(3, 16), randn(16), torch.ones(3, device=DEVICE)
     index = torch.arange(3, device=DEVICE)
-    left = [
-        *add_layer_norm.forward(x, x, w, w, None, None, 0.0, 1, 1e-5),
-        *add_layer_norm.backward(x, None, x, x, w, None, seed_tensor(1), ones, ones, 0.5, 1),
-        bias_gelu.forward(x.half(), w, None, 0.0, 1),
-        *bias_gelu.backward(x, x, w, None, 0.0, 1),
-        *scatter_tokens.forward(x, w, x, index, index, w, w, None, 0.0, 1, 1e-5),
-        scatter_tokens.backward(x, x, w, x, index, index, w, None, ones, ones, 0.0, 1)[1],
-        *info_nce.forward(x, x, cu_seqlens([3]), 3, "targets")[2:],
+    dropout: dict[str, Any] = {"seed": None, "dropout": 0.0, "dropout_site": 1}
+    norm = {"residual": x, "weight": vector, "branch_bias": None}
+    layer_norm_dropout = {"seed": seed_tensor(1), "dropout": 0.5, "dropout_site": 1}
+    scatter = {"visible": x, "mask_token": vector, "table": x, "token": index, "ids_restore": index, "weight": vector}
+    undefined = [
+        *add_layer_norm.forward(x, bias=vector, eps=1e-5, **norm, **dropout),
+        *add_layer_norm.backward(x, None, x, mean=ones, rstd=ones, **norm, **layer_norm_dropout),
+        bias_gelu.forward(x.half(), vector, **dropout),
+        *bias_gelu.backward(x, x, vector, **dropout),
+        *scatter_tokens.forward(bias=vector, eps=1e-5, **scatter, **dropout),
+        scatter_tokens.backward(x, mean=ones, rstd=ones, **scatter, **dropout)[1],
+        *info_nce.forward(x, x, cu_seqlens([3]), 3, over="targets")[2:],
     ]
-    assert len(left) == 15
-    assert all(tensor.isnan().all() for tensor in left)
+    assert len(undefined) == 15
+    assert all(tensor.isnan().all() for tensor in undefined)
 
 
-def test_integers_and_booleans_hold_what_is_no_result():
+def test_undefined_memory_integers_and_booleans_hold_maximum():
     assert (torch.empty(4, dtype=torch.int32) == 2**31 - 1).all()
     assert (torch.ones(2).new_empty(4, dtype=torch.int64) == 2**63 - 1).all()
-    one = torch.ones(1, dtype=torch.int64, device=DEVICE)
-    assert sample_mask.forward(one, one, one, one, 0, 1, 5, False).all()
+    ones = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    assert sample_mask.forward(ones, ones, ones, ones, epoch=0, grid_f=1, max_tokens=5, chunk=False).all()
 
 
-def test_it_works_where_kernels_are_tested():
+def test_undefined_memory_covers_kernel_tests():
     assert {"test_add_layer_norm", "test_sample_mask", "test_model_triton", "test_golden"} <= KERNEL_TESTS
     assert {"test_launch", "test_table", "test_dropout", "test_model"}.isdisjoint(KERNEL_TESTS)
