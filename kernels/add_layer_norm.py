@@ -55,7 +55,9 @@ def _forward(
     if BRANCH_BIAS:
         z += tl.load(branch_bias_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        keep = keep_mask(tl.load(seed_ptr), row, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+        keep = keep_mask(
+            tl.load(seed_ptr), row, head=0, dropout_site=dropout_site, threshold=threshold, COLUMNS=BLOCK_D
+        )
         z = tl.where(keep, z * scale, 0.0)
     z += tl.load(residual_ptr + row[:, None] * stride_residual + col[None, :], mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(tl.where(inside, z, 0.0), 1) / D  # (ROWS,)
@@ -116,7 +118,7 @@ def _backward(
             z += branch_bias
         if DROPOUT:
             row_vector = row + tl.zeros((1,), tl.int64)
-            keep = keep_mask(seed, row_vector, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+            keep = keep_mask(seed, row_vector, head=0, dropout_site=dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
             keep = tl.reshape(keep, (BLOCK_D,))
             z = tl.where(keep, z * scale, 0.0)
         z += tl.load(residual_ptr + row * stride_residual + col, mask=inside, other=0.0).to(tl.float32)

@@ -47,7 +47,13 @@ def _forward(
     y = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
     if DROPOUT:
         keep = keep_mask(
-            tl.load(seed_ptr), row, 0, dropout_site, threshold=threshold, COLUMNS=COLUMNS, first_column=first_col
+            tl.load(seed_ptr),
+            row,
+            head=0,
+            dropout_site=dropout_site,
+            threshold=threshold,
+            COLUMNS=COLUMNS,
+            first_column=first_col,
         )
         y = tl.where(keep, y * scale, 0.0)
     tl.store(y_ptr + row[:, None] * F + col[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -87,7 +93,15 @@ def _backward(
         h += bias[None, :]
         dx = tl.load(dy_ptr + row[:, None] * stride_dy + col[None, :], mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            keep = keep_mask(seed, row, 0, dropout_site, threshold=threshold, COLUMNS=COLUMNS, first_column=first_col)
+            keep = keep_mask(
+                seed,
+                row,
+                head=0,
+                dropout_site=dropout_site,
+                threshold=threshold,
+                COLUMNS=COLUMNS,
+                first_column=first_col,
+            )
             dx = tl.where(keep, dx * scale, 0.0)
         cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
         dx *= cdf + h * (tl.exp(-0.5 * h * h) * 0.3989422804014327)

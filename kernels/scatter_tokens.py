@@ -71,7 +71,9 @@ def _forward(
         tl.store(mean_ptr + row, mean, mask=row < N)
         tl.store(rstd_ptr + row, rstd, mask=row < N)
     if DROPOUT:
-        keep = keep_mask(tl.load(seed_ptr), row, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+        keep = keep_mask(
+            tl.load(seed_ptr), row, head=0, dropout_site=dropout_site, threshold=threshold, COLUMNS=BLOCK_D
+        )
         z = tl.where(keep, z * scale, 0.0)
     tl.store(y_ptr + row[:, None] * D + col[None, :], z.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -120,7 +122,7 @@ def _backward(
         dz = tl.load(dy_ptr + row * stride_dy + col, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
             row_vector = row + tl.zeros((1,), tl.int64)
-            keep = keep_mask(seed, row_vector, 0, dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
+            keep = keep_mask(seed, row_vector, head=0, dropout_site=dropout_site, threshold=threshold, COLUMNS=BLOCK_D)
             dz = tl.where(tl.reshape(keep, (BLOCK_D,)), dz * scale, 0.0)
         if NORM:
             token = tl.load(token_ptr + row).to(tl.int64)

@@ -37,7 +37,7 @@ def _keep_mask(seed, row, head, dropout_site, threshold, COLUMNS: tl.constexpr):
     In these layouts the eight elements of one call of Philox belong to four threads. The eight decisions of the call
     are first packed into one number, so that one number crosses threads instead of eight values.
     """
-    words = mask_words(seed, row, head, dropout_site, COLUMNS=COLUMNS)
+    words = mask_words(seed, row, head=head, dropout_site=dropout_site, COLUMNS=COLUMNS)
     packed = tl.zeros_like(words[0]).to(tl.int32)
     for index in tl.static_range(4):
         packed += ((words[index] & 0xFFFF) >= threshold).to(tl.int32) << (2 * index)
@@ -92,7 +92,9 @@ def _forward(
         q = tl.load(q_ptr + row[:, None] * stride_qkv, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
         e, total = _exponentials(q, k, scale, clip_rows, BLOCK_S=BLOCK_S)
         if DROPOUT:
-            keep = _keep_mask(tl.load(seed_ptr), row, head, dropout_site, threshold=threshold, COLUMNS=BLOCK_S)
+            keep = _keep_mask(
+                tl.load(seed_ptr), row, head=head, dropout_site=dropout_site, threshold=threshold, COLUMNS=BLOCK_S
+            )
             e = tl.where(keep, e, 0.0)
         o = tl.dot(e.to(v.dtype), v, input_precision="ieee") * (kept_scale / total)[:, None]
         o_row = o_ptr + row[:, None] * (H * D) + head * D + col[None, :]
@@ -143,7 +145,9 @@ def _backward(
         p = e / total[:, None]
         m = p
         if DROPOUT:
-            keep = _keep_mask(tl.load(seed_ptr), row, head, dropout_site, threshold=threshold, COLUMNS=BLOCK_S)
+            keep = _keep_mask(
+                tl.load(seed_ptr), row, head=head, dropout_site=dropout_site, threshold=threshold, COLUMNS=BLOCK_S
+            )
             m = tl.where(keep, p * kept_scale, 0.0)
         dv = tl.dot(tl.trans(m.to(do.dtype)), do, dv, input_precision="ieee")
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")

@@ -30,7 +30,9 @@ def mask_words(seed, row, head, dropout_site, COLUMNS: tl.constexpr, first_colum
 @triton.jit
 def keep_mask(seed, row, head, dropout_site, threshold, COLUMNS: tl.constexpr, first_column=0):
     """Bool (ROWS, COLUMNS), True = kept; arguments as in ``mask_words``."""
-    w0, w1, w2, w3 = mask_words(seed, row, head, dropout_site, COLUMNS=COLUMNS, first_column=first_column)
+    w0, w1, w2, w3 = mask_words(
+        seed, row, head=head, dropout_site=dropout_site, COLUMNS=COLUMNS, first_column=first_column
+    )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # word 2 * i + j at [..., i, j]
     bits = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(bits, (row.shape[0], COLUMNS)) >= threshold

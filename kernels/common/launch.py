@@ -26,12 +26,12 @@ class Recorder:
     Attributes:
         arch: Architecture to choose configurations for, such as "sm_90".
         launches: (kernel, positional arguments, constants and launch options) of each launch.
-        asked: (name in the table, row width, bytes per element, configuration) of each call of ``options``.
+        lookups: (name in the table, row width, bytes per element, configuration) of each call of ``options``.
     """
 
     arch: str
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    asked: list[tuple[str, int, int, dict[str, int]]] = field(default_factory=list)
+    lookups: list[tuple[str, int, int, dict[str, int]]] = field(default_factory=list)
 
 
 _recorders: list[Recorder] = []  # at most one
@@ -87,7 +87,7 @@ def options(kernel: str, tensor: torch.Tensor, width: int) -> dict[str, int]:
     for row_arch, max_width, max_element_size, config in TABLE[kernel]:
         if row_arch in (arch, "any") and width <= max_width and element_size <= max_element_size:
             if _recorders:
-                _recorders[0].asked.append((kernel, width, element_size, config))
+                _recorders[0].lookups.append((kernel, width, element_size, config))
             return config
     max_width = max(row[1] for row in TABLE[kernel])
     raise ValueError(f"{kernel} takes rows of at most {max_width} values, got {width}: use impl='torch'")

@@ -208,7 +208,7 @@ def _plan(op: str, module: Any, dtype: str, arch: str) -> list[Group]:
         for index, (_, _, call) in enumerate(examples):
             with record(arch) as recorder:
                 call()
-            for kernel, table_width, size, launch in recorder.asked:
+            for kernel, table_width, size, launch in recorder.lookups:
                 group_key = kernel, table_width, size
                 if group_key not in groups:
                     groups[group_key] = Group(

@@ -38,7 +38,7 @@ class Clock:
         chosen = [
             constants for *_, constants in recorder.launches if "num_warps" in constants
         ]  # not those of clear_padding
-        return chosen[-1] | {"programs": recorder.asked[-1][3].get("PROGRAMS", 0)}
+        return chosen[-1] | {"programs": recorder.lookups[-1][3].get("PROGRAMS", 0)}
 
     def results(self, call: Callable[[], object]) -> list[torch.Tensor]:
         return [self.result(self.constants(call))]
