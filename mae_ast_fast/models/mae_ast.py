@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..devices import send
-from ..ops import reference
+from ..ops.dropout import drop
 from ..ops.packing import Packing, TokenCounts, real_tokens
 from .base import Encoded, PretrainingModel, frame_counts
 from .config import MAEASTConfig
@@ -425,11 +425,11 @@ class MAEAST(PretrainingModel):
         positions = self.encoder_positions(max_tokens)[packing.token].to(patches.dtype)
         input_dropout = config.input_dropout if self.training else 0.0
         if config.norm_first:
-            x = reference.drop(linear(patches, self.patch_embed), input_dropout) + positions
+            x = drop(linear(patches, self.patch_embed), input_dropout) + positions
         else:
             x, bias = linear_without_bias(patches, self.patch_embed)
             x = add_norm(x, bias, positions, self.encoder.norm, dropout=input_dropout, dropout_site=0, cfg=cfg)
-        x = reference.drop(x, config.dropout if self.training else 0.0)
+        x = drop(x, config.dropout if self.training else 0.0)
         return self.encoder(x, packing, cfg, layer=layer)
 
     def _decode(self, visible: Tensor, *, mask: Tensor, tokens: Packing, masked: Packing, cfg: ExecConfig) -> Tensor:
@@ -463,7 +463,7 @@ class MAEAST(PretrainingModel):
             impl=cfg.impl,
         )
         if called_norm is not None:
-            x = reference.drop(call(x, called_norm), dropout)
+            x = drop(call(x, called_norm), dropout)
         # A clip's first row plus the token index, because the decoder's packing has every token.
         masked_rows = tokens.cu_seqlens[masked.clip] + masked.token
         query_rows = QueryRows(masked, torch.where(masked.valid, masked_rows, len(tokens.clip)))

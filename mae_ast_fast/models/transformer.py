@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..ops import reference
 from ..ops.attention import attention, cross_attention
+from ..ops.dropout import drop
 from ..ops.packing import Packing
 from .config import MAEASTConfig, SSASTConfig
 
@@ -187,7 +188,7 @@ def add_norm(
         return_residual: Return the result twice, as the next input and as the next residual.
     """
     if not is_fusible_norm(layer):
-        y = call(residual + reference.drop(add_bias(branch, bias), dropout), layer)
+        y = call(residual + drop(add_bias(branch, bias), dropout), layer)
         return (y, y) if return_residual else y
     return ops.add_layer_norm(
         branch,
@@ -295,9 +296,9 @@ class Layer(nn.Module):
             y = norm(x, self.attn_norm)
             queries = None if query_rows is None else _SelectRows.apply(y, query_rows.indices)
             branch, bias = self.attend(y, packing, cfg, queries=queries, query_rows=query_rows)
-            x = residual + reference.drop(add_bias(branch, bias), rate)
+            x = residual + drop(add_bias(branch, bias), rate)
             branch, bias = self.feed_forward(norm(x, self.ffn_norm), cfg)
-            x = x + reference.drop(add_bias(branch, bias), rate)
+            x = x + drop(add_bias(branch, bias), rate)
             return x, x
         queries = None if query_rows is None else residual
         branch, bias = self.attend(x, packing, cfg, queries=queries, query_rows=query_rows)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -138,3 +139,112 @@ class Packing:
 def real_tokens(num_tokens: Tensor, width: int) -> Tensor:
     """(B, width) bool, True where a clip has a token, of the clips' token counts ``num_tokens`` (B,)."""
     return torch.arange(width, device=num_tokens.device) < num_tokens[:, None]
+
+
+def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[tuple[Tensor, Tensor, int]] | None:
+    """Groups of clips whose lengths differ by less than a factor of 2, where padding to the longest would waste much.
+
+    Args:
+        cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
+        max_seqlen: Rows of the longest clip.
+        num_rows: N.
+
+    Returns:
+        None where at least half of the padded rows are real. Otherwise (rows (n,), cu_seqlens, max_seqlen) of each
+        group.
+    """
+    groups = similar_clips(cu_seqlens, max_seqlen, num_rows)
+    return None if groups is None else [rows_of_clips(cu_seqlens, clips) for clips in groups]
+
+
+def similar_clips(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[Tensor] | None:
+    """The clips (ascending int64 indices) of each group of ``similar_lengths``; clips without rows are in no group.
+
+    None on other devices than a CPU and while a graph is traced, because the host reads lengths here.
+    """
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if (cu_seqlens.shape[0] - 1) * max_seqlen <= 2 * num_rows or int(cu_seqlens[-1]) != num_rows:
+        return None
+    counts = cu_seqlens.diff().long()
+    exponents = torch.where(counts > 0, counts.clamp(min=1).double().log2().floor().long(), -1)
+    groups = [(exponents == exponent).nonzero()[:, 0] for exponent in range(max_seqlen.bit_length())]
+    return [clips for clips in groups if len(clips)]
+
+
+def rows_of_clips(cu_seqlens: Tensor, clips: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The packed rows of a subset of clips: their indices (n,), and ``cu_seqlens`` and ``max_seqlen`` of the subset."""
+    counts = cu_seqlens.diff().long()[clips]
+    first, subset_first = cu_seqlens[:-1].long()[clips], F.pad(counts.cumsum(0), (1, 0))
+    total = int(subset_first[-1])
+    shift = torch.repeat_interleave(first - subset_first[:-1], counts, output_size=total)
+    return torch.arange(total, device=cu_seqlens.device) + shift, subset_first.to(cu_seqlens.dtype), int(counts.max())
+
+
+class PaddedView:
+    """Packed rows (N, ...) laid out as (B, max_seqlen, ...) and back; free of copies where all clips are equally long.
+
+    Nothing is read back from the device. Padding rows past the last clip (see packing.TokenCounts) are left out of the
+    padded layout, and come back as copies of some row.
+
+    Args:
+        cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
+        max_seqlen: Upper bound on the rows of a clip.
+        num_rows: N.
+        has_padding_rows: Whether rows may lie past ``cu_seqlens[-1]``.
+
+    Attributes:
+        full: Whether every clip has ``max_seqlen`` rows, so that both layouts are the same memory.
+        valid: (B, max_seqlen) bool, True where a clip has a row.
+        key_valid: ``valid`` with one valid key for each empty clip, so that no softmax is empty.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_rows: int, *, has_padding_rows: bool = False) -> None:
+        self.batch, self.length = cu_seqlens.shape[0] - 1, max_seqlen
+        # In this order: with upper bounds, a traced graph must not be specialised on the sizes.
+        self.full = not has_padding_rows and self.batch * max_seqlen == num_rows
+        counts = cu_seqlens.diff()[:, None]
+        index = torch.arange(max_seqlen, device=cu_seqlens.device)
+        self.valid = index < counts
+        self.key_valid = index < counts.clamp(min=1)
+        if not self.full:
+            row = torch.arange(num_rows, device=cu_seqlens.device)
+            clip = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)
+            self._in_clip = clip < self.batch  # (N,), False for padding rows
+            clip = clip.clamp(max=self.batch - 1)
+            self._padded_row = (
+                clip * max_seqlen + row - cu_seqlens[clip]
+            )  # (N,), index of each row in the padded layout
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (B, max_seqlen, ...), zeros where a clip has no row."""
+        if self.full:
+            return x.unflatten(0, (self.batch, self.length))
+        num_padded = self.batch * self.length
+        padded = x.new_zeros(num_padded + 1, *x.shape[1:])  # the last row collects the padding rows of x
+        padded = padded.index_copy(0, torch.where(self._in_clip, self._padded_row, num_padded), x)
+        return padded[:num_padded].unflatten(0, (self.batch, self.length))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(B, max_seqlen, ...) -> (N, ...); a (max_seqlen,) tensor is used for every clip."""
+        if x.dim() == 1:
+            x = x.expand(self.batch, -1)
+        flat = x.flatten(0, 1)
+        return flat if self.full else flat.index_select(0, torch.where(self._in_clip, self._padded_row, 0))
+
+
+def padded_views(
+    *,
+    cu_q: Tensor,
+    max_q: int,
+    num_q: int,
+    cu_kv: Tensor,
+    max_kv: int,
+    num_kv: int,
+    has_padding_rows: bool = False,
+) -> tuple[PaddedView, PaddedView]:
+    """Views of the query rows and of keys and values; the same object where all rows are query rows."""
+    kv_view = PaddedView(cu_kv, max_kv, num_kv, has_padding_rows=has_padding_rows)
+    if cu_q is cu_kv:
+        return kv_view, kv_view
+    return PaddedView(cu_q, max_q, num_q, has_padding_rows=has_padding_rows), kv_view

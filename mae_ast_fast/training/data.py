@@ -1,10 +1,8 @@
-"""The data of a pretraining run: its shards, and the statistics of SSAST's input normalisation."""
+"""The data of a pretraining run: shards that exist, or shards made from a source or from the default corpus."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +10,7 @@ from pathlib import Path
 from ..data import corpus, prepare
 from ..data.audio import AudioFile
 from ..data.shards import Shards
-from ..ops.fbank import fbank
-from ..ops.packing import real_tokens
 from .options import PretrainOptions
-
-STATISTICS_CROPS = 200  # crops that the statistics are computed from
 
 
 def open_data(
@@ -77,34 +71,3 @@ def training_shards(options: PretrainOptions) -> Shards:
     shards = open_source(files, split=corpus.held_out)
     shards.report |= {"corpus": left_out, "packages": fetched.packages, "missing_packages": fetched.missing}
     return shards
-
-
-def log_mel_statistics(shards: Shards, options: PretrainOptions) -> tuple[float, float]:
-    """Mean and standard deviation of the first crops' log-mel values, by SSAST's front end, to four decimals.
-
-    SSAST's recipe normalises by these statistics of the whole data set (arXiv 2110.09784, official code).
-
-    Raises:
-        ValueError: None of the first crops can be read.
-    """
-    batches = shards.batches(
-        batch_seconds=options.batch_seconds,
-        max_seconds=options.max_seconds,
-        min_seconds=options.min_seconds,
-        seed=options.seed,
-    )
-    crops = list(itertools.islice(itertools.chain.from_iterable(batches), STATISTICS_CROPS))
-    count, total, squares = 0, 0.0, 0.0
-    for start in range(0, len(crops), 16):
-        batch = shards.read(crops[start : start + 16])
-        if not batch.names:
-            continue
-        log_mel, num_frames = fbank(batch.waveforms, batch.num_samples, frontend="ssast")
-        values = log_mel[real_tokens(num_frames, log_mel.shape[1])].double()
-        count += values.numel()
-        total += float(values.sum())
-        squares += float(values.square().sum())
-    if not count:
-        raise ValueError(f"none of the first {len(crops)} clips of {shards.source} can be read")
-    mean = total / count
-    return round(mean, 4), round(math.sqrt(max(0.0, squares / count - mean**2)), 4)

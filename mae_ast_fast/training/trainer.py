@@ -18,6 +18,7 @@ from ..checkpoints import step_folder
 from ..checkpoints.training import TrainingCheckpoints
 from ..data.loader import loader
 from ..data.shards import Batch, Shards
+from ..data.statistics import log_mel_statistics
 from ..devices import pick_precision, send
 from ..files import write_json
 from ..models import registry
@@ -25,7 +26,6 @@ from ..models.config import MAEASTConfig, SSASTConfig
 from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
 from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
-from .data import log_mel_statistics
 from .distributed import DistributedContext
 from .evaluation import HeldOut, evaluate
 from .figures import plot_loss, plot_reconstruction
@@ -163,7 +163,14 @@ class Trainer:
         config = options.model_config()
         if isinstance(config, SSASTConfig) and not {"mean", "std"} <= set(options.model_args):
             # Those of the first process: a clip that another one could not read must not make their models differ.
-            mean, std = self.dist_ctx.gather(log_mel_statistics(self.shards, options))[0]
+            statistics = log_mel_statistics(
+                self.shards,
+                batch_seconds=options.batch_seconds,
+                max_seconds=options.max_seconds,
+                min_seconds=options.min_seconds,
+                seed=options.seed,
+            )
+            mean, std = self.dist_ctx.gather(statistics)[0]
             config = dataclasses.replace(config, **{"mean": mean, "std": std, **options.model_args})
         return self._build(config)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import mae_ast_fast
 from mae_ast_fast import MAEAST, MAEASTConfig, fbank
+from mae_ast_fast.models import mae_ast, transformer
 from mae_ast_fast.models.transformer import ExecConfig, sinusoid
 from mae_ast_fast.ops import reference
 from mae_ast_fast.ops.masking import num_visible, sample_mask
@@ -725,7 +726,8 @@ def test_dropout_is_applied_where_the_paper_applies_it(monkeypatch: pytest.Monke
         calls.append((rate, tuple(x.shape)))
         return original(x, rate)
 
-    monkeypatch.setattr(reference, "drop", spy)
+    for module in (reference, mae_ast, transformer):
+        monkeypatch.setattr(module, "drop", spy)
     x, frames = batch([16, 16])
     mask = masks([16, 16], num_masked=[7, 7])
     for norm_first in (False, True):

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_ast_fast import MAEAST, MAEASTConfig, ops
 from mae_ast_fast.ops import attention as module
-from mae_ast_fast.ops import reference
 from mae_ast_fast.ops.attention import BACKENDS, attention, choose_backend, cross_attention, flash
 from mae_ast_fast.ops.attention import cpu as clip_attention
+from mae_ast_fast.ops.dropout import draw_kept, drop
 from mae_ast_fast.ops.packing import cumulative
 
 PLAIN = ("clips", "sdpa", "math")  # the kernel behind "short" and FlashAttention (test_flash.py) have their own tests
@@ -505,7 +505,7 @@ def test_clip_attention_seed_and_rate_determine_output() -> None:
 def test_draw_kept_each_16_bits_of_word_keep_equal_share(rate: float) -> None:
     """Four elements share 64 random bits: each of the four is kept equally often, and neighbours independently."""
     torch.manual_seed(0)
-    kept, scale = reference.draw_kept(torch.Size([4, 100_001]), rate)
+    kept, scale = draw_kept(torch.Size([4, 100_001]), rate)
     share = 1 / scale
     assert abs(share - (1 - rate)) <= 2**-17 and kept.dtype == torch.int16 and kept.shape == (4, 100_001)
     words = kept.flatten()[: kept.numel() // 4 * 4].view(-1, 4).double()
@@ -519,14 +519,14 @@ def test_draw_kept_each_16_bits_of_word_keep_equal_share(rate: float) -> None:
 def test_drop_rate_of_quarter_keeps_three_quarters(dtype: torch.dtype) -> None:
     x = torch.linspace(1.0, 2.0, 10_000).to(dtype).requires_grad_()
     torch.manual_seed(0)
-    out = reference.drop(x, 0.25)
+    out = drop(x, 0.25)
     out.sum().backward()
     kept = out != 0
     expected = torch.where(kept, x.detach().double() / 0.75, 0.0).to(dtype)
     assert max_rel(out, expected) <= torch.finfo(dtype).eps
     assert abs(kept.double().mean().item() - 0.75) < STANDARD_ERRORS * (0.25 * 0.75 / 10_000) ** 0.5
     assert torch.equal(x.grad != 0, kept) and x.grad.unique().numel() == 2
-    assert reference.drop(x, 0.0) is x
+    assert drop(x, 0.0) is x
 
 
 def test_clip_attention_padding_rows_are_zero() -> None:

@@ -13,8 +13,8 @@ from torch.autograd import gradcheck
 
 from mae_ast_fast.models.transformer import sinusoid
 from mae_ast_fast.ops import reference
-from mae_ast_fast.ops.packing import Packing, cumulative, real_tokens
-from mae_ast_fast.ops.reference import PaddedView
+from mae_ast_fast.ops.dropout import draw_kept, drop
+from mae_ast_fast.ops.packing import Packing, PaddedView, cumulative, real_tokens
 
 # Rows of each clip: equal, ragged, with empty clips at both ends and in between, single rows, one clip.
 COUNTS = [[3, 3, 3], [1, 4, 2], [0, 3, 0, 2], [2, 0], [1, 1, 1], [5], [0, 1]]
@@ -184,7 +184,7 @@ def test_add_layer_norm_dropout_keeps_residual_and_scales_kept() -> None:
     torch.manual_seed(0)
     out = reference.add_layer_norm(branch, residual, weight, bias, dropout=0.25)
     torch.manual_seed(0)
-    dropped = reference.drop(branch, 0.25)
+    dropped = drop(branch, 0.25)
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert torch.equal(out, reference.layer_norm(residual + dropped, weight, bias))
     torch.manual_seed(0)
@@ -396,7 +396,7 @@ def test_drop_any_rate_keeps_even_share_and_scales(dtype: torch.dtype, rate: flo
     """The share also holds for every fourth element: each is decided by 16 bits of a 64-bit word."""
     torch.manual_seed(0)
     x = torch.ones(4001, 31, dtype=dtype, requires_grad=True)
-    out = reference.drop(x, rate)
+    out = drop(x, rate)
     kept = out != 0
     scale = torch.tensor(65536 / (65536 - round(rate * 65536)), dtype=dtype)
     assert out.unique().tolist() == [0.0, scale.item()]
@@ -406,8 +406,8 @@ def test_drop_any_rate_keeps_even_share_and_scales(dtype: torch.dtype, rate: flo
     out.sum().backward()
     assert torch.equal(x.grad != 0, kept) and torch.equal(x.grad[kept], out[kept])
     torch.manual_seed(0)
-    assert torch.equal(reference.drop(x, rate), out)
-    assert reference.drop(x, 0.0) is x
+    assert torch.equal(drop(x, rate), out)
+    assert drop(x, 0.0) is x
 
 
 def test_draw_kept_all_words_drop_exact_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +415,6 @@ def test_draw_kept_all_words_drop_exact_number(monkeypatch: pytest.MonkeyPatch) 
     words = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.int64)
     monkeypatch.setattr(torch.Tensor, "random_", lambda self, *_: self.copy_(words))
     for rate in (0.1, 0.5, 1 / 65536, 0.99999):
-        kept, scale = reference.draw_kept(torch.Size((256, 256)), rate)
+        kept, scale = draw_kept(torch.Size((256, 256)), rate)
         dropped = 65536 - int(kept.sum())
         assert dropped == min(round(rate * 65536), 65535) and scale == 65536 / (65536 - dropped)

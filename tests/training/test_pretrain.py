@@ -481,7 +481,9 @@ def test_pretrain_ssast_interrupted_run_equals_uninterrupted_run(
         with pytest.raises(KeyboardInterrupt):
             pretrain(broken)
     assert [path.name for path in step_folder.training_checkpoints(Path(broken.out))] == ["step-00000003"]
-    monkeypatch.setattr(trainer_module, "log_mel_statistics", lambda *_: pytest.fail("the run has its statistics"))
+    monkeypatch.setattr(
+        trainer_module, "log_mel_statistics", lambda *_, **__: pytest.fail("the run has its statistics")
+    )
     pretrain(broken)
     assert losses(broken.out) == losses(whole.out)
     runs = [Path(run) for run in (broken.out, whole.out)]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
-from .. import reference
+from .. import packing, reference
 from . import flash
 from .cpu import clip_attention
 
@@ -239,14 +239,14 @@ def _padded(
     has_padding_rows: bool = False,
 ) -> Tensor:
     """``cross_attention`` by ``sdpa`` or ``math``, rows padded to the longest clip of each group of similar lengths."""
-    if groups := reference.similar_clips(cu_kv, max_kv, kv.shape[0]):
+    if groups := packing.similar_clips(cu_kv, max_kv, kv.shape[0]):
         outputs, query_rows = [], []
         for clips in groups:
-            rows_kv, group_cu_kv, group_max_kv = reference.rows_of_clips(cu_kv, clips)
+            rows_kv, group_cu_kv, group_max_kv = packing.rows_of_clips(cu_kv, clips)
             if cu_q is cu_kv:
                 rows_q, group_cu_q, group_max_q = rows_kv, group_cu_kv, group_max_kv
             else:
-                rows_q, group_cu_q, group_max_q = reference.rows_of_clips(cu_q, clips)
+                rows_q, group_cu_q, group_max_q = packing.rows_of_clips(cu_q, clips)
             outputs.append(
                 _padded(
                     name,
@@ -272,7 +272,7 @@ def _padded(
             dropout=dropout,
             exact=not has_padding_rows,
         )
-    pad_q, pad_kv = reference.padded_views(
+    pad_q, pad_kv = packing.padded_views(
         cu_q=cu_q,
         max_q=max_q,
         num_q=q.shape[0],

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..reference import draw_kept
+from ..dropout import draw_kept
 
 BLOCK = 1 << 20  # elements of a block (unless one row of it is longer), and of the matrices of a length group
 MAX_PADDING = 1 << 15  # padded elements of a length group: about the cost of the calls for another group
@@ -130,7 +130,7 @@ def clip_attention(q: Tensor | None, kv: Tensor, cu_q: Tensor, cu_kv: Tensor, *,
         kv: (N, 2, H, Dh) packed keys and values.
         cu_q: (B + 1,) int32 first query row of each clip, and the end of the last one.
         cu_kv: (B + 1,) int32 first row of each clip, and the end of the last one.
-        dropout: Rate on the attention probabilities, in [0, 1); see ``reference.draw_kept``.
+        dropout: Rate on the attention probabilities, in [0, 1); see ``dropout.draw_kept``.
 
     Returns:
         (Nq, H, Dh) in the dtype of ``kv``; zeros past the last clip.
