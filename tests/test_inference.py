@@ -25,7 +25,6 @@ from mae_ast_fast.inference import (
     save_model,
     select,
 )
-from mae_ast_fast.models.mae_ast import encoder_alone
 from mae_ast_fast.ops.fbank import num_frames
 from mae_ast_fast.training.evaluation import HeldOut
 
@@ -310,7 +309,7 @@ def test_masked_clips_wrong_files_and_arguments_raise(tmp_path):
 )
 def test_save_model_encoder_keeps_features_bit_for_bit(tmp_path, fields):
     model = make_model(**fields)
-    save_model(encoder_alone(model), tmp_path / "encoder")
+    save_model(model.encoder_only(), tmp_path / "encoder")
     encoder = MAEAST.from_pretrained(tmp_path / "encoder")
     assert encoder.config.decoder_layers == 0
     modules = {name.split(".")[0] for name in encoder.state_dict()}
@@ -331,7 +330,7 @@ def test_save_model_encoder_keeps_position_table(tmp_path):
     model = make_model()
     table = model.encoder_positions.table.half().float()  # as in a checkpoint of a fairseq run in fp16
     model.load_state_dict({**model.state_dict(), "encoder_positions.table": table})
-    save_model(encoder_alone(model), tmp_path / "encoder")
+    save_model(model.encoder_only(), tmp_path / "encoder")
     encoder = MAEAST.from_pretrained(tmp_path / "encoder")
     assert torch.equal(encoder.encoder_positions.table, table)
     log_mel = torch.randn(1, 160, 128)
@@ -346,7 +345,7 @@ def test_save_model_folder_with_model_or_run_raises(tmp_path):
     assert size == (tmp_path / "model" / "model.safetensors").stat().st_size
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"already holds model\.safetensors, config\.json"):
-        save_model(encoder_alone(model), tmp_path / "model")
+        save_model(model.encoder_only(), tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="already holds checkpoints"):

@@ -178,13 +178,12 @@ def run_export(argv: Sequence[str]) -> int:
 
     from ..checkpoints.load import load_mae_ast
     from ..inference import save_model
-    from ..models.mae_ast import encoder_alone
 
     if arguments.format == "transformers":
         return _export_to_transformers(arguments.checkpoint, Path(arguments.dir))
 
     model = load_mae_ast(arguments.checkpoint, "export")
-    encoder = encoder_alone(model)
+    encoder = model.encoder_only()
     size = save_model(encoder, Path(arguments.dir))
     print(
         f"{arguments.dir}: encoder of {_num_parameters(encoder)} parameters, {size / 1e6:,.1f} MB "

@@ -24,7 +24,7 @@ from ..data import corpus
 from ..devices import pick_device, pick_precision
 from ..files import atomic_write, write_json
 from ..models.base import PretrainingModel
-from ..models.mae_ast import MAEAST, encoder_alone
+from ..models.mae_ast import MAEAST
 from ..training.lifecycle import OPTIONS, TASK_OPTIONS, run_lock
 from .audio import Waveforms, batches
 from .classifier import AudioClassifier, max_clip_seconds
@@ -126,7 +126,7 @@ class Run(Generic[Options_co]):
         self.device = pick_device(options.device)
         self.precision = pick_precision(options.precision, self.device)
         model = load_model(options.checkpoint, impl=options.impl, attention=options.attention)
-        self.encoder = (encoder_alone(model) if isinstance(model, MAEAST) else model).to(self.device).eval()
+        self.encoder = (model.encoder_only() if isinstance(model, MAEAST) else model).to(self.device).eval()
         self.max_seconds = options.max_seconds or min(10.0, max_clip_seconds(self.encoder))
         self.metric = options.metric or ("map" if task.multi_label else "accuracy")
         # Built and thrown away: options that do not fit the encoder raise before any audio is decoded.

@@ -35,7 +35,7 @@ from ..checkpoints.load import load_mae_ast
 from ..downstream.classifier import MODEL_TYPE, NORM_EPS, AudioClassifier
 from ..models.base import weight_dtype
 from ..models.config import MAEASTConfig
-from ..models.mae_ast import MAEAST, InputNorm, encoder_alone
+from ..models.mae_ast import MAEAST, InputNorm
 from ..models.transformer import Positions, sinusoid
 from ..ops.fbank import NUM_MEL_BINS, SAMPLE_RATE, WINDOW, fbank
 from ..ops.packing import real_tokens
@@ -346,7 +346,7 @@ def export(model: MAEAST | AudioClassifier, folder: str | os.PathLike[str]) -> P
     pretrained = model.encoder if isinstance(model, AudioClassifier) else model
     if not isinstance(pretrained, MAEAST):
         raise ValueError(f"a model exported to transformers must be a MAE-AST, got {type(pretrained).__name__}")
-    encoder = encoder_alone(pretrained)
+    encoder = pretrained.encoder_only()
     table = encoder.state_dict().get("encoder_positions.table")
     fields = {**encoder.config.to_dict(), "position_table": None if table is None else len(table)}
     exported: MAEASTPreTrainedModel

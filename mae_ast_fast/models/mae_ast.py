@@ -469,6 +469,17 @@ class MAEAST(PretrainingModel):
         query_rows = QueryRows(masked, torch.where(masked.valid, masked_rows, len(tokens.clip)))
         return self.decoder(x, tokens, cfg, query_rows=query_rows)[0]
 
+    def encoder_only(self) -> MAEAST:
+        """A copy without decoder, mask token and heads (``decoder_layers=0``), in evaluation mode.
+
+        Its features are bit for bit those of this model. Weights are copied, to the CPU in fp32.
+        """
+        config = dataclasses.replace(self.config, decoder_layers=0)
+        encoder = MAEAST(config, impl=self.impl, attention=self.attention)
+        names = {*encoder.state_dict(), "encoder_positions.table"}  # a checkpoint's own positions, if it has some
+        encoder.load_state_dict({name: tensor for name, tensor in self.state_dict().items() if name in names})
+        return encoder.eval()
+
     def sample_mask(
         self,
         frames: Tensor,
@@ -557,12 +568,3 @@ class MAEAST(PretrainingModel):
         model = cls(config, **init)
         model.load_state_dict(convert_state_dict(state_dict, config))
         return model.eval()
-
-
-def encoder_alone(model: MAEAST) -> MAEAST:
-    """The model without decoder, mask token and heads (``decoder_layers=0``); its features are the same to the bit."""
-    config = dataclasses.replace(model.config, decoder_layers=0)
-    encoder = MAEAST(config, impl=model.impl, attention=model.attention)
-    names = {*encoder.state_dict(), "encoder_positions.table"}  # a checkpoint's own positions, if it has some
-    encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
-    return encoder.eval()

@@ -28,7 +28,6 @@ from mae_ast_fast.downstream.finetune import finetune, parameter_groups
 from mae_ast_fast.downstream.metrics import average_precisions, bootstrap_ci, score
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.downstream.probe import PENALTIES, fit_logistic, probe
-from mae_ast_fast.models.mae_ast import encoder_alone
 from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain
@@ -224,7 +223,7 @@ def test_mixup_mixes_waveforms_and_targets_alike():
 
 
 def test_parameter_groups_learning_rate_falls_from_layer_to_layer():
-    classifier = AudioClassifier(encoder_alone(mae_ast()), ["a", "b"])
+    classifier = AudioClassifier(mae_ast().encoder_only(), ["a", "b"])
     options = FinetuneOptions("d", "c", "o", layer_decay=0.5, head_lr_factor=3.0, weight_decay=0.1)
     groups = parameter_groups(classifier, options)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
@@ -242,7 +241,7 @@ def test_parameter_groups_learning_rate_falls_from_layer_to_layer():
 
 
 def test_classifier_training_keeps_input_norm_of_pretraining():
-    classifier = AudioClassifier(encoder_alone(mae_ast()), ["a", "b"]).train()
+    classifier = AudioClassifier(mae_ast().encoder_only(), ["a", "b"]).train()
     assert classifier.training
     classifier(torch.randn(2, 64, 128)).sum().backward()
     assert float(classifier.encoder.input_norm.running_mean) == -8.0
@@ -1036,7 +1035,7 @@ def test_finetune_options_out_of_range_raise(fields, message):
 
 
 def test_classifier_wrong_arguments_and_damaged_folder_raise(tmp_path):
-    encoder = encoder_alone(mae_ast())
+    encoder = mae_ast().encoder_only()
     with pytest.raises(ValueError, match="at least two different names"):
         AudioClassifier(encoder, ["a", "a"])
     with pytest.raises(ValueError, match=r"max_seconds must be between 0.025 and 2.57"):
