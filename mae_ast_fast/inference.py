@@ -55,7 +55,7 @@ def extract_file(
     chunk_seconds: float = 30.0,
     precision: str = "fp32",
 ) -> FileFeatures:
-    """Extracts encoder features of a whole recording of any length, without masking.
+    """Extract encoder features of a whole recording of any length, without masking.
 
     A recording of up to ``chunk_seconds`` is one clip, and its features equal those of ``model.extract_features`` bit
     for bit. A longer recording is cut into chunks of that length; the last two are equally long, so that no chunk is
@@ -119,7 +119,7 @@ def _chunk_frames(config: MAEASTConfig, chunk_seconds: float) -> int:
 
 
 def _chunks(blocks: Iterable[np.ndarray], chunk_frames: int, kt: int) -> Iterator[np.ndarray]:
-    """Cuts a stream of samples into waveforms whose frames, in sequence, are the frames of the whole stream.
+    """Cut a stream of samples into waveforms whose frames, in sequence, are the frames of the whole stream.
 
     Consecutive chunks share the 15 ms by which a window extends beyond its hop. The end of the stream, longer than one
     chunk and shorter than two, is halved at a whole patch, so that every token has context.
@@ -156,7 +156,7 @@ def _token_times(config: MAEASTConfig, first_frame: int, num_tokens: int) -> np.
 
 
 def save_features(features: FileFeatures, path: Path, file_format: str) -> None:
-    """Writes ``features``, ``times`` and ``frequency_block`` to a file, atomically.
+    """Write ``features``, ``times`` and ``frequency_block`` to a file, atomically.
 
     Args:
         features: Features of a recording.
@@ -214,7 +214,7 @@ def masked_clips(
     mask_ratio: float | None = None,
     masking: str | None = None,
 ) -> HeldOut:
-    """Reads a clip of each file and draws its mask.
+    """Read a clip of each file and draw its mask.
 
     Args:
         model: Model whose patch grid and masking are used.
@@ -269,7 +269,7 @@ def masked_clips(
 
 
 def _read(path: str | os.PathLike[str], start: int, num_samples: int) -> np.ndarray:
-    """Reads up to ``num_samples`` samples of a file from sample ``start`` on. Earlier samples are decoded and dropped.
+    """Read up to ``num_samples`` samples of a file from sample ``start`` on. Earlier samples are decoded and dropped.
 
     Raises:
         ValueError: The file ends before ``start``.
@@ -292,7 +292,7 @@ def select(clips: HeldOut, index: int) -> HeldOut:
 
 
 def save_model(model: MAEAST, folder: Path) -> int:
-    """Writes model.safetensors and config.json into a new or empty folder.
+    """Write model.safetensors and config.json into a new or empty folder.
 
     Returns:
         Size of the weights in bytes.

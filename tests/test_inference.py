@@ -35,9 +35,9 @@ SOUND = AUDIO / "sonic-pi-samples" / "018e740416.opus"  # 3.7 s
 RATE = 16000
 
 
-def make_model(kind: str = "patch", **fields) -> MAEAST:
+def make_model(family: str = "patch", **fields) -> MAEAST:
     torch.manual_seed(0)
-    shape = {"patch": ((16, 16), "chunk"), "frame": ((2, 128), "random")}[kind]
+    shape = {"patch": ((16, 16), "chunk"), "frame": ((2, 128), "random")}[family]
     small = {"embed_dim": 32, "ffn_dim": 64, "num_heads": 2, "encoder_layers": 2}
     decoder = {"decoder_embed_dim": 32, "decoder_layers": 1}
     config = MAEASTConfig(patch_size=shape[0], masking=shape[1], **{**small, **decoder, **fields})
@@ -48,10 +48,10 @@ def make_model(kind: str = "patch", **fields) -> MAEAST:
     return model
 
 
-@pytest.mark.parametrize("kind", ["patch", "frame"])
+@pytest.mark.parametrize("family", ["patch", "frame"])
 @pytest.mark.parametrize("layer", [None, 1])
-def test_extract_file_one_chunk_equals_extract_features_bit_for_bit(kind, layer):
-    model = make_model(kind)
+def test_extract_file_one_chunk_equals_extract_features_bit_for_bit(family, layer):
+    model = make_model(family)
     extracted = extract_file(model, SPEECH, layer)
     with torch.no_grad():
         log_mel, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
@@ -95,9 +95,9 @@ def test_chunks_frames_equal_those_of_the_whole_recording(kt, seconds):
     assert_rounding(log_mel, expected, "frames")
 
 
-@pytest.mark.parametrize("kind", ["patch", "frame"])
-def test_extract_file_long_file_is_encoded_chunk_by_chunk(kind):
-    model = make_model(kind)
+@pytest.mark.parametrize("family", ["patch", "frame"])
+def test_extract_file_long_file_is_encoded_chunk_by_chunk(family):
+    model = make_model(family)
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
     extracted = extract_file(model, SPEECH, chunk_seconds=2.0)
     log_mel, frames = fbank(torch.from_numpy(audio.decode(SPEECH))[None])
@@ -116,9 +116,9 @@ def test_extract_file_long_file_is_encoded_chunk_by_chunk(kind):
     assert len(extracted.features) == -(-total // kt) * grid_f
 
 
-@pytest.mark.parametrize(("kind", "chunk_seconds"), [("patch", 30.0), ("patch", 1.0), ("frame", 1.0)])
-def test_extract_file_times_are_token_centres(kind, chunk_seconds):
-    model = make_model(kind)
+@pytest.mark.parametrize(("family", "chunk_seconds"), [("patch", 30.0), ("patch", 1.0), ("frame", 1.0)])
+def test_extract_file_times_are_token_centres(family, chunk_seconds):
+    model = make_model(family)
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
     extracted = extract_file(model, SOUND, chunk_seconds=chunk_seconds)
     num_blocks = len(extracted.times) // grid_f

@@ -66,7 +66,7 @@ class Waveforms:
         self.seconds = np.array([sum(crop.num_samples for crop in crops) for crops in self._crops]) / SAMPLE_RATE
 
     def windows(self, clip: int, max_seconds: float) -> list[tuple[float, Crop]]:
-        """Cuts a clip into windows of ``max_seconds``. The last window may be shorter.
+        """Cut a clip into windows of ``max_seconds``. The last window may be shorter.
 
         A recording of over two minutes is stored in several segments; no window crosses their edges.
 
@@ -89,7 +89,7 @@ class Waveforms:
         return windows
 
     def crop(self, clip: int, max_seconds: float, rng: random.Random) -> Crop:
-        """Draws a random crop of ``max_seconds`` from a clip, or returns all of a shorter one."""
+        """Draw a random crop of ``max_seconds`` from a clip, or return all of a shorter one."""
         max_samples = round(max_seconds * SAMPLE_RATE)
         crops = self._crops[clip]
         crop = rng.choices(crops, [crop.num_samples for crop in crops])[0]
@@ -97,7 +97,7 @@ class Waveforms:
         return crop.segment.crop(crop.start + start, min(max_samples, crop.num_samples))
 
     def read(self, crops: Sequence[Crop]) -> tuple[Tensor, Tensor]:
-        """Reads crops: waveforms (B, S) int16 and the number of samples (B,) of each.
+        """Read crops: waveforms (B, S) int16 and the number of samples (B,) of each.
 
         Raises:
             ValueError: A crop cannot be read any more, because the shards are damaged.
@@ -120,7 +120,7 @@ def _crop_segments(segments: Sequence[Segment], start: int, end: int) -> list[Cr
 
 
 def batches(crops: Sequence[Crop], batch_seconds: float) -> Iterator[list[int]]:
-    """Groups crops of similar length into batches.
+    """Group crops of similar length into batches.
 
     Args:
         crops: Crops to group.

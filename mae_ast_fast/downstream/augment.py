@@ -38,7 +38,7 @@ def spec_augment(
     fill: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Masks one range of mel bins and one range of frames in each clip (SpecAugment, arXiv 1904.08779).
+    """Mask one range of mel bins and one range of frames in each clip (SpecAugment, arXiv 1904.08779).
 
     Args:
         log_mel: (B, T, F).

@@ -79,7 +79,7 @@ class AudioClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> AudioClassifier:
-        """Sets the training mode, but keeps the encoder's input norm on the statistics of pretraining."""
+        """Set the training mode, but keep the encoder's input norm on the statistics of pretraining."""
         super().train(mode)
         if isinstance(norm := getattr(self.encoder, "input_norm", None), nn.Module):
             norm.eval()
@@ -125,7 +125,7 @@ class AudioClassifier(nn.Module):
         return total / num_samples
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model.safetensors and config.json; each file is replaced atomically."""
+        """Write model.safetensors and config.json; each file is replaced atomically."""
         config = {
             "model_type": MODEL_TYPE,
             "labels": self.labels,
@@ -139,7 +139,7 @@ class AudioClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **init: str) -> AudioClassifier:
-        """Loads what ``save_pretrained`` wrote, in evaluation mode.
+        """Load what ``save_pretrained`` wrote, in evaluation mode.
 
         Args:
             folder: Folder of a classifier, or the run folder of a probe or of fine-tuning.
@@ -175,7 +175,7 @@ class AudioClassifier(nn.Module):
 def write_predictions(
     classifier: AudioClassifier, predictions: Sequence[tuple[str, Sequence[float]]], path: Path
 ) -> None:
-    """Writes a CSV file with the columns ``path``, ``pred`` and one ``prob_LABEL`` per class.
+    """Write a CSV file with the columns ``path``, ``pred`` and one ``prob_LABEL`` per class.
 
     Args:
         classifier: Classifier that made the predictions.
@@ -205,7 +205,7 @@ def max_clip_seconds(encoder: PretrainingModel) -> float:
 
 
 def pool_tokens(encoded: Encoded, num_groups: int, *, num_bands: int = 1, group: Tensor | None = None) -> Tensor:
-    """Averages tokens per group: (num_groups, num_bands * D) fp32, the means of the bands side by side.
+    """Average tokens per group: (num_groups, num_bands * D) fp32, the means of the bands side by side.
 
     Args:
         encoded: Packed tokens of clips.
@@ -223,7 +223,7 @@ def pool_tokens(encoded: Encoded, num_groups: int, *, num_bands: int = 1, group:
 
 
 def _windows(blocks: Iterator[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
-    """Cuts a stream of samples into windows of ``num_samples``. The last window is shorter."""
+    """Cut a stream of samples into windows of ``num_samples``. The last window is shorter."""
     import numpy as np
 
     rest = np.zeros(0, np.float32)

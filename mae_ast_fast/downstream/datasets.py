@@ -43,7 +43,7 @@ class _ListedClip(NamedTuple):
 
 
 def write_manifest(rows: Iterable[dict[str, str]], path: str | os.PathLike[str]) -> None:
-    """Writes rows as a tab-separated manifest for ``manifest.read_task``, with each column that some row has.
+    """Write rows as a tab-separated manifest for ``manifest.read_task``, with each column that some row has.
 
     Args:
         rows: Rows with ``path``, ``label`` or ``phones``, ``split`` or ``fold``, and optionally ``start`` and ``end``.
@@ -211,7 +211,7 @@ def ks1(root: Path) -> ManifestRows:
 
 
 def _silence(root: Path, paths: Iterable[str], last_split: str) -> Iterator[_ListedClip]:
-    """Cuts noise into clips of 1 s.
+    """Cut noise into clips of 1 s.
 
     Args:
         root: Folder of the data set.
@@ -309,7 +309,7 @@ def audioset2m(root: Path) -> ManifestRows:
 
 
 def _audioset(root: Path, subsets: dict[str, str]) -> ManifestRows:
-    """Reads AudioSet; ``subsets`` gives the split of each official subset."""
+    """Read AudioSet; ``subsets`` gives the split of each official subset."""
     tables = ", ".join(f"{subset}_segments.csv" for subset in subsets)
     expected = f"AudioSet: class_labels_indices.csv, {tables} and audio"
     segments = {subset: _locate(root, [f"{subset}_segments.csv"], expected) for subset in subsets}

@@ -13,7 +13,7 @@ from ..training.figures import pyplot, save_figure
 
 
 def plot_confusion(counts: np.ndarray, labels: Sequence[str], title: str, path: Path) -> None:
-    """Draws a confusion matrix as shares of each true class. With up to 40 classes it also shows the counts.
+    """Draw a confusion matrix as shares of each true class. With up to 40 classes, show the counts too.
 
     Args:
         counts: (C, C) clips of the row's class that were predicted as the column's class.
@@ -42,7 +42,7 @@ def plot_confusion(counts: np.ndarray, labels: Sequence[str], title: str, path: 
 
 
 def plot_labels(precisions: np.ndarray, shares: np.ndarray, labels: Sequence[str], *, title: str, path: Path) -> None:
-    """Draws the average precision of each label as a bar, and that of random scores as a mark.
+    """Draw the average precision of each label as a bar, and that of random scores as a mark.
 
     Args:
         precisions: (C,) average precisions; NaN for labels without a clip, which are not drawn.
@@ -68,7 +68,7 @@ def plot_labels(precisions: np.ndarray, shares: np.ndarray, labels: Sequence[str
 
 
 def _drawable(label: str) -> str:
-    """Replaces characters that matplotlib's font lacks by the last word of their Unicode name.
+    """Replace characters that matplotlib's font lacks by the last word of their Unicode name.
 
     For example, U+3113 BOPOMOFO LETTER ZH becomes ZH.
     """
@@ -81,7 +81,7 @@ def _drawable(label: str) -> str:
 
 
 def plot_learning(history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
-    """Draws the learning curves of a fine-tuning run, one line per fold: training loss and validation score.
+    """Draw the learning curves of a fine-tuning run, one line per fold: training loss and validation score.
 
     Args:
         history: Rows of metrics.jsonl, with ``fold``, ``epoch``, ``loss`` and ``valid``.

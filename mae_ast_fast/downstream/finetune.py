@@ -40,7 +40,7 @@ _NORM_CLIPS = 4096  # maximum number of training clips for the norm's initial st
 
 
 def finetune(options: FinetuneOptions) -> dict[str, Any]:
-    """Trains the encoder and a linear layer, once per fold; returns the content of summary.json.
+    """Train the encoder and a linear layer, once per fold; return the content of summary.json.
 
     A second call with the same options resumes an interrupted run. It keeps finished folds and resumes the unfinished
     one where it was stopped. After a kill it resumes from the last saved state. A kill costs at most five minutes of
@@ -68,7 +68,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
 
 
 def _finetune_fold(run: Run[FinetuneOptions], fold: Fold) -> FoldResult:
-    """Trains and tests a fold, or reads the result of an earlier start of the run."""
+    """Train and test a fold, or read the result of an earlier start of the run."""
     folder = run.folder(fold)
     if (folder / "result.json").is_file():
         result = json.loads((folder / "result.json").read_text())
@@ -93,7 +93,7 @@ def _finetune_fold(run: Run[FinetuneOptions], fold: Fold) -> FoldResult:
 
 
 def _remove_state(folder: Path) -> None:
-    """Removes the training state of a fold, and a half-written one."""
+    """Remove the training state of a fold, and a half-written one."""
     for path in (folder / STATE, temp_path(folder / STATE)):
         path.unlink(missing_ok=True)
 
@@ -138,7 +138,7 @@ class _Trainer:
             set_norm(self.classifier, torch.from_numpy(encoder_features(run, clips)[clips]))
 
     def train(self) -> tuple[float, dict[str, Any]]:
-        """Trains all epochs and leaves the classifier with the weights of the best one.
+        """Train all epochs and leave the classifier with the weights of the best one.
 
         Returns:
             The best epoch's validation score, and a dict with its ``epoch`` and the ``history`` of all epochs.
@@ -229,14 +229,14 @@ class _Trainer:
         return loss
 
     def _fail(self, reason: str) -> NoReturn:
-        """Removes the saved state and raises a ``ValueError`` that gives the reason and the learning rate."""
+        """Remove the saved state and raise a ``ValueError`` that gives the reason and the learning rate."""
         _remove_state(self.path.parent)
         raise ValueError(
             f"{reason} in epoch {len(self.history) + 1} ({self._fold_prefix}lr {self.options.lr:g}): try a smaller --lr"
         )
 
     def _save_or_stop(self, shutdown: GracefulShutdown) -> None:
-        """Saves the state every ``_SAVE_SECONDS``, after the last step, and on a signal.
+        """Save the state every ``_SAVE_SECONDS``, after the last step, and on a signal.
 
         Raises:
             Interrupted: A signal arrived.
@@ -249,7 +249,7 @@ class _Trainer:
             raise Interrupted(shutdown.received, self.path if saved else None)
 
     def _save(self) -> bool:
-        """Saves the training state. Returns False (and keeps training) if the file cannot be written.
+        """Save the training state. Return False (and keep training) if the file cannot be written.
 
         Raises:
             ValueError: The loss is not finite.
@@ -277,7 +277,7 @@ class _Trainer:
         return True
 
     def _load(self) -> bool:
-        """Loads the training state of an interrupted start. Returns False if there is none, or a damaged one."""
+        """Load the training state of an interrupted start. Return False if there is none, or a damaged one."""
         if not self.path.is_file():
             return False
         try:
@@ -318,13 +318,13 @@ class _Trainer:
             yield [train[i] for i in order[start : start + size]]
 
     def _reseed(self, position: str) -> None:
-        """Makes the following draws depend on the seed, the fold and a position in the training alone."""
+        """Make the following draws depend on the seed, the fold and a position in the training alone."""
         self.rng.seed(f"{self.options.seed} {self.fold.name} {position}")
         self.generator.manual_seed(self.rng.getrandbits(62))
         torch.manual_seed(self.rng.getrandbits(62))
 
     def _update(self, clips: list[int]) -> Tensor:
-        """One optimizer step on some clips; returns the loss, a scalar on the run's device."""
+        """Do one optimizer step on some clips; return the loss, a scalar on the run's device."""
         run, options = self.run, self.options
         self._reseed(f"update {self.step}")
         crops = [run.audio.crop(i, run.max_seconds, self.rng) for i in clips]

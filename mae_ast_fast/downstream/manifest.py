@@ -134,7 +134,7 @@ class Task:
         return folds
 
     def _draw_valid(self, indices: list[int], seed: int) -> tuple[list[int], list[int]]:
-        """Splits training clips into training and validation, per class; all clips of a file go the same way.
+        """Split training clips into training and validation, per class; all clips of a file go the same way.
 
         Raises:
             ValueError: Every class has clips of one file only.
@@ -165,7 +165,7 @@ class Task:
 def read_task(
     manifest: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, multi_label: bool = False
 ) -> Task:
-    """Reads a manifest; the module's docstring describes the format.
+    """Read a manifest; the module's docstring describes the format.
 
     Args:
         manifest: ``.tsv`` or ``.csv`` file.
@@ -227,7 +227,7 @@ def read_task(
 
 
 def _parse_row(row: dict[str, str], position: str, label_column: str, folders: Sequence[Path]) -> Clip:
-    """Parses and checks a row.
+    """Parse and check a row.
 
     Args:
         row: Column -> cell. A row that is too short or too long has None for a cell or for a column.

@@ -75,7 +75,7 @@ def average_precisions(probabilities: np.ndarray, targets: np.ndarray) -> np.nda
 
 
 def _pad_columns(array: np.ndarray) -> np.ndarray:
-    """Adds an empty class to a single one: torchmetrics' multilabel functions need at least two."""
+    """Add an empty class to a single one: torchmetrics' multilabel functions need at least two."""
     return np.pad(array, ((0, 0), (0, 1))) if array.shape[1] == 1 else array
 
 

@@ -21,7 +21,7 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larg
 
 
 def probe(options: ProbeOptions) -> dict[str, Any]:
-    """Fits logistic regression on the frozen encoder's features; returns the content of summary.json.
+    """Fit logistic regression on the frozen encoder's features; return the content of summary.json.
 
     The baseline ``log_mel`` is the same regression on the mean log-mel spectrum of each clip, without a network. For a
     clip longer than ``max_seconds`` the features of its windows are averaged; ``predict`` averages probabilities.
@@ -84,7 +84,7 @@ def _log_mel_features(run: Run[ProbeOptions], clips: Sequence[int]) -> np.ndarra
 def _gather(
     run: Run[ProbeOptions], clips: Sequence[int], compute: Callable[[Tensor, Tensor], tuple[Tensor, int]], width: int
 ) -> np.ndarray:
-    """Computes features (n, width) window by window. A clip of several windows has their mean, weighted by duration.
+    """Compute features (n, width) window by window. A clip of several windows has their mean, weighted by duration.
 
     Args:
         run: Run whose audio is read.
@@ -99,8 +99,8 @@ def _gather(
     num_windows, start_time, last_report = 0, time.perf_counter(), time.perf_counter()
     for waveforms, num_samples, window_clips, window_starts in run.read(clips):
         computed, frames_per_block = compute(waveforms, num_samples)
-        rows, seconds = computed.cpu().numpy(), num_samples.numpy() / SAMPLE_RATE
-        for values, clip, start, duration in zip(rows, window_clips, window_starts, seconds, strict=True):
+        window_features, seconds = computed.cpu().numpy(), num_samples.numpy() / SAMPLE_RATE
+        for values, clip, start, duration in zip(window_features, window_clips, window_starts, seconds, strict=True):
             if not task.frame_level:
                 features[clip] += values * duration
                 weight[clip] += duration
@@ -119,7 +119,7 @@ def _gather(
 
 
 def _fit_fold(run: Run[ProbeOptions], features: np.ndarray, fold: Fold, keep: bool = False) -> FoldResult:
-    """Fits each penalty on the training examples, selects one on the validation examples, predicts the test examples.
+    """Fit each penalty on the training examples, select one on the validation examples, predict the test examples.
 
     Args:
         run: Run whose examples are classified.
@@ -164,7 +164,7 @@ def _fit_fold(run: Run[ProbeOptions], features: np.ndarray, fold: Fold, keep: bo
 
 
 def set_norm(classifier: AudioClassifier, pooled: Tensor) -> None:
-    """Sets the norm's statistics to those of pooled features (n, D). Training then updates them."""
+    """Set the norm's statistics to those of pooled features (n, D). Training then updates them."""
     mean, var = classifier.norm.running_mean, classifier.norm.running_var
     assert mean is not None and var is not None  # the norm tracks statistics
     mean.copy_(pooled.mean(0))
@@ -174,7 +174,7 @@ def set_norm(classifier: AudioClassifier, pooled: Tensor) -> None:
 def fit_logistic(
     x: Tensor, targets: Tensor, *, penalty: float, multi_label: bool, start: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Fits logistic regression by L-BFGS, minimising the summed loss + |W|^2 / (2 penalty).
+    """Fit logistic regression by L-BFGS, minimising the summed loss + |W|^2 / (2 penalty).
 
     Args:
         x: (n, D) features. Products are computed in fp64, which resolves the optimum.

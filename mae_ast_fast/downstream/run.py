@@ -208,7 +208,7 @@ class Run(Generic[Options_co]):
         return notes
 
     def _check_output_dir(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Checks that the run folder holds no other run: a folder belongs to one run.
+        """Check that the run folder holds no other run: a folder belongs to one run.
 
         Returns:
             The options of this run, and the options of the results in the folder (empty if there are none).
@@ -243,8 +243,8 @@ class Run(Generic[Options_co]):
         Run folders keep it. Whatever changes it, such as a field of ``Clip``, makes them unusable.
         """
         task = self.task
-        parts = [self.encoder.config.to_dict(), *self.build_classifier(self.encoder).state_dict()]
-        digest = hashlib.sha256(repr([parts, task.labels, task.clips, sorted(self.audio.missing)]).encode())
+        model = [self.encoder.config.to_dict(), *self.build_classifier(self.encoder).state_dict()]
+        digest = hashlib.sha256(repr([model, task.labels, task.clips, sorted(self.audio.missing)]).encode())
         digest.update(self.audio.identity.encode())
         for name, tensor in self.encoder.state_dict().items():
             digest.update(name.encode())
@@ -258,7 +258,7 @@ class Run(Generic[Options_co]):
 
     @staticmethod
     def log(line: str) -> None:
-        """Prints a line at once."""
+        """Print a line at once."""
         print(line, flush=True)
 
     def autocast(self) -> torch.autocast:
@@ -277,7 +277,7 @@ class Run(Generic[Options_co]):
         )
 
     def read(self, clips: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[int], list[float]]]:
-        """Reads all windows of some clips, batch by batch.
+        """Read all windows of some clips, batch by batch.
 
         Yields:
             Waveforms (B, S) int16 on the run's device, number of samples (B,) on the CPU, the clip of each window, and
@@ -298,9 +298,10 @@ class Run(Generic[Options_co]):
         for waveforms, num_samples, window_clips, _ in self.read(clips):
             with self.autocast():
                 probabilities = classifier.probabilities(waveforms, num_samples).cpu().numpy()
-            rows, window_weight = [row[clip] for clip in window_clips], num_samples.numpy().astype(np.float32)[:, None]
-            np.add.at(total, rows, probabilities * window_weight)
-            np.add.at(weight, rows, window_weight)
+            clip_rows = [row[clip] for clip in window_clips]
+            window_weight = num_samples.numpy().astype(np.float32)[:, None]
+            np.add.at(total, clip_rows, probabilities * window_weight)
+            np.add.at(weight, clip_rows, window_weight)
         return total / weight
 
     def score(self, probabilities: np.ndarray, targets: np.ndarray, metric: str | None = None) -> float:
@@ -310,7 +311,7 @@ class Run(Generic[Options_co]):
     def report(
         self, results: list[FoldResult], history: list[dict[str, Any]], baselines: dict[str, list[FoldResult]]
     ) -> dict[str, Any]:
-        """Writes summary.json, predictions.csv and the figures.
+        """Write summary.json, predictions.csv and the figures.
 
         Args:
             results: Result of each fold.
@@ -413,13 +414,14 @@ class Run(Generic[Options_co]):
         predictions = [np.concatenate(probabilities) for probabilities in models]
         order = np.argsort(all_clips, kind="stable")
         distinct_clips, first = np.unique(all_clips[order], return_index=True)
-        rows = dict(zip(distinct_clips.tolist(), np.split(order, first[1:]), strict=True))
-        one_row_per_clip = len(rows) == len(all_clips)
+        rows_by_clip = dict(zip(distinct_clips.tolist(), np.split(order, first[1:]), strict=True))
+        one_row_per_clip = len(rows_by_clip) == len(all_clips)
 
         def statistic(drawn: np.ndarray) -> float:
-            index = (
-                np.array([rows[i][0] for i in drawn]) if one_row_per_clip else np.concatenate([rows[i] for i in drawn])
-            )
+            if one_row_per_clip:
+                index = np.array([rows_by_clip[clip][0] for clip in drawn])
+            else:
+                index = np.concatenate([rows_by_clip[clip] for clip in drawn])
             scores = [self.score(p[index], all_targets[index]) for p in predictions]
             return scores[0] - (scores[1] if len(scores) > 1 else 0.0)
 
@@ -429,7 +431,7 @@ class Run(Generic[Options_co]):
         return [low, high] if len(models) > 1 else [max(low, 0.0), min(high, 1.0)]
 
     def _write_predictions(self, test_examples: list[np.ndarray], probabilities: list[np.ndarray]) -> None:
-        """Writes predictions.csv: label, prediction and probabilities of each test example, fold by fold."""
+        """Write predictions.csv: label, prediction and probabilities of each test example, fold by fold."""
         task, examples = self.task, self.examples
 
         def write(path: Path) -> None:
@@ -451,7 +453,7 @@ class Run(Generic[Options_co]):
 
 
 def _rounded(value: Any) -> Any:
-    """Rounds floats to six decimals, in nested values too. NaN and infinity, which JSON lacks, become None."""
+    """Round floats to six decimals, in nested values too. NaN and infinity, which JSON lacks, become None."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -118,7 +118,7 @@ def build(
     cache: str | os.PathLike[str] | None = None,
     progress: Callable[[str], object] = print,
 ) -> dict[str, dict[str, Any]]:
-    """Writes the audio and the manifests of small tasks, the smallest download first.
+    """Write the audio and the manifests of small tasks, the smallest download first.
 
     Writes ``OUT/audio/PACKAGE/ID.wav``, 16 kHz mono PCM16, and ``OUT/TASK.tsv`` with paths relative to ``out``. After a
     kill the same call resumes and keeps the existing clips. If this system's release lacks a package, or a file cannot
@@ -198,7 +198,7 @@ def _build_task(
 
 
 def _cut_clips(package: Path, clips: Sequence[tuple[dict[str, str], Path]]) -> dict[str, str]:
-    """Cuts the clips of a package out of its recordings.
+    """Cut the clips of a package out of its recordings.
 
     Args:
         package: Folder of the unpacked package.
@@ -238,7 +238,7 @@ def _cut_clips(package: Path, clips: Sequence[tuple[dict[str, str], Path]]) -> d
 
 
 def _decode(decoder: Decoder, path: Path) -> np.ndarray:
-    """Decodes a file to int16 (S,) at 16 kHz.
+    """Decode a file to int16 (S,) at 16 kHz.
 
     Raises:
         AudioError: The file does not exist or cannot be decoded.

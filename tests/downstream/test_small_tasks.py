@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_corpus import Fake
+from fake_apt import FakeApt
 
 from mae_ast_fast.cli import main
 from mae_ast_fast.data import corpus
@@ -96,7 +96,7 @@ def encoded(samples: np.ndarray, rate: int, **codec: str) -> bytes:
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    fake = Fake(tmp_path / "fake")
+    fake = FakeApt(tmp_path / "fake")
     monkeypatch.setenv("PATH", str(fake.folder / "bin"))
     monkeypatch.setenv("MAE_AST_FAST_CACHE", str(tmp_path / "cache"))
     fake.add("gcin-voice", {"usr/share/a.wav": encoded(wave(2.0), RATE, format="WAV")})
