@@ -1007,7 +1007,7 @@ def test_commands_write_outputs_and_report_errors(folder, tmp_path, capsys):
 
 def test_predict_command_folder_as_out_exits_with_message(folder, tmp_path, capsys):
     assert cli.main(["predict", "x.wav", "--checkpoint", str(folder / "mae_ast"), "--out", str(tmp_path)]) == 2
-    assert f"--out is the table to write, got the folder {tmp_path}" in capsys.readouterr().err
+    assert f"--out must be the file to write, got the folder {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FINETUNE_PRESETS)
