@@ -76,7 +76,10 @@ $(GPU_VENV)/gpu.done: pyproject.toml setup.py
 	touch $@
 
 lint: $(VENV)/test.done
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/meta/lint_calls.py
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

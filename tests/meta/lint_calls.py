@@ -28,6 +28,11 @@ def defined_names(trees: list[ast.Module]) -> set[str]:
     return names
 
 
+def variadic_names(tree: ast.Module) -> set[str]:
+    """Names of a file's own functions with ``*args``: there, a bare name means these."""
+    return {node.name for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node.args.vararg}
+
+
 def library_names(tree: ast.Module) -> set[str]:
     """Names that a file gives to the modules of others: ``torch``, ``np``."""
     imports = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
@@ -77,9 +82,9 @@ def main(folders: list[str]) -> int:
     names = defined_names(trees)
     failed = 0
     for path, tree in zip(paths, trees, strict=True):
-        libraries = library_names(tree)
+        libraries, variadic = library_names(tree), variadic_names(tree)
         for call in packed_calls(tree, names):
-            if first_name(call) in libraries:
+            if first_name(call) in libraries or (isinstance(call.func, ast.Name) and call.func.id in variadic):
                 continue
             failed = 1
             print(f"{path.relative_to(ROOT)}:{call.lineno}: packed arguments, pass them by name: {ast.unparse(call)}")
