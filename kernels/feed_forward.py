@@ -211,7 +211,8 @@ def dgelu_epilogue(dy: Tensor, w2: Tensor, h: Tensor, b1: Tensor) -> tuple[Tenso
 
 
 def _uses_epilogue(kernel: str, x: Tensor, outputs: int) -> bool:
-    return epilogue(kernel, architecture(x.device), x.shape[1], outputs, x.element_size())[0]
+    arch, size = architecture(x.device), x.element_size()
+    return epilogue(kernel, arch, inner=x.shape[1], outputs=outputs, element_size=size)[0]
 
 
 def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:

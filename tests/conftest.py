@@ -54,6 +54,27 @@ def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return function
 
 
+@pytest.fixture
+def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write empty pictures, and intervals of 50 resamples, in tests without the mark ``full_report``.
+
+    Drawing takes half the time of a tiny run, and 1000 resamples take the other half.
+    """
+    if request.node.get_closest_marker("full_report"):
+        return
+    from mae_ast_fast.downstream import figures as downstream_figures
+    from mae_ast_fast.downstream import metrics
+    from mae_ast_fast.training import figures
+
+    def save_empty(figure: Any, path: Path) -> None:
+        path.write_bytes(b"")
+        figures.pyplot().close(figure)
+
+    monkeypatch.setattr(figures, "save_figure", save_empty)
+    monkeypatch.setattr(downstream_figures, "save_figure", save_empty)
+    monkeypatch.setattr(metrics, "RESAMPLES", 50)
+
+
 @pytest.fixture(autouse=True)
 def undefined_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In kernel tests, memory that a kernel does not write is NaN instead of an arbitrary value.

@@ -108,7 +108,7 @@ EPILOGUES: dict[str, list[tuple[str, int, int, int, float, float]]] = {
 }
 
 
-def epilogue(kernel: str, arch: str, inner: int, outputs: int, element_size: int) -> tuple[bool, str]:
+def epilogue(kernel: str, arch: str, *, inner: int, outputs: int, element_size: int) -> tuple[bool, str]:
     """Decide whether a product with epilogue replaces cuBLAS's product and an elementwise kernel.
 
     An epilogue is enabled only where it was measured: at least ``MIN_EPILOGUE_SPEED`` of the speed of the bare product,
@@ -145,7 +145,7 @@ def epilogues(arch: str) -> tuple[str, str]:
     for kernel, rows in EPILOGUES.items():
         for row_arch, inner, outputs, element_size, _, _ in rows:
             if row_arch == arch:
-                enabled, reason = epilogue(kernel, arch, inner, outputs, element_size)
+                enabled, reason = epilogue(kernel, arch, inner=inner, outputs=outputs, element_size=element_size)
                 state = "on" if enabled else "off"
                 choices.append((enabled, f"{kernel} {inner}x{outputs}, {element_size} bytes, {state}: {reason}"))
     choice = "on" if any(enabled for enabled, _ in choices) else "off"

@@ -36,6 +36,7 @@ soundfile, *_ = (pytest.importorskip(name) for name in ("soundfile", "soxr", "lh
 RATE = 16000
 PITCHES = {"low": 300, "middle": 900, "high": 2700}
 SMALL = {"embed_dim": 32, "num_heads": 2}
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 def mae_ast(dropout: float = 0.0) -> MAEAST:
@@ -251,6 +252,7 @@ def test_classifier_training_keeps_input_norm_of_pretraining():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.full_report
 def test_probe_splits_writes_outputs(folder, tmp_path, capsys):
     summary = probe(make_options(folder, tmp_path / "run"))
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
@@ -304,6 +306,7 @@ def test_probe_folds_gives_mean_over_folds(folder, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.full_report
 def test_probe_frame_level_task_classifies_moments(folder, tmp_path):
     summary = probe(make_options(folder, tmp_path / "run", "moments.tsv", max_seconds=1.5))
     assert summary["frame_level"]
@@ -398,6 +401,7 @@ def test_probe_incomplete_manifest_gives_notes(folder, tmp_path):
     assert probe(make_options(folder, tmp_path / "plain"))["notes"] == []
 
 
+@pytest.mark.full_report
 def test_runs_several_labels_report_mean_average_precision(folder, tmp_path):
     for name, run in (("probe", probe), ("tuned", finetune)):
         fields = {"options_class": FinetuneOptions, "epochs": 12, "lr": 5e-3, "mixup": 0.3} if run is finetune else {}
@@ -722,6 +726,7 @@ def test_finetune_diverged_run_leaves_folder_free(folder, tmp_path, monkeypatch,
         probe(make_options(folder, tmp_path / "file"))
 
 
+@pytest.mark.full_report
 @pytest.mark.parametrize("run", [probe, finetune])
 def test_runs_single_label_task_is_scored(folder, tmp_path, run):
     """A detector: some clips have the label, the others have none."""
@@ -754,6 +759,7 @@ def test_probe_wrong_options_raise_before_output(folder, tmp_path, wrong, messag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full_report
 def test_bootstrap_ci_contains_the_value():
     rng = np.random.default_rng(0)
     targets = rng.random((400, 20)) < 0.02
@@ -884,6 +890,7 @@ def test_probe_results_of_earlier_version_raise(folder, tmp_path):
         probe(make_options(folder, tmp_path / "run"))
 
 
+@pytest.mark.full_report
 def test_figures_names_like_formulas_are_drawn(folder, tmp_path):
     for name in ("split", "several"):
         shutil.copy(folder / f"{name}.tsv", folder / f"{name}$_$.tsv")

@@ -55,7 +55,7 @@ def epilogues(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "launch", counted)
 
     def enable(kernels: Sequence[str]) -> dict[object, int]:
-        monkeypatch.setattr(module, "epilogue", lambda kernel, *sizes: (kernel in kernels, "by a test"))
+        monkeypatch.setattr(module, "epilogue", lambda kernel, arch, **sizes: (kernel in kernels, "by a test"))
         return launched
 
     return enable

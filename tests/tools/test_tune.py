@@ -405,13 +405,17 @@ def test_tune_epilogue_is_compared_with_baselines(tmp_path):
     ]
     assert names["EPILOGUES"] == {"feed_forward_forward": rows, "feed_forward_backward": rows}
     for kernel in names["EPILOGUES"]:
-        assert names["epilogue"](kernel, "sm_123", 192, 768, 2) == (
-            True,
-            "1.00 x the bare product, 3.00 x product and bias_gelu",
-        )
-        assert names["epilogue"](kernel, "sm_123", 384, 1536, 2)[0] is False  # 0.8 of the bare product
-        for other_key in (("sm_90", 192, 768, 2), ("sm_123", 192, 768, 4), ("sm_123", 192, 384, 2)):
-            assert names["epilogue"](kernel, *other_key) == (False, f"not measured on {other_key[0]}")
+
+        def epilogue(
+            arch: str, inner: int, outputs: int, element_size: int, *, kernel: str = kernel
+        ) -> tuple[bool, str]:
+            return names["epilogue"](kernel, arch, inner=inner, outputs=outputs, element_size=element_size)
+
+        assert epilogue("sm_123", 192, 768, 2) == (True, "1.00 x the bare product, 3.00 x product and bias_gelu")
+        assert epilogue("sm_123", 384, 1536, 2)[0] is False  # 0.8 of the bare product
+        assert epilogue("sm_90", 192, 768, 2) == (False, "not measured on sm_90")
+        assert epilogue("sm_123", 192, 768, 4) == (False, "not measured on sm_123")
+        assert epilogue("sm_123", 192, 384, 2) == (False, "not measured on sm_123")
     choice, reason = names["epilogues"]("sm_123")
     assert choice == "on" and reason.count(", off: 0.80 x the bare product") == 4
     assert names["epilogues"]("sm_90") == ("off", "GELU inside products is not measured on sm_90")

@@ -39,7 +39,10 @@ from mae_ast_fast.training.trainer import NonFiniteLoss
 for library in TRAIN_EXTRA:
     pytest.importorskip(library)
 soundfile = pytest.importorskip("soundfile")
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.usefixtures("quick_reports"),
+]
 RATE = 16000
 SMALL = {
     "embed_dim": 32,
@@ -91,6 +94,7 @@ def wait_for_step(process: subprocess.Popen[Any], run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.full_report
 def test_pretrain_writes_run_folder(options: PretrainOptions) -> None:
     summary = pretrain(options)
     run = Path(options.out)
@@ -259,6 +263,7 @@ def test_pretrain_corrupt_files_are_skipped_counted_and_named(options: PretrainO
     assert named == {"text.wav", "empty.ogg", "nan.wav", "short.wav"}
 
 
+@pytest.mark.full_report
 def test_pretrain_clip_names_with_markup_are_plotted(options: PretrainOptions, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
