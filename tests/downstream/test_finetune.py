@@ -424,6 +424,7 @@ def finetune_options(folder: Path, out: Path, **fields) -> FinetuneOptions:
     return make_options(folder, out, options_class=FinetuneOptions, **{**defaults, **fields})
 
 
+@pytest.mark.full_report
 def test_finetune_second_start_keeps_finished_folds(folder, tmp_path, capsys):
     options = finetune_options(folder, tmp_path / "run")
     summary = finetune(options)
