@@ -15,7 +15,7 @@ GPU_PYTHON ?= python3.12
 GPU_PACKAGES = torch==2.11.0 triton==3.6.0 "numpy>=2.4" "transformers>=5" "hypothesis>=6.100" "pytest>=8" \
   "pytest-benchmark>=5" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 GPU_TESTS = interpreter policy add_layer_norm bias_gelu feed_forward gather_patches info_nce masked_mse sample_mask \
-  scatter_tokens short_attention tail model_triton golden undefined_memory attention flash packed_sizes train_step import \
+  scatter_tokens short_attention clear_padding model_triton golden undefined_memory attention flash packed_sizes train_step import \
   doctor datasets benchmarks fbank called_modules fake_cuda gpu_first
 
 .PHONY: gpu-env test-gpu-env pretrain test test-ci test-all kernels bench bench-compare quality gpu gpu-full lint clean

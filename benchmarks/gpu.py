@@ -427,7 +427,7 @@ def goals(path: Path) -> list[dict[str, Any]]:
     """Goals of the step compared with a benchmark's result; empty without a result."""
     if not path.is_file():
         return []
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parent / "reports"))
     import report
 
     names = ("what", "goal", "measured", "reached")

@@ -1,5 +1,6 @@
-"""The public path ``mae_ast_fast.ssast``; the code is in ``models.ssast``."""
+"""The public path ``mae_ast_fast.ssast``; the code is in ``models.config`` and ``models.ssast``."""
 
+from .models.config import SSASTConfig
 from .models.ssast import SSAST
 
-__all__ = ["SSAST"]
+__all__ = ["SSAST", "SSASTConfig"]

@@ -298,6 +298,8 @@ def errors(predicted: dict[str, Any], rounds: dict[str, list[dict[str, Any]]]) -
 def circumstances() -> dict[str, Any]:
     """Machine and commit, as the other benchmarks record them."""
     import torch
+
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     from conftest import pytest_benchmark_generate_commit_info, pytest_benchmark_generate_machine_info
 
     torch.set_num_threads(1)

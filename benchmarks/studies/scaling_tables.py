@@ -405,7 +405,7 @@ def sampler_table() -> str:
         cells += [short(rate), short(needed_rate), f"{needed_rate / rate:.0%}"]
         rows.append([*cells, *(duration(num_crops / gpus / rate) for gpus in (8, 1024))])
     headings = ("data", "windows of", "windows", "manifests, if a cut is a window", "windows/s of a sampler")
-    headings += ("windows/s that a GPU trains on", "of a core, a GPU", "to replay an epoch, 8 lanes", "1,024 lanes")
+    headings += ("windows/s that a GPU trains on", "of a core, a GPU", "to replay an epoch, 8 streams", "1,024 streams")
     return table(headings, rows)
 
 

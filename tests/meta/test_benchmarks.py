@@ -375,3 +375,16 @@ def test_report_tables_use_raw_samples() -> None:
     speed = "100 (100 - 200) | 3.00 x (2.00 - 4.00)"
     assert ops[-5] == f"| o | p | torch | {speed} | {speed} | 30 GB/s | 60 % |"
     assert ops[-3:] == ["Left out: `compiled`: no compiler.", "", "Slower than `original`: nothing."]
+
+
+@pytest.mark.parametrize(
+    ("folder", "statement"),
+    [
+        ("benchmarks", "import gpu, pathlib; assert gpu.goals(pathlib.Path('benchmarks/results/step_cpu.json'))"),
+        ("benchmarks/studies", "import scaling; assert scaling.circumstances()['machine_info']"),
+    ],
+)
+def test_benchmark_program_in_fresh_process_finds_its_modules(folder: str, statement: str) -> None:
+    code = f"import sys; sys.path.insert(0, {folder!r}); {statement}"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr

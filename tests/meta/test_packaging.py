@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -93,3 +94,10 @@ def test_wheel_and_sdist_install_outside_checkout(built: Path, tmp_path: Path, p
         check=False,
     )
     assert process.returncode == 0 and "smoke test passed" in process.stdout, process.stderr
+
+
+def test_makefile_gpu_tests_name_one_file_each() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (names,) = re.findall(r"^GPU_TESTS = (.*)$", makefile, re.MULTILINE)
+    found = {name: len(list((ROOT / "tests").rglob(f"test_{name}.py"))) for name in names.split()}
+    assert len(found) > 20 and set(found.values()) == {1}, found
