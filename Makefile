@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 BASE ?= main
-# Nearly every test keeps one core busy: side by side they take half the time. A file's tests share what they set up.
-SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist loadfile
+# Most tests keep one core busy, some wait: one process more than cores, at most four. A file's tests share what they set up.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+SIDE_BY_SIDE ?= -n $(WORKERS) --dist loadfile
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 

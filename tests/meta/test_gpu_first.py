@@ -105,7 +105,7 @@ def test_gpu_first_section_that_dies_or_hangs_does_not_stop_the_others(start: St
         "normal_ = torch.Tensor.normal_\n"  # of a model's weights, too
         "torch.Tensor.normal_ = lambda x, *a, **k: hangs() if x.dtype == torch.bfloat16 else normal_(x, *a, **k)\n"
     )
-    assert_exit_code(start("--sections", "attention,peaks,plain", "--limit", "15", sabotage=sabotage), 1)
+    assert_exit_code(start("--sections", "attention,peaks,plain", "--limit", "40", sabotage=sabotage), 1)
     entries = sections(tmp_path / "out")
     assert (entries["attention"]["status"], entries["attention"]["reason"]) == ("died", "exit status -9")
     assert (entries["peaks"]["status"], entries["peaks"]["reason"]) == ("stopped", "it ran longer than its limit")

@@ -187,7 +187,7 @@ MUTANTS = [
 def run_tests(folder: Path, mutant: Mutant) -> subprocess.CompletedProcess[str]:
     """Run the operation's tests on a copy of the package with the mutant, in ``folder``."""
     package = folder / "mae_ast_fast"
-    shutil.copytree(ROOT / "mae_ast_fast", package, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
+    shutil.copytree(ROOT / "mae_ast_fast", package, ignore=shutil.ignore_patterns("kernels"))  # __pycache__ saves time
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     path = package / "kernels" / f"{mutant.op}.py"
     source = path.read_text()
