@@ -21,7 +21,7 @@ from .files import atomic_write
 from .models.config import MAEASTConfig
 from .models.mae_ast import MAEAST, MAX_TOKENS
 from .models.ssast import SSAST
-from .ops.fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
+from .ops.fbank import HOP, SAMPLE_RATE, frames_to_samples, num_frames
 from .ops.masking import sample_mask
 from .training.evaluation import MASK_SEED, HeldOut
 
@@ -130,19 +130,16 @@ def _chunks(blocks: Iterable[np.ndarray], chunk_frames: int, kt: int) -> Iterato
         kt: Frames per patch.
     """
 
-    def num_samples(frames: int) -> int:
-        return (frames - 1) * HOP + WINDOW
-
     rest = np.zeros(0, np.float32)
     for block in blocks:
         rest = np.concatenate([rest, block])
         while num_frames(rest.size) >= 2 * chunk_frames:
-            yield rest[: num_samples(chunk_frames)]
+            yield rest[: frames_to_samples(chunk_frames)]
             rest = rest[chunk_frames * HOP :]
     rest_frames = num_frames(rest.size)
     if rest_frames > chunk_frames:
         half = -(-rest_frames // (2 * kt)) * kt
-        yield rest[: num_samples(half)]
+        yield rest[: frames_to_samples(half)]
         rest = rest[half * HOP :]
     yield rest
 
@@ -151,7 +148,7 @@ def _token_times(config: MAEASTConfig, first_frame: int, num_tokens: int) -> np.
     """Centres (tokens,) in seconds of the tokens of a chunk: a token of kt frames covers (kt - 1) * 10 + 25 ms."""
     kt = config.patch_size[0]
     block = np.arange(num_tokens) // config.grid_f
-    centre = ((kt - 1) * HOP + WINDOW) / 2
+    centre = frames_to_samples(kt) / 2
     return ((first_frame + block * kt) * HOP + centre) / SAMPLE_RATE
 
 
@@ -232,7 +229,7 @@ def masked_clips(
             ``masking`` is out of range.
     """
     if seconds is None:
-        seconds = min(10.0, ((model.max_frames - 1) * HOP + WINDOW) / SAMPLE_RATE)
+        seconds = min(10.0, frames_to_samples(model.max_frames) / SAMPLE_RATE)
     if not (start >= 0.0 and seconds > 0.0):
         raise ValueError(f"start must be >= 0 and seconds > 0, got {start:g} and {seconds:g}")
     # MAEASTConfig checks the masking and its ratio, for an SSAST model too.

@@ -19,7 +19,7 @@ from ..data import audio
 from ..files import atomic_write
 from ..models.base import Encoded, PretrainingModel, weight_dtype, write_model
 from ..models.registry import MODELS
-from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW
+from ..ops.fbank import SAMPLE_RATE, WINDOW, frames_to_samples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,7 +201,7 @@ def write_predictions(
 
 def max_clip_seconds(encoder: PretrainingModel) -> float:
     """Duration in seconds of the longest clip that an encoder takes."""
-    return ((encoder.max_frames - 1) * HOP + WINDOW) / SAMPLE_RATE
+    return frames_to_samples(encoder.max_frames) / SAMPLE_RATE
 
 
 def pool_tokens(encoded: Encoded, num_groups: int, *, num_bands: int = 1, group: Tensor | None = None) -> Tensor:

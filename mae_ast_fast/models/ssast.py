@@ -249,7 +249,7 @@ class SSAST(PretrainingModel):
         Args:
             log_mel: (B, T, F), normalised.
             real: (B, L) bool, True where a clip has a token.
-            mask: (B, L) bool, True = masked, False where ``real`` is.
+            mask: (B, L) bool, True = masked, False where ``real`` is False.
             sizes: Token counts, without class tokens.
             dtype: Dtype of the stream.
             cfg: Implementation of this forward pass.

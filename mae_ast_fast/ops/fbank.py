@@ -42,6 +42,11 @@ def num_frames(samples: int | torch.Tensor) -> int | torch.Tensor:
     return frames.clamp(min=0) if isinstance(frames, torch.Tensor) else max(frames, 0)
 
 
+def frames_to_samples(frames: int) -> int:
+    """Samples at 16 kHz that ``frames`` frames cover, at least 1: the fewest whose ``num_frames`` is ``frames``."""
+    return (frames - 1) * HOP + WINDOW
+
+
 @torch.no_grad()
 def fbank(
     waveforms: torch.Tensor,

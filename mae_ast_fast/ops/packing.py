@@ -141,7 +141,7 @@ def real_tokens(num_tokens: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=num_tokens.device) < num_tokens[:, None]
 
 
-def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[tuple[Tensor, Tensor, int]] | None:
+def similar_clips(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[Tensor] | None:
     """Groups of clips whose lengths differ by less than a factor of 2, where padding to the longest would waste much.
 
     Args:
@@ -150,17 +150,8 @@ def similar_lengths(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[
         num_rows: N.
 
     Returns:
-        None where at least half of the padded rows are real. Otherwise (rows (n,), cu_seqlens, max_seqlen) of each
-        group.
-    """
-    groups = similar_clips(cu_seqlens, max_seqlen, num_rows)
-    return None if groups is None else [rows_of_clips(cu_seqlens, clips) for clips in groups]
-
-
-def similar_clips(cu_seqlens: Tensor, max_seqlen: int, num_rows: int) -> list[Tensor] | None:
-    """The clips (ascending int64 indices) of each group of ``similar_lengths``; clips without rows are in no group.
-
-    None on other devices than a CPU and while a graph is traced, because the host reads lengths here.
+        Ascending int64 indices of each group's clips; clips without rows are in no group. None where at least half of
+        the padded rows are real, on other devices than a CPU and while a graph is traced: the host reads lengths here.
     """
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import drop
-from .packing import PaddedView, padded_views, similar_lengths
+from .packing import PaddedView, padded_views, rows_of_clips, similar_clips
 
 
 def patchify(log_mel: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -169,7 +169,8 @@ def info_nce(
         Over predictions, hit is whether no other target i gives prediction j a larger
         log softmax_j(<target_i, prediction_j>).
     """
-    if groups := similar_lengths(cu_seqlens, max_seqlen, prediction.shape[0]):
+    if clip_groups := similar_clips(cu_seqlens, max_seqlen, prediction.shape[0]):
+        groups = [rows_of_clips(cu_seqlens, clips) for clips in clip_groups]
         order = torch.cat([rows for rows, _, _ in groups]).argsort()
         losses, hits = [], []
         for rows, group_cu_seqlens, longest in groups:

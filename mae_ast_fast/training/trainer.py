@@ -25,7 +25,7 @@ from ..models import registry
 from ..models.config import MAEASTConfig, SSASTConfig
 from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
-from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, num_frames
+from ..ops.fbank import SAMPLE_RATE, frames_to_samples, num_frames
 from .distributed import DistributedContext
 from .evaluation import HeldOut, evaluate
 from .figures import plot_loss, plot_reconstruction
@@ -443,7 +443,7 @@ def check_min_seconds(config: MAEASTConfig | SSASTConfig, options: PretrainOptio
     kt, grid_f = config.patch_size[0], config.grid_f
     frames = num_frames(round(options.min_seconds * SAMPLE_RATE))
     if frames // kt * grid_f < 2:
-        needed_seconds = (WINDOW + ((1 if grid_f > 1 else 2) * kt - 1) * HOP) / SAMPLE_RATE
+        needed_seconds = frames_to_samples((1 if grid_f > 1 else 2) * kt) / SAMPLE_RATE
         raise ValueError(
             f"min_seconds must be at least {needed_seconds:g} for patches of {kt} frames x {config.patch_size[1]} "
             f"bins, got {options.min_seconds:g}"

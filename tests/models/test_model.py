@@ -609,15 +609,9 @@ def test_extract_features_more_than_48000_tokens_raises() -> None:
 
 def test_positions_past_initial_table_grow_on_demand() -> None:
     """The table grows on demand and keeps its rows."""
-    model = build(
-        num_mel_bins=2,
-        patch_size=(1, 2),
-        embed_dim=8,
-        num_heads=2,
-        encoder_layers=1,
-        decoder_layers=1,
-        masking="random",
-    )
+    options = {"num_mel_bins": 2, "patch_size": (1, 2), "embed_dim": 8, "num_heads": 2}
+    options |= {"encoder_layers": 1, "decoder_layers": 1, "masking": "random"}
+    model = build(**options)
     size = model.encoder_positions.table.shape[0]
     x = torch.randn(1, 2 * size + 5, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -631,20 +625,7 @@ def test_positions_past_initial_table_grow_on_demand() -> None:
     assert torch.equal(model.decoder_positions.table, sinusoid(len(model.decoder_positions.table), 8))
     assert not torch.equal(long.last_hidden_state[:, 1:], shifted.last_hidden_state)
     assert out.loss.isfinite()
-    assert set(model.state_dict()) == set(
-        build(
-            seed=1,
-            **dict(
-                num_mel_bins=2,
-                patch_size=(1, 2),
-                embed_dim=8,
-                num_heads=2,
-                encoder_layers=1,
-                decoder_layers=1,
-                masking="random",
-            ),
-        ).state_dict()
-    )
+    assert set(model.state_dict()) == set(build(seed=1, **options).state_dict())
 
 
 def test_encoder_only_model_features_equal_full_model() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy import assert_fbank, assert_rounding
 
-from mae_ast_fast.ops.fbank import HOP, SAMPLE_RATE, WINDOW, fbank, num_frames
+from mae_ast_fast.ops.fbank import HOP, SAMPLE_RATE, WINDOW, fbank, frames_to_samples, num_frames
 
 torchaudio, kaldi = (pytest.importorskip(name) for name in ("torchaudio", "torchaudio.compliance.kaldi"))
 FRONTENDS = ("mae_ast", "ssast")
@@ -346,3 +346,9 @@ def test_fbank_global_settings_do_not_change_result(frontend, device):
 def test_fbank_invalid_argument_raises(change, message):
     with pytest.raises(ValueError, match=message):
         fbank(**{"waveforms": torch.zeros(2, 1000), **change})
+
+
+@pytest.mark.parametrize("frames", [1, 2, 998])
+def test_frames_to_samples_is_the_fewest_with_so_many_frames(frames: int) -> None:
+    samples = frames_to_samples(frames)
+    assert (num_frames(samples), num_frames(samples - 1)) == (frames, frames - 1)
