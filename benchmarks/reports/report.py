@@ -62,8 +62,8 @@ def pretrain_table() -> str:
     lines = [
         f"A run of the first command ({summary['parameters'] / 1e6:.1f} M parameters, {summary['steps']} updates, "
         f"{summary['train_seconds'] / 60:.1f} minutes on {summary['threads']} CPU threads in {summary['precision']}, "
-        f"{speed_text}). Held-out squared error of hidden patches, beside what averages "
-        "and straight lines make of the same visible patches; InfoNCE top-1 accuracy beside chance:",
+        f"{speed_text}). Held-out squared error of masked patches, compared with what averages "
+        "and straight lines make of the same visible patches; InfoNCE top-1 accuracy compared with chance:",
         "",
         "| held-out clips | "
         + " | ".join(["MAE-AST", *(name.replace("_", " ") for name in names)])
