@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard, TypeVar
+
+from torch import Tensor
 
 from ..ops.masking import MASKING_STRATEGIES
 
@@ -14,6 +16,8 @@ _SIZES = {  # name -> (embed_dim, ffn_dim, num_heads)
     "small": (384, 1536, 6),
     "tiny": (192, 768, 3),
 }
+Count = TypeVar("Count", int, Tensor)
+
 _PATCHES = {"patch": (16, 16), "frame": (2, 128)}
 
 
@@ -51,8 +55,36 @@ def _check_fields(cls: type, fields: dict[str, Any]) -> None:
         raise ValueError(f"unknown configuration fields {', '.join(unknown)}; known are {', '.join(names)}")
 
 
+class PatchGrid:
+    """What follows from the patch size of a configuration."""
+
+    num_mel_bins: int
+    patch_size: tuple[int, int]
+
+    @property
+    def grid_f(self) -> int:
+        """Number of frequency blocks, which is the number of tokens per time block."""
+        return self.num_mel_bins // self.patch_size[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values P per patch."""
+        return self.patch_size[0] * self.patch_size[1]
+
+    def num_tokens(self, num_frames: Count, *, count_partial: bool = False) -> Count:
+        """Number of tokens of a clip, as an integer, or of several clips, as a tensor.
+
+        Args:
+            num_frames: Frames, >= 0.
+            count_partial: Count a last time block that is not full. False: only whole patches count.
+        """
+        kt = self.patch_size[0]
+        num_blocks = (num_frames + kt - 1) // kt if count_partial else num_frames // kt
+        return num_blocks * self.grid_f
+
+
 @dataclass(frozen=True)
-class MAEASTConfig:
+class MAEASTConfig(PatchGrid):
     """Sizes, masking and loss weights of a MAE-AST model (arXiv 2203.16691, sections 2 and 3).
 
     Args:
@@ -167,16 +199,6 @@ class MAEASTConfig:
             raise ValueError("reconstruction_weight and classification_weight are both 0: nothing to train")
 
     @property
-    def grid_f(self) -> int:
-        """Number of frequency blocks, which is the number of tokens per time block."""
-        return self.num_mel_bins // self.patch_size[1]
-
-    @property
-    def patch_dim(self) -> int:
-        """Values P per patch."""
-        return self.patch_size[0] * self.patch_size[1]
-
-    @property
     def has_projection(self) -> bool:
         """Whether there is a Linear between encoder and decoder."""
         if self.encoder_projection is None:
@@ -233,7 +255,7 @@ SSAST_OBJECTIVES = ("joint", "joint_two_pass", "mpc", "mpg")
 
 
 @dataclass(frozen=True)
-class SSASTConfig:
+class SSASTConfig(PatchGrid):
     """Sizes, masking and objective of an SSAST model (arXiv 2110.09784), the baseline.
 
     Args:
@@ -305,11 +327,6 @@ class SSASTConfig:
         return 4 * self.embed_dim
 
     @property
-    def grid_f(self) -> int:
-        """Number of frequency blocks, which is the number of tokens per time block."""
-        return self.num_mel_bins // self.patch_size[1]
-
-    @property
     def grid_t(self) -> int:
         """Number of time blocks of a clip of ``input_frames``."""
         return self.input_frames // self.patch_size[0]
@@ -318,11 +335,6 @@ class SSASTConfig:
     def num_patches(self) -> int:
         """Number of tokens of a clip of ``input_frames``, without the class tokens."""
         return self.grid_t * self.grid_f
-
-    @property
-    def patch_dim(self) -> int:
-        """Values P per patch."""
-        return self.patch_size[0] * self.patch_size[1]
 
     @property
     def masking(self) -> str:

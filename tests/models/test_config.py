@@ -8,8 +8,9 @@ import json
 import math
 
 import pytest
+import torch
 
-from mae_ast_fast import MAEASTConfig
+from mae_ast_fast import MAEASTConfig, SSASTConfig
 
 CONTRACT = {  # the public interface, in its order
     "num_mel_bins": 128,
@@ -191,3 +192,10 @@ def test_config_zero_weight_or_no_decoder_is_valid() -> None:
     assert MAEASTConfig(reconstruction_weight=0.0).classification_weight == 1.0
     assert MAEASTConfig(classification_weight=0).reconstruction_weight == 10.0
     assert MAEASTConfig(decoder_layers=0).decoder_layers == 0
+
+
+@pytest.mark.parametrize("config", [MAEASTConfig.preset("patch_tiny"), SSASTConfig.preset("patch_tiny")], ids=lambda config: type(config).__name__)
+def test_config_num_tokens_counts_whole_or_started_time_blocks(config):
+    assert [config.num_tokens(frames) for frames in (0, 15, 16, 33)] == [0, 0, 8, 16]
+    assert [config.num_tokens(frames, count_partial=True) for frames in (0, 15, 16, 33)] == [0, 8, 8, 24]
+    assert config.num_tokens(torch.tensor([15, 33])).tolist() == [0, 16]
