@@ -1,4 +1,4 @@
-"""Atomic writes of files, and a lock between processes."""
+"""Atomic writes of files, reads of JSON, and a lock between processes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON by ``atomic_write``."""
     atomic_write(path, lambda temp: temp.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file is not JSON, is nested too deeply, or holds another value than an object.
+        OSError: The file cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, got {type(content).__name__}")
+    return content
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ functions that read tensors import it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -18,15 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..files import read_json
 from ..models.config import MAEASTConfig, SSASTConfig
 from ..models.mae_ast import MAEAST
 from ..models.registry import MODELS
+from ..models.saved import CONFIG, build_on_meta, read_config
 from ..models.ssast import SSAST
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
 
-SHARDS, TRAINER, CONFIG = "shards", "trainer.json", "config.json"
+SHARDS, TRAINER = "shards", "trainer.json"
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -63,15 +66,9 @@ def load_weights(folder: Path, **init: Any) -> MAEAST | SSAST:
         cls for cls in MODELS.values() if cls.config_class is type(config)
     )
     sizes = {name: size for name, size in tensor_sizes(folder).items() if name.startswith("model.")}
-    # Checked before anything is allocated: a forged configuration may ask for more memory than this machine has.
-    if max(value for name, value in config.to_dict().items() if name.endswith("layers")) > len(sizes):
-        raise ValueError(
-            f"{folder} holds another model: {config} has more layers than the {len(sizes)} tensors of the checkpoint"
-        )
     try:
-        with torch.device("meta"):
-            expected = named_tensors(model_class(config))
-    except (RuntimeError, TypeError) as error:
+        expected = named_tensors(build_on_meta(functools.partial(model_class, config), config, len(sizes)))
+    except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{folder} holds no possible model: {error}") from error
     compare_tensors(folder, sizes, expected)
     model = model_class(config, **init)
@@ -117,26 +114,16 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name}: expected an object, got {type(content).__name__}")
-    return content
-
-
 def read_trainer(folder: Path) -> dict[str, Any]:
     """Content of ``trainer.json``: ``files``, ``param_groups``, ``scaler`` and ``state``.
 
     Raises:
         ValueError: The file is missing or damaged.
     """
-    content = _read_json(folder / TRAINER)
     try:
+        content = read_json(folder / TRAINER)
         expected, actual = content.pop("checksum", None), checksum(content)
-    except RecursionError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{TRAINER}: {error}") from None
     if expected != actual:
         raise ValueError(f"{TRAINER} is damaged: expected the checksum {expected!r}, got {actual}")
@@ -171,10 +158,7 @@ def check_folder(folder: Path, rank: int = 0, world_size: int = 1) -> SavedState
     for name in sorted(checksums)[rank::world_size]:
         if checksums[name] != (crc := crc32(folder / name)):
             raise ValueError(f"{name} is damaged: expected the checksum {checksums[name]!r}, got {crc}")
-    fields = _read_json(folder / CONFIG)
-    if (model_type := fields.pop("model_type", None)) not in list(MODELS):  # list: a forged value may be unhashable
-        raise ValueError(f"{CONFIG}: expected model_type {' or '.join(map(repr, MODELS))}, got {model_type!r:.80}")
-    config = MODELS[model_type].config_class.from_dict(fields)
+    _, config = read_config(folder / CONFIG, MODELS)
     return SavedState(folder, config, content["state"])
 
 

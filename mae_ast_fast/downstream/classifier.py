@@ -6,7 +6,6 @@ Letters as in models/mae_ast.py; C classes.
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import audio
-from ..files import atomic_write
-from ..models.base import Encoded, PretrainingModel, weight_dtype, write_model
+from ..files import atomic_write, read_json
+from ..models import saved
+from ..models.base import Encoded, PretrainingModel, weight_dtype
 from ..models.registry import MODELS
 from ..ops.fbank import SAMPLE_RATE, WINDOW, frames_to_samples
 
@@ -135,7 +135,7 @@ class AudioClassifier(nn.Module):
             "pool": self.pool,
             "encoder": {"model_type": self.encoder.model_type, **self.encoder.config.to_dict()},
         }
-        write_model(self, config, Path(folder))
+        saved.write_model(self, config, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **init: str) -> AudioClassifier:
@@ -148,28 +148,22 @@ class AudioClassifier(nn.Module):
         Raises:
             ValueError: The folder holds no classifier, or a damaged one.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         try:
-            config = json.loads((folder / "config.json").read_text())
-            if not isinstance(config, dict) or config.pop("model_type", None) != MODEL_TYPE:
+            fields = read_json(folder / saved.CONFIG)
+            if fields.pop("model_type", None) != MODEL_TYPE:
                 raise ValueError(f"expected model_type {MODEL_TYPE!r}")
-            encoder_config = config.pop("encoder")
-            encoder_class: Any = MODELS[encoder_config.pop("model_type")]
-            encoder_config = encoder_class.config_class.from_dict(encoder_config)
-            weights = load_file(folder / "model.safetensors")
-            with torch.device("meta"):  # a damaged config.json must not allocate memory
-                expected = cls(encoder_class(encoder_config), **config).state_dict()
-            if differing := [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]:
-                raise ValueError(f"weights do not fit (of another version?): {', '.join(differing[:5])}")
-            classifier = cls(encoder_class(encoder_config, **init), **config)
-            classifier.load_state_dict(weights)
-        except Exception as error:  # safetensors' own exception class is not public
+            encoder_class: Any
+            encoder_class, config = saved.parse_config(fields.pop("encoder"), MODELS)
+
+            def build(**options: str) -> AudioClassifier:
+                return cls(encoder_class(config, **options), **fields)
+
+            return saved.read_model(folder / saved.WEIGHTS, config, build, **init)
+        except Exception as error:  # a damaged file leads to any exception
             raise ValueError(
                 f"{folder} holds no classifier (mae-ast-fast finetune and probe write one): {error}"
             ) from error
-        return classifier.eval()
 
 
 def write_predictions(

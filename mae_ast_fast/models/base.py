@@ -6,7 +6,6 @@ Letters as in mae_ast.py.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +13,17 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors.torch import load_file, save_file
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from .. import ops
 from ..devices import send
-from ..files import atomic_write, write_json
 from ..ops import resolve_impl
 from ..ops.attention import check_backend
 from ..ops.fbank import fbank
 from ..ops.masking import num_visible
 from ..ops.packing import Packing, TokenCounts
+from . import saved
 from .config import MAEASTConfig, SSASTConfig
 from .transformer import RECOMPUTE, ExecConfig, TransformerStack
 
@@ -109,14 +107,6 @@ def max_token_counts(num_blocks: int, grid_f: int, mask_ratio: float) -> tuple[i
     num_tokens = [blocks * grid_f for blocks in range(num_blocks + 1)]
     visible = [num_visible(count, mask_ratio) for count in num_tokens]
     return max(visible), max(total - kept for total, kept in zip(num_tokens, visible, strict=True))
-
-
-def write_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """Write model.safetensors and config.json, each atomically; the folder is made if it does not exist."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    atomic_write(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
-    write_json(folder / "config.json", config)
 
 
 class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
@@ -371,7 +361,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             The URL of the commit if the model was pushed to the Hub, otherwise None.
         """
         folder = Path(save_directory)
-        write_model(self, {"model_type": self.model_type, **self.config.to_dict()}, folder)
+        saved.write_model(self, {"model_type": self.model_type, **self.config.to_dict()}, folder)
         if "model_card_kwargs" in hub:  # the mixin is about to upload the folder
             self.generate_model_card(**(hub["model_card_kwargs"] or {})).save(folder / "README.md")
         if hub.pop("push_to_hub", False):
@@ -414,67 +404,17 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         Raises:
             ValueError: A file is missing or damaged, or weights and configuration do not fit; or as the constructor.
         """
-        source = os.fspath(pretrained_model_name_or_path)
-
-        if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-            raise ValueError(f"{source} is neither a folder nor the name of a Hub repository (owner/name)")
-
-        def locate(name: str) -> Path:
-            if not os.path.isdir(source):
-                return Path(
-                    hf_hub_download(
-                        source,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir if cache_dir is None else os.fspath(cache_dir),
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                        token=token,
-                    )
-                )
-            path = Path(source) / name
-            if not path.is_file():
-                raise ValueError(
-                    f"{source} is not a checkpoint folder: expected {name} in it, found {sorted(os.listdir(source))}"
-                )
-            return path
-
+        locate = functools.partial(
+            saved.locate,
+            os.fspath(pretrained_model_name_or_path),
+            revision=revision,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
         classes = {model.model_type: model for model in (cls.__subclasses__() if cls is PretrainingModel else [cls])}
-        path = locate("config.json")
-        try:
-            fields = json.loads(path.read_text())
-            if not isinstance(fields, dict):
-                raise ValueError(f"expected an object, got {type(fields).__name__}")
-            model_type = fields.pop("model_type", None)
-            if model_type not in list(classes):  # in a list, because it may be anything
-                is_classifier = model_type == "audio_classifier"
-                hint = " (use it with predict or with export --format transformers)" if is_classifier else ""
-                raise ValueError(f"expected model_type {' or '.join(map(repr, classes))}, got {model_type!r}{hint}")
-            config = classes[model_type].config_class.from_dict(fields)
-        except ValueError as error:  # that of the JSON reader among them
-            names = " or ".join(model.__name__ for model in classes.values())
-            raise ValueError(f"{path} is not a configuration of {names}: {error}") from None
-        model_class = classes[model_type]
-        path = locate("model.safetensors")
-        try:
-            weights = load_file(path)
-            # Check before allocating: a configuration could ask for more memory than the machine has.
-            if max(value for key, value in config.to_dict().items() if key.endswith("layers")) > len(weights):
-                raise ValueError(f"{config} has more layers than the file has tensors ({len(weights)})")
-            with torch.device("meta"):
-                expected = model_class(config).state_dict()
-            differing = [
-                f"{key}: expected {tuple(shape)}, got {tuple(weights[key].shape)}"
-                for key, shape in ((key, expected[key].shape) for key in expected if key in weights)
-                if weights[key].shape != shape
-            ]
-            if differing:
-                raise ValueError("; ".join(differing))
-        except Exception as error:  # safetensors' own exception class is not public
-            raise ValueError(f"{path} is damaged or does not fit its config.json: {error}") from None
-        model = model_class(config, impl=impl, attention=attention, recompute=recompute)
-        try:
-            model.load_state_dict(weights)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit its config.json: {error}") from None
-        return model.eval()
+        model_class, config = saved.read_config(locate(saved.CONFIG), classes)
+        build = functools.partial(model_class, config)
+        options = {"impl": impl, "attention": attention, "recompute": recompute}
+        return saved.read_model(locate(saved.WEIGHTS), config, build, **options)

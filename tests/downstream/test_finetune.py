@@ -1061,3 +1061,12 @@ def test_classifier_wrong_arguments_and_damaged_folder_raise(tmp_path):
     (tmp_path / "c/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"holds no classifier.*weights do not fit"):
         AudioClassifier.from_pretrained(tmp_path / "c")
+
+
+def test_classifier_from_pretrained_more_layers_than_tensors_raises(tmp_path):
+    AudioClassifier(mae_ast().encoder_only(), ["a", "b"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["encoder"]["encoder_layers"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"holds no classifier.*has more layers than the file has tensors"):
+        AudioClassifier.from_pretrained(tmp_path)

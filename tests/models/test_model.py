@@ -1127,7 +1127,7 @@ def test_from_pretrained_folder_needs_no_network(tmp_path: Path, monkeypatch: py
 
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(mae_ast_fast.models.base, "hf_hub_download", refuse)
+    monkeypatch.setattr(mae_ast_fast.models.saved, "hf_hub_download", refuse)
     model.save_pretrained(tmp_path)
     for folder in (tmp_path, str(tmp_path)):
         assert torch.equal(MAEAST.from_pretrained(folder).head.weight, model.head.weight)
@@ -1178,6 +1178,7 @@ DAMAGE = {
     "config not text": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00{"), ["config.json"]),
     "config a list": (lambda d: (d / "config.json").write_text("[1, 2]"), ["config.json"]),
     "config null": (lambda d: (d / "config.json").write_text("null"), ["config.json"]),
+    "config nested too deeply": (lambda d: (d / "config.json").write_text("[" * 100_000), ["config.json", "recursion"]),
     "weights cut": (lambda d: _cut(d / "model.safetensors"), ["model.safetensors", "damaged"]),
     "weights empty": (lambda d: (d / "model.safetensors").write_bytes(b""), ["model.safetensors", "damaged"]),
     "weights of another kind": (lambda d: (d / "model.safetensors").write_bytes(b"PK" * 500), ["model.safetensors"]),
@@ -1187,6 +1188,7 @@ DAMAGE = {
     "wrong value": (_edit(num_heads=5), ["num_heads=5", "16"]),
     "another model": (_edit(model_type="wav2vec2"), ["mae_ast", "wav2vec2"]),
     "no model type": (_edit(model_type="REMOVE"), ["mae_ast", "None"]),
+    "more layers than tensors": (_edit(encoder_layers=10**9), ["config.json", "more layers", "1000000000"]),
     "other sizes": (_edit(embed_dim=24), ["config.json", "patch_embed.weight", "16", "24"]),
     "missing tensor": (_weights(lambda w: w.pop("head.bias")), ["head.bias", "Missing"]),
     "unexpected tensor": (_weights(lambda w: w.update(extra=torch.zeros(2))), ["extra", "Unexpected"]),
@@ -1214,7 +1216,7 @@ def test_save_pretrained_failed_write_keeps_previous_files(tmp_path: Path, monke
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(mae_ast_fast.models.base, "save_file", die)
+    monkeypatch.setattr(mae_ast_fast.models.saved, "save_file", die)
     with pytest.raises(OSError):
         build(seed=1).save_pretrained(tmp_path)
     assert torch.equal(MAEAST.from_pretrained(tmp_path).head.weight, model.head.weight)
