@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from ..ops.masking import MASKING_STRATEGIES
+from ..validate import check, check_choice, check_positive_integers, is_integer, is_number
 
 _SIZES = {  # name -> (embed_dim, ffn_dim, num_heads)
     "base": (768, 3072, 12),
@@ -24,29 +25,6 @@ _PATCHES = {"patch": (16, 16), "frame": (2, 128)}
 def _default_masking(grid_f: int) -> str:
     """Chunks need several frequency blocks; the paper's frame models mask at random (section 3.2)."""
     return "chunk" if grid_f > 1 else "random"
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_patch_size(patch_size: object, num_mel_bins: object) -> None:
-    if (
-        not isinstance(patch_size, tuple)
-        or len(patch_size) != 2
-        or not all(_is_whole(extent) and extent >= 1 for extent in patch_size)
-    ):
-        raise ValueError(f"patch_size must be two positive integers (time, frequency), got {patch_size!r}")
-    if not _is_whole(num_mel_bins) or num_mel_bins < 1:
-        raise ValueError(f"num_mel_bins must be a positive integer, got {num_mel_bins!r}")
-    if num_mel_bins % patch_size[1]:
-        raise ValueError(
-            f"num_mel_bins must be a multiple of the patch's frequency extent {patch_size[1]}, got {num_mel_bins}"
-        )
 
 
 def _check_fields(cls: type, fields: dict[str, Any]) -> None:
@@ -81,6 +59,27 @@ class PatchGrid:
         kt = self.patch_size[0]
         num_blocks = (num_frames + kt - 1) // kt if count_partial else num_frames // kt
         return num_blocks * self.grid_f
+
+    def _check_patch_size(self) -> None:
+        """Validate ``patch_size``, made a tuple, and ``num_mel_bins``."""
+        if isinstance(self.patch_size, list):  # JSON and YAML bring lists
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        check(
+            self,
+            "patch_size",
+            expected="two positive integers (time, frequency)",
+            holds=lambda size: (
+                isinstance(size, tuple) and len(size) == 2 and all(is_integer(n) and n >= 1 for n in size)
+            ),
+        )
+        check_positive_integers(self, "num_mel_bins")
+        patch_bins = self.patch_size[1]
+        check(
+            self,
+            "num_mel_bins",
+            expected=f"a multiple of the patch's frequency extent {patch_bins}",
+            holds=lambda num_bins: num_bins % patch_bins == 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -142,61 +141,74 @@ class MAEASTConfig(PatchGrid):
     norm_pix_loss: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.patch_size, list):  # JSON and YAML bring lists
-            object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        _check_patch_size(self.patch_size, self.num_mel_bins)
-        for name in ("embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim"):
-            value = getattr(self, name)
-            if not _is_whole(value) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not _is_whole(self.decoder_layers) or self.decoder_layers < 0:
-            raise ValueError(f"decoder_layers must be an integer >= 0, got {self.decoder_layers!r}")
-        for name in ("norm_first", "norm_pix_loss"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if not isinstance(self.encoder_projection, bool | None):
-            raise ValueError(f"encoder_projection must be true, false or null, got {self.encoder_projection!r}")
-        for name in ("embed_dim", "decoder_embed_dim"):
-            width = getattr(self, name)
-            if width % self.num_heads:
-                raise ValueError(f"{name} must be divisible by num_heads={self.num_heads}, got {width}")
-            if width % 2:
-                raise ValueError(f"{name} must be even for the sinusoidal positions, got {width}")
-        if self.encoder_projection is False and self.embed_dim != self.decoder_embed_dim:
-            raise ValueError(
-                f"encoder_projection=False needs equal widths, got embed_dim={self.embed_dim} and "
-                f"decoder_embed_dim={self.decoder_embed_dim}"
-            )
-        for name in (
+        self._check_patch_size()
+        self._check_layers()
+        self._check_masking()
+        check(
+            self,
             "dropout",
             "attention_dropout",
             "activation_dropout",
             "input_dropout",
             "encoder_layerdrop",
             "decoder_layerdrop",
-        ):
-            rate = getattr(self, name)
-            if not _is_number(rate) or not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {rate!r}")
-        if not _is_number(self.mask_ratio) or not 0.0 < self.mask_ratio < 1.0:
-            raise ValueError(f"mask_ratio must be in (0, 1), got {self.mask_ratio!r}")
+            expected="in [0, 1)",
+            holds=lambda rate: is_number(rate) and 0.0 <= rate < 1.0,
+        )
+        check(
+            self,
+            "reconstruction_weight",
+            "classification_weight",
+            expected="a finite number >= 0",
+            holds=lambda weight: is_number(weight) and 0.0 <= weight < math.inf,
+        )
+        check(self, "norm_pix_loss", expected="true or false", holds=lambda flag: isinstance(flag, bool))
+        if self.norm_pix_loss and self.patch_dim < 2:
+            raise ValueError(f"norm_pix_loss needs patches of at least 2 values, got patch_size={self.patch_size}")
+        if self.reconstruction_weight == 0.0 and self.classification_weight == 0.0:
+            raise ValueError("reconstruction_weight and classification_weight are both 0: nothing to train")
+
+    def _check_layers(self) -> None:
+        check_positive_integers(self, "embed_dim", "ffn_dim", "num_heads", "encoder_layers", "decoder_embed_dim")
+        check(self, "decoder_layers", expected="an integer >= 0", holds=lambda n: is_integer(n) and n >= 0)
+        check(self, "norm_first", expected="true or false", holds=lambda flag: isinstance(flag, bool))
+        check(
+            self,
+            "embed_dim",
+            "decoder_embed_dim",
+            expected=f"divisible by num_heads={self.num_heads}",
+            holds=lambda width: width % self.num_heads == 0,
+        )
+        check(
+            self,
+            "embed_dim",
+            "decoder_embed_dim",
+            expected="even for the sinusoidal positions",
+            holds=lambda width: width % 2 == 0,
+        )
+        check(
+            self,
+            "encoder_projection",
+            expected="true, false or null",
+            holds=lambda flag: isinstance(flag, bool | None),
+        )
+        if self.encoder_projection is False and self.embed_dim != self.decoder_embed_dim:
+            raise ValueError(
+                f"encoder_projection=False needs equal widths, got embed_dim={self.embed_dim} and "
+                f"decoder_embed_dim={self.decoder_embed_dim}"
+            )
+
+    def _check_masking(self) -> None:
+        """Validate ``mask_ratio`` and ``masking``, which gets its default here."""
+        check(self, "mask_ratio", expected="in (0, 1)", holds=lambda ratio: is_number(ratio) and 0.0 < ratio < 1.0)
         if self.masking is None:
             object.__setattr__(self, "masking", _default_masking(self.grid_f))
-        if self.masking not in MASKING_STRATEGIES:
-            raise ValueError(f"masking must be one of {', '.join(MASKING_STRATEGIES)}, got {self.masking!r}")
+        check_choice(self, "masking", MASKING_STRATEGIES)
         if self.grid_f == 1 and self.masking in ("chunk", "chunk_official", "frequency"):
             raise ValueError(
                 f"masking={self.masking!r} needs several frequency blocks, but patch_size={self.patch_size} makes one "
                 f"of {self.num_mel_bins} mel bins: use masking='random', 'span' or 'time'"
             )
-        for name in ("reconstruction_weight", "classification_weight"):
-            weight = getattr(self, name)
-            if not _is_number(weight) or not 0.0 <= weight < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {weight!r}")
-        if self.norm_pix_loss and self.patch_dim < 2:
-            raise ValueError(f"norm_pix_loss needs patches of at least 2 values, got patch_size={self.patch_size}")
-        if self.reconstruction_weight == 0.0 and self.classification_weight == 0.0:
-            raise ValueError("reconstruction_weight and classification_weight are both 0: nothing to train")
 
     @property
     def has_projection(self) -> bool:
@@ -298,13 +310,8 @@ class SSASTConfig(PatchGrid):
     norm_pix_loss: ClassVar[bool] = False  # read by the evaluation of reconstructions
 
     def __post_init__(self) -> None:
-        if isinstance(self.patch_size, list):  # JSON and YAML bring lists
-            object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        _check_patch_size(self.patch_size, self.num_mel_bins)
-        for name in ("embed_dim", "num_heads", "layers", "input_frames", "mask_patches"):
-            value = getattr(self, name)
-            if not _is_whole(value) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self._check_patch_size()
+        check_positive_integers(self, "embed_dim", "num_heads", "layers", "input_frames", "mask_patches")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads={self.num_heads}, got {self.embed_dim}")
         if self.input_frames < self.patch_size[0]:
@@ -314,12 +321,9 @@ class SSASTConfig(PatchGrid):
                 f"mask_patches must be less than the {self.num_patches} patches of {self.input_frames} frames, got "
                 f"{self.mask_patches}"
             )
-        if self.objective not in SSAST_OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(SSAST_OBJECTIVES)}, got {self.objective!r}")
-        if not _is_number(self.mean) or not math.isfinite(self.mean):
-            raise ValueError(f"mean must be a finite number, got {self.mean!r}")
-        if not _is_number(self.std) or not 0.0 < self.std < math.inf:
-            raise ValueError(f"std must be a finite number > 0, got {self.std!r}")
+        check_choice(self, "objective", SSAST_OBJECTIVES)
+        check(self, "mean", expected="a finite number", holds=lambda mean: is_number(mean) and math.isfinite(mean))
+        check(self, "std", expected="a finite number > 0", holds=lambda std: is_number(std) and 0.0 < std < math.inf)
 
     @property
     def ffn_dim(self) -> int:

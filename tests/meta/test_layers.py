@@ -17,6 +17,7 @@ LAYERS = {
     "kernels": 0,
     "files": 0,
     "devices": 0,
+    "validate": 0,
     "ops": 1,
     "models": 2,
     "checkpoints": 3,
