@@ -5,5 +5,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["mae_ast_fast*"]), "mae_ast_fast.kernels", "mae_ast_fast.kernels.common"],
     package_dir={"mae_ast_fast.kernels": "kernels"},
-    package_data={"mae_ast_fast": ["py.typed"], "mae_ast_fast.data": ["assets/*", "assets/tasks/*"]},
+    package_data={
+        "mae_ast_fast": ["py.typed"],
+        "mae_ast_fast.data": ["assets/*", "assets/tasks/*"],
+        "mae_ast_fast.kernels": ["configs/*"],
+    },
 )

@@ -1,11 +1,21 @@
-"""Launch table: the launch configuration of each kernel. Constants, reviewed like code; nothing is tuned at run time.
+"""Launch table: the launch configuration of each kernel. Reviewed like code; nothing is tuned at run time.
 
 A row is (architecture, maximum row width in elements, maximum element size in bytes, configuration). The first row that
-fits is used. ``mae-ast-fast tune`` measures on a GPU and inserts rows of its architecture before the rows for "any".
-It records the speed of products with an epilogue in ``EPILOGUES``; an epilogue is used only where it was fast enough.
+fits is used. The rows in this file are the defaults. ``mae-ast-fast tune`` measures on a GPU and writes
+kernels/configs/ARCHITECTURE.json. When this module is imported, the rows of these files go before the defaults. An
+architecture without a file has the defaults. The files also hold the speed of products with an epilogue; an epilogue
+is used only where it was fast enough.
 """
 
 from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+TUNED = Path(__file__).parent.parent / "configs"
+Tuned = dict[str, dict[str, list[dict[str, Any]]]]  # content of a file: section -> kernel -> rows
 
 TABLE: dict[str, list[tuple[str, int, int, dict[str, int]]]] = {
     # ROWS: rows per tile of a program. One warp per row.
@@ -99,13 +109,83 @@ MIN_EPILOGUE_SPEED = 0.9  # lowest speed of an enabled epilogue, relative to cuB
 # Measured by ``mae-ast-fast tune --op feed_forward``: (architecture, K, outputs, bytes per element, speed relative to
 # the bare product, speed relative to the product followed by bias_gelu).
 EPILOGUES: dict[str, list[tuple[str, int, int, int, float, float]]] = {
-    "feed_forward_forward": [
-        # GELU on x W1^T
-    ],
-    "feed_forward_backward": [
-        # the derivative of GELU on dy W2
-    ],
+    "feed_forward_forward": [],  # GELU on x W1^T
+    "feed_forward_backward": [],  # the derivative of GELU on dy W2
 }
+
+
+def read_tuned(path: Path) -> Tuned:
+    """Read the file of a tuned architecture.
+
+    Args:
+        path: JSON file, such as kernels/configs/sm_90.json.
+
+    Returns:
+        Two sections, each kernel -> rows, which are empty if there is no such file. A row of "launches" has
+        ``max_width``, ``max_element_size`` and ``launch``; one of "epilogues" has ``inner``, ``outputs``,
+        ``element_size``, ``product_ratio`` and ``product_and_kernel_ratio``. They mean what the columns of ``TABLE``
+        and ``EPILOGUES`` mean, in this order.
+
+    Raises:
+        ValueError: The file is damaged, or does not fit these kernels.
+    """
+    if not path.is_file():
+        return {"launches": {}, "epilogues": {}}
+    try:
+        tuned: Tuned = json.loads(path.read_text(encoding="utf-8"))
+        _check_fields(tuned, launches=dict, epilogues=dict)
+        for kernel, row in _rows(tuned["launches"], TABLE):
+            _check_fields(row, max_width=int, max_element_size=int, launch=dict)
+            parameters = TABLE[kernel][-1][3]  # each row of a kernel has the same
+            _check_fields(row["launch"], **dict.fromkeys(parameters, int))
+        for _, row in _rows(tuned["epilogues"], EPILOGUES):
+            sizes = {"inner": int, "outputs": int, "element_size": int}
+            _check_fields(row, **sizes, product_ratio=float, product_and_kernel_ratio=float)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected JSON as mae-ast-fast tune writes it: {error}. Restore the file, or delete it to use the "
+            "default launches"
+        ) from error
+    return tuned
+
+
+def _rows(section: dict[str, Any], kernels: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (kernel, row) of a section.
+
+    Raises:
+        ValueError: Another kernel, or its rows are no list.
+    """
+    for kernel, rows in section.items():
+        if kernel not in kernels or not isinstance(rows, list):
+            raise ValueError(f"expected lists of rows by kernel, got {rows!r} for {kernel!r}")
+        yield from ((kernel, row) for row in rows)
+
+
+def _check_fields(found: Any, **expected: type) -> None:
+    """Raise a ``ValueError`` unless a JSON object has exactly these fields, of these types."""
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != expected:
+        fields = ", ".join(f"{name} ({kind.__name__})" for name, kind in expected.items())
+        raise ValueError(f"expected an object with {fields}, got {found!r}")
+
+
+def insert_tuned(folder: Path) -> None:
+    """Insert the rows of all tuned architectures into ``TABLE`` and ``EPILOGUES``, before the defaults.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    for path in sorted(folder.glob("[!.]*.json")):  # a killed write may leave a hidden file
+        arch, tuned = path.stem, read_tuned(path)
+        for kernel, rows in tuned["launches"].items():
+            launches = [(arch, row["max_width"], row["max_element_size"], row["launch"]) for row in rows]
+            TABLE[kernel] = launches + TABLE[kernel]
+        for kernel, rows in tuned["epilogues"].items():
+            for row in rows:
+                sizes = arch, row["inner"], row["outputs"], row["element_size"]
+                EPILOGUES[kernel].append((*sizes, row["product_ratio"], row["product_and_kernel_ratio"]))
+
+
+insert_tuned(TUNED)
 
 
 def epilogue(kernel: str, arch: str, *, inner: int, outputs: int, element_size: int) -> tuple[bool, str]:

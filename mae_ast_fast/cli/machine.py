@@ -123,8 +123,8 @@ def run_tune(argv: Sequence[str]) -> int:
     parser = Parser(
         "tune",
         "Times every kernel on this machine's GPU with other launches (tiles, programs, warps, stages) and writes the "
-        "fastest into its architecture's rows of kernels/common/configs.py, for review and commit like code. Writes "
-        "the table after each operation, so that a run can be stopped at any time.",
+        "fastest to kernels/configs/ARCHITECTURE.json, for review and commit like code. Writes the file after each "
+        "operation, so that a run can be stopped at any time.",
         ("--op add_layer_norm,bias_gelu", "--dtype fp32 --check"),
     )
     parser.add_argument(

@@ -135,8 +135,7 @@ def feed_forward(  # noqa: PLR0917 - public signature
         recompute: Keep only x W1^T for the backward and compute the GELU there again. This saves (N, F) values, and the
             results are the same to the bit.
         impl: "auto", "torch" or "triton". "triton" fuses GELU and its derivative into the matrix products where
-            kernels/common/configs.py holds a measurement in favour of it; otherwise it uses the kernels of
-            ``bias_gelu``.
+            kernels/configs/ holds a measurement in favour of it; otherwise it uses the kernels of ``bias_gelu``.
 
     Returns:
         (N, D') in the dtype of ``x``.

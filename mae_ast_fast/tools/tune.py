@@ -1,4 +1,4 @@
-"""``mae-ast-fast tune``: measure kernel launches on this GPU and write its architecture's rows into the launch table.
+"""``mae-ast-fast tune``: measure kernel launches on this GPU and write its architecture's rows of the launch table.
 
 Tuning is offline; nothing is tuned while a model runs. It times the ``examples`` of each kernel module, at the widths
 of the presets. For every kernel name of ``kernels/common/configs.py``, width and element size, it runs coordinate
@@ -10,38 +10,36 @@ An operation with ``baselines`` computes in the epilogue of a product what a sep
 cuBLAS's product. Its best launch is timed against the bare product, and against product and kernel, in turns. The
 ratios are written too; ``kernels/common/configs.py: epilogue`` uses them to turn the epilogue on or off.
 
-People review the table as text, so tuning edits only the rows of one architecture, in place.
+Tuning writes ``kernels/configs/ARCHITECTURE.json``, which ``kernels/common/configs.py`` reads. People review the file.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-import functools
 import importlib
 import os
 import pkgutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..files import atomic_write
+from ..files import write_json
 
 MIN_SPEEDUP = 1.03  # smallest speed ratio at which a launch replaces the best one
 MAX_ERROR = 2e-2  # relative to the largest value; another summation order, rounded to bf16, stays far below
 ROUNDS = 3  # baselines take turns, so that a change of the GPU clock affects all of them
-LINE = 120  # characters per line of the table, as in ruff's configuration
 MAX_CHANGED_SHARE = 1e-4  # of integers and booleans: rounding may change which of two nearly equal products is larger
 # (kernel, bytes per element) -> parameters to keep: in fp32, forward and backward must compute bit-identical products.
 FIXED = {(f"info_nce_{way}", 4): ("BM", "BN") for way in ("forward", "backward")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Launch = dict[str, int]
+Rows = dict[str, list[dict[str, Any]]]  # kernel -> rows of a section of the file
 
 
 class Bench(Protocol):
@@ -122,29 +120,29 @@ def tune(
     path: str | os.PathLike | None = None,
     progress: Callable[[str], object] = print,
 ) -> list[Group]:
-    """Tune operations, and write the table after each one, so that an interrupted run keeps its results.
+    """Tune operations, and write the launches after each one, so that an interrupted run keeps its results.
 
     Args:
         ops: Names of files in kernels/. None: all.
         dtype: Dtype of the examples, "bf16" or "fp32". A row applies to elements of at most its size.
         check: Measure, but write nothing.
         bench: Runs and times calls. None: the current CUDA device.
-        path: The table. None: kernels/common/configs.py.
+        path: JSON file to write. None: kernels/configs/ARCHITECTURE.json.
         progress: Called with each line of progress.
 
     Returns:
         Measured groups, in the order of operations and of the table.
 
     Raises:
-        ValueError: There is no CUDA device, an operation or the dtype is unknown, or the table has an unexpected
-            layout.
+        ValueError: There is no CUDA device, an operation or the dtype is unknown, or the file is damaged.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     bench = bench or Gpu()
-    from ..kernels.common import configs as table
+    from ..kernels.common.configs import TUNED, read_tuned
 
-    table_path = Path(path or table.__file__)
+    path = Path(path or TUNED / f"{bench.arch}.json")
+    tuned = read_tuned(path)  # a damaged file fails before the measurements
     modules = _modules()
     if unknown := sorted(set(ops or ()) - set(modules)):
         raise ValueError(f"operations must be among {', '.join(modules)}, got {', '.join(unknown)}")
@@ -166,24 +164,10 @@ def tune(
                 f"{num_tried / max(elapsed, 1e-9):.1f} launches/s, "
                 f"about {elapsed / num_done * (num_groups - num_done) / 60:.1f} minutes left"
             )
-        rows, ratios = _rows(groups), [group for group in groups if group.baselines]
-        if not check and (rows or ratios):
-            text = table_path.read_text()
-            for kernel, kernel_rows in rows.items():
-                text = with_rows(text, kernel, bench.arch, kernel_rows)
-            for group in ratios:
-                assert group.baselines is not None
-                inner, product_ratio, product_and_kernel_ratio = group.baselines
-                text = with_ratios(
-                    text,
-                    group.kernel,
-                    (bench.arch, inner, group.width, group.size),
-                    product_ratio=product_ratio,
-                    product_and_kernel_ratio=product_and_kernel_ratio,
-                )
-            atomic_write(table_path, functools.partial(Path.write_text, data=text))
-            names = dict.fromkeys([*rows, *(group.kernel for group in ratios)])
-            progress(f"{table_path}: rows of {bench.arch} for {', '.join(names)}")
+        if not check and (names := add_results(tuned, groups)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, tuned)
+            progress(f"{path}: rows of {bench.arch} for {', '.join(names)}")
     return [group for groups in groups_by_op.values() for group in groups]
 
 
@@ -348,122 +332,69 @@ def _title(group: Group) -> str:
 # --------------------------------------------------------------------------------------------------------- the table
 
 
-def _rows(groups: Iterable[Group]) -> dict[str, list[tuple[int, int, Launch]]]:
-    """Kernel -> (widest, largest, launch), for kernels with at least one new launch.
+def add_results(tuned: dict[str, Rows], groups: Sequence[Group]) -> list[str]:
+    """Add the new launches and the ratios of measured groups to the content of an architecture's file.
+
+    A row replaces the row of the same width and element size.
+
+    Args:
+        tuned: Content as ``configs.read_tuned`` returns it; changed in place.
+        groups: Measured groups.
+
+    Returns:
+        Names of the kernels with new rows.
+    """
+    launches, ratios = _launch_rows(groups), _ratio_rows(groups)
+    for kernel, rows in launches.items():
+        merged = _merged(tuned["launches"].get(kernel, []), rows, "max_element_size", "max_width")
+        tuned["launches"][kernel] = _without_repeated(merged)
+    for kernel, rows in ratios.items():
+        old = tuned["epilogues"].get(kernel, [])
+        tuned["epilogues"][kernel] = _merged(old, rows, "inner", "outputs", "element_size")
+    return list({**launches, **ratios})
+
+
+def _launch_rows(groups: Sequence[Group]) -> Rows:
+    """Kernel -> rows, for kernels with at least one new launch.
 
     These get rows for all widths, also for those that keep their launch. Otherwise the row of a wider one would apply.
     """
-    rows_by_kernel: dict[str, list[tuple[int, int, Launch]]] = {}
-    groups = list(groups)
     changed = {group.kernel for group in groups if group.best != group.present}
+    rows: Rows = {}
     for group in groups:
         if group.kernel in changed:
-            rows_by_kernel.setdefault(group.kernel, []).append((group.width, group.size, group.best))
-    return rows_by_kernel
+            row = {"max_width": group.width, "max_element_size": group.size, "launch": group.best}
+            rows.setdefault(group.kernel, []).append(row)
+    return rows
 
 
-def with_rows(text: str, kernel: str, arch: str, rows: Iterable[tuple[int, int, Launch]]) -> str:
-    """The table's text with rows of an architecture added, or replaced if width and element size are equal.
-
-    The rows are placed before the kernel's rows for "any", small elements and widths first. Neighbours with the same
-    element size and launch are merged. Nothing else changes.
-
-    Args:
-        text: Text of kernels/common/configs.py.
-        kernel: Name in the table.
-        arch: Architecture, for example "sm_90".
-        rows: (largest width, largest element size in bytes, launch).
-
-    Raises:
-        ValueError: The table does not contain the kernel, no row of the kernel is for "any", or two rows share a line.
-    """
-    lines = text.splitlines(keepends=True)
-    entry = _entry(text, kernel)
-    spans = [(row.lineno - 1, row.end_lineno or row.lineno) for row in entry.elts]
-    edges = [entry.lineno - 1, *(line_index for span in spans for line_index in span), (entry.end_lineno or 0) - 1]
-    if not (edges[0] < edges[1] and edges == sorted(edges)):
-        raise ValueError(f"{kernel}: expected each row of the table on separate lines")
-    old_rows = [eval(compile(ast.Expression(row), kernel, "eval")) for row in entry.elts]  # 1 << 30 is not a literal
-    first = next((line_index for line_index, row in enumerate(old_rows) if row[0] == "any"), None)
-    if first is None:
-        raise ValueError(f'{kernel}: expected a row for "any"')
-    arch_rows = [(row, span) for row, span in zip(old_rows, spans, strict=True) if row[0] == arch]
-    arch_lines = {(row[2], row[1]): "".join(lines[slice(*span)]) for row, span in arch_rows}
-    launches = {(row[2], row[1]): row[3] for row, _ in arch_rows}
-    for widest, largest, launch in rows:
-        if launches.get((largest, widest)) != launch:
-            arch_lines[largest, widest] = _line(arch, widest, largest, launch)
-            launches[largest, widest] = launch
-    keys = sorted(arch_lines)
-    keys = [
-        key
-        for key, following in zip(keys, [*keys[1:], None], strict=True)
-        if following is None or following[0] != key[0] or launches[following] != launches[key]
-    ]
-    insert_at = spans[first][0]
-    while insert_at - 1 > entry.lineno - 1 and lines[insert_at - 1].lstrip().startswith("#"):
-        insert_at -= 1
-    removed = {line for _, span in arch_rows for line in range(*span)}
-    before = [line for line_index, line in enumerate(lines[:insert_at]) if line_index not in removed]
-    following = [line for line_index, line in enumerate(lines[insert_at:], insert_at) if line_index not in removed]
-    return "".join([*before, *(arch_lines[key] for key in keys), *following])
+def _ratio_rows(groups: Sequence[Group]) -> Rows:
+    """Kernel -> rows, for kernels that were compared with baselines."""
+    rows: Rows = {}
+    for group in groups:
+        if group.baselines:
+            inner, product_ratio, product_and_kernel_ratio = group.baselines
+            row = {
+                "inner": inner,
+                "outputs": group.width,
+                "element_size": group.size,
+                "product_ratio": round(product_ratio, 3),
+                "product_and_kernel_ratio": round(product_and_kernel_ratio, 3),
+            }
+            rows.setdefault(group.kernel, []).append(row)
+    return rows
 
 
-def with_ratios(
-    text: str,
-    kernel: str,
-    key: tuple[str, int, int, int],
-    *,
-    product_ratio: float,
-    product_and_kernel_ratio: float,
-) -> str:
-    """The table's text with a row of ``EPILOGUES`` added, or replaced if the key is equal. Rows are sorted by key.
-
-    Args:
-        text: Text of kernels/common/configs.py.
-        kernel: Name in ``EPILOGUES``.
-        key: (architecture, K, outputs, bytes per element).
-        product_ratio: Speed relative to the bare product.
-        product_and_kernel_ratio: Speed relative to the product followed by the kernel.
-
-    Raises:
-        ValueError: The table does not contain the kernel, or two rows share a line.
-    """
-    lines = text.splitlines(keepends=True)
-    entry = _entry(text, kernel, "EPILOGUES")
-    spans = [(row.lineno - 1, row.end_lineno or row.lineno) for row in entry.elts]
-    edges = [entry.lineno - 1, *(line_index for span in spans for line_index in span), (entry.end_lineno or 0) - 1]
-    if not (edges[0] < edges[1] and edges == sorted(edges)):
-        raise ValueError(f"{kernel}: expected each row of EPILOGUES on separate lines")
-    old_rows = zip(entry.elts, spans, strict=True)
-    rows = {tuple(ast.literal_eval(row)[:4]): "".join(lines[slice(*span)]) for row, span in old_rows}
-    arch, *sizes = key
-    rows[key] = (
-        f'        ("{arch}", {", ".join(map(str, sizes))}, {product_ratio:.3f}, {product_and_kernel_ratio:.3f}),\n'
-    )
-    removed = {line for span in spans for line in range(*span)}
-    before = [line for line_index, line in enumerate(lines[: edges[-1]]) if line_index not in removed]
-    return "".join([*before, *(rows[key] for key in sorted(rows)), *lines[edges[-1] :]])
+def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]], *key: str) -> list[dict[str, Any]]:
+    """Old and new rows, sorted by the fields ``key``. A new row replaces an old one with equal fields."""
+    by_key = {tuple(row[name] for name in key): row for row in (*old, *new)}
+    return [by_key[values] for values in sorted(by_key)]
 
 
-def _entry(text: str, kernel: str, name: str = "TABLE") -> ast.List:
-    """Syntax tree of a kernel's list of rows in the table's text."""
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == name:
-            assert isinstance(node.value, ast.Dict)
-            for key, value in zip(node.value.keys, node.value.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == kernel and isinstance(value, ast.List):
-                    return value
-    raise ValueError(f"the table has no list of rows for {kernel}")
-
-
-def _line(arch: str, widest: int, largest: int, launch: Launch) -> str:
-    options = ", ".join(f'"{key}": {value}' for key, value in launch.items())
-    line = f'        ("{arch}", {widest}, {largest}, {{{options}}}),\n'
-    if len(line) <= LINE + 1:
-        return line
-    fields = f'"{arch}"', str(widest), str(largest), f"{{{options}}}"
-    return "".join(["        (\n", *(f"            {value},\n" for value in fields), "        ),\n"])
+def _without_repeated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sorted rows without those whose next row has the same element size and launch, and so covers them."""
+    followed = zip(rows, [*rows[1:], {}], strict=True)
+    return [row for row, following in followed if {**row, "max_width": 0} != {**following, "max_width": 0}]
 
 
 def to_text(groups: Sequence[Group]) -> str:

@@ -34,6 +34,8 @@ DATA, MASKING, OPS, STEP = (f"bench_{name}.py" for name in ("data", "masking", "
         (["mae_ast_fast/training/distributed.py"], [DATA, STEP]),
         (["mae_ast_fast/ops/masking.py"], [DATA, MASKING, OPS, STEP]),
         (["kernels/info_nce.py", "README.md"], [DATA, MASKING, OPS, STEP]),
+        (["kernels/configs/sm_90.json"], [DATA, MASKING, OPS, STEP]),
+        (["kernels/configs/README.md"], []),
         (["mae_ast_fast/models/mae_ast.py"], [DATA, STEP]),
         (["benchmarks/bench_ops.py"], [OPS]),
         (["benchmarks/baselines/original.py"], [MASKING, STEP]),

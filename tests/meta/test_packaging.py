@@ -24,6 +24,8 @@ log_mel, num_frames = fbank(torch.randn(2, 16000) / 10)
 config = MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1)
 MAEAST(config)(log_mel, num_frames).loss.backward()
 assert main(["doctor", "--help"]) == 0
+from mae_ast_fast.kernels.common.configs import TABLE
+assert TABLE["masked_mse"][0] == ("sm_00", 256, 2, {"ROWS": 8, "num_warps": 2}), TABLE["masked_mse"]
 from mae_ast_fast.data.corpus import default_clips
 try:
     default_clips(sys.argv[1])
@@ -33,15 +35,25 @@ print("smoke test passed")
 """
 
 
+TUNED = """{
+  "launches": {
+    "masked_mse": [{"max_width": 256, "max_element_size": 2, "launch": {"ROWS": 8, "num_warps": 2}}]
+  },
+  "epilogues": {}
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean copy of the tracked files, built as a wheel made from the sdist."""
+    """The tracked files and launches of a made-up architecture, built as a wheel made from the sdist."""
     folder = tmp_path_factory.mktemp("packaging")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in tracked.split("\0")[:-1]:
         target = folder / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
+    (folder / "source/kernels/configs/sm_00.json").write_text(TUNED)
     subprocess.run([sys.executable, "-m", "build", "-o", folder / "dist", folder / "source"], check=True)
     return folder
 
@@ -65,6 +77,7 @@ def test_wheel_and_sdist_contain_package(built: Path) -> None:
     assert "mae_ast_fast/py.typed" in names, "type checkers then read the annotations"
     assert {"mae_ast_fast/kernels/__init__.py", "mae_ast_fast/data/assets/manifest.tsv.gz"} <= set(names)
     assert "mae_ast_fast/data/assets/tasks/esc14.tsv.gz" in names
+    assert "mae_ast_fast/kernels/configs/sm_00.json" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2 and "mae_ast_fast" in tops, f"only the package and its metadata, got {tops}"
@@ -74,6 +87,7 @@ def test_wheel_and_sdist_contain_package(built: Path) -> None:
         "setup.py",
         "pyproject.toml",
         "kernels/__init__.py",
+        "kernels/configs/sm_00.json",
         "mae_ast_fast/models/mae_ast.py",
         "LICENSE",
     } <= sdist_names

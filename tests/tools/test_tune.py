@@ -1,11 +1,11 @@
-"""The tune command: the search with a simulated clock on meta tensors, and the edits of the table."""
+"""The tune command: the search with a simulated clock on meta tensors, and the files of tuned launches."""
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from mae_ast_fast import cli
-from mae_ast_fast.kernels.common import configs as table_module
-from mae_ast_fast.kernels.common import launch
+from mae_ast_fast.kernels.common import configs, launch
 from mae_ast_fast.kernels.common.configs import EPILOGUES, TABLE
 from mae_ast_fast.tools import tune
-from mae_ast_fast.tools.tune import Group, to_text, with_ratios, with_rows
+from mae_ast_fast.tools.tune import Group, to_text
 
 
 class Clock:
-    """A simulated GPU of an architecture that no table has. ``time`` returns the milliseconds of a launch, or raises.
+    """A simulated GPU of an architecture that nobody tuned. ``time`` returns the milliseconds of a launch, or raises.
 
     Calls without a kernel launch (products of PyTorch) take 1 ms.
     """
@@ -62,30 +61,33 @@ def valley(**best: int) -> Callable[[dict[str, int]], float]:
     return time
 
 
-def run_tune(tmp_path: Path, clock: Clock, *ops: str, **options) -> tuple[list[Group], str, list[str]]:
-    """Groups, the table's text afterwards, and the lines of progress."""
-    path = tmp_path / "table.py"
-    if not path.exists():
-        path.write_text(Path(table_module.__file__).read_text())
+def run_tune(tmp_path: Path, clock: Clock, *ops: str, **options) -> tuple[list[Group], Path, list[str]]:
+    """Groups, the file of tuned launches, and the lines of progress."""
+    path = tmp_path / "sm_123.json"
     progress: list[str] = []
     groups = tune.tune(list(ops) or None, bench=clock, path=path, progress=progress.append, **options)
-    return groups, path.read_text(), progress
+    return groups, path, progress
 
 
-def execute(text: str) -> dict:
-    names: dict = {}
-    exec(text, names)
-    return names
+@pytest.fixture
+def tables_with(monkeypatch: pytest.MonkeyPatch):
+    """A function that uses the files of a folder; returns the launch table and the epilogues with them."""
+    defaults = copy.deepcopy((TABLE, EPILOGUES))
+
+    def use(folder: Path) -> tuple[dict, dict]:
+        table, epilogues = copy.deepcopy(defaults)
+        for module in (configs, launch):
+            monkeypatch.setattr(module, "TABLE", table)
+        monkeypatch.setattr(configs, "EPILOGUES", epilogues)
+        configs.insert_tuned(folder)
+        return table, epilogues
+
+    return use
 
 
-def table_of(text: str) -> dict:
-    return execute(text)["TABLE"]
-
-
-def options_with_table(text: str, kernel: str, *, arch: str, width: int, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """Result of launch.options with this table."""
-    with pytest.MonkeyPatch.context() as monkeypatch, launch.record(arch):
-        monkeypatch.setattr(launch, "TABLE", table_of(text))
+def launch_options(kernel: str, *, arch: str, width: int, dtype: torch.dtype = torch.bfloat16) -> dict:
+    """Result of launch.options on an architecture."""
+    with launch.record(arch):
         return launch.options(kernel, torch.empty(0, dtype=dtype, device="meta"), width)
 
 
@@ -99,9 +101,10 @@ def _unchanged_table_in_use() -> None:
 # ----------------------------------------------------------------------------------------------------------- search
 
 
-def test_tune_finds_best_value_of_every_parameter(tmp_path):
+def test_tune_finds_best_value_of_every_parameter(tmp_path, tables_with):
     best = {"ROWS": 16, "COLUMNS": 64, "num_warps": 2}
-    groups, text, progress = run_tune(tmp_path, Clock(valley(**best)), "bias_gelu")
+    groups, path, progress = run_tune(tmp_path, Clock(valley(**best)), "bias_gelu")
+    tables_with(path.parent)
     assert [(group.kernel, group.width, group.size) for group in groups] == [
         (f"bias_gelu_{way}", width, 2) for width in (768, 1536, 3072) for way in ("forward", "backward")
     ]
@@ -109,13 +112,10 @@ def test_tune_finds_best_value_of_every_parameter(tmp_path):
         assert {key: group.best[key] for key in best} == best
         assert group.after == len(group.examples) * 1.0 == 2.0
         assert group.before > group.after
-        assert options_with_table(text, group.kernel, arch="sm_123", width=group.width) == group.best
-        assert options_with_table(text, group.kernel, arch="sm_124", width=group.width) == group.present
-        assert (
-            options_with_table(text, group.kernel, arch="sm_123", width=group.width, dtype=torch.float32)
-            == group.present
-        )
-        assert options_with_table(text, group.kernel, arch="sm_123", width=group.width + 3072) == group.present
+        assert launch_options(group.kernel, arch="sm_123", width=group.width) == group.best
+        assert launch_options(group.kernel, arch="sm_124", width=group.width) == group.present
+        assert launch_options(group.kernel, arch="sm_123", width=group.width, dtype=torch.float32) == group.present
+        assert launch_options(group.kernel, arch="sm_123", width=group.width + 3072) == group.present
     assert groups[1].best["PROGRAMS"] == groups[1].present["PROGRAMS"]  # no value is faster
     assert (
         sum(
@@ -142,9 +142,9 @@ def test_tune_sums_times_of_examples(tmp_path):
 def test_tune_small_speedup_keeps_launch(tmp_path):
     for factor, launch_kept in ((0.98, True), (0.96, False)):
         clock = Clock(lambda constants, factor=factor: factor if constants["num_warps"] == 8 else 1.0)
-        groups, text, _ = run_tune(tmp_path, clock, "bias_gelu")
+        groups, path, _ = run_tune(tmp_path, clock, "bias_gelu")
         assert all((group.best == group.present) is launch_kept for group in groups)
-        assert (text == Path(table_module.__file__).read_text()) is launch_kept
+        assert path.exists() is not launch_kept
 
 
 def test_tune_failing_or_wrong_launch_is_skipped_and_reported(tmp_path):
@@ -237,43 +237,45 @@ def test_check_same_few_changed_integers_and_nan_pass():
     tune._check_same([undefined], [undefined])
 
 
-# -------------------------------------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------------------------------------- tuned launches
 
 
-def test_tune_keeps_other_lines_and_format(tmp_path):
-    before = Path(table_module.__file__).read_text()
+def test_tune_rows_go_before_defaults(tmp_path, tables_with):
     clock = Clock(lambda constants: 2.0 + abs(math.log2(constants["num_warps"] / 16)) + (constants.get("D") == 768))
-    groups, text, _ = run_tune(tmp_path, clock)
-    assert [line for line in text.splitlines() if '"sm_123"' not in line] == before.splitlines()
-    after = table_of(text)
-    assert list(after) == list(TABLE)
+    groups, path, _ = run_tune(tmp_path, clock)
+    assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=2) + "\n"
+    defaults = copy.deepcopy(TABLE)
+    after, _ = tables_with(path.parent)
+    assert list(after) == list(defaults)
     for kernel, rows in after.items():
         arch_rows = [row for row in rows if row[0] == "sm_123"]
-        assert [row for row in rows if row[0] != "sm_123"] == TABLE[kernel]
+        assert rows == arch_rows + defaults[kernel]
         assert arch_rows == sorted(arch_rows, key=lambda row: (row[2], row[1]))
-        assert rows.index(arch_rows[-1]) < [row[0] for row in rows].index("any") if arch_rows else True
     assert {group.kernel for group in groups if group.best != group.present} == {
         kernel for kernel, rows in after.items() if any(row[0] == "sm_123" for row in rows)
     }
-    pytest.importorskip("ruff")
-    root = Path(__file__).parents[2]
-    for command in (["format", "--check"], ["check"]):
-        options = ["--config", str(root / "pyproject.toml"), str(tmp_path / "table.py")]
-        process = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, *options], check=False, capture_output=True, text=True
-        )
-        assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_tune_again_replaces_rows_and_check_writes_nothing(tmp_path, monkeypatch):
-    _, first_text, _ = run_tune(tmp_path, Clock(valley(ROWS=16)), "bias_gelu")
-    _, second_text, _ = run_tune(tmp_path, Clock(valley(ROWS=16)), "bias_gelu")
-    assert second_text == first_text
-    _, changed_text, _ = run_tune(tmp_path, Clock(valley(ROWS=1)), "bias_gelu")
-    assert changed_text == first_text.replace('"ROWS": 16', '"ROWS": 1')
-    groups, checked_text, _ = run_tune(tmp_path, Clock(valley(ROWS=8)), "bias_gelu", check=True)
-    assert checked_text == changed_text
+def test_tune_again_replaces_rows_and_check_writes_nothing(tmp_path):
+    _, path, _ = run_tune(tmp_path, Clock(valley(ROWS=16)), "bias_gelu")
+    first_text = path.read_text()
+    run_tune(tmp_path, Clock(valley(ROWS=16)), "bias_gelu")
+    assert path.read_text() == first_text
+    run_tune(tmp_path, Clock(valley(ROWS=1)), "bias_gelu")
+    changed_text = path.read_text()
+    assert changed_text == first_text.replace('"ROWS": 16', '"ROWS": 1') != first_text
+    groups, _, _ = run_tune(tmp_path, Clock(valley(ROWS=8)), "bias_gelu", check=True)
+    assert path.read_text() == changed_text
     assert all(group.best["ROWS"] == 8 for group in groups)
+
+
+def test_tune_other_dtype_keeps_rows(tmp_path, tables_with):
+    run_tune(tmp_path, Clock(valley(ROWS=16)), "bias_gelu")
+    groups, path, _ = run_tune(tmp_path, Clock(valley(ROWS=1)), "bias_gelu", dtype="fp32")
+    tables_with(path.parent)
+    for group in groups:
+        for dtype, rows in ((torch.bfloat16, 16), (torch.float32, 1)):
+            assert launch_options(group.kernel, arch="sm_123", width=group.width, dtype=dtype)["ROWS"] == rows
 
 
 def test_tune_interrupted_keeps_finished_operations(tmp_path):
@@ -290,86 +292,118 @@ def test_tune_interrupted_keeps_finished_operations(tmp_path):
     clock.time = time
     with pytest.raises(KeyboardInterrupt):
         run_tune(tmp_path, clock, first, second)
-    after = table_of((tmp_path / "table.py").read_text())
-    assert {kernel for kernel, rows in after.items() if rows != TABLE[kernel]} == {
-        "bias_gelu_forward",
-        "bias_gelu_backward",
-    }
+    assert set(configs.read_tuned(tmp_path / "sm_123.json")["launches"]) == {"bias_gelu_forward", "bias_gelu_backward"}
 
 
-def test_tune_unchanged_width_gets_row_if_wider_one_changed(tmp_path):
+def test_tune_unchanged_width_gets_row_if_wider_one_changed(tmp_path, tables_with):
     """Otherwise the row of the wider one would apply to it."""
     clock = Clock(lambda constants: valley(num_warps=16 if constants["D"] == 768 else 4)(constants))
-    groups, text, _ = run_tune(tmp_path, clock, "add_layer_norm")
+    groups, path, _ = run_tune(tmp_path, clock, "add_layer_norm")
+    table, _ = tables_with(path.parent)
     for group in groups:
         changes = group.width == 768 or group.present["num_warps"] != 4
         assert (group.best != group.present) is changes
-        assert options_with_table(text, group.kernel, arch="sm_123", width=group.width) == group.best
-    assert [row[1] for row in table_of(text)["add_layer_norm_forward"] if row[0] == "sm_123"] == [384, 768]
+        assert launch_options(group.kernel, arch="sm_123", width=group.width) == group.best
+    assert [row[1] for row in table["add_layer_norm_forward"] if row[0] == "sm_123"] == [384, 768]
 
 
-TEXT = '''"""A table."""
+def launch_row(max_width: int, max_element_size: int, **launch: int) -> dict:
+    return {"max_width": max_width, "max_element_size": max_element_size, "launch": launch}
 
-TABLE: dict[str, list] = {
-    # Of x.
-    "x": [
-        ("sm_80", 64, 2, {"ROWS": 1}),
-        # Measured by hand.
-        ("sm_90", 64, 2, {"ROWS": 2}),  # as it was
+
+def measured(kernel: str, width: int, size: int, launch: dict[str, int]) -> Group:
+    """A group whose best launch is new."""
+    fields = {"op": "x", "dtype": "bf16", "example_width": width, "present": {}, "examples": [0]}
+    return Group(kernel=kernel, width=width, size=size, best=launch, **fields)
+
+
+def test_add_results_sorts_replaces_and_merges_rows():
+    old = [launch_row(64, 2, ROWS=2), launch_row(64, 4, ROWS=3)]
+    tuned = {"launches": {"x": list(old), "y": list(old)}, "epilogues": {}}
+    new = [(128, 2, {"ROWS": 9}), (32, 2, {"ROWS": 5}), (64, 2, {"ROWS": 2}), (16, 2, {"ROWS": 5})]
+    groups = [measured("x", width, size, launch) for width, size, launch in new]
+    assert tune.add_results(tuned, groups) == ["x"]
+    assert tuned["launches"] == {
+        "x": [
+            launch_row(32, 2, ROWS=5),
+            launch_row(64, 2, ROWS=2),
+            launch_row(128, 2, ROWS=9),
+            launch_row(64, 4, ROWS=3),
+        ],
+        "y": old,
+    }
+    tune.add_results(tuned, [measured("y", 64, 2, {"ROWS": 7}), measured("y", 64, 4, {"ROWS": 7})])
+    assert tuned["launches"]["y"] == [launch_row(64, 2, ROWS=7), launch_row(64, 4, ROWS=7)]
+    before = copy.deepcopy(tuned)
+    assert tune.add_results(tuned, []) == [] and tuned == before
+
+
+ROW = launch_row(64, 2, ROWS=8, num_warps=4)
+RATIOS = {"inner": 1, "outputs": 2, "element_size": 2, "product_ratio": 1.0, "product_and_kernel_ratio": 1.5}
+
+
+def test_read_tuned_missing_file_has_no_rows(tmp_path, tables_with):
+    assert configs.read_tuned(tmp_path / "sm_123.json") == {"launches": {}, "epilogues": {}}
+    (tmp_path / ".sm_123.partial.json").write_text('{"launches')
+    defaults = copy.deepcopy((TABLE, EPILOGUES))
+    assert tables_with(tmp_path) == defaults
+    assert tables_with(tmp_path / "none") == defaults
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Expecting value"),
+        ('{"launches": {"masked_mse": [', "Expecting value"),
+        ("[]", r"expected an object with launches \(dict\), epilogues \(dict\), got \[\]"),
+        ({"launches": {}}, r"expected an object with launches \(dict\), epilogues \(dict\), got {'launches': {}}"),
+        ({"launches": {"gone": [ROW]}, "epilogues": {}}, "expected lists of rows by kernel, .* for 'gone'"),
+        ({"launches": {"masked_mse": ROW}, "epilogues": {}}, "expected lists of rows by kernel, .* for 'masked_mse'"),
+        ({"launches": {"masked_mse": [64]}, "epilogues": {}}, r"object with max_width \(int\), .*, got 64"),
+        ({"launches": {"masked_mse": [{**ROW, "max_width": "64"}]}, "epilogues": {}}, r"max_width \(int\), .*'64'"),
         (
-            "sm_90",
-            64,
-            4,
-            {"ROWS": 3},
+            {"launches": {"masked_mse": [launch_row(64, 2, ROWS=8)]}, "epilogues": {}},
+            r"expected an object with ROWS \(int\), num_warps \(int\), got {'ROWS': 8}",
         ),
-        # Elsewhere.
-        ("any", 64, 4, {"ROWS": 4}),
+        (
+            {"launches": {"masked_mse": [launch_row(64, 2, ROWS=8, num_warps=True)]}, "epilogues": {}},
+            r"expected an object with ROWS \(int\), num_warps \(int\), got",
+        ),
+        ({"launches": {}, "epilogues": {"masked_mse": [RATIOS]}}, "expected lists of rows by kernel, .* 'masked_mse'"),
+        (
+            {"launches": {}, "epilogues": {"feed_forward_forward": [{**RATIOS, "product_ratio": None}]}},
+            r"inner \(int\), .* product_and_kernel_ratio \(float\), got",
+        ),
     ],
-    "y": [("any", 64, 4, {"ROWS": 4})],
-    "z": [
-        ("sm_80", 64, 4, {"ROWS": 4}),
-    ],
-}
-'''
-
-
-def test_with_rows_inserts_sorted_before_any():
-    rows = [(128, 2, {"ROWS": 9, "num_warps": 8}), (32, 2, {"ROWS": 5}), (64, 2, {"ROWS": 2}), (16, 2, {"ROWS": 5})]
-    assert with_rows(TEXT, "x", "sm_90", rows) == TEXT.replace(
-        """        ("sm_90", 64, 2, {"ROWS": 2}),  # as it was
-        (
-            "sm_90",
-            64,
-            4,
-            {"ROWS": 3},
-        ),
-""",
-        """        ("sm_90", 32, 2, {"ROWS": 5}),
-        ("sm_90", 64, 2, {"ROWS": 2}),  # as it was
-        ("sm_90", 128, 2, {"ROWS": 9, "num_warps": 8}),
-        (
-            "sm_90",
-            64,
-            4,
-            {"ROWS": 3},
-        ),
-""",
+)
+def test_read_tuned_damaged_file_raises(tmp_path, tables_with, text, message):
+    path = tmp_path / "sm_123.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    expected = (
+        rf"sm_123\.json: expected JSON as mae-ast-fast tune writes it: .*{message}.*Restore the file, or delete it"
     )
-    assert with_rows(TEXT, "x", "sm_90", []) == TEXT
-    replaced = with_rows(TEXT, "x", "sm_90", [(64, 2, {"ROWS": 7}), (64, 4, {"ROWS": 7})])
-    assert table_of(replaced)["x"] == [
-        ("sm_80", 64, 2, {"ROWS": 1}),
-        ("sm_90", 64, 2, {"ROWS": 7}),
-        ("sm_90", 64, 4, {"ROWS": 7}),
-        ("any", 64, 4, {"ROWS": 4}),
-    ]
-    assert replaced.count('        # Elsewhere.\n        ("any"') == 1
-    with pytest.raises(ValueError, match="y: expected each row of the table on separate lines"):
-        with_rows(TEXT, "y", "sm_90", [])
-    with pytest.raises(ValueError, match='z: expected a row for "any"'):
-        with_rows(TEXT, "z", "sm_90", [])
-    with pytest.raises(ValueError, match="no list of rows for w"):
-        with_rows(TEXT, "w", "sm_90", [])
+    with pytest.raises(ValueError, match=expected):
+        tables_with(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        run_tune(tmp_path, Clock(lambda constants: pytest.fail("measured first")), "masked_mse")
+
+
+def test_read_tuned_not_utf8_raises(tmp_path):
+    (tmp_path / "sm_123.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"sm_123\.json: expected JSON as mae-ast-fast tune writes it"):
+        configs.read_tuned(tmp_path / "sm_123.json")
+
+
+def test_read_tuned_whole_file_is_returned(tmp_path):
+    tuned = {"launches": {"masked_mse": [ROW]}, "epilogues": {"feed_forward_forward": [RATIOS]}}
+    (tmp_path / "sm_123.json").write_text(json.dumps(tuned))
+    assert configs.read_tuned(tmp_path / "sm_123.json") == tuned
+
+
+def test_tuned_folder_is_in_this_tree_and_valid():
+    assert configs.TUNED.samefile(Path(__file__).parents[2] / "kernels/configs")
+    for path in configs.TUNED.glob("*.json"):
+        configs.read_tuned(path)
 
 
 # -------------------------------------------------------------------------------------------------------- epilogues
@@ -386,9 +420,9 @@ def product_times(fused: dict[str, float], after: float = 3.0) -> Callable[[dict
     return time
 
 
-def test_tune_epilogue_is_compared_with_baselines(tmp_path):
+def test_tune_epilogue_is_compared_with_baselines(tmp_path, tables_with):
     clock = Clock(product_times({"forward": 1.0, "wider": 1.25}))
-    groups, text, progress = run_tune(tmp_path, clock, "feed_forward")
+    groups, path, progress = run_tune(tmp_path, clock, "feed_forward")
     assert [(group.kernel, group.width) for group in groups] == [
         (f"feed_forward_{way}", width) for width in (768, 1536, 3072) for way in ("forward", "backward")
     ]
@@ -397,58 +431,63 @@ def test_tune_epilogue_is_compared_with_baselines(tmp_path):
         inner, product_ratio, product_and_kernel_ratio = group.baselines
         assert inner == group.width // 4
         assert (product_ratio, product_and_kernel_ratio) == ((1.0, 3.0) if group.width == 768 else (0.8, 2.4))
-    names = execute(text)
+    _, epilogues = tables_with(path.parent)
     rows = [
         ("sm_123", 192, 768, 2, 1.0, 3.0),
         ("sm_123", 384, 1536, 2, 0.8, 2.4),
         ("sm_123", 768, 3072, 2, 0.8, 2.4),
     ]
-    assert names["EPILOGUES"] == {"feed_forward_forward": rows, "feed_forward_backward": rows}
-    for kernel in names["EPILOGUES"]:
+    assert epilogues == {"feed_forward_forward": rows, "feed_forward_backward": rows}
+    for kernel in epilogues:
 
         def epilogue(
             arch: str, inner: int, outputs: int, element_size: int, *, kernel: str = kernel
         ) -> tuple[bool, str]:
-            return names["epilogue"](kernel, arch, inner=inner, outputs=outputs, element_size=element_size)
+            return configs.epilogue(kernel, arch, inner=inner, outputs=outputs, element_size=element_size)
 
         assert epilogue("sm_123", 192, 768, 2) == (True, "1.00 x the bare product, 3.00 x product and bias_gelu")
         assert epilogue("sm_123", 384, 1536, 2)[0] is False  # 0.8 of the bare product
         assert epilogue("sm_90", 192, 768, 2) == (False, "not measured on sm_90")
         assert epilogue("sm_123", 192, 768, 4) == (False, "not measured on sm_123")
         assert epilogue("sm_123", 192, 384, 2) == (False, "not measured on sm_123")
-    choice, reason = names["epilogues"]("sm_123")
+    choice, reason = configs.epilogues("sm_123")
     assert choice == "on" and reason.count(", off: 0.80 x the bare product") == 4
-    assert names["epilogues"]("sm_90") == ("off", "GELU inside products is not measured on sm_90")
+    assert configs.epilogues("sm_90") == ("off", "GELU inside products is not measured on sm_90")
     verdict = "feed_forward_backward 1536 (2 bytes): 0.800 x the speed of the bare product, 2.400 x product and kernel"
     assert verdict in progress and verdict in to_text(groups).splitlines()
 
 
-def test_epilogues_slower_than_product_and_kernel_is_off(tmp_path):
-    _, text, _ = run_tune(tmp_path, Clock(product_times({"forward": 1.0, "wider": 1.0}, after=1.0)), "feed_forward")
-    names = execute(text)
-    assert names["EPILOGUES"]["feed_forward_forward"][0] == ("sm_123", 192, 768, 2, 1.0, 1.0)
-    assert names["epilogues"]("sm_123")[0] == "off"
+def test_epilogues_slower_than_product_and_kernel_is_off(tmp_path, tables_with):
+    _, path, _ = run_tune(tmp_path, Clock(product_times({"forward": 1.0, "wider": 1.0}, after=1.0)), "feed_forward")
+    _, epilogues = tables_with(path.parent)
+    assert epilogues["feed_forward_forward"][0] == ("sm_123", 192, 768, 2, 1.0, 1.0)
+    assert configs.epilogues("sm_123")[0] == "off"
 
 
-def test_with_ratios_edits_in_place_and_check_writes_nothing(tmp_path):
-    before = Path(table_module.__file__).read_text()
-    _, first_text, _ = run_tune(tmp_path, Clock(product_times({"forward": 1.0, "wider": 1.0})), "feed_forward")
-    _, checked_text, _ = run_tune(
-        tmp_path, Clock(product_times({"forward": 0.5, "wider": 0.5})), "feed_forward", check=True
-    )
-    assert checked_text == first_text != before
-    _, changed_text, _ = run_tune(tmp_path, Clock(product_times({"forward": 0.5, "wider": 1.0})), "feed_forward")
-    assert changed_text == first_text.replace("192, 768, 2, 1.000, 3.000", "192, 768, 2, 2.000, 6.000")
-    assert [line for line in first_text.splitlines() if '"sm_123"' not in line and "sm_123" in line] == []
-    key = "sm_122", 192, 768, 2
-    extended_text = with_ratios(
-        changed_text, "feed_forward_backward", key, product_ratio=0.9114, product_and_kernel_ratio=1.25
-    )
-    (line,) = set(extended_text.splitlines()) - set(changed_text.splitlines())
-    assert line == '        ("sm_122", 192, 768, 2, 0.911, 1.250),'
-    assert len(extended_text.splitlines()) == len(changed_text.splitlines()) + 1
-    with pytest.raises(ValueError, match="no list of rows for w"):
-        with_ratios(changed_text, "w", key, product_ratio=1.0, product_and_kernel_ratio=1.0)
+def test_tune_again_replaces_ratios_and_check_writes_nothing(tmp_path):
+    _, path, _ = run_tune(tmp_path, Clock(product_times({"forward": 1.0, "wider": 1.0})), "feed_forward")
+    first = json.loads(path.read_text())
+    slower = Clock(product_times({"forward": 0.5, "wider": 0.5}))
+    run_tune(tmp_path, slower, "feed_forward", check=True)
+    assert json.loads(path.read_text()) == first
+    run_tune(tmp_path, Clock(product_times({"forward": 0.5, "wider": 1.0})), "feed_forward")
+    changed = json.loads(path.read_text())
+    for rows in first["epilogues"].values():
+        assert (rows[0]["inner"], rows[0]["product_ratio"], rows[0]["product_and_kernel_ratio"]) == (192, 1.0, 3.0)
+        rows[0] |= {"product_ratio": 2.0, "product_and_kernel_ratio": 6.0}
+    assert changed == first
+
+
+def test_add_results_ratios_are_sorted_and_rounded():
+    tuned = {"launches": {}, "epilogues": {"x": [{**RATIOS, "inner": 192}]}}
+    groups = [measured("x", 768, 2, {}), measured("x", 384, 2, {})]
+    groups[0].baselines, groups[1].baselines = (192, 0.9114, 1.25), (96, 1.0, 2.00049)
+    assert tune.add_results(tuned, groups) == ["x"] and not tuned["launches"]
+    assert [tuple(row.values()) for row in tuned["epilogues"]["x"]] == [
+        (96, 384, 2, 1.0, 2.0),
+        (192, 2, 2, 1.0, 1.5),
+        (192, 768, 2, 0.911, 1.25),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -456,7 +495,7 @@ def test_with_ratios_edits_in_place_and_check_writes_nothing(tmp_path):
 
 def test_tune_cli_prints_table_and_exit_code(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "Gpu", lambda: Clock(valley(ROWS=8)))
-    before = Path(table_module.__file__).read_text()
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
     assert cli.main(["tune", "--op", "bias_gelu,masked_mse", "--check"]) == 1
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -469,7 +508,12 @@ def test_tune_cli_prints_table_and_exit_code(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "Gpu", lambda: Clock(lambda constants: 1.0))
     assert cli.main(["tune", "--op", "bias_gelu", "--check"]) == 0
     assert capsys.readouterr().out.count("kept") == 6
-    assert Path(table_module.__file__).read_text() == before
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(tune, "Gpu", lambda: Clock(valley(ROWS=8)))
+    assert cli.main(["tune", "--op", "bias_gelu"]) == 0
+    assert (
+        f"{tmp_path}/sm_123.json: rows of sm_123 for bias_gelu_forward, bias_gelu_backward" in capsys.readouterr().err
+    )
     assert cli.main(["tune", "--op", "bias_gelu,gelu"]) == 1
     assert "must be among add_layer_norm, bias_gelu, " in capsys.readouterr().err
     assert cli.main(["tune", "--dtype", "fp8"]) == 1
