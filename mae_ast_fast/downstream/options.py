@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..files import paths_as_text
+from ..validate import check, check_at_least, check_choice, check_positive
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "map")
 # Learning rates, batch sizes, epochs (or updates, converted to epochs) and masks of the scripts that fine-tuned SSAST
@@ -96,16 +97,13 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "data", "checkpoint", "out", "root", "cache")
-        if self.metric is not None and self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
-        if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if self.metric is not None:
+            check_choice(self, "metric", METRICS)
+        check_choice(self, "precision", ("auto", "fp32", "bf16"))
+        check_at_least(self, "workers", least=1)
+        if self.max_seconds is not None:
+            check_positive(self, "max_seconds")
+        check(self, "seed", expected=f"from 0 to {2**32 - 1}", holds=lambda seed: 0 <= seed < 2**32)
 
 
 @dataclass
@@ -148,17 +146,18 @@ class FinetuneOptions(ProbeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("epochs", 1), ("batch_size", 2)):  # the norm is over the batch: one clip would become 0
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "head_lr_factor", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "label_smoothing", "mixup", "time_mask"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not 0 < self.layer_decay <= 1 or self.weight_decay < 0 or self.freq_mask < 0:
-            raise ValueError(
-                "expected 0 < layer_decay <= 1, weight_decay >= 0 and freq_mask >= 0, got "
-                f"{self.layer_decay}, {self.weight_decay} and {self.freq_mask}"
-            )
+        check_at_least(self, "epochs", least=1)
+        check_at_least(self, "batch_size", least=2)  # the norm is over the batch: one clip would become 0
+        check_at_least(self, "weight_decay", "freq_mask", least=0)
+        check_positive(self, "lr", "head_lr_factor", "clip_norm")
+        check(
+            self,
+            "warmup",
+            "label_smoothing",
+            "mixup",
+            "time_mask",
+            expected="in [0, 1]",
+            holds=lambda share: 0 <= share <= 1,
+        )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"expected 0 < layer_decay <= 1, got {self.layer_decay}")

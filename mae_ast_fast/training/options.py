@@ -9,6 +9,7 @@ from ..files import paths_as_text
 from ..models.config import CONFIGS, MAEASTConfig, SSASTConfig
 from ..models.transformer import RECOMPUTE
 from ..ops.fbank import SAMPLE_RATE, num_frames
+from ..validate import check_at_least, check_choice, check_positive
 from .distributed import PARALLEL
 from .step import PRECISIONS
 
@@ -110,29 +111,21 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "data", "out", "cache", "init_from")
-        for name in ("steps", "log_every", "save_every", "evaluate_every", "keep", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("batch_seconds", "max_seconds", "min_seconds", "lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"warmup_steps and weight_decay must be >= 0, got {self.warmup_steps} and {self.weight_decay}"
-            )
+        check_at_least(self, "steps", "log_every", "save_every", "evaluate_every", "keep", "workers", least=1)
+        check_at_least(self, "warmup_steps", "weight_decay", "loader_workers", least=0)
+        check_positive(self, "batch_seconds", "max_seconds", "min_seconds", "lr", "clip_norm")
+        if self.micro_batches is not None:
+            check_at_least(self, "micro_batches", least=1)
         if not self.min_seconds <= self.max_seconds <= self.batch_seconds:
             raise ValueError(
                 "expected min_seconds <= max_seconds <= batch_seconds, got "
                 f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
             )
-        if self.micro_batches is not None and self.micro_batches < 1:
-            raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
-        if self.loader_workers < 0:
-            raise ValueError(f"loader_workers must be >= 0, got {self.loader_workers}")
-        choices = {"model": tuple(CONFIGS), "precision": ("auto", *PRECISIONS), "device": ("auto", "cpu", "cuda")}
-        for name, allowed in {**choices, "recompute": RECOMPUTE, "parallel": PARALLEL}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choice(self, "model", tuple(CONFIGS))
+        check_choice(self, "precision", ("auto", *PRECISIONS))
+        check_choice(self, "device", ("auto", "cpu", "cuda"))
+        check_choice(self, "recompute", RECOMPUTE)
+        check_choice(self, "parallel", PARALLEL)
         if self.parallel == "fsdp" and (self.precision == "fp16" or self.compile or self.graphs):
             raise ValueError("parallel=fsdp takes fp32 and bf16, neither compile nor graphs: use parallel=ddp")
         config = self.model_config()

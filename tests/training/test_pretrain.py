@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -373,6 +374,7 @@ def test_learning_rate_rises_and_falls_linearly() -> None:
     [
         ("steps", 0, "at least 1"),
         ("lr", 0.0, "positive"),
+        ("weight_decay", math.nan, "weight_decay must be at least 0, got nan"),
         ("precision", "fp8", "auto, fp32, bf16"),
         ("max_seconds", 1000.0, "batch_seconds"),
         ("preset", "patch_huge", "patch_base"),
