@@ -40,18 +40,18 @@ _MAX_LINE_BYTES = 1 << 20  # of a manifest
 _ATTEMPTS = 3  # at reading a manifest, or a byte range of a remote file
 _MAX_SEGMENT_SECONDS = 3600  # `prepare` writes two minutes; a damaged line must not decide how much memory is used
 
-_FIELD_TYPES = {
-    "id": str,
-    "name": str,
-    "kind": str,
-    "group": str,
-    "index": int,
-    "split": str,
-    "num_samples": int,
-    "offset": int,
-    "num_bytes": int,
-    "crc32": int,
-    "codec": str,
+_SCHEMA: dict[str, tuple[str, str, type]] = {  # field of Segment -> section and key of a manifest's line, type
+    "id": ("", "id", str),
+    "name": ("custom", "name", str),
+    "kind": ("custom", "kind", str),
+    "group": ("custom", "group", str),
+    "index": ("custom", "piece", int),
+    "split": ("custom", "split", str),
+    "num_samples": ("recording", "num_samples", int),
+    "offset": ("custom", "offset", int),
+    "num_bytes": ("custom", "size", int),
+    "crc32": ("custom", "crc32", int),
+    "codec": ("custom", "form", str),
 }
 
 
@@ -93,23 +93,11 @@ class Segment:
             KeyError, TypeError: ``prepare.py`` did not write this cut.
             ValueError: A field has another type than expected or a value out of range.
         """
-        custom = cut["custom"]
-        fields = {
-            "id": cut["id"],
-            "name": custom["name"],
-            "kind": custom["kind"],
-            "group": custom["group"],
-            "index": custom["piece"],
-            "split": custom["split"],
-            "num_samples": cut["recording"]["num_samples"],
-            "offset": custom["offset"],
-            "num_bytes": custom["size"],
-            "crc32": custom["crc32"],
-            "codec": custom["form"],
-        }
-        for field, value in fields.items():
-            if type(value) is not _FIELD_TYPES[field]:
-                raise ValueError(f"expected {_FIELD_TYPES[field].__name__} for {field}, got {value!r}"[:1000])
+        # All keys before any type: a missing key tells the shards of others from damaged ones of ours.
+        fields = {name: (cut[section] if section else cut)[key] for name, (section, key, _) in _SCHEMA.items()}
+        for name, (_, _, expected) in _SCHEMA.items():
+            if type(fields[name]) is not expected:
+                raise ValueError(f"expected {expected.__name__} for {name}, got {fields[name]!r}"[:1000])
         segment = cls(shard=shard, **fields)
         max_samples = _MAX_SEGMENT_SECONDS * SAMPLE_RATE
         if (
