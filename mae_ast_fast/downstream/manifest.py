@@ -177,6 +177,49 @@ def read_task(
         ValueError: The file is not a manifest, or a row is malformed; the message gives the line.
     """
     manifest = Path(manifest)
+    label_column, rows = _read_table(manifest)
+    frame_level = label_column == "phones"
+    folders = [Path(os.path.abspath(folder)) for folder in (manifest.parent, root) if folder]
+    clips = [_parse_row(row, label_column, folders) for row in rows]
+    if not any(os.path.exists(clip.path) for clip in clips):
+        searched = " nor in ".join(map(str, folders))
+        raise FileNotFoundError(
+            f"none of the {len(clips)} files of {manifest} exists; {clips[0].name} is not in {searched} (--root DIR)"
+        )
+    clips, notes = _resolve_folds(clips, str(manifest))
+    if frame_level:
+        labels, label_notes = _frequent_phones(clips)
+    else:
+        multi_label = multi_label or any(len(clip.labels) > 1 for clip in clips)
+        if not multi_label and (unlabelled := next((clip for clip in clips if not clip.labels), None)):
+            raise ValueError(f"{manifest}: {unlabelled.name} has no label, which only --multi-label allows")
+        labels, label_notes = {label for clip in clips for label in clip.labels}, _overlap_notes(clips)
+    if len(labels) < 2 and not multi_label:
+        raise ValueError(f"{manifest}: expected at least two classes, got {sorted(labels)}")
+    names = sorted(labels, key=_natural_key)
+    return Task(manifest.stem, clips, names, multi_label, frame_level, [*notes, *label_notes])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a table.
+
+    Attributes:
+        position: File and line, for messages.
+        cells: Column -> cell, stripped; empty where the row is too short.
+    """
+
+    position: str
+    cells: dict[str, str]
+
+
+def _read_table(manifest: Path) -> tuple[str, list[_Row]]:
+    """Read the column of the labels, "label" or "phones", and the rows that are not empty, at least one.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a table with the columns of a manifest.
+    """
     if manifest.is_dir():
         raise ValueError(f"expected a manifest, .tsv or .csv, got the folder {manifest}")
     try:
@@ -194,77 +237,97 @@ def read_task(
                     f"{'tabs' if has_tabs else 'commas'}, got {columns}"
                 )
             reader.fieldnames = columns
-            folders = [Path(os.path.abspath(manifest.parent)), *([Path(os.path.abspath(root))] if root else [])]
-            clips = [
-                _parse_row(row, f"{manifest}, line {reader.line_num}", label_column, folders)
+            rows = [
+                _Row(f"{manifest}, line {reader.line_num}", {name: (row[name] or "").strip() for name in columns})
                 for row in reader
-                if any(cell for cell in row.values())
+                if any(row.values())
             ]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{manifest} is not a table in UTF-8 (unclosed quote?): {error}") from error
-    if not clips:
+    if not rows:
         raise ValueError(f"{manifest}: expected clips below the header, got none")
-    if not any(os.path.exists(clip.path) for clip in clips):
-        searched = " nor in ".join(map(str, folders))
-        raise FileNotFoundError(
-            f"none of the {len(clips)} files of {manifest} exists; {clips[0].name} is not in {searched} (--root DIR)"
-        )
-    clips, notes = _resolve_folds(clips, str(manifest))
-    frame_level = label_column == "phones"
-    if frame_level:
-        counts = Counter(phone for clip in clips for _, phone in clip.phones)
-        labels = {phone for phone, count in counts.items() if count >= _MIN_PHONES}
-        notes += [f"{len(counts) - len(labels)} phones with under {_MIN_PHONES} occurrences left out"]
-    else:
-        multi_label = multi_label or any(len(clip.labels) > 1 for clip in clips)
-        if not multi_label and (unlabelled := next((clip for clip in clips if not clip.labels), None)):
-            raise ValueError(f"{manifest}: {unlabelled.name} has no label, which only --multi-label allows")
-        labels = {label for clip in clips for label in clip.labels}
-        notes += _overlap_notes(clips)
-    if len(labels) < 2 and not multi_label:
-        raise ValueError(f"{manifest}: expected at least two classes, got {sorted(labels)}")
-    return Task(manifest.stem, clips, sorted(labels, key=_natural_key), multi_label, frame_level, notes)
+    return label_column, rows
 
 
-def _parse_row(row: dict[str, str], position: str, label_column: str, folders: Sequence[Path]) -> Clip:
+def _parse_row(row: _Row, label_column: str, folders: Sequence[Path]) -> Clip:
     """Parse and check a row.
 
     Args:
-        row: Column -> cell. A row that is too short or too long has None for a cell or for a column.
-        position: File and line, for messages.
+        row: Row of the table.
         label_column: "label" or "phones".
         folders: Folders in which the path is looked up, in this order.
 
     Raises:
         ValueError: A cell is missing or malformed.
     """
-    cells = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)}
+    cells = row.cells
     name, split, fold = cells["path"], cells.get("split", ""), cells.get("fold", "")
-    if not name:
-        raise ValueError(f"{position}: no path")
-    if multi_line := next((value for value in cells.values() if "\n" in value), None):
-        raise ValueError(f"{position}: a cell spans several lines (unclosed quote?): {multi_line[:60]!r}")
-    if not fold and split.lower() not in _SPLITS:
-        expected = "a fold or a split, train, valid or test" if "fold" in cells else "a split, train, valid or test"
-        raise ValueError(f"{position}: expected {expected}, got {split!r}")
     try:
-        start, end = (float(cells.get(key) or 0.0) for key in ("start", "end"))
-        pairs = [pair.rpartition(":") for pair in cells[label_column].split()] if label_column == "phones" else ()
-        phones = tuple((float(before or after), after if before else "") for before, _, after in pairs)
+        if not name:
+            raise ValueError("no path")
+        if multi_line := next((value for value in cells.values() if "\n" in value), None):
+            raise ValueError(f"a cell spans several lines (unclosed quote?): {multi_line[:60]!r}")
+        if not fold and split.lower() not in _SPLITS:
+            expected = "a fold or a split" if "fold" in cells else "a split"
+            raise ValueError(f"expected {expected}, train, valid or test, got {split!r}")
+        start, end = _parse_range(cells)
+        phones = _parse_phones(cells["phones"]) if label_column == "phones" else ()
     except ValueError as error:
-        raise ValueError(f"{position}: expected seconds, {error}") from None
+        raise ValueError(f"{row.position}: {error}") from None
+    labels = [label.strip() for label in cells["label"].split(";")] if label_column == "label" else []
+    return Clip(
+        path=str(_find_file(name, folders)),
+        name=name,
+        labels=tuple(dict.fromkeys(filter(None, labels))),
+        split=_SPLITS.get(split.lower(), ""),
+        fold=fold,
+        start=start,
+        end=end,
+        phones=phones,
+    )
+
+
+def _parse_range(cells: dict[str, str]) -> tuple[float, float]:
+    """Parse start and end of a clip in its file, in seconds; an end of 0 is that of the file.
+
+    Raises:
+        ValueError: Not numbers, or not in this order.
+    """
+    start, end = (_parse_seconds(cells.get(column) or "0") for column in ("start", "end"))
     if not (0.0 <= start < math.inf and (end == 0.0 or start < end < math.inf)):
-        raise ValueError(f"{position}: expected 0 <= start < end in seconds, got {start:g} and {end:g}")
+        raise ValueError(f"expected 0 <= start < end in seconds, got {start:g} and {end:g}")
+    return start, end
+
+
+def _parse_phones(cell: str) -> tuple[tuple[float, str], ...]:
+    """Parse END:PHONE of each stretch of a recording.
+
+    Raises:
+        ValueError: There is none, an end is not a number, a phone is missing, or the ends do not ascend.
+    """
+    pairs = [pair.rpartition(":") for pair in cell.split()]
+    phones = tuple((_parse_seconds(end or phone), phone if end else "") for end, _, phone in pairs)
     ends = [end for end, _ in phones]
-    if label_column == "phones" and (not phones or not all(phone for _, phone in phones) or ends != sorted(ends)):
-        cell = cells[label_column][:60]
-        raise ValueError(f"{position}: expected phones as END:PHONE, ends in seconds ascending, got {cell!r}")
-    names = [label.strip() for label in cells[label_column].split(";") if label.strip()]
-    labels = () if phones else tuple(dict.fromkeys(names))
-    spellings = dict.fromkeys((name, os.path.expanduser(name), name.replace("\\", "/")))  # "~", Windows
-    candidates = [folder / spelling for spelling in spellings for folder in folders]  # an absolute path stays as it is
-    path = next((candidate for candidate in candidates if candidate.exists()), folders[-1] / name)
-    return Clip(str(path), name, labels, _SPLITS.get(split.lower(), ""), fold, start, end, phones)
+    if not phones or not all(phone for _, phone in phones) or ends != sorted(ends):
+        raise ValueError(f"expected phones as END:PHONE, ends in seconds ascending, got {cell[:60]!r}")
+    return phones
+
+
+def _parse_seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"expected seconds, {error}") from None
+
+
+def _find_file(name: str, folders: Sequence[Path]) -> Path:
+    """The first file of that name in the folders, also with "~" or Windows' separators; if none, one that is not there.
+
+    An absolute path stays as it is.
+    """
+    spellings = dict.fromkeys((name, os.path.expanduser(name), name.replace("\\", "/")))
+    candidates = [folder / spelling for spelling in spellings for folder in folders]
+    return next((candidate for candidate in candidates if candidate.exists()), folders[-1] / name)
 
 
 def _resolve_folds(clips: list[Clip], manifest: str) -> tuple[list[Clip], list[str]]:
@@ -288,6 +351,13 @@ def _resolve_folds(clips: list[Clip], manifest: str) -> tuple[list[Clip], list[s
         note = f"all clips are in fold {folds.pop()}: the column split is used"
         return [dataclasses.replace(clip, fold="") for clip in clips], [note]
     return clips, []
+
+
+def _frequent_phones(clips: Sequence[Clip]) -> tuple[set[str], list[str]]:
+    """The phones that occur often enough to be classes, and a note on the others."""
+    counts = Counter(phone for clip in clips for _, phone in clip.phones)
+    frequent = {phone for phone, count in counts.items() if count >= _MIN_PHONES}
+    return frequent, [f"{len(counts) - len(frequent)} phones with under {_MIN_PHONES} occurrences left out"]
 
 
 def _natural_key(text: str) -> tuple[bool, float, str]:
