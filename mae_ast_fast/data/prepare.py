@@ -16,10 +16,10 @@ import sys
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -176,40 +176,19 @@ def plan(
         raise ValueError(f"the format must be wav or flac, got {codec!r}")
     # The name of `split` is part of the key: renaming such a function makes existing shards of a cache useless.
     digest = hashlib.sha256(f"{_VERSION} {codec} {min_seconds} {getattr(split, '__qualname__', split)}".encode())
-    location = os.fspath(source).rstrip("/") if isinstance(source, (str, os.PathLike)) else None
-    input_format = "audio" if location is None else source_format(location)
     entries: list[AudioFile] = []
     entry_bytes: list[int] = []
     shards: list[list[int]] = []
-    if input_format == "audio":
-        entries = list(find_audio(source) if isinstance(source, (str, os.PathLike)) else source)
-        for entry in entries:
-            entry_bytes.append(-1)
-            with contextlib.suppress(OSError):
-                status = os.stat(entry.path)
-                entry_bytes[-1] = status.st_size if stat.S_ISREG(status.st_mode) else -1
-                digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
-            digest.update(os.fsencode(entry.path) + b"\0")
-    else:
-        assert location is not None
-        location = location if "://" in location else os.path.abspath(os.path.expanduser(location))
-        for files in [{"cuts": location}] if input_format == "cuts" else _shar_shards(location):
-            shards.append([])
-            try:
-                for index, cut in enumerate(json_lines(files["cuts"])):
-                    request = {"cut": cut} if input_format == "cuts" else {"shar": files, "index": index}
-                    recording = cut.get("recording") or {}
-                    shards[-1].append(len(entries))
-                    name = str(cut["id"]).encode("utf-8", "backslashreplace").decode()
-                    entries.append(AudioFile(json.dumps(request), name, group=str(recording.get("id", ""))))
-                    entry_bytes.append(round(2 * SAMPLE_RATE * float(cut.get("duration", 0.0))))
-                    digest.update(entries[-1].path.encode() + b"\0")
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, zlib.error) as error:
-                raise ValueError(
-                    f"{files['cuts']}: expected a Lhotse cut per line, failed after {len(shards[-1])} cuts: {error!r}"
-                ) from error
-        if not entries:
-            raise ValueError(f"no cut in {location}")
+    input_format, listings = _list_source(source)
+    for listing in listings:
+        first = len(entries)
+        for listed in listing:
+            entries.append(listed.entry)
+            entry_bytes.append(listed.num_bytes)
+            digest.update(listed.identity)
+        shards.append(list(range(first, len(entries))))
+    if input_format != "audio" and not entries:
+        raise ValueError(f"no cut in {source}")
     if input_format != "shar":  # audio of a Shar source can only be read in its order
         shards = _shuffled_shards(entry_bytes)
     return Plan(
@@ -222,6 +201,72 @@ def plan(
         split=split,
         key=digest.hexdigest(),
     )
+
+
+class _Listed(NamedTuple):
+    """An entry of a source.
+
+    Attributes:
+        entry: As in ``Plan``.
+        num_bytes: Size of the audio, -1 where there is no regular file.
+        identity: Of the entry and its version, for the key of the plan.
+    """
+
+    entry: AudioFile
+    num_bytes: int
+    identity: bytes
+
+
+def _list_source(source: str | os.PathLike | Sequence[AudioFile]) -> tuple[str, Iterable[Iterable[_Listed]]]:
+    """Format of a source, and its entries: those of each shard if it is Lhotse Shar, otherwise all of them."""
+    if not isinstance(source, (str, os.PathLike)):
+        return "audio", [_list_audio(source)]
+    location = os.fspath(source).rstrip("/")
+    input_format = source_format(location)
+    if input_format == "audio":
+        return input_format, [_list_audio(find_audio(source))]
+    if "://" not in location:
+        location = os.path.abspath(os.path.expanduser(location))
+    if input_format == "cuts":
+        return input_format, [_list_cuts(location)]
+    return input_format, (_list_cuts(files["cuts"], files) for files in _shar_shards(location))
+
+
+def _list_audio(files: Iterable[AudioFile]) -> Iterator[_Listed]:
+    """Sizes and identities of audio files: their times of change, sizes and paths."""
+    for entry in files:
+        num_bytes, version = -1, ""
+        with contextlib.suppress(OSError):
+            status = os.stat(entry.path)
+            num_bytes = status.st_size if stat.S_ISREG(status.st_mode) else -1
+            version = f"{status.st_size} {status.st_mtime_ns} "
+        yield _Listed(entry, num_bytes, version.encode() + os.fsencode(entry.path) + b"\0")
+
+
+def _list_cuts(manifest: str, shar_files: dict[str, str] | None = None) -> Iterator[_Listed]:
+    """The cuts of a Lhotse manifest.
+
+    Args:
+        manifest: File or URL, a JSON object per line.
+        shar_files: Files of the shard of Shar that it belongs to, for the decoder. None: the cuts name their files.
+
+    Raises:
+        ValueError: A line is no cut.
+    """
+    num_cuts = 0
+    try:
+        for cut in json_lines(manifest):
+            request = {"cut": cut} if shar_files is None else {"shar": shar_files, "index": num_cuts}
+            recording = cut.get("recording") or {}
+            name = str(cut["id"]).encode("utf-8", "backslashreplace").decode()
+            entry = AudioFile(json.dumps(request), name, group=str(recording.get("id", "")))
+            num_bytes = round(2 * SAMPLE_RATE * float(cut.get("duration", 0.0)))
+            yield _Listed(entry, num_bytes, entry.path.encode() + b"\0")
+            num_cuts += 1
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{manifest}: expected a Lhotse cut per line, failed after {num_cuts} cuts: {error!r}"
+        ) from error
 
 
 def _shuffled_shards(entry_bytes: Sequence[int]) -> list[list[int]]:
