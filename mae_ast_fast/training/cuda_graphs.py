@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.packing import TokenCounts
-
-if TYPE_CHECKING:
-    from .step import Mask
+from .micro_batch import DeviceBatch
 
 # The loader's batches have about 20 to 70 shapes (tests/training/test_train_step.py counts them). All graphs share the
 # memory of one update. Each adds its nodes and a copy of its inputs, about 50 kB per second of audio.
@@ -34,6 +32,21 @@ class GraphCache(OrderedDict[Any, Any]):
         return graph
 
 
+@dataclass
+class CapturedUpdate:
+    """A graph, and the tensors at the addresses that it reads and writes.
+
+    Attributes:
+        batch: Its input. A batch is copied there before a replay.
+        replay: Launches the graph.
+        metrics: Its result.
+    """
+
+    batch: DeviceBatch
+    replay: Callable[[], Any]
+    metrics: Tensor
+
+
 class Graphs:
     """``update`` as CUDA graphs, one per batch shape; the last ``GRAPHS_KEPT`` shapes are kept.
 
@@ -42,48 +55,46 @@ class Graphs:
     one after another, and share their memory.
 
     Args:
-        update: Function of log-mel (B, T, F), frame counts (B,), one or several masks and the token counts.
+        update: Function of the batches of an update that returns its metrics.
         model: Model that ``update`` trains. A graph holds only as long as the model's buffers stay in place.
         device: CUDA device.
     """
 
-    def __init__(self, update: Callable[..., Tensor], model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, update: Callable[[Sequence[DeviceBatch]], Tensor], model: nn.Module, device: torch.device
+    ) -> None:
         self.update, self.model, self.device = update, model, device
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.cache = GraphCache()
 
-    def __call__(self, log_mel: Tensor, num_frames: Tensor, mask: Mask, token_counts: TokenCounts | None) -> Tensor:
-        masks = mask if isinstance(mask, tuple) else (mask,)
-        inputs = [log_mel, num_frames, *masks]
-        # A graph reads the buffers at their addresses during capture; a longer table of positions has another address.
-        buffers = tuple(buffer.data_ptr() for buffer in self.model.buffers())
-        key = tuple((x.shape, x.dtype) for x in inputs), token_counts, buffers
-
-        def capture() -> tuple[list[Tensor], Callable[[], Any], Tensor]:
-            static_inputs = [x.clone() for x in inputs]
-            static_log_mel, static_num_frames, *static_masks = static_inputs
-            static_mask = tuple(static_masks) if isinstance(mask, tuple) else static_masks[0]
-            replay, result = record(
-                lambda: self.update(static_log_mel, static_num_frames, static_mask, token_counts),
-                self.pool,
-                self.stream,
-            )
-            return static_inputs, replay, result
-
+    def __call__(self, batch: DeviceBatch) -> Tensor:
+        """Make an update with one batch, whose masks are drawn."""
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):  # this also selects the stream's device
-            graph = self.cache.take(key, capture)
+            graph = self.cache.take(self._key(batch), lambda: self._capture(batch))
             if graph is None:
-                metrics = self.update(log_mel, num_frames, mask, token_counts)
+                metrics = self.update([batch])
             else:
-                static_inputs, replay, result = graph
-                for static_input, x in zip(static_inputs, inputs, strict=True):
-                    static_input.copy_(x, non_blocking=True)
-                replay()
-                metrics = result.clone()
+                for static, current in zip(graph.batch.tensors, batch.tensors, strict=True):
+                    static.copy_(current, non_blocking=True)
+                graph.replay()
+                metrics = graph.metrics.clone()
         caller.wait_stream(self.stream)
         return metrics
+
+    def _key(self, batch: DeviceBatch) -> Any:
+        """What a graph depends on: shapes, row counts and the addresses of the model's buffers.
+
+        A graph reads the buffers at their addresses during capture; a longer table of positions has another address.
+        """
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in batch.tensors)
+        return shapes, batch.token_counts, tuple(buffer.data_ptr() for buffer in self.model.buffers())
+
+    def _capture(self, batch: DeviceBatch) -> CapturedUpdate:
+        static = batch.clone()
+        replay, metrics = record(lambda: self.update([static]), self.pool, self.stream)
+        return CapturedUpdate(static, replay, metrics)
 
 
 def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Callable[[], Any], Tensor]:

@@ -17,20 +17,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..devices import send
-from ..models.base import PretrainingModel, check_lengths
-from ..ops.packing import TokenCounts, round_up
+from ..models.base import PretrainingModel
 from .cuda_graphs import Graphs
 from .distributed import broadcast, check_parallel, data_parallel, shard
+from .micro_batch import DeviceBatch, Mask, MicroBatch, check_has_clips, has_no_clips, to_device
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -45,8 +43,6 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Mask = Tensor | tuple[Tensor, ...] | None
-
 
 class StepMetrics(NamedTuple):
     """Metrics of an update: 0-d fp32 tensors on the device, the losses as in ``MAEASTOutput``."""
@@ -56,43 +52,6 @@ class StepMetrics(NamedTuple):
     loss_classification: Tensor
     accuracy: Tensor
     grad_norm: Tensor  # before clipping; not finite: the update was skipped
-
-
-class MicroBatch(NamedTuple):
-    """The inputs of ``TrainStep.__call__``. A micro-batch of 0 clips adds nothing to its update.
-
-    Attributes:
-        log_mel: (B, T, F) ``features`` of ``TrainStep.__call__``.
-        num_frames: (B,) its ``lengths``.
-        seed: Its ``seed``.
-        clip_ids: (B,) its ``clip_ids``.
-        epoch: Its ``epoch``.
-    """
-
-    log_mel: Tensor
-    num_frames: Sequence[int] | Tensor | None = None
-    seed: int | Tensor | None = None
-    clip_ids: Tensor | None = None
-    epoch: int = 0
-
-
-@dataclass
-class _DeviceBatch:
-    """A micro-batch on the device.
-
-    Attributes:
-        log_mel: (B, T, F).
-        num_frames: (B,) int64.
-        mask_options: Keyword arguments of ``sample_mask``: seed, clip_ids and epoch.
-        token_counts: Rows of the packed batch.
-        is_real: False for a placeholder of a micro-batch without clips, which counts for nothing in the update.
-    """
-
-    log_mel: Tensor
-    num_frames: Tensor
-    mask_options: dict[str, Any]
-    token_counts: TokenCounts
-    is_real: bool
 
 
 class _LossAndMetrics(nn.Module):
@@ -189,13 +148,13 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)  # drops gradients of a backward before this object was made
         self.num_rows = self._num_tokens = 0
         self._num_tokens_on_device: Tensor | int = 0  # of batches whose frame counts only the device knows
-        self.graphs = Graphs(self._update, model, self.device) if graphs else None
+        self.graphs = Graphs(self._update_on_device, model, self.device) if graphs else None
 
     def __call__(
         self,
         features: Tensor,
         lengths: Sequence[int] | Tensor | None = None,
-        mask: Mask = None,
+        mask: Mask | None = None,
         *,
         lr: float | None = None,
         seed: int | Tensor | None = None,
@@ -227,30 +186,20 @@ class TrainStep:
                 short to have masked tokens (with lengths on a GPU only if T is too short; otherwise losses and
                 gradients are 0); a mask together with ``compile``, ``graphs`` or ``parallel``.
         """
-        if mask is not None and (self.pads_shapes or self.parallel is not None):
-            raise ValueError("compile, graphs and parallel draw their masks: expected mask=None, got one")
-        micro_batch = MicroBatch(features, lengths, seed=seed, clip_ids=clip_ids, epoch=epoch)
-        if self.parallel is not None:
-            return self.update([micro_batch], lr=lr)
-        batch = self._prepare(micro_batch, draws_mask=mask is None)
-        if lr is not None:
-            self.lr.fill_(lr)
-        token_counts: TokenCounts | None = batch.token_counts
-        if mask is None:
-            mask = self.model.sample_mask(batch.num_frames, batch.log_mel.shape[1], **batch.mask_options)
-        elif self.device.type == "cpu":
-            token_counts = None  # the model counts, and refuses a mask with which no clip has both kinds of token
-        update = self._update if self.graphs is None else self.graphs
-        return StepMetrics._make(update(batch.log_mel, batch.num_frames, mask, token_counts).unbind())
+        if self.parallel is None:  # in several processes, another one may have clips
+            check_has_clips(features)
+        micro_batch = MicroBatch(features, lengths, seed=seed, clip_ids=clip_ids, epoch=epoch, mask=mask)
+        return self.update([micro_batch], lr=lr)
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float | None = None) -> StepMetrics:
         """Make one update with several micro-batches.
 
         All processes call this together, each with its own micro-batches and with equally many.
 
-        Masks without a seed, and dropout, depend on the state of torch's generator and on the index of the micro-batch
-        among those of all processes, in order of rank: processes with the same state draw differently, and N processes
-        draw what one process draws.
+        One micro-batch in one process draws its dropout, and masks without a seed, from torch's generator as it is.
+        Otherwise both depend on the state of torch's generator and on the index of the micro-batch among those of all
+        processes, in order of rank: processes with the same state draw differently, and N processes draw what one
+        process draws.
 
         Args:
             micro_batches: This process's micro-batches, at least one. One with 0 clips adds nothing.
@@ -262,127 +211,97 @@ class TrainStep:
 
         Raises:
             ValueError: As for ``__call__``, in the process where it happens (the others wait until their timeout); no
-                micro-batches; several of them with ``graphs``; with DDP, parameters without a gradient.
+                micro-batches; several of them with ``graphs`` or with a mask; with DDP, parameters without a gradient.
         """
-        if not micro_batches:
-            raise ValueError("an update needs at least one micro-batch, got none")
-        if self.parallel is None and len(micro_batches) == 1 and not _has_no_clips(micro_batches[0].log_mel):
-            log_mel, num_frames, seed, clip_ids, epoch = micro_batches[0]
-            return self(log_mel, num_frames, lr=lr, seed=seed, clip_ids=clip_ids, epoch=epoch)
-        if self.graphs is not None:
-            clips = [len(micro_batch.log_mel) for micro_batch in micro_batches]
-            raise ValueError(f"with graphs an update is one batch of clips, got micro-batches of {clips} clips")
+        self._check_micro_batches(micro_batches)
         batches = [
-            self._placeholder(micro_batch) if _has_no_clips(micro_batch.log_mel) else self._prepare(micro_batch)
+            to_device(micro_batch, self.model, self.device, pads_shapes=self.pads_shapes)
             for micro_batch in micro_batches
         ]
+        self._count_rows(batches)
         if lr is not None:
             self.lr.fill_(lr)
-        rank = dist.get_rank() if self.parallel is not None else 0
-        weights, input_stats = self._global_weights_and_stats(batches)
+        if self.parallel is not None or len(batches) > 1 or not batches[0].is_real:
+            self._assign_shares(batches)
         if self.parallel == "ddp" and not self.ddp_graph_built:
-            self._warm_up_ddp(batches[0], input_stats)
-        first_seed = int(torch.randint(2**62, ())) + rank * len(micro_batches)
-        scale, summed = self._loss_scale(), torch.zeros(4, device=self.device)
-        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            with self._grad_sync(last=index + 1 == len(micro_batches)):
-                with _seeded(first_seed + index, self.device):
-                    loss, metrics = self._draw_and_forward(batch, input_stats)
-                # Gradients are averaged over processes.
-                (loss * (weight * self.world_size * scale).to(loss.dtype)).backward()
-            summed += weight * metrics
+            self._warm_up_ddp(batches[0])
+        if self.graphs is not None:
+            batches[0].mask = self._draw_mask(batches[0])
+            metrics = self.graphs(batches[0])
+        else:
+            metrics = self._update_on_device(batches)
+        return StepMetrics._make(metrics.unbind())
+
+    def _update_on_device(self, batches: Sequence[DeviceBatch]) -> Tensor:
+        """The part of an update that the device does alone, which a CUDA graph can hold.
+
+        Returns:
+            ``StepMetrics`` as one tensor (5,).
+        """
+        scale = self._loss_scale()
+        weighted_metrics = []
+        for batch in batches:
+            with self._grad_sync(last=batch is batches[-1]):
+                with _seeded(batch.generator_seed, self.device):
+                    loss, metrics = self._forward(batch)
+                if batch.weight is None:
+                    loss = loss * scale
+                else:  # gradients are averaged over processes
+                    loss = loss * (batch.weight * self.world_size * scale).to(loss.dtype)
+                loss.backward()
+            weighted_metrics.append(metrics if batch.weight is None else batch.weight * metrics)
+        metrics = functools.reduce(torch.add, weighted_metrics)
         if self.parallel is not None:
-            dist.all_reduce(summed)
-        return StepMetrics._make((*summed.unbind(), self._clip_and_update(scale)))
+            dist.all_reduce(metrics)
+        return torch.cat((metrics, self._clip_and_step(scale)[None]))
 
     @property
     def num_tokens(self) -> int:
         """Real tokens so far, at most ``num_rows``. Reading it waits for the GPU if lengths were on one."""
         return self._num_tokens + int(self._num_tokens_on_device)
 
-    def _prepare(self, micro_batch: MicroBatch, *, draws_mask: bool = True, is_real: bool = True) -> _DeviceBatch:
-        """Check a micro-batch and start its copy to the device.
+    def _check_micro_batches(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Check that this object takes such micro-batches."""
+        if not micro_batches:
+            raise ValueError("an update needs at least one micro-batch, got none")
+        is_one = len(micro_batches) == 1
+        has_mask = any(micro_batch.mask is not None for micro_batch in micro_batches)
+        if has_mask and (self.pads_shapes or self.parallel is not None or not is_one):
+            raise ValueError(
+                "compile, graphs, parallel and updates of several micro-batches draw their masks: expected mask=None, "
+                "got one"
+            )
+        if self.graphs is not None and (not is_one or has_no_clips(micro_batches[0].log_mel)):
+            clips = [len(micro_batch.log_mel) for micro_batch in micro_batches]
+            raise ValueError(f"with graphs an update is one batch of clips, got micro-batches of {clips} clips")
 
-        Args:
-            micro_batch: Inputs as the caller gave them.
-            draws_mask: Whether this object draws the mask.
-            is_real: False for a placeholder; see ``_DeviceBatch``.
-        """
-        log_mel, num_frames, seed, clip_ids, epoch = micro_batch
-        if not isinstance(log_mel, Tensor) or log_mel.dim() != 3 or not len(log_mel):
-            got = tuple(log_mel.shape) if isinstance(log_mel, Tensor) else type(log_mel).__name__
-            raise ValueError(f"features must be a tensor (B, T, F) of at least one clip, got {got}")
-        clip_ids = None if clip_ids is None else torch.as_tensor(clip_ids)
-        checked_frames, token_counts = self._frames_and_token_counts(log_mel, num_frames, draws_mask)
-        if is_real and not token_counts.has_padding_rows:
-            self._num_tokens += token_counts.visible + token_counts.masked
-        elif is_real:
-            kt, grid_f = self.model.config.patch_size[0], self.model.config.grid_f
-            self._num_tokens_on_device = self._num_tokens_on_device + (checked_frames // kt * grid_f).sum()
-        if self.pads_shapes:
-            shape = PaddedShape.of(self.model, len(log_mel), log_mel.shape[1], token_counts)
-            log_mel, checked_frames, clip_ids = _pad(log_mel, checked_frames, clip_ids, shape)
-            token_counts = shape.token_counts
-        self.num_rows += token_counts.visible + token_counts.masked
-        return _DeviceBatch(
-            log_mel=send(log_mel, self.device),
-            num_frames=send(checked_frames, self.device),
-            mask_options={"seed": seed, "clip_ids": clip_ids, "epoch": epoch},
-            token_counts=token_counts,
-            is_real=is_real,
+    def _count_rows(self, batches: list[DeviceBatch]) -> None:
+        for batch in batches:
+            self.num_rows += batch.num_rows
+            if isinstance(batch.num_tokens, Tensor):
+                self._num_tokens_on_device = self._num_tokens_on_device + batch.num_tokens
+            else:
+                self._num_tokens += batch.num_tokens
+
+    def _draw_mask(self, batch: DeviceBatch) -> Mask:
+        max_frames = batch.log_mel.shape[1]
+        return self.model.sample_mask(
+            batch.num_frames, max_frames, seed=batch.seed, clip_ids=batch.clip_ids, epoch=batch.epoch
         )
 
-    def _frames_and_token_counts(
-        self, log_mel: Tensor, num_frames: Sequence[int] | Tensor | None, draws_mask: bool
-    ) -> tuple[Tensor, TokenCounts]:
-        """Validated frame counts (B,), int64, on the caller's device, and the rows of the packed batch.
-
-        Later code does not read the frame counts on the host.
-        """
-        num_clips, max_frames = log_mel.shape[:2]
-        on_host = _is_on_host(num_frames)
-        if num_frames is None:
-            checked = torch.full((num_clips,), max_frames, device="cpu")
-        else:
-            checked = check_lengths(num_frames, num_clips, max_frames, check_values=on_host)
-        token_counts = self.model.exact_sizes(log_mel, checked if on_host else None)  # raises if nothing can be masked
-        if on_host:
-            return checked, token_counts
-        return checked.clamp(0, max_frames), self.model.largest_sizes(num_clips, max_frames, draws_mask)
-
-    def _placeholder(self, micro_batch: MicroBatch) -> _DeviceBatch:
-        """Silence in place of a micro-batch without clips, so that all processes run the same passes."""
-        kt, limit = self.model.config.patch_size[0], self.model.max_frames
-        num_frames = next(count for count in range(kt, limit + 1, kt) if self.model.sizes_of([count]).masked)
-        log_mel = micro_batch.log_mel.new_zeros(1, num_frames, micro_batch.log_mel.shape[2])
-        return self._prepare(MicroBatch(log_mel, seed=0), is_real=False)
-
-    def _update(self, log_mel: Tensor, num_frames: Tensor, mask: Mask, token_counts: TokenCounts | None) -> Tensor:
-        """Update with one batch, on the device alone; returns ``StepMetrics`` as one tensor (5,)."""
-        loss, metrics = self._forward(log_mel, num_frames, mask, token_counts)
-        scale = self._loss_scale()
-        (loss * scale).backward()
-        return torch.cat((metrics, self._clip_and_update(scale)[None]))
-
-    def _forward(
-        self,
-        log_mel: Tensor,
-        num_frames: Tensor,
-        mask: Mask,
-        token_counts: TokenCounts | None,
-        *,
-        input_stats: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and detached metrics (4,); ``input_stats`` are mean and scale of the input normalisation."""
+    def _forward(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """Loss and detached metrics (4,), the losses and the accuracy of ``StepMetrics``."""
+        mask = self._draw_mask(batch) if batch.mask is None else batch.mask
+        # Only models that measure their input take statistics.
+        options = {} if batch.input_stats is None else {"statistics": batch.input_stats}
         dtype = PRECISIONS[self.precision]
-        options = {} if input_stats is None else {"statistics": input_stats}
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return self.loss_module(log_mel, num_frames, mask, sizes=token_counts, **options)
+            return self.loss_module(batch.log_mel, batch.num_frames, mask, sizes=batch.token_counts, **options)
 
     def _loss_scale(self) -> Tensor | float:
         return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
-    def _clip_and_update(self, scale: Tensor | float) -> Tensor:
+    def _clip_and_step(self, scale: Tensor | float) -> Tensor:
         """Clip the gradients, which are multiplied by ``scale``, and run AdamW; returns the norm without ``scale``."""
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
         if self.parallel == "fsdp":
@@ -402,39 +321,44 @@ class TrainStep:
 
     # Several micro-batches or processes.
 
-    def _global_weights_and_stats(self, batches: list[_DeviceBatch]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _assign_shares(self, batches: list[DeviceBatch]) -> None:
+        """Give each micro-batch its weight in the update, the input statistics of all, and its own random numbers.
+
+        The host waits for nothing.
+        """
+        weights, input_stats = self._global_weights_and_stats(batches)
+        rank = dist.get_rank() if self.parallel is not None else 0
+        first_seed = int(torch.randint(2**62, ())) + rank * len(batches)
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            batch.weight, batch.input_stats, batch.generator_seed = weight, input_stats, first_seed + index
+
+    def _global_weights_and_stats(self, batches: list[DeviceBatch]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Weight of each micro-batch (P,), its share of all masked tokens, and the input statistics of all of them.
 
-        The host waits for nothing. One all-gather brings the numbers of all micro-batches to every process.
+        One all-gather brings the numbers of all micro-batches to every process.
         """
-        norm = getattr(self.model, "input_norm", None)
         masked = [self.model.num_masked(batch.num_frames).sum() * batch.is_real for batch in batches]
         num_masked = torch.stack(masked).double()
-        local_rows = [num_masked]
-        if norm is not None and norm.training:
-            stats = [norm.batch_stats(batch.log_mel, batch.num_frames * batch.is_real) for batch in batches]
-            local_rows += [torch.stack(values).double() for values in zip(*stats, strict=True)]
-        table = torch.stack(local_rows)[None]
-        if self.parallel is not None:
-            gathered = table.new_empty(self.world_size, *table.shape[1:])
-            dist.all_gather(list(gathered.unbind()), table[0])
-            table = gathered
-        table = table.transpose(0, 1).flatten(1)  # (1 or 4, micro-batches of all processes)
-        input_stats = None
-        if len(local_rows) > 1:
-            assert norm is not None
-            dtype = torch.promote_types(batches[0].log_mel.dtype, torch.float32)
-            count, mean, variance = norm.merge_stats(table[1], table[2], table[3])
-            mean, scale = norm.update_running(count, mean, variance)
-            input_stats = mean.to(dtype), scale.to(dtype)
-        return num_masked / table[0].sum(), input_stats
+        norm = getattr(self.model, "input_norm", None)
+        if norm is None or not norm.training:
+            all_masked = self._all_gather(num_masked[None])[0]
+            return num_masked / all_masked.sum(), None
+        stats = [norm.batch_stats(batch.log_mel, batch.num_frames * batch.is_real) for batch in batches]
+        counts, means, variances = (torch.stack(values).double() for values in zip(*stats, strict=True))
+        local = torch.stack((num_masked, counts, means, variances))
+        all_masked, all_counts, all_means, all_variances = self._all_gather(local)
+        count, mean, variance = norm.merge_stats(all_counts, all_means, all_variances)
+        mean, scale = norm.update_running(count, mean, variance)
+        dtype = torch.promote_types(batches[0].log_mel.dtype, torch.float32)
+        return num_masked / all_masked.sum(), (mean.to(dtype), scale.to(dtype))
 
-    def _draw_and_forward(
-        self, batch: _DeviceBatch, input_stats: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """``_forward`` of a micro-batch with masks drawn here."""
-        mask = self.model.sample_mask(batch.num_frames, batch.log_mel.shape[1], **batch.mask_options)
-        return self._forward(batch.log_mel, batch.num_frames, mask, batch.token_counts, input_stats=input_stats)
+    def _all_gather(self, values: Tensor) -> Tensor:
+        """(K, P) of every process, next to each other: (K, P * processes)."""
+        if self.parallel is None:
+            return values
+        gathered = values.new_empty(self.world_size, *values.shape)
+        dist.all_gather(list(gathered.unbind()), values)
+        return gathered.transpose(0, 1).flatten(1)
 
     def _grad_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Context of a micro-batch's forward and backward: processes exchange gradients in the last backward only."""
@@ -446,14 +370,15 @@ class TrainStep:
             return cast(nn.parallel.DistributedDataParallel, self.loss_module).no_sync()
         return contextlib.nullcontext()
 
-    def _warm_up_ddp(self, batch: _DeviceBatch, input_stats: tuple[Tensor, Tensor] | None) -> None:
+    def _warm_up_ddp(self, batch: DeviceBatch) -> None:
         """Run a first backward, in which DDP builds its static graph and ignores ``no_sync``, and drop its gradients.
 
         Raises:
             ValueError: Some parameter got no gradient.
         """
         with _seeded(0, self.device):
-            self._draw_and_forward(batch, input_stats)[0].backward()
+            loss, _ = self._forward(batch)
+            loss.backward()
         named = self.model.named_parameters()
         if unused := [name for name, p in named if p.requires_grad and p.grad is None]:
             raise ValueError(f"parallel='ddp' needs a gradient of every parameter, got none of {', '.join(unused)}")
@@ -484,53 +409,13 @@ class TrainStep:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators, and restore their states afterwards."""
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seed torch's generators, and restore their states afterwards. None: leave them alone."""
+    if seed is None:
+        yield
+        return
     cuda = device.type == "cuda"
     with torch.random.fork_rng([device] if cuda else []):
         for generator in (torch.default_generator, *([torch.cuda.default_generators[device.index]] if cuda else [])):
             generator.manual_seed(seed)
         yield
-
-
-def _is_on_host(num_frames: Sequence[int] | Tensor | None) -> bool:
-    """Whether the host can read frame counts without waiting for a GPU."""
-    return not isinstance(num_frames, Tensor) or num_frames.device.type == "cpu"
-
-
-def _has_no_clips(log_mel: Any) -> bool:
-    return isinstance(log_mel, Tensor) and log_mel.dim() == 3 and not len(log_mel)
-
-
-class PaddedShape(NamedTuple):
-    """The shape that a batch is padded to. Similar batches share it, and with it one graph.
-
-    Attributes:
-        num_clips: B.
-        num_frames: T.
-        token_counts: Rows of the packed batch. The most rows of one clip are those of a clip of T frames.
-    """
-
-    num_clips: int
-    num_frames: int
-    token_counts: TokenCounts
-
-    @classmethod
-    def of(cls, model: PretrainingModel, num_clips: int, max_frames: int, token_counts: TokenCounts) -> PaddedShape:
-        """The padded shape of a batch of ``num_clips`` clips of at most ``max_frames`` frames."""
-        kt = model.config.patch_size[0]
-        num_frames = max(max_frames, min(round_up(-(-max_frames // kt)) * kt, model.max_frames))
-        rounded = token_counts.bucket()
-        padded = model.largest_sizes(1, num_frames)._replace(visible=rounded.visible, masked=rounded.masked)
-        return cls(round_up(num_clips, min_step=1), num_frames, padded)
-
-
-def _pad(
-    log_mel: Tensor, num_frames: Tensor, clip_ids: Tensor | None, shape: PaddedShape
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Pad a batch with empty clips, and its clips with frames that do not count."""
-    num_clips, max_frames = log_mel.shape[:2]
-    empty_clips = shape.num_clips - num_clips
-    log_mel = F.pad(log_mel, (0, 0, 0, shape.num_frames - max_frames, 0, empty_clips))
-    clip_ids = None if clip_ids is None else F.pad(clip_ids, (0, empty_clips))
-    return log_mel, F.pad(num_frames, (0, empty_clips)), clip_ids

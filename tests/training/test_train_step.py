@@ -19,8 +19,9 @@ from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
 from mae_ast_fast.data.shards import Crop, _Budget, bucket_edges
 from mae_ast_fast.ops.fbank import SAMPLE_RATE, num_frames
 from mae_ast_fast.tools.doctor import CLIP_SECONDS, count_saved
-from mae_ast_fast.training import cuda_graphs
-from mae_ast_fast.training import step as module
+from mae_ast_fast.training import cuda_graphs, micro_batch
+from mae_ast_fast.training.micro_batch import MicroBatch
+from mae_ast_fast.training.step import PRECISIONS
 
 OFF = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "input_dropout", "encoder_layerdrop"), 0.0)
 NUM_FRAMES = [48, 17, 33]
@@ -89,7 +90,7 @@ def test_train_step_precision_sets_dtype_of_activations(precision: str) -> None:
     model.encoder.layers[0].register_forward_hook(lambda _, inputs, out: dtypes.append((inputs[0].dtype, out[0].dtype)))
     update = TrainStep(model, precision=precision)
     metrics = update(log_mel(NUM_FRAMES), NUM_FRAMES)
-    dtype = module.PRECISIONS[precision] or torch.float32
+    dtype = PRECISIONS[precision] or torch.float32
     assert dtypes == [(dtype, dtype)] and {metric.dtype for metric in metrics} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -101,6 +102,32 @@ def test_train_step_mask_of_another_count_on_cpu_equals_model_loss() -> None:
     mask[:, :2] = True
     expected = build()(log_mel(NUM_FRAMES), torch.tensor(NUM_FRAMES), mask).loss.detach()
     assert TrainStep(model)(log_mel(NUM_FRAMES), NUM_FRAMES, mask).loss == expected
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_train_step_call_equals_update_of_one_micro_batch(with_mask: bool) -> None:
+    """Bit for bit, from the same state of torch's generator, which both leave in the same state."""
+    results = []
+    for through_update in (False, True):
+        update = TrainStep(build(dropout=0.2), 1e-2)
+        mask = update.model.sample_mask(torch.tensor(NUM_FRAMES), max(NUM_FRAMES), seed=1) if with_mask else None
+        torch.manual_seed(3)
+        for rate in (1e-2, 1e-3):
+            if through_update:
+                metrics = update.update([MicroBatch(log_mel(NUM_FRAMES), NUM_FRAMES, mask=mask)], lr=rate)
+            else:
+                metrics = update(log_mel(NUM_FRAMES), NUM_FRAMES, mask, lr=rate)
+        results.append([*metrics, *update.model.parameters(), torch.get_rng_state()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_train_step_one_micro_batch_draws_what_the_model_draws() -> None:
+    """The masks and the dropout of one micro-batch are those of the model called with the same generator."""
+    update, model = TrainStep(build(dropout=0.2)), build(dropout=0.2)
+    torch.manual_seed(3)
+    loss = update(log_mel(NUM_FRAMES), NUM_FRAMES).loss
+    torch.manual_seed(3)
+    assert loss == model(log_mel(NUM_FRAMES), torch.tensor(NUM_FRAMES)).loss
 
 
 def test_train_step_drops_gradients_of_an_earlier_backward() -> None:
@@ -295,8 +322,8 @@ def test_padded_shape_adds_at_most_an_eighth() -> None:
         exact = MAEAST.sizes_of(build(), frames)
         model = MAEAST(config)
         x, counts = torch.zeros(len(frames), max(frames), 1), torch.tensor(frames)
-        shape = module.PaddedShape.of(model, len(frames), max(frames), model.sizes_of(frames))
-        x, padded, ids = module._pad(x, counts, torch.arange(len(frames)), shape)
+        shape = micro_batch.PaddedShape.of(model, len(frames), max(frames), model.sizes_of(frames))
+        x, padded, ids = micro_batch._pad(x, counts, torch.arange(len(frames)), shape)
         assert torch.equal(padded[: len(frames)], counts) and not padded[len(frames) :].any()
         assert len(x) == len(padded) == len(ids) <= max(len(frames) * 9 / 8, len(frames) + 1)
         assert max(frames) <= x.shape[1] <= max(frames) * 9 / 8 + 16 * config.patch_size[0]
@@ -344,7 +371,7 @@ class Recorder:
 def graphed(model: MAEAST, rate: float = 1e-3) -> TrainStep:
     """A TrainStep with graphs on a CPU, where its constructor refuses them."""
     update = TrainStep(model, rate)
-    update.pads_shapes, update.graphs = True, cuda_graphs.Graphs(update._update, model, update.device)
+    update.pads_shapes, update.graphs = True, cuda_graphs.Graphs(update._update_on_device, model, update.device)
     return update
 
 
@@ -481,7 +508,7 @@ def test_graph_cache_of_loader_batches_mostly_replays(run: str) -> None:
         model = {MAEASTConfig: MAEAST, SSASTConfig: SSAST}[type(config)](config)
     cache, recorded, replayed = cuda_graphs.GraphCache(), [], 0
     for frames in loader_batches(batch_seconds, min_seconds, max_seconds, draw_seconds):
-        shape = module.PaddedShape.of(model, len(frames), max(frames), model.sizes_of(frames))
+        shape = micro_batch.PaddedShape.of(model, len(frames), max(frames), model.sizes_of(frames))
         recorded_before = len(recorded)
         graph = cache.take(shape, lambda: recorded.append(1) or "graph")
         replayed += graph == "graph" and len(recorded) == recorded_before
@@ -537,9 +564,9 @@ def test_train_step_rejects_wrong_arguments(run: Callable[[], Any], words: list[
 
 def test_train_step_graphs_reject_several_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder(monkeypatch)
-    micro_batch = module.MicroBatch(log_mel(NUM_FRAMES), NUM_FRAMES)
+    micro_batches = [MicroBatch(log_mel(NUM_FRAMES), NUM_FRAMES), MicroBatch(log_mel(NUM_FRAMES)[:0])]
     with pytest.raises(ValueError, match=r"one batch of clips, got micro-batches of \[3, 0\] clips"):
-        graphed(build()).update([micro_batch, module.MicroBatch(log_mel(NUM_FRAMES)[:0])])
+        graphed(build()).update(micro_batches)
 
 
 def test_train_step_compile_rejects_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,12 +575,19 @@ def test_train_step_compile_rejects_mask(monkeypatch: pytest.MonkeyPatch) -> Non
         TrainStep(build(), compile=True)(log_mel(NUM_FRAMES), NUM_FRAMES, torch.zeros(3, 24, dtype=torch.bool))
 
 
+def test_train_step_several_micro_batches_reject_mask() -> None:
+    mask = torch.zeros(3, 24, dtype=torch.bool)
+    micro_batches = [MicroBatch(log_mel(NUM_FRAMES), mask=mask), MicroBatch(log_mel(NUM_FRAMES))]
+    with pytest.raises(ValueError, match="updates of several micro-batches draw their masks: expected mask=None"):
+        TrainStep(build()).update(micro_batches)
+
+
 # --------------------------------------------------------------------------------------------------- lengths on a GPU
 
 
 def hide_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat tensors of lengths as if they were on a GPU, so that the host does not read their values."""
-    monkeypatch.setattr(module, "_is_on_host", lambda num_frames: not isinstance(num_frames, Tensor))
+    monkeypatch.setattr(micro_batch, "_is_on_host", lambda num_frames: not isinstance(num_frames, Tensor))
 
 
 def build_ssast(objective: str) -> SSAST:
@@ -622,11 +656,11 @@ def test_train_step_lengths_on_gpu_weight_micro_batches_by_masked_tokens(
         update = TrainStep(MODELS[model](), 1e-3)
         x = log_mel([55, 17, 33])
         micro_batches = [
-            module.MicroBatch(x, make_lengths([55, 0, 33]), seed=1),
-            module.MicroBatch(x[:1], make_lengths([17]), seed=2),
+            MicroBatch(x, make_lengths([55, 0, 33]), seed=1),
+            MicroBatch(x[:1], make_lengths([17]), seed=2),
         ]
         if make_lengths is torch.tensor:
-            micro_batches.insert(1, module.MicroBatch(x[:0]))
+            micro_batches.insert(1, MicroBatch(x[:0]))
         results.append(update.update(micro_batches))
     for name, metric, value in zip(results[0]._fields, *results, strict=True):
         assert_rounding(value, metric, name, grad=True)
@@ -677,10 +711,10 @@ def test_train_step_lengths_on_gpu_take_a_mask_of_any_count(monkeypatch: pytest.
         mask = torch.rand(3, 24, generator=torch.Generator().manual_seed(0)) < share
         update = TrainStep(build())
         expected = build()(log_mel(NUM_FRAMES), torch.tensor(NUM_FRAMES), mask.to(DEVICE)).loss.detach()
-        batch = update._prepare(
-            module.MicroBatch(log_mel(NUM_FRAMES), torch.tensor(NUM_FRAMES, device=DEVICE)), draws_mask=False
-        )
-        loss = update._update(batch.log_mel, batch.num_frames, mask.to(DEVICE), batch.token_counts)[0]
+        inputs = MicroBatch(log_mel(NUM_FRAMES), torch.tensor(NUM_FRAMES, device=DEVICE), mask=mask.to(DEVICE))
+        batch = micro_batch.to_device(inputs, update.model, update.device, pads_shapes=False)
+        _, batch.token_counts = micro_batch._frames_and_token_counts(inputs, update.model)  # on a CPU they are None
+        loss = update._update_on_device([batch])[0]
         assert_rounding(loss, expected, f"{share}")
 
 
@@ -712,7 +746,7 @@ def test_train_step_lengths_anywhere_never_wait_for_the_gpu(placement: str) -> N
     update, x = TrainStep(build()), log_mel(NUM_FRAMES)
     lengths = NUM_FRAMES if placement == "list" else torch.tensor(NUM_FRAMES, device=placement)
     mask = update.model.sample_mask(torch.tensor(NUM_FRAMES), max(NUM_FRAMES), seed=0)
-    micro_batches = [module.MicroBatch(x, lengths), module.MicroBatch(x[:0]), module.MicroBatch(x, lengths)]
+    micro_batches = [MicroBatch(x, lengths), MicroBatch(x[:0]), MicroBatch(x, lengths)]
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
         try:
@@ -741,9 +775,9 @@ def test_models_with_lengths_on_host_never_wait_for_the_gpu() -> None:
 def test_train_step_update_of_micro_batches_never_waits_for_the_gpu(precision: str) -> None:
     update = TrainStep(build(dropout=0.1), precision=precision)
     micro_batches = [
-        module.MicroBatch(log_mel(NUM_FRAMES), NUM_FRAMES, seed=1),
-        module.MicroBatch(log_mel(NUM_FRAMES)[:0]),
-        module.MicroBatch(log_mel([40])),
+        MicroBatch(log_mel(NUM_FRAMES), NUM_FRAMES, seed=1),
+        MicroBatch(log_mel(NUM_FRAMES)[:0]),
+        MicroBatch(log_mel([40])),
     ]
     for count in range(3):
         torch.cuda.set_sync_debug_mode("error" if count else "default")  # the first update compiles and allocates
