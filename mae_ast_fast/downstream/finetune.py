@@ -33,6 +33,7 @@ from .classifier import AudioClassifier
 from .manifest import Fold
 from .options import FinetuneOptions
 from .probe import encoder_features, set_norm
+from .report import write_report
 from .run import STATE, FoldResult, Run
 
 _SAVE_SECONDS = 300.0  # between two saves of the training state: the most that a kill costs
@@ -61,7 +62,7 @@ def finetune(options: FinetuneOptions) -> dict[str, Any]:
         best = max(results, key=lambda result: result.valid_score)
         AudioClassifier.from_pretrained(run.folder(best.fold)).save_pretrained(run.out)
         history = [row for result in results for row in result.selected["history"]]
-        return run.report(results, history, {})
+        return write_report(run, results, history=history)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning

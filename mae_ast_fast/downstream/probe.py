@@ -15,6 +15,7 @@ from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, fbank
 from .classifier import NORM_EPS, AudioClassifier, pool_tokens
 from .manifest import Fold
 from .options import ProbeOptions
+from .report import write_report
 from .run import FoldResult, Run
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larger means less regularised
@@ -38,7 +39,7 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
         best = max(results, key=lambda result: result.valid_score)
         if best.classifier is not None:
             best.classifier.save_pretrained(run.out)
-        return run.report(results, [], {"log_mel": baseline})
+        return write_report(run, results, log_mel=baseline)
 
 
 def encoder_features(run: Run[ProbeOptions], clips: Sequence[int]) -> np.ndarray:

@@ -1,13 +1,11 @@
-"""The part that probing and fine-tuning share: a task's audio, its examples, and the report of a run."""
+"""The part that probing and fine-tuning share: a task's audio, its examples, and the run folder."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,14 +20,14 @@ from torch import Tensor
 from ..checkpoints.load import load_model
 from ..data import corpus
 from ..devices import pick_device, pick_precision
-from ..files import atomic_write, write_json
+from ..files import write_json
 from ..models.base import PretrainingModel
 from ..models.mae_ast import MAEAST
 from ..training.lifecycle import OPTIONS, TASK_OPTIONS, run_lock
 from .audio import Waveforms, batches
 from .classifier import AudioClassifier, max_clip_seconds
 from .manifest import Fold, Task, read_task
-from .metrics import average_precisions, bootstrap_ci, confusion, score
+from .metrics import score
 from .options import ProbeOptions
 
 Options_co = TypeVar("Options_co", bound=ProbeOptions, covariant=True)
@@ -78,6 +76,11 @@ class Examples:
         last = np.searchsorted(self.clip, clips, side="right")
         return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
 
+    def select(self, clips: Sequence[int]) -> Examples:
+        """The examples of some clips, in the order of ``clips``."""
+        indices = self.indices(clips)
+        return Examples(self.clip[indices], self.time[indices], self.targets[indices])
+
 
 @dataclass
 class FoldResult:
@@ -99,7 +102,7 @@ class FoldResult:
 
 
 class Run(Generic[Options_co]):
-    """A probing or fine-tuning run: the task, its audio, the encoder, and the report.
+    """A probing or fine-tuning run: the task, its audio, the encoder, and the run folder.
 
     As a context manager it locks the run folder and writes the options into it.
 
@@ -131,33 +134,55 @@ class Run(Generic[Options_co]):
         self.metric = options.metric or ("map" if task.multi_label else "accuracy")
         # Built and thrown away: options that do not fit the encoder raise before any audio is decoded.
         self.build_classifier(self.encoder)
-        folds = task.folds(options.seed)
-        if options.folds is not None:
-            requested = [name.strip() for name in options.folds.split(",")]
-            if not folds[0].name:
-                raise ValueError(f"folds needs a manifest with a column fold, got {options.folds!r} for {options.data}")
-            if unknown := [name for name in requested if name not in [fold.name for fold in folds]]:
-                raise ValueError(f"folds must be in {[fold.name for fold in folds]}, got {unknown}")
-            folds = [fold for fold in folds if fold.name in requested]
+        folds = self._requested_folds()
         self._check_output_dir()  # early, for a fast error; __enter__ checks again under the lock
         self.audio = Waveforms(task, cache, options.workers)
+        self.folds = self._folds_with_audio(folds)
+        self.examples = Examples.from_task(task, self.audio)
+        self._check_labels()
+
+    def _requested_folds(self) -> list[Fold]:
+        """The folds of the task that the options ask for, or its split.
+
+        Raises:
+            ValueError: The task has no folds, or not these.
+        """
+        options, folds = self.options, self.task.folds(self.options.seed)
+        if options.folds is None:
+            return folds
+        if not folds[0].name:
+            raise ValueError(f"folds needs a manifest with a column fold, got {options.folds!r} for {options.data}")
+        requested = [name.strip() for name in options.folds.split(",")]
+        if unknown := [name for name in requested if name not in [fold.name for fold in folds]]:
+            raise ValueError(f"folds must be in {[fold.name for fold in folds]}, got {unknown}")
+        return [fold for fold in folds if fold.name in requested]
+
+    def _folds_with_audio(self, folds: Sequence[Fold]) -> list[Fold]:
+        """Folds without the clips that have no audio.
+
+        Raises:
+            ValueError: A fold has no clip left for training, validation or testing.
+        """
         missing = self.audio.missing
         folds = [fold.without(set(missing)) for fold in folds]
         for fold in folds:
             for split in ("train", "valid", "test"):
                 if not getattr(fold, split):
                     i, reason = next(iter(missing.items()))
-                    example = f"{task.clips[i].name}: {reason}"
+                    example = f"{self.task.clips[i].name}: {reason}"
                     raise ValueError(
-                        f"{options.data}: none of the {split} clips of {fold.display_name} has audio; {example}"
+                        f"{self.options.data}: none of the {split} clips of {fold.display_name} has audio; {example}"
                     )
-        self.folds = folds
-        self.examples = Examples.from_task(task, self.audio)
-        for fold in folds:
+        return folds
+
+    def _check_labels(self) -> None:
+        """Raise a ``ValueError`` if the validation or test clips of a fold have no label, and so no score."""
+        for fold in self.folds:
             for split in ("valid", "test"):
-                if not self.examples.targets[self.examples.indices(getattr(fold, split))].any():
+                if not self.examples.select(getattr(fold, split)).targets.any():
                     raise ValueError(
-                        f"{options.data}: no {split} clip of {fold.display_name} has a label, so they give no score"
+                        f"{self.options.data}: no {split} clip of {fold.display_name} has a label, so they give no "
+                        "score"
                     )
 
     def __enter__(self) -> Run[Options_co]:
@@ -307,157 +332,3 @@ class Run(Generic[Options_co]):
     def score(self, probabilities: np.ndarray, targets: np.ndarray, metric: str | None = None) -> float:
         """``metrics.score`` of (n, C) probabilities and bool targets. Default ``metric``: that of the run."""
         return score(metric or self.metric, probabilities, targets, self.task.multi_label)
-
-    def report(
-        self, results: list[FoldResult], history: list[dict[str, Any]], baselines: dict[str, list[FoldResult]]
-    ) -> dict[str, Any]:
-        """Write summary.json, predictions.csv and the figures.
-
-        Args:
-            results: Result of each fold.
-            history: Rows of metrics.jsonl; empty for a probe.
-            baselines: Name -> result of each fold.
-
-        Returns:
-            The content of summary.json.
-
-        Raises:
-            ValueError: Probabilities are not finite.
-        """
-        from .figures import plot_confusion, plot_labels, plot_learning
-
-        task, options = self.task, self.options
-        examples = self.examples
-        test_examples = [examples.indices(result.fold.test) for result in results]
-        targets = [examples.targets[indices] for indices in test_examples]
-        clips = [examples.clip[indices] for indices in test_examples]
-        probabilities = [result.probabilities for result in results]
-        for result in results:
-            if not np.isfinite(result.probabilities).all():
-                raise ValueError(f"the probabilities of {result.fold.display_name} are not finite and have no score")
-        self._write_predictions(test_examples, probabilities)
-        scores = [self.score(p, y) for p, y in zip(probabilities, targets, strict=True)]
-        summary: dict[str, Any] = {
-            "task": task.name,
-            "mode": self.mode,
-            "checkpoint": options.checkpoint,
-            "metric": self.metric,
-            "value": float(np.mean(scores)),
-            "ci95": self._confidence_interval([probabilities], targets, clips),
-            "n_test": sum(map(len, targets)),
-            "per_fold": scores if results[0].fold.name else [],
-            "folds": [result.fold.name for result in results if result.fold.name],
-            "valid": [result.valid_score for result in results],
-        }
-        metrics = ("accuracy", "macro_f1", "map") if task.multi_label else ("accuracy", "balanced_accuracy", "macro_f1")
-        for metric in metrics:
-            values = [self.score(p, y, metric) for p, y in zip(probabilities, targets, strict=True)]
-            summary[metric] = float(np.mean(values))
-        if not task.multi_label:
-            train_targets = [examples.targets[examples.indices(result.fold.train)] for result in results]
-            majority = [np.bincount(y.argmax(1)).argmax() for y in train_targets]
-            shares = [(y.argmax(1) == label).mean() for y, label in zip(targets, majority, strict=True)]
-            summary["majority_accuracy"] = float(np.mean(shares))
-        for name, baseline_results in baselines.items():
-            baseline = [result.probabilities for result in baseline_results]
-            value = float(np.mean([self.score(p, y) for p, y in zip(baseline, targets, strict=True)]))
-            summary[f"{name}_baseline"] = {
-                "value": value,
-                "ci95": self._confidence_interval([baseline], targets, clips),
-                "difference": summary["value"] - value,
-                "difference_ci95": self._confidence_interval([probabilities, baseline], targets, clips),
-            }
-        skipped = [{"path": task.clips[i].name, "reason": reason} for i, reason in self.audio.missing.items()]
-        summary |= {
-            "classes": len(task.labels),
-            "multi_label": task.multi_label,
-            "frame_level": task.frame_level,
-            "chosen": [{k: v for k, v in result.selected.items() if k != "history"} for result in results],
-            "skipped": {"count": len(skipped), "files": skipped[:1000]},
-            "notes": self.notes,
-            "seconds": round(self.earlier_seconds + time.perf_counter() - self.start_time, 1),
-        }
-        low, high = summary["ci95"]
-        title = f"{task.name}: {self.metric.replace('_', ' ')} {summary['value']:.3f} ({low:.3f} - {high:.3f})"
-        if task.multi_label:
-            per_fold = [average_precisions(p, y) for p, y in zip(probabilities, targets, strict=True)]
-            precisions = np.ma.masked_invalid(per_fold).mean(0).filled(np.nan)  # some folds lack labels
-            plot_labels(
-                precisions,
-                np.concatenate(targets).mean(0),
-                task.labels,
-                title=title,
-                path=self.out / "average_precision.png",
-            )
-        else:
-            counts = np.zeros((len(task.labels), len(task.labels)), np.int64)
-            for p, y in zip(probabilities, targets, strict=True):
-                counts += confusion(p.argmax(1), y.argmax(1), len(task.labels))
-            plot_confusion(counts, task.labels, title, self.out / "confusion.png")
-        if history:
-            plot_learning(history, self.metric.replace("_", " "), self.out / "learning.png")
-        summary = _rounded(summary)
-        write_json(self.out / "summary.json", summary)
-        return summary
-
-    def _confidence_interval(
-        self, models: list[list[np.ndarray]], targets: list[np.ndarray], clips: list[np.ndarray]
-    ) -> list[float]:
-        """95 % interval of the score, or of the difference between two models' scores; resamples whole clips.
-
-        Args:
-            models: Probabilities (n, C) of each fold's test examples, from one model or from two.
-            targets: (n, C) bool of each fold.
-            clips: (n,) clip of each test example, per fold.
-        """
-        all_targets, all_clips = np.concatenate(targets), np.concatenate(clips)
-        predictions = [np.concatenate(probabilities) for probabilities in models]
-        order = np.argsort(all_clips, kind="stable")
-        distinct_clips, first = np.unique(all_clips[order], return_index=True)
-        rows_by_clip = dict(zip(distinct_clips.tolist(), np.split(order, first[1:]), strict=True))
-        one_row_per_clip = len(rows_by_clip) == len(all_clips)
-
-        def statistic(drawn: np.ndarray) -> float:
-            if one_row_per_clip:
-                index = np.array([rows_by_clip[clip][0] for clip in drawn])
-            else:
-                index = np.concatenate([rows_by_clip[clip] for clip in drawn])
-            scores = [self.score(p[index], all_targets[index]) for p in predictions]
-            return scores[0] - (scores[1] if len(scores) > 1 else 0.0)
-
-        groups = [np.unique(group) for group in clips]
-        num_sorted = len(models) * predictions[0].size if self.metric == "map" else 0
-        low, high = bootstrap_ci(statistic, groups, seed=self.options.seed, num_sorted=num_sorted)
-        return [low, high] if len(models) > 1 else [max(low, 0.0), min(high, 1.0)]
-
-    def _write_predictions(self, test_examples: list[np.ndarray], probabilities: list[np.ndarray]) -> None:
-        """Write predictions.csv: label, prediction and probabilities of each test example, fold by fold."""
-        task, examples = self.task, self.examples
-
-        def write(path: Path) -> None:
-            with open(path, "w", newline="", encoding="utf-8") as file:
-                table = csv.writer(file)
-                time_column = ["time"] if task.frame_level else []
-                table.writerow(["path", *time_column, "label", "pred", *(f"prob_{label}" for label in task.labels)])
-                for indices, fold_probabilities in zip(test_examples, probabilities, strict=True):
-                    for i, p in zip(indices, fold_probabilities, strict=True):
-                        label = ";".join(task.labels[k] for k in np.flatnonzero(examples.targets[i]))
-                        pred = task.labels[p.argmax()]
-                        if task.multi_label:
-                            pred = ";".join(task.labels[k] for k in np.flatnonzero(p >= 0.5))
-                        moment = [f"{examples.time[i]:.3f}"] if task.frame_level else []
-                        name = task.clips[examples.clip[i]].name
-                        table.writerow([name, *moment, label, pred, *(f"{x:.6g}" for x in p)])
-
-        atomic_write(self.out / "predictions.csv", write)
-
-
-def _rounded(value: Any) -> Any:
-    """Round floats to six decimals, in nested values too. NaN and infinity, which JSON lacks, become None."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value

@@ -28,6 +28,7 @@ from mae_ast_fast.downstream.finetune import finetune, parameter_groups
 from mae_ast_fast.downstream.metrics import average_precisions, bootstrap_ci, score
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.downstream.probe import PENALTIES, fit_logistic, probe
+from mae_ast_fast.downstream.report import BaselineSummary, TaskSummary
 from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain
@@ -802,6 +803,51 @@ def test_finetune_probabilities_not_finite_raise(folder, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="the probabilities of the split are not finite"):
             finetune(options)
     assert not (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("baseline", [False, True])
+def test_task_summary_to_dict_has_applicable_keys_and_rounded_floats(multi_label, baseline):
+    nan = float("nan")
+    summary = TaskSummary(
+        task="tones",
+        mode="probe",
+        checkpoint="model",
+        metric="accuracy",
+        value=2 / 3,
+        ci95=[1 / 3, nan],
+        n_test=3,
+        per_fold=[],
+        folds=[],
+        valid=[nan],
+        accuracy=2 / 3,
+        balanced_accuracy=None if multi_label else nan,
+        macro_f1=0.5,
+        map=0.25 if multi_label else None,
+        majority_accuracy=None if multi_label else 0.5,
+        log_mel_baseline=BaselineSummary(1 / 3, [0.0, 1.0], 1 / 3, [-1 / 3, nan]) if baseline else None,
+        classes=2,
+        multi_label=multi_label,
+        frame_level=False,
+        chosen=[{"C": 1 / 3}],
+        skipped={"count": 1, "files": [{"path": "x.wav", "reason": "corrupt"}]},
+        notes=[],
+        seconds=1.5,
+    )
+    scores = {"macro_f1": 0.5, "map": 0.25}
+    if not multi_label:
+        scores = {"balanced_accuracy": None, "macro_f1": 0.5, "majority_accuracy": 0.5}
+    if baseline:
+        differences = {"difference": 0.333333, "difference_ci95": [-0.333333, None]}
+        scores["log_mel_baseline"] = {"value": 0.333333, "ci95": [0.0, 1.0], **differences}
+    expected = {
+        **{"task": "tones", "mode": "probe", "checkpoint": "model", "metric": "accuracy", "value": 0.666667},
+        **{"ci95": [0.333333, None], "n_test": 3, "per_fold": [], "folds": [], "valid": [None], "accuracy": 0.666667},
+        **scores,
+        **{"classes": 2, "multi_label": multi_label, "frame_level": False, "chosen": [{"C": 0.333333}]},
+        **{"skipped": {"count": 1, "files": [{"path": "x.wav", "reason": "corrupt"}]}, "notes": [], "seconds": 1.5},
+    }
+    assert list(summary.to_dict().items()) == list(expected.items())
 
 
 def test_average_precision_plot_uses_fold_mean(folder, tmp_path, monkeypatch):
