@@ -8,14 +8,15 @@ folds it does so once per fold. A run writes summary.json, predictions.csv, figu
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import random
-import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from ..files import atomic_write, temp_path, write_json
 from ..training.lifecycle import GracefulShutdown, Interrupted
+from ..training.metrics_log import MetricsLog, read_rows
 from .augment import mixup, spec_augment
 from .classifier import AudioClassifier
 from .manifest import Fold
@@ -99,6 +101,24 @@ def _remove_state(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@dataclass
+class _Speed:
+    """How often a start of the run has repeated something, and the seconds that this took."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, count: int, seconds: float) -> None:
+        """Count further repetitions."""
+        self.count += count
+        self.seconds += seconds
+
+    @property
+    def mean_seconds(self) -> float:
+        """Mean duration of a repetition in seconds."""
+        return self.seconds / self.count
+
+
 class _Trainer:
     """Fine-tuning of a fold. All draws depend on the seed, fold, epoch and step alone, so that it can resume.
 
@@ -131,6 +151,7 @@ class _Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.start_time = self.save_time = time.perf_counter()
         self.earlier_seconds = 0.0  # of interrupted starts
+        self.updates, self.validations = _Speed(), _Speed()
         self.path = run.folder(fold) / STATE
         if not self._load():
             clips = fold.train
@@ -144,66 +165,76 @@ class _Trainer:
         Returns:
             The best epoch's validation score, and a dict with its ``epoch`` and the ``history`` of all epochs.
         """
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        run, fold, epochs = self.run, self.fold, self.options.epochs
-        metrics = run.out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        # Drop this fold's rows of an interrupted start, and a half-written row.
-        fold_prefix = f'{{"fold": {json.dumps(fold.name)}, '
-        kept = [line for line in lines if line.endswith("}") and not line.startswith(fold_prefix)]
-        kept += [json.dumps(row) for row in self.history]
-        atomic_write(metrics, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
-        first_step, epochs_before = self.step, len(self.history)
-        train_seconds, valid_seconds = 0.0, 0.0
-        clock = time.perf_counter()
-        bar = tqdm(
-            total=self.num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
-        events = SummaryWriter(run.out / "tensorboard" / run.folder(fold).name, purge_step=epochs_before + 1)
-        with events, bar, GracefulShutdown() as shutdown:
+        with contextlib.closing(self._open_log()) as log, GracefulShutdown() as shutdown:
             while self.step < self.num_steps:
-                epoch = len(self.history) + 1
-                self.classifier.train()
-                for clips in self._batches(epoch):
-                    self._save_or_stop(shutdown)
-                    self.loss_sum += self._update(clips)
-                    self.step += 1
-                    bar.update()
-                loss = self._mean_loss(self.steps_per_epoch)
-                train_seconds += time.perf_counter() - clock
-                clock = time.perf_counter()
-                probabilities = run.probabilities(self.classifier, fold.valid)
-                if not np.isfinite(probabilities).all():
-                    self._fail("validation probabilities that are not finite")
-                valid_score = run.score(probabilities, run.examples.targets[fold.valid])
-                if valid_score > max((row["valid"] for row in self.history), default=-math.inf):
-                    self.best_weights = {k: v.detach().cpu().clone() for k, v in self.classifier.state_dict().items()}
-                self.history.append({"fold": fold.name, "epoch": epoch, "loss": loss, "valid": valid_score})
-                self.loss_sum.zero_()
-                valid_seconds += time.perf_counter() - clock
-                clock = time.perf_counter()
-                events.add_scalar("loss", loss, epoch)
-                events.add_scalar(f"valid/{run.metric}", valid_score, epoch)
-                with open(metrics, "a") as file:
-                    file.write(json.dumps(self.history[-1]) + "\n")
-                step_seconds = train_seconds / (self.step - first_step)
-                pass_seconds = valid_seconds / (epoch - epochs_before)
-                remaining = step_seconds * (self.num_steps - self.step) + pass_seconds * (epochs - epoch)
-                minutes, seconds = divmod(round(remaining), 60)
-                clips_per_second = len(fold.train) / self.steps_per_epoch / step_seconds
-                bar.write(
-                    f"{self._fold_prefix}epoch {epoch}/{epochs}: loss {loss:.4f}, validation {run.metric} "
-                    f"{valid_score:.4f} (best {self._best()['valid']:.4f}), {clips_per_second:.1f} clips/s, "
-                    f"ETA {minutes}:{seconds:02d}",
-                    file=sys.stdout,
-                )
-                sys.stdout.flush()
+                loss = self._train_epoch(log, shutdown)
+                valid_score = self._validate()
+                row = self._record_epoch(loss, valid_score)
+                log.append(row, {"loss": loss, f"valid/{self.run.metric}": valid_score}, row["epoch"])
+                log.say(self._progress())
                 self._save_or_stop(shutdown)
         self.classifier.load_state_dict(self.best_weights)
         best = self._best()
         return best["valid"], {"epoch": best["epoch"], "history": self.history}
+
+    def _open_log(self) -> MetricsLog:
+        """Open the run's log. Drop this fold's rows, and write those of the epochs that need no repetition."""
+        run, path = self.run, self.run.out / "metrics.jsonl"
+        rows = read_rows(path) if path.is_file() else []
+        return MetricsLog(
+            run.out,
+            self.step,
+            self.num_steps,
+            rows=[row for row in rows if row.get("fold") != self.fold.name] + self.history,
+            curves=f"tensorboard/{run.folder(self.fold).name}",
+            purge_from=len(self.history) + 1,
+        )
+
+    def _train_epoch(self, log: MetricsLog, shutdown: GracefulShutdown) -> float:
+        """Do the remaining updates of an epoch; return the mean loss of all its updates."""
+        start_step, start_time = self.step, time.perf_counter()
+        self.classifier.train()
+        for clips in self._batches(len(self.history) + 1):
+            self._save_or_stop(shutdown)
+            self.loss_sum += self._update(clips)
+            self.step += 1
+            log.advance()
+        loss = self._mean_loss(self.steps_per_epoch)
+        self.loss_sum.zero_()
+        self.updates.add(self.step - start_step, time.perf_counter() - start_time)
+        return loss
+
+    def _validate(self) -> float:
+        """Score of the validation clips."""
+        run, clips, start_time = self.run, self.fold.valid, time.perf_counter()
+        probabilities = run.probabilities(self.classifier, clips)
+        if not np.isfinite(probabilities).all():
+            self._fail("validation probabilities that are not finite")
+        valid_score = run.score(probabilities, run.examples.targets[clips])
+        self.validations.add(1, time.perf_counter() - start_time)
+        return valid_score
+
+    def _record_epoch(self, loss: float, valid_score: float) -> dict[str, Any]:
+        """Add an epoch to the history, and keep its weights if it is the best one; return its row."""
+        if valid_score > max((row["valid"] for row in self.history), default=-math.inf):
+            self.best_weights = {k: v.detach().cpu().clone() for k, v in self.classifier.state_dict().items()}
+        row = {"fold": self.fold.name, "epoch": len(self.history) + 1, "loss": loss, "valid": valid_score}
+        self.history.append(row)
+        return row
+
+    def _progress(self) -> str:
+        """Line for the terminal on the last epoch, with the speed and the estimated time left."""
+        row, epochs = self.history[-1], self.options.epochs
+        update_seconds = self.updates.mean_seconds
+        seconds_left = update_seconds * (self.num_steps - self.step)
+        seconds_left += self.validations.mean_seconds * (epochs - row["epoch"])
+        minutes, seconds = divmod(round(seconds_left), 60)
+        clips_per_second = len(self.fold.train) / self.steps_per_epoch / update_seconds
+        return (
+            f"{self._fold_prefix}epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}, validation {self.run.metric} "
+            f"{row['valid']:.4f} (best {self._best()['valid']:.4f}), {clips_per_second:.1f} clips/s, "
+            f"ETA {minutes}:{seconds:02d}"
+        )
 
     @property
     def seconds(self) -> float:

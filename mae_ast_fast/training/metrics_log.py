@@ -12,23 +12,37 @@ from ..files import atomic_write
 
 
 class MetricsLog:
-    """Metrics of one run.
+    """Metrics of one run: of pretraining, or of a fold of fine-tuning.
 
     Args:
         run: Run folder.
-        step: Updates already done. Rows of later updates, which a stopped run wrote, are dropped.
-        steps: Updates of the whole run.
+        step: Updates already done.
+        steps: Updates of the whole run or fold.
+        rows: Rows that stay in metrics.jsonl. None: those of the updates up to ``step``, without those that a stopped
+            run wrote later.
+        curves: Folder of the TensorBoard events, relative to the run folder.
+        purge_from: Position on the curves from which a stopped run's points are dropped. None: ``step``.
     """
 
-    def __init__(self, run: Path, step: int, steps: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        steps: int,
+        *,
+        rows: list[dict[str, Any]] | None = None,
+        curves: str = "tensorboard",
+        purge_from: int | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self.path, self.steps = run / "metrics.jsonl", steps
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.is_file() else []
+        if rows is None:
+            rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.is_file() else []
         text = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write(self.path, lambda temp: temp.write_text(text))
-        self._events = SummaryWriter(run / "tensorboard", purge_step=step)
+        self._events = SummaryWriter(run / curves, purge_step=step if purge_from is None else purge_from)
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def advance(self) -> None:
@@ -36,7 +50,7 @@ class MetricsLog:
         self._bar.update()
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, write its floats to TensorBoard, and print an evaluation.
+        """Append a row of pretraining, with its floats as points of curves, and print an evaluation.
 
         Args:
             row: ``step`` and either metrics of an update or a ``held_out`` report.
@@ -45,14 +59,7 @@ class MetricsLog:
             OSError: A file cannot be written, for example because the disk is full.
         """
         values = row if "held_out" not in row else _flat("held_out", row["held_out"])
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name, value, row["step"])
-        except OSError as error:  # a failed write does not name its file
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.append(row, {name: x for name, x in values.items() if isinstance(x, float)}, row["step"])
         if "held_out" in row:
             report = row["held_out"]
             baselines = ", ".join(f"{name} {value:.3f}" for name, value in report["baselines"].items())
@@ -60,6 +67,25 @@ class MetricsLog:
                 f"step {row['step']}: held out mse {report['reconstruction_mse']:.3f} ({baselines}), "
                 f"accuracy {report['accuracy']:.3f} (chance {report['chance']:.3f})"
             )
+
+    def append(self, row: dict[str, Any], points: dict[str, float], position: int) -> None:
+        """Append a line to metrics.jsonl, and points to the curves of TensorBoard.
+
+        Args:
+            row: Content of the line.
+            points: Name of each curve -> value.
+            position: Position of the points on the curves: the update or the epoch.
+
+        Raises:
+            OSError: A file cannot be written, for example because the disk is full.
+        """
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in points.items():
+                self._events.add_scalar(name, value, position)
+        except OSError as error:  # a failed write does not name its file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def say(self, line: str) -> None:
         """Print a line to stdout, above the progress bar if there is one."""
@@ -86,16 +112,21 @@ class MetricsLog:
         try:
             self._events.close()
         except OSError as error:
-            print(f"the curves in {self.path.parent / 'tensorboard'} are not complete: {error}", file=sys.stderr)
+            print(f"the curves in {self._events.log_dir} are not complete: {error}", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of pretraining's metrics.jsonl, each with its ``step``, without invalid lines."""
+    return [row for row in read_rows(path) if isinstance(row.get("step"), int)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl file without invalid lines, such as a last line that a killed process left incomplete."""
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row, dict):
                 rows.append(row)
     return rows
 

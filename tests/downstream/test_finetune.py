@@ -325,6 +325,17 @@ def test_probe_frame_level_task_classifies_moments(folder, tmp_path):
         finetune(make_options(folder, tmp_path / "other", "moments.tsv", options_class=FinetuneOptions))
 
 
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_probe_split_without_audio_raises(folder, tmp_path, split):
+    rows = [line.split("\t") for line in (folder / "split.tsv").read_text().splitlines()]
+    rows = [row for row in rows if row[2] != split] + [["broken.wav", "low", split]]
+    data = f"no_{split}_audio.tsv"
+    (folder / data).write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    with pytest.raises(ValueError, match=rf"{data}: none of the {split} clips of the split has audio; broken\.wav: "):
+        probe(make_options(folder, tmp_path / "run", data))
+    assert not (tmp_path / "run").exists()
+
+
 def test_finetune_norm_starts_with_statistics_of_training_clips(folder, tmp_path, monkeypatch):
     """Scores make sense from the first step on. The statistics exclude validation and test clips."""
     from mae_ast_fast.downstream import finetune as module
@@ -500,6 +511,64 @@ def test_finetune_interrupted_fold_resumes_with_same_results(folder, tmp_path, m
     for name in ("metrics.jsonl", "predictions.csv", "model.safetensors", "fold_0/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
     assert not list((tmp_path / "run").rglob("state*"))
+
+
+def test_finetune_resumed_fold_replaces_its_rows_and_points(folder, tmp_path, monkeypatch):
+    """Its old rows are found in any spelling of JSON. Rows of other folds stay, a half-written line goes."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mae_ast_fast.downstream import finetune as module
+
+    options = finetune_options(folder, tmp_path / "run", folds="0,2", epochs=2, batch_size=12)
+    original_update, losses = module._Trainer._update, []
+
+    def update(trainer, clips):
+        if len(losses) == 10:  # in the first epoch of the second fold, of four updates
+            signal.raise_signal(signal.SIGTERM)
+        losses.append(float(original_update(trainer, clips)))
+        return torch.tensor(losses[-1])
+
+    monkeypatch.setattr(module._Trainer, "_update", update)
+    with pytest.raises(Interrupted):
+        finetune(options)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.MetricsLog, "say", killed)  # the epoch is in the log, but not in the saved state
+        finetune(options)
+    path = tmp_path / "run/metrics.jsonl"
+    *done, last = path.read_text().splitlines()
+    assert [json.loads(line)["fold"] for line in (*done, last)] == ["0", "0", "2"]
+    respelled = json.dumps(dict(reversed(json.loads(last).items())), separators=(",", ":"))
+    path.write_text("\n".join([*done, respelled, respelled, last[:20]]))
+    losses[11:] = []  # the next start repeats these updates
+    summary = finetune(options)
+    lines = path.read_text().splitlines()
+    assert lines[:3] == [*done, last]
+    rows = [json.loads(line) for line in lines]
+    assert [(row["fold"], row["epoch"]) for row in rows] == [("0", 1), ("0", 2), ("2", 1), ("2", 2)]
+    assert [row["loss"] for row in rows] == pytest.approx(np.reshape(losses, (4, 4)).mean(1))
+    assert summary["valid"] == [max(row["valid"] for row in rows if row["fold"] == fold) for fold in "02"]
+    for fold in "02":
+        events = EventAccumulator(str(tmp_path / f"run/tensorboard/fold_{fold}")).Reload()
+        for curve, name in (("loss", "loss"), ("valid/accuracy", "valid")):
+            points = [(point.step, pytest.approx(point.value, abs=1e-6)) for point in events.Scalars(curve)]
+            assert points == [(row["epoch"], row[name]) for row in rows if row["fold"] == fold]
+
+
+def test_finetune_full_disk_names_metrics_file(folder, tmp_path, monkeypatch):
+    from mae_ast_fast.training import metrics_log
+
+    def full(path, mode="r", *args, **kwargs):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(metrics_log, "open", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", epochs=1))
 
 
 def test_finetune_epochs_and_steps_draw_different_numbers(folder, tmp_path, monkeypatch):
