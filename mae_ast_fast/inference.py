@@ -245,7 +245,7 @@ def masked_clips(
         waveform = _read(path, round(start * SAMPLE_RATE), round(seconds * SAMPLE_RATE))
         log_mels.append(model.features(torch.from_numpy(waveform)[None])[0][0])
     frame_counts = torch.tensor([len(log_mel) for log_mel in log_mels])
-    num_tokens = frame_counts // config.patch_size[0] * config.grid_f
+    num_tokens = config.num_tokens(frame_counts)
     mask = sample_mask(
         config.masking, num_tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED if seed is None else seed
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
@@ -22,9 +23,10 @@ from ..ops import resolve_impl
 from ..ops.attention import check_backend
 from ..ops.fbank import fbank
 from ..ops.masking import num_visible
-from ..ops.packing import Packing, TokenCounts
+from ..ops.packing import Packing, TokenCounts, real_tokens
 from . import saved
 from .config import MAEASTConfig, SSASTConfig
+from .layout import TokenLayout
 from .transformer import RECOMPUTE, ExecConfig, TransformerStack
 
 Model = TypeVar("Model", bound="PretrainingModel")
@@ -112,8 +114,8 @@ def max_token_counts(num_blocks: int, grid_f: int, mask_ratio: float) -> tuple[i
 class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
     """Base class of the models.
 
-    A subclass defines ``patch_embed``, whose weight's dtype is the dtype of the stream without autocast, and
-    ``encoder``.
+    A subclass defines ``patch_embed``, whose weight's dtype is the dtype of the stream without autocast, ``encoder``,
+    ``forward_encoder`` and ``sample_mask``.
 
     Args:
         config: An instance of ``config_class``.
@@ -128,6 +130,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
 
     config_class: ClassVar[type[MAEASTConfig] | type[SSASTConfig]]
     model_type: ClassVar[str]  # in config.json; also the name of the front end of ``fbank``
+    num_class_tokens: ClassVar[int] = 0
     config: MAEASTConfig | SSASTConfig
     patch_embed: nn.Linear
     encoder: TransformerStack
@@ -206,6 +209,51 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         """The input value of ``forward`` that the model's normalisation takes to 0."""
         return 0.0
 
+    def input_stats(self, log_mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale, 0-d or (1,), of the normalisation (x - mean) * scale that the model applies to its input.
+
+        Args:
+            log_mel: (B, T, F).
+            num_frames: (B,) int64 real frames per clip.
+        """
+        return log_mel.new_zeros(()), log_mel.new_ones(())
+
+    def normalized_patches(
+        self,
+        log_mel: Tensor,
+        layout: TokenLayout,
+        cfg: ExecConfig,
+        *,
+        input_stats: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised patches of the visible tokens (Nv, P), and of the masked ones (M, P), which are the targets.
+
+        Args:
+            log_mel: (B, T, F).
+            layout: Layout of the batch.
+            cfg: Dtype and implementation of this forward pass.
+            input_stats: Mean and scale; None: those of the method ``input_stats``.
+        """
+        mean, scale = self.input_stats(log_mel, layout.num_frames) if input_stats is None else input_stats
+        visible, masked = layout.visible, layout.masked
+        patches, target = ops.gather_patches(
+            log_mel,
+            mean,
+            scale,
+            clip=torch.cat((visible.clip, masked.clip)),
+            token=torch.cat((visible.token, masked.token)),
+            patch_size=self.config.patch_size,
+            dtype=cfg.dtype,
+            impl=cfg.impl,
+        ).split([len(visible.clip), len(masked.clip)])
+        return patches, target.detach()  # targets are data, even if the features are learned
+
+    def forward_encoder(
+        self, patches: Tensor, layout: TokenLayout, cfg: ExecConfig, *, layer: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode a batch; see the models."""
+        raise NotImplementedError
+
     def sample_mask(
         self,
         frames: Tensor,
@@ -215,9 +263,37 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         seed: int | Tensor | None = None,
         clip_ids: Tensor | None = None,
         epoch: int = 0,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Draw the masks of a batch; see the models."""
         raise NotImplementedError
+
+    def _draw_mask(
+        self,
+        num_frames: Tensor,
+        max_frames: int,
+        *,
+        generator: torch.Generator | None,
+        seed: int | Tensor | None,
+        clip_ids: Tensor | None,
+        epoch: int,
+    ) -> Tensor:
+        """One mask (B, L) bool, True = masked; the arguments are those of ``sample_mask``."""
+        config = self.config
+        assert config.masking is not None  # set by the configuration's __post_init__
+        # The kernel has only the strategies random and chunk.
+        impl = self.impl if config.masking in ops.MASK_KERNEL_STRATEGIES else "torch"
+        return ops.sample_mask(
+            config.masking,
+            config.num_tokens(num_frames),
+            config.grid_f,
+            config.mask_ratio,
+            generator=generator,
+            seed=seed,
+            clip_ids=clip_ids,
+            epoch=epoch,
+            max_tokens=config.num_tokens(max_frames),
+            impl=impl,
+        )
 
     def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """Encode all tokens without a mask, for probing and fine-tuning.
@@ -230,7 +306,79 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         Raises:
             ValueError: Inputs of the wrong shape or dtype, or a layer that does not exist.
         """
-        raise NotImplementedError
+        self._check_layer(layer)
+        log_mel, layout = self._unmasked(features, lengths)
+        cfg = self._exec_config(features.device)
+        with torch.autocast(features.device.type, enabled=False):
+            patches, _ = self.normalized_patches(log_mel, layout, cfg)
+            x, states = self.forward_encoder(patches, layout, cfg, layer=layer)
+        token, grid_f = layout.visible.token, self.config.grid_f
+        return Encoded(x, states, packing=layout.visible, time_block=token // grid_f, frequency_block=token % grid_f)
+
+    def _unmasked(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, TokenLayout]:
+        """Log-mel (B, T', F) of whole patches, filled up with zeros, and its layout without masked tokens."""
+        config = self.config
+        num_frames = self._check(features, lengths)
+        num_clips, max_frames = features.shape[:2]
+        is_real_frame = real_tokens(num_frames, max_frames)[:, :, None]
+        log_mel = F.pad(torch.where(is_real_frame, features, 0), (0, 0, 0, -max_frames % config.patch_size[0]))
+        # A last time block that is not full counts, unless the model has no position for it.
+        max_tokens = min(config.num_tokens(max_frames, count_partial=True), config.num_tokens(self.max_frames))
+        host_frames = frame_counts(num_clips, max_frames, lengths)
+        host_tokens = [min(config.num_tokens(frames, count_partial=True), max_tokens) for frames in host_frames]
+        num_tokens = config.num_tokens(num_frames, count_partial=True).clamp(max=max_tokens)
+        real = real_tokens(num_tokens, max_tokens)
+        layout = TokenLayout.unmasked(num_frames, real, host_tokens, num_class_tokens=self.num_class_tokens)
+        return log_mel, layout
+
+    def _token_layouts(
+        self,
+        features: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | tuple[Tensor, Tensor] | None,
+        *,
+        generator: torch.Generator | None,
+        sizes: TokenCounts | None,
+    ) -> list[TokenLayout]:
+        """The layout of a batch for each pass; the arguments are checked as ``forward`` describes them."""
+        num_frames = self._check(features, lengths, check_values=sizes is None)
+        max_frames, is_drawn = features.shape[1], mask is None
+        num_tokens, max_tokens = self.config.num_tokens(num_frames), self.config.num_tokens(max_frames)
+        if mask is None:
+            masks = self.sample_mask(num_frames, max_frames, generator=generator)
+        else:
+            masks = self._check_masks(mask, num_tokens, max_tokens, check_values=sizes is None)
+        real = real_tokens(num_tokens, max_tokens)
+        layouts = []
+        for one_mask in masks if isinstance(masks, tuple) else (masks,):
+            is_visible, is_masked = real & ~one_mask, real & one_mask
+            counts = sizes
+            if counts is None:
+                counts = self.exact_sizes(features, lengths, None if is_drawn else (is_visible, is_masked))
+            layouts.append(
+                TokenLayout.of(num_frames, is_visible, is_masked, counts, num_class_tokens=self.num_class_tokens)
+            )
+        return layouts
+
+    def _check_masks(
+        self, mask: Any, num_tokens: Tensor, max_tokens: int, check_values: bool
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The mask of each pass that a caller gave, as ``_check_mask`` returns it."""
+        return self._check_mask(mask, num_tokens, max_tokens, check_values)
+
+    @staticmethod
+    def _check_mask(mask: Any, num_tokens: Tensor, max_tokens: int, check_values: bool) -> Tensor:
+        """Validate a mask; returns it as (B, max_tokens) on the device of ``num_tokens``."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask must be a bool tensor (B, L), True = masked, got {got}")
+        min_tokens = int(num_tokens.max()) if check_values else 0
+        if mask.shape[0] != len(num_tokens) or mask.shape[1] < min_tokens:
+            raise ValueError(
+                f"mask must be ({len(num_tokens)}, L) with L >= {min_tokens}, the longest clip's tokens, got "
+                f"{tuple(mask.shape)}"
+            )
+        return F.pad(send(mask, num_tokens.device)[:, :max_tokens], (0, max(0, max_tokens - mask.shape[1])))
 
     @property
     def num_layers(self) -> int:
@@ -249,7 +397,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             lengths: Real frames of each clip, on the host.
         """
         config = self.config
-        num_tokens = [int(frames) // config.patch_size[0] * config.grid_f for frames in lengths]
+        num_tokens = [config.num_tokens(int(frames)) for frames in lengths]
         visible = [num_visible(count, config.mask_ratio) for count in num_tokens]
         return TokenCounts.of(visible, [total - kept for total, kept in zip(num_tokens, visible, strict=True)])
 
@@ -262,8 +410,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             drawn: Whether ``sample_mask`` draws the masks. False: a mask may hide any number of tokens.
         """
         config = self.config
-        num_blocks = max_frames // config.patch_size[0]
-        max_tokens = num_blocks * config.grid_f
+        num_blocks, max_tokens = max_frames // config.patch_size[0], config.num_tokens(max_frames)
         visible, masked = max_tokens, max_tokens
         if drawn:
             visible, masked = max_token_counts(num_blocks, config.grid_f, config.mask_ratio)
@@ -278,17 +425,18 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
 
     def num_masked(self, num_frames: Tensor) -> Tensor:
         """Number of tokens (B,) int64 that ``sample_mask`` hides, on the device of ``num_frames`` (B,) int64."""
-        num_tokens = num_frames // self.config.patch_size[0] * self.config.grid_f
+        num_tokens = self.config.num_tokens(num_frames)
         return num_tokens - num_visible(num_tokens, self.config.mask_ratio)
 
-    def _exec_config(self, device: torch.device, dtype: torch.dtype) -> ExecConfig:
-        """Resolve the implementation; draw the seed of this forward's dropout if kernels need one."""
-        config = self.config
+    def _exec_config(self, device: torch.device) -> ExecConfig:
+        """Resolve dtype and implementation; draw the seed of this forward's dropout if kernels need one."""
+        config, dtype = self.config, self._compute_dtype(device)
         impl, _ = resolve_impl(self.impl, device, dtype)
         uses_kernels = impl == "triton" or self.attention == "short"
         rates = config.dropout, config.attention_dropout, config.activation_dropout, config.input_dropout
         needs_seed = self.training and uses_kernels and any(rates)
-        return ExecConfig(impl, self.attention, ops.draw_seed(device) if needs_seed else None, self.recompute)
+        seed = ops.draw_seed(device) if needs_seed else None
+        return ExecConfig(impl, self.attention, seed, self.recompute, dtype=dtype)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the stream and of the matrix products: autocast's if it is on, otherwise that of the weights."""

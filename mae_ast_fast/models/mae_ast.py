@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..devices import send
 from ..ops.dropout import drop
-from ..ops.packing import Packing, TokenCounts, real_tokens
-from .base import Encoded, PretrainingModel, frame_counts
+from ..ops.packing import TokenCounts
+from .base import PretrainingModel
 from .config import MAEASTConfig
+from .input_norm import InputNorm
+from .layout import TokenLayout
+from .losses import MAEASTOutput, loss_terms
 from .transformer import (
     SITES_PER_LAYER,
     ExecConfig,
     Positions,
-    QueryRows,
+    StemSite,
     TransformerStack,
     add_norm,
     call,
@@ -35,36 +36,6 @@ from .transformer import (
 )
 
 MAX_TOKENS = 48_000  # the paper's position table; 16 minutes of audio for both models
-
-
-@dataclass
-class MAEASTOutput:
-    """Losses and predictions of one batch. Rows run clip by clip, tokens ascending; M is the number of masked tokens.
-
-    If ``forward`` was given sizes with padding rows, M includes them. Padding rows come last, belong to no clip and
-    have no meaning.
-
-    Attributes:
-        loss: Weighted total, 0-d; a mean over all masked tokens of the batch, as the next three.
-        loss_reconstruction: Mean squared error, unweighted, 0-d; 0 if that objective is off.
-        loss_classification: InfoNCE, unweighted, 0-d; 0 if that objective is off.
-        accuracy: Share of masked rows whose largest product is with their own target, 0-d; 0 if InfoNCE is off.
-        loss_per_clip: (B,) weighted total of each clip; 0 for a clip without visible or without masked tokens.
-        pred_reconstruction: (M, P).
-        pred_classification: (M, P).
-        target: (M, P) normalised patches; in two passes of SSAST a pair.
-        mask: (B, L) bool, True = masked, as used: False past a clip's tokens. In two passes of SSAST a pair.
-    """
-
-    loss: Tensor
-    loss_reconstruction: Tensor
-    loss_classification: Tensor
-    accuracy: Tensor
-    loss_per_clip: Tensor
-    pred_reconstruction: Tensor
-    pred_classification: Tensor
-    target: Tensor | tuple[Tensor, Tensor]
-    mask: Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -80,90 +51,6 @@ class Features:
     last_hidden_state: Tensor
     hidden_states: list[Tensor]
     lengths: Tensor
-
-
-class InputNorm(nn.Module):
-    """Batch normalisation of the whole spectrogram as one channel, without affine parameters, times 0.5; eps 1e-5.
-
-    In training it uses the statistics of the batch's real frames (the paper's code also counts padded frames). In
-    evaluation it uses the running statistics, which training updates with momentum 0.1 and the unbiased variance.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(1))
-        self.register_buffer("running_var", torch.ones(1))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
-
-    def forward(self, log_mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale of a batch, such that (x - mean) * scale is normalised.
-
-        Args:
-            log_mel: (B, T, F).
-            num_frames: (B,) int64 real frames per clip.
-        """
-        if not self.training:
-            return self.running_mean, 0.5 * (self.running_var + 1e-5).rsqrt()
-        count, mean, variance = self.batch_stats(log_mel, num_frames)
-        return self.update_running(count, mean, variance)
-
-    @staticmethod
-    @torch.no_grad()
-    def batch_stats(log_mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number, mean and variance (0-d) of the real values of a batch; all 0 if it has none.
-
-        Args:
-            log_mel: (B, T, F).
-            num_frames: (B,) int64 real frames per clip.
-        """
-        dtype = torch.promote_types(log_mel.dtype, torch.float32)
-        valid = real_tokens(num_frames, log_mel.shape[1])[:, :, None]
-        count = num_frames.sum() * log_mel.shape[2]
-        divisor = count.clamp(min=1).to(dtype)
-        mean = torch.where(valid, log_mel, 0).sum(dtype=dtype) / divisor
-        variance = torch.where(valid, log_mel - mean, 0).square().sum(dtype=dtype) / divisor
-        return count, mean, variance
-
-    @staticmethod
-    def merge_stats(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The statistics of several batches taken as one: number, mean and variance (0-d).
-
-        Computed in fp64, so that the order of the batches does not matter.
-
-        Args:
-            counts: (N,) as ``batch_stats`` returns them for each of N batches, as the two others.
-            means: (N,).
-            variances: (N,).
-        """
-        counts, means, variances = counts.double(), means.double(), variances.double()
-        count = counts.sum()
-        divisor = count.clamp(min=1)
-        mean = (counts * means).sum() / divisor
-        return count, mean, (counts * (variances + (means - mean).square())).sum() / divisor
-
-    @torch.no_grad()
-    def update_running(self, count: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Moves the running statistics towards those of a batch; returns mean and scale for that batch.
-
-        Args:
-            count: 0-d number of values, as ``batch_stats`` or ``merge_stats`` returns it, as the two others.
-            mean: 0-d.
-            variance: 0-d, biased.
-        """
-        dtype = mean.dtype
-        divisor = count.clamp(min=1).to(dtype)
-        unbiased = variance * divisor / (divisor - 1).clamp(min=1)
-        # Skip a batch without frames, and one with a value that is not finite.
-        usable = (count > 0) & mean.isfinite() & unbiased.isfinite()
-        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-            batch = torch.where(usable, batch.to(running.dtype), running)
-            running.lerp_(batch, (0.1 * usable.to(dtype)).to(running.dtype))
-        self.num_batches_tracked += usable
-        return mean, 0.5 * (variance + 1e-5).rsqrt()
 
 
 class MAEAST(PretrainingModel):
@@ -193,7 +80,6 @@ class MAEAST(PretrainingModel):
         self.input_norm = InputNorm()
         self.patch_embed = nn.Linear(config.patch_dim, width)
         self.encoder_positions = Positions(width)
-        # Dropout sites 0 and 1 are those of the input of encoder and decoder; the layers' follow.
         self.encoder = TransformerStack(
             width,
             config.encoder_layers,
@@ -246,84 +132,106 @@ class MAEAST(PretrainingModel):
             ValueError: Inputs of the wrong shape or dtype; a model without a decoder (``decoder_layers=0``); no clip
                 has both visible and masked tokens (with ``sizes`` this is not checked, and the losses are 0).
         """
-        config = self.config
-        if config.decoder_layers == 0:
+        if self.config.decoder_layers == 0:
             raise ValueError("this model is an encoder alone (decoder_layers=0): it has features but no losses")
-        num_frames = self._check(features, lengths, check_values=sizes is None)
-        num_tokens = num_frames // config.patch_size[0] * config.grid_f
-        max_tokens = features.shape[1] // config.patch_size[0] * config.grid_f
-        drawn = mask is None
-        if mask is None:
-            mask = self.sample_mask(num_frames, features.shape[1], generator=generator)
-        else:
-            mask = self._check_mask(mask, num_tokens, max_tokens, check_values=sizes is None)
-        real = real_tokens(num_tokens, max_tokens)
-        is_visible, is_masked = real & ~mask, real & mask
-        if sizes is None:
-            sizes = self.exact_sizes(features, lengths, None if drawn else (is_visible, is_masked))
-        tokens = Packing.of(
-            real,
-            sizes.visible + sizes.masked,
-            max_seqlen=sizes.max_tokens,
-            has_padding_rows=sizes.has_padding_rows,
-        )
-        visible = Packing.of(
-            is_visible, sizes.visible, max_seqlen=sizes.max_visible, has_padding_rows=sizes.has_padding_rows
-        )
-        masked = Packing.of(
-            is_masked, sizes.masked, max_seqlen=sizes.max_masked, has_padding_rows=sizes.has_padding_rows
-        )
+        (layout,) = self._token_layouts(features, lengths, mask, generator=generator, sizes=sizes)
+        cfg = self._exec_config(features.device)
+        with torch.autocast(features.device.type, enabled=False):  # the casts to cfg.dtype are written out
+            patches, target = self.normalized_patches(features, layout, cfg, input_stats=statistics)
+            latent, _ = self.forward_encoder(patches, layout, cfg)
+            decoded = self.forward_decoder(latent, layout, cfg)
+            reconstruction, classification = linear(decoded, self.head).split(self.config.patch_dim, dim=1)
+            return self.forward_loss(reconstruction, classification, target=target, layout=layout, cfg=cfg)
 
-        mean, scale = self.input_norm(features, num_frames) if statistics is None else statistics
-        dtype = self._compute_dtype(features.device)
-        cfg = self._exec_config(features.device, dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            patches, target = ops.gather_patches(
-                features,
-                mean,
-                scale,
-                clip=torch.cat((visible.clip, masked.clip)),
-                token=torch.cat((visible.token, masked.token)),
-                patch_size=config.patch_size,
-                dtype=dtype,
-                impl=cfg.impl,
-            ).split([len(visible.clip), len(masked.clip)])
-            target = target.detach()  # targets are data, even if the features are learned
-            x = self._encode(patches, visible, max_tokens, cfg)[0]
-            if self.encoder_projection is not None:
-                x = linear(x, self.encoder_projection)
-            x = self._decode(x, mask=mask, tokens=tokens, masked=masked, cfg=cfg)
-            reconstruction, classification = linear(x, self.head).split(config.patch_dim, dim=1)
-            return self._losses(
-                reconstruction=reconstruction,
-                classification=classification,
-                target=target,
-                mask=mask,
-                visible=visible,
-                masked=masked,
+    def forward_encoder(
+        self, patches: Tensor, layout: TokenLayout, cfg: ExecConfig, *, layer: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode the visible tokens.
+
+        Args:
+            patches: (Nv, P) normalised patches of the visible tokens.
+            layout: Layout of the batch.
+            cfg: Implementation, attention backend and dropout seed of this forward pass.
+            layer: Last layer to run, counted from 1. None: all.
+
+        Returns:
+            The output (Nv, D) and the output (Nv, D) of each layer.
+        """
+        config, num_tokens = self.config, layout.mask.shape[1]
+        positions = self.encoder_positions(num_tokens)[layout.visible.token].to(patches.dtype)
+        input_dropout = config.input_dropout if self.training else 0.0
+        if config.norm_first:
+            x = drop(linear(patches, self.patch_embed), input_dropout) + positions
+        else:
+            x, bias = linear_without_bias(patches, self.patch_embed)
+            x = add_norm(
+                x,
+                bias,
+                positions,
+                self.encoder.norm,
+                dropout=input_dropout,
+                dropout_site=StemSite.ENCODER,
                 cfg=cfg,
             )
+        x = drop(x, config.dropout if self.training else 0.0)
+        return self.encoder(x, layout.visible, cfg, layer=layer)
 
-    def _losses(
+    def forward_decoder(self, latent: Tensor, layout: TokenLayout, cfg: ExecConfig) -> Tensor:
+        """Decode all tokens; the last layer computes the masked ones only.
+
+        Args:
+            latent: (Nv, D) encoded visible tokens.
+            layout: Layout of the batch.
+            cfg: Implementation, attention backend and dropout seed of this forward pass.
+
+        Returns:
+            (M, decoder width) output of the masked tokens.
+        """
+        if self.encoder_projection is not None:
+            latent = linear(latent, self.encoder_projection)
+        dropout = self.config.dropout if self.training else 0.0
+        norm = None if self.config.norm_first else self.decoder.norm
+        fused_norm = norm if norm is not None and is_fusible_norm(norm) else None
+        called_norm = norm if fused_norm is None else None
+        x = ops.scatter_tokens(
+            latent,
+            self.mask_token,
+            self.decoder_positions(layout.mask.shape[1]),
+            layout.tokens.token,
+            layout.ids_restore,
+            weight=None if fused_norm is None else fused_norm.weight,
+            bias=None if fused_norm is None else fused_norm.bias,
+            dropout=dropout if called_norm is None else 0.0,
+            seed=cfg.seed,
+            site=StemSite.DECODER,
+            impl=cfg.impl,
+        )
+        if called_norm is not None:
+            x = drop(call(x, called_norm), dropout)
+        return self.decoder(x, layout.tokens, cfg, query_rows=layout.query_rows)[0]
+
+    def forward_loss(
         self,
-        *,
         reconstruction: Tensor,
         classification: Tensor,
+        *,
         target: Tensor,
-        mask: Tensor,
-        visible: Packing,
-        masked: Packing,
+        layout: TokenLayout,
         cfg: ExecConfig,
     ) -> MAEASTOutput:
-        """Losses of the predictions (M, P) of the masked rows."""
-        config = self.config
-        has_loss = (visible.counts > 0) & (masked.counts > 0)  # (B,), whether a clip adds to the losses
-        dtype = torch.promote_types(torch.promote_types(target.dtype, reconstruction.dtype), torch.float32)
-        weight = (has_loss[masked.clip] & masked.valid).to(dtype)  # (M,), 0 for rows of other clips and for padding
-        zeros = weight.new_zeros(weight.shape)
-        mse = nce = hit = zeros
+        """Reconstruction and InfoNCE losses of the masked tokens (paper, section 2.3).
+
+        Args:
+            reconstruction: (M, P) predicted patches.
+            classification: (M, P) predictions that are to pick out their own target among those of their clip.
+            target: (M, P) normalised patches.
+            layout: Layout of the batch.
+            cfg: Implementation of this forward pass.
+        """
+        config, masked = self.config, layout.masked
+        mse = nce = hit = None
         if config.reconstruction_weight > 0.0:
-            mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=cfg.impl) * weight
+            mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=cfg.impl)
         if config.classification_weight > 0.0:
             nce, hit = ops.info_nce(
                 classification,
@@ -333,20 +241,12 @@ class MAEAST(PretrainingModel):
                 impl=cfg.impl,
                 exact=not masked.has_padding_rows,
             )
-            nce, hit = torch.where(weight > 0, nce, 0), hit * weight  # InfoNCE of padding rows is undefined
-        count = weight.sum().clamp(min=1)
-        total = config.reconstruction_weight * mse + config.classification_weight * nce
-        clip_sums = zeros.new_zeros(has_loss.shape[0]).index_add(0, masked.clip, total)
         return MAEASTOutput(
-            loss=total.sum() / count,
-            loss_reconstruction=mse.sum() / count,
-            loss_classification=nce.sum() / count,
-            accuracy=hit.sum() / count,
-            loss_per_clip=clip_sums / masked.counts.clamp(min=1),
+            **loss_terms(config, layout, mse=mse, nce=nce, hit=hit)._asdict(),
             pred_reconstruction=reconstruction,
             pred_classification=classification,
             target=target,
-            mask=mask,
+            mask=layout.mask,
         )
 
     def extract_features(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Features:
@@ -365,7 +265,7 @@ class MAEAST(PretrainingModel):
         """
         encoded = self.encode(features, lengths, layer)
         packing, num_clips = encoded.packing, len(features)
-        max_tokens = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
+        max_tokens = self.config.num_tokens(features.shape[1], count_partial=True)
 
         def unpack(x: Tensor) -> Tensor:
             return x.new_zeros(num_clips, max_tokens, x.shape[1]).index_put((packing.clip, packing.token), x)
@@ -377,97 +277,9 @@ class MAEAST(PretrainingModel):
         """The running mean of ``input_norm``."""
         return float(self.input_norm.running_mean)
 
-    def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
-        """Encoder features like those of ``extract_features``, with the tokens of all clips packed."""
-        config = self.config
-        self._check_layer(layer)
-        num_frames = self._check(features, lengths)
-        num_clips, max_frames = features.shape[:2]
-        kt, grid_f = config.patch_size[0], config.grid_f
-        valid = real_tokens(num_frames, max_frames)[:, :, None]
-        log_mel = F.pad(torch.where(valid, features, 0), (0, 0, 0, -max_frames % kt))
-        num_tokens = (num_frames + kt - 1) // kt * grid_f
-        max_tokens = log_mel.shape[1] // kt * grid_f
-        counts = [-(-frames // kt) * grid_f for frames in frame_counts(num_clips, max_frames, lengths)]
-        tokens = Packing.of(real_tokens(num_tokens, max_tokens), sum(counts), max_seqlen=max(counts))
-        mean, scale = self.input_norm(log_mel, num_frames)
-        dtype = self._compute_dtype(log_mel.device)
-        cfg = self._exec_config(log_mel.device, dtype)
-        with torch.autocast(log_mel.device.type, enabled=False):
-            patches = ops.gather_patches(
-                log_mel,
-                mean,
-                scale,
-                clip=tokens.clip,
-                token=tokens.token,
-                patch_size=config.patch_size,
-                dtype=dtype,
-                impl=cfg.impl,
-            )
-            x, states = self._encode(patches, tokens, max_tokens, cfg, layer=layer)
-        return Encoded(
-            x,
-            states,
-            packing=tokens,
-            time_block=tokens.token // grid_f,
-            frequency_block=tokens.token % grid_f,
-        )
-
-    def _encode(
-        self, patches: Tensor, packing: Packing, max_tokens: int, cfg: ExecConfig, *, layer: int | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Encode normalised patches (N, P) of clips of at most ``max_tokens`` tokens.
-
-        Returns:
-            The output (N, D) and the output (N, D) of each layer.
-        """
-        config = self.config
-        positions = self.encoder_positions(max_tokens)[packing.token].to(patches.dtype)
-        input_dropout = config.input_dropout if self.training else 0.0
-        if config.norm_first:
-            x = drop(linear(patches, self.patch_embed), input_dropout) + positions
-        else:
-            x, bias = linear_without_bias(patches, self.patch_embed)
-            x = add_norm(x, bias, positions, self.encoder.norm, dropout=input_dropout, dropout_site=0, cfg=cfg)
-        x = drop(x, config.dropout if self.training else 0.0)
-        return self.encoder(x, packing, cfg, layer=layer)
-
-    def _decode(self, visible: Tensor, *, mask: Tensor, tokens: Packing, masked: Packing, cfg: ExecConfig) -> Tensor:
-        """Decode encoded visible tokens (Nv, D); returns the decoder's output (M, D) of the masked tokens.
-
-        Args:
-            visible: (Nv, D).
-            mask: (B, L) bool.
-            tokens: Packing of all N tokens.
-            masked: Packing of the M masked tokens.
-            cfg: Implementation, attention backend and dropout seed of this forward pass.
-        """
-        is_masked = mask[tokens.clip, tokens.token]
-        is_masked = is_masked | ~tokens.valid  # a padding row holds the mask token and gets no gradient
-        ids_restore = torch.where(is_masked, -1, (~is_masked).cumsum(0) - 1)
-        dropout = self.config.dropout if self.training else 0.0
-        norm = None if self.config.norm_first else self.decoder.norm
-        fused_norm = norm if norm is not None and is_fusible_norm(norm) else None
-        called_norm = norm if fused_norm is None else None
-        x = ops.scatter_tokens(
-            visible,
-            self.mask_token,
-            self.decoder_positions(mask.shape[1]),
-            tokens.token,
-            ids_restore,
-            weight=None if fused_norm is None else fused_norm.weight,
-            bias=None if fused_norm is None else fused_norm.bias,
-            dropout=dropout if called_norm is None else 0.0,
-            seed=cfg.seed,
-            site=1,
-            impl=cfg.impl,
-        )
-        if called_norm is not None:
-            x = drop(call(x, called_norm), dropout)
-        # A clip's first row plus the token index, because the decoder's packing has every token.
-        masked_rows = tokens.cu_seqlens[masked.clip] + masked.token
-        query_rows = QueryRows(masked, torch.where(masked.valid, masked_rows, len(tokens.clip)))
-        return self.decoder(x, tokens, cfg, query_rows=query_rows)[0]
+    def input_stats(self, log_mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of ``input_norm`` for a batch."""
+        return self.input_norm(log_mel, num_frames)
 
     def encoder_only(self) -> MAEAST:
         """A copy without decoder, mask token and heads (``decoder_layers=0``), in evaluation mode.
@@ -503,23 +315,7 @@ class MAEAST(PretrainingModel):
         Returns:
             (B, L) bool, True = masked.
         """
-        config = self.config
-        kt, grid_f = config.patch_size[0], config.grid_f
-        assert config.masking is not None  # set by the configuration's __post_init__
-        # The kernel has only the strategies random and chunk.
-        impl = self.impl if config.masking in ops.MASK_KERNEL_STRATEGIES else "torch"
-        return ops.sample_mask(
-            config.masking,
-            frames // kt * grid_f,
-            grid_f,
-            config.mask_ratio,
-            generator=generator,
-            seed=seed,
-            clip_ids=clip_ids,
-            epoch=epoch,
-            max_tokens=width // kt * grid_f,
-            impl=impl,
-        )
+        return self._draw_mask(frames, width, generator=generator, seed=seed, clip_ids=clip_ids, epoch=epoch)
 
     @property
     def max_frames(self) -> int:
@@ -528,24 +324,10 @@ class MAEAST(PretrainingModel):
 
     def _check(self, features: Tensor, lengths: Tensor | None, check_values: bool = True) -> Tensor:
         num_frames = super()._check(features, lengths, check_values)
-        max_tokens = -(-features.shape[1] // self.config.patch_size[0]) * self.config.grid_f
+        max_tokens = self.config.num_tokens(features.shape[1], count_partial=True)
         if max_tokens > MAX_TOKENS:
             raise ValueError(f"at most {MAX_TOKENS} tokens per clip, got {max_tokens}: cut long recordings into chunks")
         return num_frames
-
-    def _check_mask(self, mask: Tensor, num_tokens: Tensor, max_tokens: int, check_values: bool) -> Tensor:
-        """Validate a mask; returns it as (B, max_tokens), False past each clip's tokens."""
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask must be a bool tensor (B, L), True = masked, got {got}")
-        min_tokens = int(num_tokens.max()) if check_values else 0
-        if mask.shape[0] != len(num_tokens) or mask.shape[1] < min_tokens:
-            raise ValueError(
-                f"mask must be ({len(num_tokens)}, L) with L >= {min_tokens}, the longest clip's tokens, got "
-                f"{tuple(mask.shape)}"
-            )
-        mask = F.pad(send(mask, num_tokens.device)[:, :max_tokens], (0, max(0, max_tokens - mask.shape[1])))
-        return mask & real_tokens(num_tokens, max_tokens)
 
     @classmethod
     def from_fairseq_state_dict(cls, state_dict: dict[str, Tensor], cfg: dict[str, Any], **init: Any) -> MAEAST:

@@ -4,28 +4,29 @@ Data, losses, kernels and attention are those of MAE-AST: packed rows of clips o
 Letters: B clips, T frames, F mel bins, L tokens per clip, N packed rows, M masked rows, D width, P values per patch, kt
 and kf frames and mel bins per patch, n_t time blocks of the batch.
 
-Differences from MAE-AST: the image is (F, T), so that token = frequency block * n_t + time block, and within a patch
-index = f * kt + t. Two class tokens precede each clip. Positions are learned, for ``input_frames`` frames; a shorter
-clip takes those of the leading time blocks. InfoNCE runs over the predictions.
+Differences from MAE-AST: two class tokens precede each clip. Positions are learned, for ``input_frames`` frames; a
+shorter clip takes those of the leading time blocks. InfoNCE runs over the predictions.
+
+Tokens and the values of a patch are in the order of MAE-AST, time before frequency: token = time block * (F // kf) +
+frequency block, value = t * kf + f. Only the weights are in the order of the official checkpoints, frequency before
+time: those of ``patch_embed`` and of the last layer of the heads, and ``positions``.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..devices import send
-from ..ops.packing import Packing, TokenCounts, real_tokens
-from .base import Encoded, PretrainingModel, frame_counts
+from ..ops.packing import TokenCounts
+from .base import PretrainingModel
 from .config import SSASTConfig
-from .mae_ast import MAEASTOutput
-from .transformer import SITES_PER_LAYER, ExecConfig, QueryRows, TransformerStack, call, is_plain, linear
+from .layout import TokenLayout
+from .losses import LossTerms, MAEASTOutput, loss_terms
+from .transformer import SITES_PER_LAYER, ExecConfig, TransformerStack, call, is_plain, linear
 
 CLASS_TOKENS = 2  # of DeiT: class and distillation; nothing is trained on their output
 _SECOND_SEED = 0x5BF03635F0B7A54D  # xor of the seeds of the two passes' masks
@@ -54,40 +55,18 @@ class _PositionRows(torch.autograd.Function):
         return padded.view(num_clips, table_len, width).sum(0, dtype=dtype), None, None, None
 
 
-@dataclass
-class _Embedded:
-    """Input of the encoder for one pass.
-
-    Attributes:
-        x: (N, D) class tokens, embedded visible patches and mask tokens, with positions.
-        tokens: Packing of the N rows; its token indices count the class tokens.
-        visible: Packing of the visible patches.
-        masked: Packing of the M masked patches.
-        target: (M, P) masked patches.
-    """
-
-    x: Tensor
-    tokens: Packing
-    visible: Packing
-    masked: Packing
-    target: Tensor
-
-
-@dataclass
-class _Pass:
-    """Output of the encoder for one pass, as the losses need it.
+class EncodedPass(NamedTuple):
+    """Output of the encoder for one mask.
 
     Attributes:
         x: (M, D) output of the masked tokens.
         target: (M, P) their patches.
-        masked: Packing of the M rows.
-        has_loss: (B,) bool, whether a clip adds to the losses.
+        layout: Layout of the batch under the mask.
     """
 
     x: Tensor
     target: Tensor
-    masked: Packing
-    has_loss: Tensor
+    layout: TokenLayout
 
 
 class SSAST(PretrainingModel):
@@ -104,7 +83,7 @@ class SSAST(PretrainingModel):
         ValueError: ``impl``, ``attention`` or ``recompute`` is unknown or not available.
     """
 
-    config_class, model_type = SSASTConfig, "ssast"
+    config_class, model_type, num_class_tokens = SSASTConfig, "ssast", CLASS_TOKENS
     config: SSASTConfig
 
     def __init__(
@@ -146,10 +125,9 @@ class SSAST(PretrainingModel):
                 waveforms. T is at most ``config.input_frames``.
             lengths: (B,) integers, real frames of each clip; None: all T. Frames after a clip's last whole patch are
                 ignored.
-            mask: (B, L) bool, True = masked, L = (F // kf) * (T // kt) in the order of the tokens (see the module).
-                Entries past a clip's time blocks are ignored, and the number of masked tokens may differ between clips.
-                For "joint_two_pass" a pair of masks, for the passes of InfoNCE and of the MSE. None draws by
-                ``sample_mask``.
+            mask: (B, L) bool, True = masked, L at least the longest clip's tokens. Entries past a clip's tokens are
+                ignored, and the number of masked tokens may differ between clips. For "joint_two_pass" a pair of masks,
+                for the passes of InfoNCE and of the MSE. None draws by ``sample_mask``.
             generator: Random generator of that draw; None: torch's default.
             sizes: Token counts, as for MAEAST; the same for both passes.
 
@@ -164,194 +142,102 @@ class SSAST(PretrainingModel):
             ValueError: Inputs of the wrong shape or dtype, or longer than ``input_frames``; no clip has both visible
                 and masked tokens (with ``sizes`` this is not checked, and the losses are 0).
         """
-        config = self.config
-        num_frames = self._check(features, lengths, check_values=sizes is None)
-        kt, n_t = config.patch_size[0], features.shape[1] // config.patch_size[0]
-        drawn = mask is None
-        if drawn:
-            mask = self.sample_mask(num_frames, features.shape[1], generator=generator)
-        real = real_tokens(num_frames // kt, n_t)[:, None, :].expand(-1, config.grid_f, -1).flatten(1)
-        masks = [real & one_mask for one_mask in self._check_masks(mask, real)]
-        if sizes is not None:
-            pass_sizes = [sizes] * len(masks)
-        elif drawn:
-            pass_sizes = [self.exact_sizes(features, lengths, None)] * len(masks)
-        else:
-            pass_sizes = [self.exact_sizes(features, lengths, (real & ~is_masked, is_masked)) for is_masked in masks]
+        layouts = self._token_layouts(features, lengths, mask, generator=generator, sizes=sizes)
+        cfg = self._exec_config(features.device)
+        with torch.autocast(features.device.type, enabled=False):  # the casts to cfg.dtype are written out
+            passes = []
+            for layout in layouts:
+                patches, target = self.normalized_patches(features, layout, cfg)
+                x = self._embed(patches, layout, cfg)
+                x, _ = self.encoder(x, layout.tokens, cfg, query_rows=layout.query_rows)
+                passes.append(EncodedPass(x, target, layout))
+            return self.forward_loss(passes, cfg)
 
-        dtype = self._compute_dtype(features.device)
-        cfg = self._exec_config(features.device, dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            passes = [
-                self._encode(features, real, is_masked, counts, dtype=dtype, cfg=cfg)
-                for is_masked, counts in zip(masks, pass_sizes, strict=True)
-            ]
-            used = (masks[0], masks[1]) if config.objective == "joint_two_pass" else masks[0]
-            return self._losses(passes, used, cfg)
-
-    def encode(self, features: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
-        """Encoder features of all patches without a mask (paper, section 2.4), without those of the class tokens.
+    def forward_encoder(
+        self, patches: Tensor, layout: TokenLayout, cfg: ExecConfig, *, layer: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode all tokens of a layout without masked ones, with their class tokens.
 
         Args:
-            features: (B, T, F), as for ``forward``; frames past ``config.input_frames`` are ignored.
-            lengths: (B,) integers, real frames of each clip; None: all T. A clip's last patch is filled up with zeros.
-            layer: Last layer to run, counted from 1. None: the whole encoder.
+            patches: (Nv, P) normalised patches.
+            layout: Layout of the batch.
+            cfg: Implementation, attention backend and dropout seed of this forward pass.
+            layer: Last layer to run, counted from 1. None: all.
 
-        Raises:
-            ValueError: Inputs of the wrong shape or dtype, or a layer that does not exist.
+        Returns:
+            The output (Nv, D) and the output (Nv, D) of each layer, without the class tokens.
         """
-        self._check_layer(layer)
-        num_frames = self._check(features, lengths)
-        kt, grid_f = self.config.patch_size[0], self.config.grid_f
-        num_clips, max_frames = features.shape[:2]
-        host_frames = frame_counts(num_clips, max_frames, lengths)
-        valid = real_tokens(num_frames, max_frames)[:, :, None]
-        log_mel = F.pad(torch.where(valid, features, 0), (0, 0, 0, -max_frames % kt))
-        log_mel, n_t = log_mel[:, : self.config.grid_t * kt], min(log_mel.shape[1] // kt, self.config.grid_t)
-        num_blocks = ((num_frames + kt - 1) // kt).clamp(max=n_t)
-        real = real_tokens(num_blocks, n_t)[:, None, :].expand(-1, grid_f, -1).flatten(1)
-        counts = [min(-(-frames // kt), n_t) * grid_f for frames in host_frames]
-        sizes = TokenCounts.of(counts, [0] * len(counts))
-        dtype = self._compute_dtype(log_mel.device)
-        cfg = self._exec_config(log_mel.device, dtype)
-        with torch.autocast(log_mel.device.type, enabled=False):
-            embedded = self._embed(log_mel, real, torch.zeros_like(real), sizes, dtype=dtype, cfg=cfg)
-            x, states = self.encoder(embedded.x, embedded.tokens, cfg, layer=layer)
-        packing = Packing.of(real, sizes.visible, max_seqlen=sizes.max_visible)
-        # A clip's class tokens are its first rows: shift each patch by those of its clip and of all before it.
-        patch_rows = torch.arange(len(packing.clip), device=packing.clip.device) + CLASS_TOKENS * (packing.clip + 1)
-        return Encoded(
-            x[patch_rows],
-            [state[patch_rows] for state in states],
-            packing=packing,
-            time_block=packing.token % n_t,
-            frequency_block=packing.token // n_t,
-        )
+        x, states = self.encoder(self._embed(patches, layout, cfg), layout.tokens, cfg, layer=layer)
+        visible = layout.visible
+        patch_rows = layout.tokens.cu_seqlens[visible.clip] + CLASS_TOKENS + visible.token
+        return x[patch_rows], [state[patch_rows] for state in states]
 
-    def _encode(
-        self, log_mel: Tensor, real: Tensor, mask: Tensor, sizes: TokenCounts, *, dtype: torch.dtype, cfg: ExecConfig
-    ) -> _Pass:
-        """One pass: encode all rows of ``_embed``; the last layer computes only the masked ones."""
-        embedded = self._embed(log_mel, real, mask, sizes, dtype=dtype, cfg=cfg)
-        tokens, visible, masked = embedded.tokens, embedded.visible, embedded.masked
-        selected = torch.cat((real.new_ones(len(real), CLASS_TOKENS), real), 1)
-        row_in_clip = selected.cumsum(1) - 1
-        masked_rows = tokens.cu_seqlens[masked.clip] + row_in_clip[masked.clip, masked.token + CLASS_TOKENS]
-        query_rows = QueryRows(masked, torch.where(masked.valid, masked_rows, len(tokens.clip)))
-        x = self.encoder(embedded.x, tokens, cfg, query_rows=query_rows)[0]
-        return _Pass(x, embedded.target.detach(), masked=masked, has_loss=(visible.counts > 0) & (masked.counts > 0))
-
-    def _embed(
-        self, log_mel: Tensor, real: Tensor, mask: Tensor, sizes: TokenCounts, *, dtype: torch.dtype, cfg: ExecConfig
-    ) -> _Embedded:
-        """Embed the visible patches; add mask tokens for the others, class tokens in front, and positions.
-
-        Args:
-            log_mel: (B, T, F), normalised.
-            real: (B, L) bool, True where a clip has a token.
-            mask: (B, L) bool, True = masked, False where ``real`` is False.
-            sizes: Token counts, without class tokens.
-            dtype: Dtype of the stream.
-            cfg: Implementation of this forward pass.
-        """
-        config = self.config
-        kt, kf = config.patch_size
-        num_clips, n_t = len(real), log_mel.shape[1] // kt
-        selected = torch.cat((real.new_ones(num_clips, CLASS_TOKENS), real), 1)
-        tokens = Packing.of(
-            selected,
-            sizes.visible + sizes.masked + CLASS_TOKENS * num_clips,
-            max_seqlen=sizes.max_tokens + CLASS_TOKENS,
-            has_padding_rows=sizes.has_padding_rows,
-        )
-        visible = Packing.of(
-            real & ~mask, sizes.visible, max_seqlen=sizes.max_visible, has_padding_rows=sizes.has_padding_rows
-        )
-        masked = Packing.of(mask, sizes.masked, max_seqlen=sizes.max_masked, has_padding_rows=sizes.has_padding_rows)
-
-        patches, target = ops.gather_patches(
-            log_mel[:, : n_t * kt].transpose(1, 2),
-            log_mel.new_zeros(()),  # mean 0 and scale 1: the input is normalised
-            log_mel.new_ones(()),
-            clip=torch.cat((visible.clip, masked.clip)),
-            token=torch.cat((visible.token, masked.token)),
-            patch_size=(kf, kt),
-            dtype=dtype,
-            impl=cfg.impl,
-        ).split([len(visible.clip), len(masked.clip)])
-
-        # The class tokens of clip i are the visible rows 2 * i and 2 * i + 1, before all patches.
-        classes = torch.stack((self.cls_token, self.dist_token)).to(dtype).repeat(num_clips, 1)
-        visible_rows = torch.cat((classes, linear(patches, self.patch_embed)))
-        is_class = tokens.token < CLASS_TOKENS
-        patch = (tokens.token - CLASS_TOKENS).clamp(min=0)
-        is_visible = ~is_class & ~mask[tokens.clip, patch]  # a padding row repeats a class token
-        ids_restore = torch.where(is_visible, len(classes) - 1 + is_visible.cumsum(0), -1)
-        ids_restore = torch.where(tokens.valid & is_class, CLASS_TOKENS * tokens.clip + tokens.token, ids_restore)
+    def _embed(self, patches: Tensor, layout: TokenLayout, cfg: ExecConfig) -> Tensor:
+        """Input of the encoder (N, D): class tokens, embedded patches (Nv, P) and mask tokens, all with positions."""
+        tokens, (num_clips, max_tokens) = layout.tokens, layout.mask.shape
+        classes = torch.stack((self.cls_token, self.dist_token)).to(cfg.dtype).repeat(num_clips, 1)
+        embedded = linear(_transpose_patches(patches, self.config.patch_size), self.patch_embed)
         x = ops.scatter_tokens(
-            visible_rows,
+            torch.cat((classes, embedded)),
             self.mask_token,
             # The positions of this operation are fixed; ours are learned, and added below. A table of zeros adds none.
-            visible_rows.new_zeros(1, visible_rows.shape[1]),
+            embedded.new_zeros(1, embedded.shape[1]),
             torch.zeros_like(tokens.token),
-            ids_restore,
+            layout.ids_restore,
             impl=cfg.impl,
         )
-        table_len = selected.shape[1]
-        index = torch.where(tokens.valid, tokens.clip * table_len + tokens.token, num_clips * table_len)
-        x = x + _PositionRows.apply(self._positions(n_t), index, num_clips, dtype)
-        return _Embedded(x, tokens, visible=visible, masked=masked, target=target)
+        table = self._positions(max_tokens // self.config.grid_f)
+        index = torch.where(tokens.valid, tokens.clip * len(table) + tokens.token, num_clips * len(table))
+        return x + _PositionRows.apply(table, index, num_clips, cfg.dtype)
 
     def _positions(self, n_t: int) -> Tensor:
         """Positions (2 + L, D) of the class tokens and of the leading ``n_t`` time blocks."""
         classes, grid = self.positions.split([CLASS_TOKENS, self.config.num_patches])
         grid = grid.unflatten(0, (self.config.grid_f, self.config.grid_t))[:, :n_t]
-        return torch.cat((classes, grid.flatten(0, 1)))
+        return torch.cat((classes, grid.transpose(0, 1).flatten(0, 1)))
 
-    def _losses(self, passes: list[_Pass], mask: Tensor | tuple[Tensor, Tensor], cfg: ExecConfig) -> MAEASTOutput:
-        config = self.config
-        nce_pass, mse_pass = passes[0], passes[-1]  # the same one if both losses share a pass
-        dtype = torch.promote_types(nce_pass.x.dtype, torch.float32)
+    def _predict(self, x: Tensor, head: nn.Module) -> Tensor:
+        """Predicted patches (M, P) of the encoder's output (M, D)."""
+        if isinstance(head, nn.Sequential) and is_plain(nn.Sequential, head):
+            for module in head:
+                x = linear(x, module)  # a module that is not a plain Linear is called
+        else:
+            x = call(x, head)
+        kt, kf = self.config.patch_size
+        return _transpose_patches(x, (kf, kt))
 
-        def means(values: Tensor, encoded: _Pass) -> tuple[Tensor, Tensor]:
-            """Mean over all rows (M,) that add to the losses, 0-d, and mean over the rows of each clip (B,)."""
-            masked = encoded.masked
-            counted = encoded.has_loss[masked.clip] & masked.valid
-            values = torch.where(counted, values, 0).to(dtype)
-            clip_sums = values.new_zeros(len(encoded.has_loss)).index_add(0, masked.clip, values)
-            return values.sum() / counted.sum().clamp(min=1), clip_sums / masked.counts.clamp(min=1)
-
-        zero = nce_pass.x.new_zeros((), dtype=dtype)
-        empty = nce_pass.x.new_zeros(0, config.patch_dim)
-        classification = reconstruction = empty
-        nce = mse = accuracy = zero
-        nce_per_clip = mse_per_clip = zero.expand(len(nce_pass.has_loss))
+    def forward_loss(self, passes: list[EncodedPass], cfg: ExecConfig) -> MAEASTOutput:
+        """InfoNCE loss of the first pass and reconstruction loss of the last one, which may be the same."""
+        config, nce_pass, mse_pass = self.config, passes[0], passes[-1]
+        mse = nce = hit = None
+        classification = reconstruction = nce_pass.x.new_zeros(0, config.patch_dim)
         if config.classification_weight > 0.0:
-            classification = _predict(nce_pass.x, self.classification_head)
-            loss, hit = ops.info_nce(
+            classification = self._predict(nce_pass.x, self.classification_head)
+            masked = nce_pass.layout.masked
+            nce, hit = ops.info_nce(
                 classification,
                 nce_pass.target,
-                nce_pass.masked.cu_seqlens,
-                nce_pass.masked.max_seqlen,
+                masked.cu_seqlens,
+                masked.max_seqlen,
                 over="predictions",
                 impl=cfg.impl,
-                exact=not nce_pass.masked.has_padding_rows,
+                exact=not masked.has_padding_rows,
             )
-            (nce, nce_per_clip), accuracy = means(loss, nce_pass), means(hit, nce_pass)[0]
         if config.reconstruction_weight > 0.0:
-            reconstruction = _predict(mse_pass.x, self.reconstruction_head)
-            loss = ops.masked_mse(reconstruction, mse_pass.target, impl=cfg.impl)
-            mse, mse_per_clip = means(loss, mse_pass)
+            reconstruction = self._predict(mse_pass.x, self.reconstruction_head)
+            mse = ops.masked_mse(reconstruction, mse_pass.target, impl=cfg.impl)
+        if len(passes) == 1:
+            terms = loss_terms(config, nce_pass.layout, mse=mse, nce=nce, hit=hit)
+        else:
+            nce_terms = loss_terms(config, nce_pass.layout, nce=nce, hit=hit)
+            mse_terms = loss_terms(config, mse_pass.layout, mse=mse)
+            terms = LossTerms._make([a + b for a, b in zip(nce_terms, mse_terms, strict=True)])
         return MAEASTOutput(
-            loss=config.classification_weight * nce + config.reconstruction_weight * mse,
-            loss_reconstruction=mse,
-            loss_classification=nce,
-            accuracy=accuracy,
-            loss_per_clip=config.classification_weight * nce_per_clip + config.reconstruction_weight * mse_per_clip,
+            **terms._asdict(),
             pred_reconstruction=reconstruction,
             pred_classification=classification,
-            target=(nce_pass.target, mse_pass.target) if isinstance(mask, tuple) else nce_pass.target,
-            mask=mask,
+            target=nce_pass.target if len(passes) == 1 else (nce_pass.target, mse_pass.target),
+            mask=nce_pass.layout.mask if len(passes) == 1 else (nce_pass.layout.mask, mse_pass.layout.mask),
         )
 
     def normalize(self, features: Tensor) -> Tensor:
@@ -384,25 +270,11 @@ class SSAST(PretrainingModel):
         Returns:
             (B, L) bool, True = masked, as ``forward`` takes it; for "joint_two_pass" two of them, drawn independently.
         """
-        config = self.config
-        kt, grid_f = config.patch_size[0], config.grid_f
 
         def draw(seed: int | Tensor | None) -> Tensor:
-            mask = ops.sample_mask(
-                config.masking,
-                frames // kt * grid_f,
-                grid_f,
-                config.mask_ratio,
-                generator=generator,
-                seed=seed,
-                clip_ids=clip_ids,
-                epoch=epoch,
-                max_tokens=width // kt * grid_f,
-                impl=self.impl,
-            )
-            return mask.unflatten(1, (-1, grid_f)).transpose(1, 2).flatten(1)  # drawn time-major
+            return self._draw_mask(frames, width, generator=generator, seed=seed, clip_ids=clip_ids, epoch=epoch)
 
-        if config.objective != "joint_two_pass":
+        if self.config.objective != "joint_two_pass":
             return draw(seed)
         if seed is None:
             return draw(None), draw(None)
@@ -423,19 +295,15 @@ class SSAST(PretrainingModel):
             )
         return num_frames
 
-    def _check_masks(self, mask: Any, real: Tensor) -> tuple[Tensor, ...]:
-        """Validate a mask, or a pair of them for two passes; returns all of them, each (B, L)."""
-        two_pass = self.config.objective == "joint_two_pass"
-        if two_pass and not (isinstance(mask, tuple | list) and len(mask) == 2):
+    def _check_masks(
+        self, mask: Any, num_tokens: Tensor, max_tokens: int, check_values: bool
+    ) -> Tensor | tuple[Tensor, ...]:
+        if self.config.objective != "joint_two_pass":
+            return super()._check_masks(mask, num_tokens, max_tokens, check_values)
+        if not (isinstance(mask, tuple | list) and len(mask) == 2):
             got = f"{len(mask)} of them" if isinstance(mask, tuple | list) else type(mask).__name__
             raise ValueError(f"mask must be a pair (mask_mpc, mask_mpg) for two passes, got {got}")
-        masks = tuple(mask) if two_pass else (mask,)
-        for one_mask in masks:
-            if not isinstance(one_mask, Tensor) or one_mask.dtype != torch.bool or one_mask.shape != real.shape:
-                is_tensor = isinstance(one_mask, Tensor)
-                got = f"{one_mask.dtype} {tuple(one_mask.shape)}" if is_tensor else type(one_mask).__name__
-                raise ValueError(f"mask must be a bool tensor {tuple(real.shape)}, True = masked, got {got}")
-        return tuple(send(one_mask, real.device) for one_mask in masks)
+        return tuple(self._check_mask(one_mask, num_tokens, max_tokens, check_values) for one_mask in mask)
 
     @classmethod
     def from_official(cls, path: str | os.PathLike[str], num_heads: int | None = None, **init: Any) -> SSAST:
@@ -474,9 +342,6 @@ def _head(width: int, patch_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, patch_dim))
 
 
-def _predict(x: Tensor, head: nn.Module) -> Tensor:
-    if not isinstance(head, nn.Sequential) or not is_plain(nn.Sequential, head):
-        return call(x, head)
-    for module in head:
-        x = linear(x, module)  # a module that is not a plain Linear is called
-    return x
+def _transpose_patches(patches: Tensor, extents: tuple[int, int]) -> Tensor:
+    """Patches (N, a * b), ``extents`` (a, b), with the value of i * b + j at j * a + i."""
+    return patches.unflatten(1, extents).transpose(1, 2).flatten(1)

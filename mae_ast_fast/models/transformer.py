@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeGuard, overload
+from enum import IntEnum
+from typing import Any, Literal, TypeGuard, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,38 +23,47 @@ from ..ops.attention import attention, cross_attention
 from ..ops.dropout import drop
 from ..ops.packing import Packing
 from .config import MAEASTConfig, SSASTConfig
+from .layout import QueryRows
 
-SITES_PER_LAYER = 4  # dropout sites of a layer, numbered for the kernels: attention, its branch, feed-forward, GELU
 RECOMPUTE = ("none", "gelu", "layer")  # what the backward may compute again
+
+
+class StemSite(IntEnum):
+    """Numbers of the dropouts before the layers. The kernels draw a mask of its own for each number."""
+
+    ENCODER = 0
+    DECODER = 1
+
+
+class DropoutSite(IntEnum):
+    """Dropouts of a layer, counted from the layer's first number."""
+
+    ATTENTION = 0  # the attention probabilities
+    ATTENTION_BRANCH = 1  # the output of the attention block
+    FEED_FORWARD_BRANCH = 2  # the output of the feed-forward block
+    ACTIVATION = 3  # the output of the GELU
+
+
+SITES_PER_LAYER = len(DropoutSite)  # the layers' numbers follow SITES_PER_LAYER for the stems
 
 
 @dataclass
 class ExecConfig:
-    """Implementation, attention backend and dropout seed of one forward pass.
+    """Implementation, attention backend, dropout seed and dtype of one forward pass.
 
     Attributes:
         impl: "torch" or "triton".
         attention: Name of the attention backend, or "auto".
         seed: (1,) int64 of the kernels' dropout. None if no kernel draws dropout.
         recompute: One of ``RECOMPUTE``.
+        dtype: Dtype of the stream and of the matrix products.
     """
 
     impl: str
     attention: str
     seed: Tensor | None
     recompute: str = "none"
-
-
-class QueryRows(NamedTuple):
-    """The rows whose output a layer computes; the others serve as keys and values only.
-
-    Attributes:
-        packing: Packing of the M query rows.
-        indices: (M,) int64 number of each query row among the N rows; N for a padding row.
-    """
-
-    packing: Packing
-    indices: Tensor
+    dtype: torch.dtype = torch.float32
 
 
 def is_plain(module_class: type[nn.Module], *modules: nn.Module) -> bool:
@@ -256,7 +266,7 @@ class _SelectRows(torch.autograd.Function):
 
 
 class Layer(nn.Module):
-    """Transformer layer over packed rows: attention within each clip, feed-forward block with exact GELU.
+    """Weights and blocks of a transformer layer over packed rows: attention within each clip, exact GELU.
 
     The stream is passed twice, as the input of the next branch and as its residual. The values are the same; with two
     tensors the fused backward adds their gradients in the same pass.
@@ -289,40 +299,7 @@ class Layer(nn.Module):
             cfg: Implementation, attention backend and dropout seed of this forward pass.
             query_rows: The M rows whose output is computed: the result is (M, D) twice, and exact. None: all N.
         """
-        if query_rows is not None:
-            residual = _SelectRows.apply(residual, query_rows.indices)
-        rate = self.config.dropout if self.training else 0.0
-        if self.config.norm_first:
-            y = norm(x, self.attn_norm)
-            queries = None if query_rows is None else _SelectRows.apply(y, query_rows.indices)
-            branch, bias = self.attend(y, packing, cfg, queries=queries, query_rows=query_rows)
-            x = residual + drop(add_bias(branch, bias), rate)
-            branch, bias = self.feed_forward(norm(x, self.ffn_norm), cfg)
-            x = x + drop(add_bias(branch, bias), rate)
-            return x, x
-        queries = None if query_rows is None else residual
-        branch, bias = self.attend(x, packing, cfg, queries=queries, query_rows=query_rows)
-        x, residual = add_norm(
-            branch,
-            bias,
-            residual,
-            self.attn_norm,
-            dropout=rate,
-            dropout_site=self.dropout_site + 1,
-            cfg=cfg,
-            return_residual=True,
-        )
-        branch, bias = self.feed_forward(x, cfg)
-        return add_norm(
-            branch,
-            bias,
-            residual,
-            self.ffn_norm,
-            dropout=rate,
-            dropout_site=self.dropout_site + 2,
-            cfg=cfg,
-            return_residual=True,
-        )
+        raise NotImplementedError
 
     def attend(
         self,
@@ -351,7 +328,7 @@ class Layer(nn.Module):
                 dropout=dropout,
                 backend=cfg.attention,
                 seed=cfg.seed,
-                site=self.dropout_site,
+                site=self.dropout_site + DropoutSite.ATTENTION,
                 exact=not packing.has_padding_rows,
             )
         else:
@@ -397,12 +374,80 @@ class Layer(nn.Module):
         bias = h.new_zeros(h.shape[1]) if fc1_bias is None else fc1_bias
 
         def activate(h: Tensor) -> tuple[Tensor, Tensor | None]:
-            activation = ops.bias_gelu(h, bias, dropout=rate, seed=cfg.seed, site=self.dropout_site + 3, impl=cfg.impl)
+            activation = ops.bias_gelu(
+                h,
+                bias,
+                dropout=rate,
+                seed=cfg.seed,
+                site=self.dropout_site + DropoutSite.ACTIVATION,
+                impl=cfg.impl,
+            )
             return linear_without_bias(activation, self.fc2)
 
         if cfg.recompute == "gelu" and torch.is_grad_enabled():
             return checkpoint(activate, h, use_reentrant=False)
         return activate(h)
+
+
+class PreNormLayer(Layer):
+    """x = x + attention(norm(x)), then x = x + feed_forward(norm(x))."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor, packing: Packing, cfg: ExecConfig, *, query_rows: QueryRows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Layer.forward``."""
+        rate = self.config.dropout if self.training else 0.0
+        if query_rows is not None:
+            residual = _SelectRows.apply(residual, query_rows.indices)
+        y = norm(x, self.attn_norm)
+        queries = None if query_rows is None else _SelectRows.apply(y, query_rows.indices)
+        branch, bias = self.attend(y, packing, cfg, queries=queries, query_rows=query_rows)
+        x = residual + drop(add_bias(branch, bias), rate)
+        branch, bias = self.feed_forward(norm(x, self.ffn_norm), cfg)
+        x = x + drop(add_bias(branch, bias), rate)
+        return x, x
+
+
+class PostNormLayer(Layer):
+    """x = norm(x + attention(x)), then x = norm(x + feed_forward(x)); the paper's layer."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor, packing: Packing, cfg: ExecConfig, *, query_rows: QueryRows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Layer.forward``."""
+        queries = None
+        if query_rows is not None:
+            queries = residual = _SelectRows.apply(residual, query_rows.indices)
+        branch, bias = self.attend(x, packing, cfg, queries=queries, query_rows=query_rows)
+        x, residual = self._add_norm(
+            branch, bias, residual, layer_norm=self.attn_norm, dropout_site=DropoutSite.ATTENTION_BRANCH, cfg=cfg
+        )
+        branch, bias = self.feed_forward(x, cfg)
+        return self._add_norm(
+            branch, bias, residual, layer_norm=self.ffn_norm, dropout_site=DropoutSite.FEED_FORWARD_BRANCH, cfg=cfg
+        )
+
+    def _add_norm(
+        self,
+        branch: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        *,
+        layer_norm: nn.Module,
+        dropout_site: DropoutSite,
+        cfg: ExecConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """``add_norm`` with this layer's dropout; returns the result twice."""
+        return add_norm(
+            branch,
+            bias,
+            residual,
+            layer_norm,
+            dropout=self.config.dropout if self.training else 0.0,
+            dropout_site=self.dropout_site + dropout_site,
+            cfg=cfg,
+            return_residual=True,
+        )
 
 
 class TransformerStack(nn.Module):
@@ -425,8 +470,9 @@ class TransformerStack(nn.Module):
         super().__init__()
         self.layerdrop, self.norm_first = layerdrop, config.norm_first
         self.norm = nn.LayerNorm(dim)
+        layer_class = PreNormLayer if config.norm_first else PostNormLayer
         self.layers = nn.ModuleList(
-            Layer(dim, config, dropout_site + SITES_PER_LAYER * index) for index in range(num_layers)
+            layer_class(dim, config, dropout_site + SITES_PER_LAYER * index) for index in range(num_layers)
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):

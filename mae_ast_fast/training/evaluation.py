@@ -41,7 +41,7 @@ class HeldOut:
     Attributes:
         log_mel: (B, T, F), as from the model's ``features``.
         num_frames: (B,) real frames.
-        mask: (B, L) bool, True = masked, tokens in time-major order for either model.
+        mask: (B, L) bool, True = masked.
         names: Clip names.
         kinds: Kind of each clip ("speech", "sound", ...), empty if unknown.
     """
@@ -65,10 +65,13 @@ class HeldOut:
         """Draw the fixed masks for a model's patch grid and masking strategy; clip i always gets the same mask."""
         config = model.config
         assert config.masking is not None  # the configuration resolves None
-        num_tokens = num_frames // config.patch_size[0] * config.grid_f
-        max_tokens = log_mel.shape[1] // config.patch_size[0] * config.grid_f
         mask = sample_mask(
-            config.masking, num_tokens, config.grid_f, config.mask_ratio, seed=MASK_SEED, max_tokens=max_tokens
+            config.masking,
+            config.num_tokens(num_frames),
+            config.grid_f,
+            config.mask_ratio,
+            seed=MASK_SEED,
+            max_tokens=config.num_tokens(log_mel.shape[1]),
         )
         return cls(log_mel, num_frames, mask, list(names), list(kinds))
 
@@ -94,9 +97,7 @@ class HeldOut:
 
 @dataclass
 class Prediction:
-    """Predictions for masked clips: tokens in time-major order, values in a patch at t * kf + f.
-
-    Rows run clip by clip, tokens ascending; sum M is their number.
+    """Predictions for masked clips. Rows run clip by clip, tokens ascending; sum M is their number.
 
     Attributes:
         patches: (B, L, P) all patches, normalised.
@@ -116,7 +117,7 @@ class Prediction:
 
 
 def predict(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tensor) -> Prediction:
-    """Run a model on masked clips, and bring its outputs into the same order for either model.
+    """Run a model on masked clips.
 
     SSAST in two passes gets the same mask in both. InfoNCE and accuracy come from the first pass, the reconstruction
     from the second. With reconstruction off, zeros, the mean of the data, replace the reconstruction.
@@ -125,35 +126,16 @@ def predict(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Te
         model: Model in evaluation mode.
         log_mel: (B, T, F), as from the model's ``features``.
         num_frames: (B,) real frames.
-        mask: (B, L) bool, True = masked, tokens in time-major order.
+        mask: (B, L) bool, True = masked.
     """
-    patches = patchify(log_mel, model.config.patch_size)
-    if isinstance(model, MAEAST):
-        out = model(log_mel, num_frames, mask)
-        mean, scale = model.input_norm(log_mel, num_frames.to(log_mel.device))
-        return Prediction(
-            patches=(patches - mean) * scale,
-            mask=out.mask,
-            reconstruction=out.pred_reconstruction,
-            target=out.target,
-            info_nce=out.loss_classification,
-            accuracy=out.accuracy,
-        )
     config = model.config
-    assert isinstance(config, SSASTConfig)
-    grid_f, (kt, kf) = config.grid_f, config.patch_size
-    mask = mask[:, : patches.shape[1]].unflatten(1, (-1, grid_f)).transpose(1, 2).flatten(1)  # SSAST's token order
-    two_pass = config.objective == "joint_two_pass"
+    two_pass = isinstance(config, SSASTConfig) and config.objective == "joint_two_pass"
     out = model(log_mel, num_frames, (mask, mask) if two_pass else mask)
     mask, target = (out.mask[1], out.target[1]) if two_pass else (out.mask, out.target)
-    row = mask.flatten().cumsum(0).view_as(mask) - 1  # row of each masked token in the outputs
-    mask, row = (x.unflatten(1, (grid_f, -1)).transpose(1, 2).flatten(1) for x in (mask, row))
+    mean, scale = model.input_stats(log_mel, num_frames.to(log_mel.device))
     reconstruction = out.pred_reconstruction if config.reconstruction_weight > 0.0 else torch.zeros_like(target)
-    reconstruction, target = (
-        x[row[mask]].unflatten(1, (kf, kt)).transpose(1, 2).flatten(1) for x in (reconstruction, target)
-    )
     return Prediction(
-        patches=patches,
+        patches=(patchify(log_mel, config.patch_size) - mean) * scale,
         mask=mask,
         reconstruction=reconstruction,
         target=target,
@@ -223,7 +205,7 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
 
 def _usable(config: MAEASTConfig | SSASTConfig, held_out: HeldOut) -> Tensor:
     """Indices of the clips that have both visible and masked tokens."""
-    real = real_tokens(held_out.num_frames // config.patch_size[0] * config.grid_f, held_out.mask.shape[1])
+    real = real_tokens(config.num_tokens(held_out.num_frames), held_out.mask.shape[1])
     has_both = (held_out.mask & real).any(1) & (~held_out.mask & real).any(1)
     if not has_both.any():
         raise ValueError(f"none of {len(has_both)} held-out clips has both visible and masked tokens")
@@ -258,7 +240,7 @@ def _sums(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tens
     config = model.config
     out = predict(model, log_mel, num_frames, mask)
     patches, mask = out.patches, out.mask
-    real = real_tokens(num_frames // config.patch_size[0] * config.grid_f, patches.shape[1])
+    real = real_tokens(config.num_tokens(num_frames), patches.shape[1])
     visible = real & ~mask
     num_masked = mask.sum(1)
     # With norm_pix_loss, the errors of the model and the baselines are relative to the target patch's variance.

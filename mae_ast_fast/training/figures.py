@@ -97,7 +97,7 @@ def reconstruct(
     patches, prediction = out.patches, out.reconstruction.to(out.patches.dtype)
     if config.norm_pix_loss:
         prediction = prediction * (out.target.var(1, keepdim=True) + 1e-6).sqrt() + out.target.mean(1, keepdim=True)
-    real = real_tokens(num_frames // config.patch_size[0] * config.grid_f, patches.shape[1])[:, :, None]
+    real = real_tokens(config.num_tokens(num_frames), patches.shape[1])[:, :, None]
     filled = patches.clone()
     filled[out.mask] = prediction
 

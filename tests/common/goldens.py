@@ -13,6 +13,18 @@ FOLDER = Path(__file__).parent.parent / "golden"
 MAE_AST = ("mae_ast_patch_small", "mae_ast_frame_small", "mae_ast_patch_chunk", "mae_ast_prenorm_proj")
 
 
+def time_major(x: Tensor, dim: int, extents: tuple[int, int]) -> Tensor:
+    """Reorder a dimension of SSAST's official tensors, frequency before time, to time before frequency.
+
+    Args:
+        x: Tensor whose dimension ``dim`` has ``extents[0] * extents[1]`` values.
+        dim: Tokens, or values of a patch.
+        extents: Frequency and time extent: of the grid for tokens, of a patch for values.
+    """
+    dim %= x.dim()
+    return x.unflatten(dim, extents).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
 class Golden:
     """One recorded case: ``options`` of the official code, ``tensors`` by their recorded names."""
 

@@ -194,7 +194,11 @@ def test_config_zero_weight_or_no_decoder_is_valid() -> None:
     assert MAEASTConfig(decoder_layers=0).decoder_layers == 0
 
 
-@pytest.mark.parametrize("config", [MAEASTConfig.preset("patch_tiny"), SSASTConfig.preset("patch_tiny")], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize(
+    "config",
+    [MAEASTConfig.preset("patch_tiny"), SSASTConfig.preset("patch_tiny")],
+    ids=lambda config: type(config).__name__,
+)
 def test_config_num_tokens_counts_whole_or_started_time_blocks(config):
     assert [config.num_tokens(frames) for frames in (0, 15, 16, 33)] == [0, 0, 8, 16]
     assert [config.num_tokens(frames, count_partial=True) for frames in (0, 15, 16, 33)] == [0, 8, 8, 24]

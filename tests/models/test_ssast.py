@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 import torch._dynamo.testing
 import torch.nn.functional as F
-from goldens import Golden
+from goldens import Golden, time_major
 from kernel_checks import DEVICE
 from policy import BF16_LOSS, STANDARD_ERRORS, assert_golden, assert_golden_zero, assert_rounding, max_rel
 from torch import Tensor
@@ -90,12 +90,20 @@ def golden() -> Golden:
     return Golden("ssast_patch")
 
 
-def scattered(index: Tensor, tokens: int) -> Tensor:
-    return torch.zeros(len(index), tokens, dtype=torch.bool).scatter_(1, index, True)
+GOLDEN_GRID, GOLDEN_PATCH = (8, 16), (16, 16)  # frequency and time extents
+
+
+def scattered(index: Tensor) -> Tensor:
+    """The mask (B, L) of recorded token indices (B, M)."""
+    mask = torch.zeros(len(index), math.prod(GOLDEN_GRID), dtype=torch.bool).scatter_(1, index, True)
+    return time_major(mask, 1, GOLDEN_GRID)
 
 
 def in_token_order(prediction: Tensor, index: Tensor) -> Tensor:
-    return torch.cat([rows[order.argsort()] for rows, order in zip(prediction, index, strict=True)])
+    """Recorded predictions (B, M, P) of recorded token indices (B, M), as the model returns them."""
+    by_token = prediction.new_zeros(len(index), math.prod(GOLDEN_GRID), prediction.shape[2])
+    by_token = by_token.scatter(1, index[:, :, None].expand_as(prediction), prediction)
+    return time_major(time_major(by_token, 1, GOLDEN_GRID)[scattered(index)], 1, GOLDEN_PATCH)
 
 
 @pytest.mark.parametrize(("impl", "attention"), PATHS)
@@ -107,7 +115,7 @@ def test_ssast_two_pass_step_matches_golden(golden: Golden, impl: str, attention
     model.load_state_dict(weights)
     model.train().to(device := DEVICE if impl == "triton" else "cpu")
     indices = golden["mask_index_mpc"], golden["mask_index_mpg"]
-    mask = tuple(scattered(index, 128).to(device) for index in indices)
+    mask = tuple(scattered(index).to(device) for index in indices)
     out = model(golden["source"].to(device), mask=mask)
     out.loss.backward()
 
@@ -118,7 +126,8 @@ def test_ssast_two_pass_step_matches_golden(golden: Golden, impl: str, attention
     assert_golden(out.accuracy.cpu(), golden["acc"], "acc")
     predictions = (out.pred_classification, "pred_mpc"), (out.pred_reconstruction, "pred_mpg")
     image = golden["source"].transpose(1, 2)[:, None]
-    patches = F.unfold(image, (16, 16), stride=(16, 16)).transpose(1, 2)
+    patches = F.unfold(image, GOLDEN_PATCH, stride=GOLDEN_PATCH).transpose(1, 2)
+    patches = time_major(time_major(patches, 1, GOLDEN_GRID), 2, GOLDEN_PATCH)
     for number, (prediction, name) in enumerate(predictions):
         assert_golden(prediction.cpu(), in_token_order(golden[name], indices[number]), name)
         assert torch.equal(out.target[number].cpu(), patches[mask[number].cpu()])
@@ -153,11 +162,12 @@ def plain_clip(model: SSAST, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     c, p = model.config, dict(model.named_parameters())
     kt, kf = c.patch_size
     image = x.T[None, None]  # (1, 1, F, T)
-    columns = x.shape[0] // kt
+    columns, grid_f = x.shape[0] // kt, c.num_mel_bins // kf
+    official_mask = time_major(mask, 0, (columns, grid_f))  # frequency before time, as a convolution over (F, T) has it
     kernel = p["patch_embed.weight"].reshape(-1, 1, kf, kt)
     y = F.conv2d(image, kernel, p["patch_embed.bias"], stride=(kf, kt))[0].flatten(1).T  # (L, D), f-major
-    y = torch.stack([p["mask_token"] if mask[i] else y[i] for i in range(len(mask))])
-    rows = [2 + f * (c.input_frames // kt) + t for f in range(c.num_mel_bins // kf) for t in range(columns)]
+    y = torch.stack([p["mask_token"] if official_mask[i] else y[i] for i in range(len(mask))])
+    rows = [2 + f * (c.input_frames // kt) + t for f in range(grid_f) for t in range(columns)]
     y = torch.cat((p["cls_token"][None], p["dist_token"][None], y)) + p["positions"][[0, 1, *rows]]
 
     def norm(v: Tensor, name: str) -> Tensor:
@@ -181,12 +191,13 @@ def plain_clip(model: SSAST, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         z = linear(norm(y, f"{block}.ffn_norm"), f"{block}.fc1")
         z = z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
         y = y + linear(z, f"{block}.fc2")
-    y = norm(y, "encoder.norm")[2:][mask]
+    y = norm(y, "encoder.norm")[2:]
     outputs = [
         linear(linear(y, f"{head}.0").clamp(min=0), f"{head}.2")
         for head in ("classification_head", "reconstruction_head")
     ]
-    return *outputs, F.unfold(image, (kf, kt), stride=(kf, kt))[0].T[mask]
+    outputs.append(F.unfold(image, (kf, kt), stride=(kf, kt))[0].T)
+    return tuple(time_major(time_major(rows, 0, (grid_f, columns))[mask], 1, (kf, kt)) for rows in outputs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -203,7 +214,7 @@ def test_ssast_matches_plain_vit(shape: str) -> None:
     plain, rows = [], []
     for clip, count in enumerate(frames):
         columns = count // kt
-        clip_mask = mask[clip].view(grid_f, -1)[:, :columns].flatten()
+        clip_mask = mask[clip, : columns * grid_f]
         plain.append(plain_clip(model, x[clip, : columns * kt], clip_mask))
         rows.append(int(clip_mask.sum()))
     model.zero_grad()
@@ -242,7 +253,7 @@ def test_ssast_batch_equals_its_clips(shape: str, objective: str) -> None:
     kt, grid_f = model.config.patch_size[0], model.config.grid_f
 
     def clip_mask(mask: Tensor, clip: int) -> Tensor:
-        return mask[clip].view(grid_f, -1)[:, : frames[clip] // kt].reshape(1, -1)
+        return mask[clip : clip + 1, : frames[clip] // kt * grid_f]
 
     singles, total = [], {}
     for clip, count in enumerate(frames):
@@ -358,9 +369,9 @@ def test_ssast_mask_past_clip_end_is_ignored() -> None:
     model = build()
     x, lengths = batch(model, UNEQUAL["patch"])
     mask = model.sample_mask(lengths, 52, seed=1)
-    past = torch.arange(10) >= (lengths // 5)[:, None, None]
+    past = torch.arange(60) >= (lengths // 5 * 6)[:, None]
     expected = model(x, lengths, mask)
-    out = model(x, lengths, mask | past.expand(-1, 6, -1).flatten(1))
+    out = model(x, lengths, mask | past)
     assert torch.equal(out.mask, mask) and torch.equal(out.loss, expected.loss)
     assert torch.equal(out.target, expected.target)
 
@@ -439,24 +450,24 @@ def test_ssast_shorter_clip_masks_same_share_rounded_up(mask_patches: int) -> No
     frames = torch.arange(53)
     mask = model.sample_mask(frames, 52, seed=0)
     assert mask.shape == (53, 60)
-    for count, row in zip(frames.tolist(), mask.view(-1, 6, 10), strict=True):
+    for count, row in zip(frames.tolist(), mask, strict=True):
         tokens = count // 5 * 6
         assert row.sum() == min(-(-mask_patches * tokens // 60), max(tokens - 1, 0))
-        assert not row[:, count // 5 :].any()
+        assert not row[tokens:].any()
     sizes = model.sizes_of(frames.tolist())
     assert sizes.masked == mask.sum() and sizes.max_masked == mask.sum(1).max()
 
 
-def test_ssast_masks_equal_mae_ast_in_frequency_major_order() -> None:
+def test_ssast_masks_equal_those_of_mae_ast() -> None:
     model = build()
     frames = torch.tensor([52, 23])
     mask = model.sample_mask(frames, 52, seed=7, clip_ids=torch.tensor([5, 9]), epoch=3)
     drawn = masking.sample_mask(
         "chunk", frames // 5 * 6, 6, model.config.mask_ratio, seed=7, clip_ids=[5, 9], epoch=3, max_tokens=60
     )
-    assert torch.equal(mask.view(2, 6, 10), drawn.view(2, 10, 6).transpose(1, 2))
+    assert torch.equal(mask, drawn)
     alone = model.sample_mask(frames[1:], 25, seed=7, clip_ids=torch.tensor([9]), epoch=3)
-    assert torch.equal(alone.view(6, 5)[:, :4], mask[1].view(6, 10)[:, :4]), "the mask must not depend on the batch"
+    assert torch.equal(alone[0, :24], mask[1, :24]), "the mask must not depend on the batch"
 
 
 def test_ssast_patch_masks_are_chunks_and_frame_masks_random() -> None:
@@ -466,9 +477,9 @@ def test_ssast_patch_masks_are_chunks_and_frame_masks_random() -> None:
         return (a == b).double().mean().item()
 
     draws = 400
-    mask = build(mask_patches=30).sample_mask(torch.full((draws,), 52), 52, seed=0).view(draws, 6, 10)
+    mask = build(mask_patches=30).sample_mask(torch.full((draws,), 52), 52, seed=0).view(draws, 10, 6)
     slack = STANDARD_ERRORS * math.sqrt(0.25 / draws)  # for one pair; the error of a mean over many is smaller
-    assert alike(mask[:, 1:], mask[:, :-1]) > 0.5 + slack  # frequency is the first axis
+    assert alike(mask[:, 1:], mask[:, :-1]) > 0.5 + slack  # time is the first axis
     assert alike(mask[:, :, 1:], mask[:, :, :-1]) > 0.5 + slack
     frame = build("frame", mask_patches=10).sample_mask(torch.full((draws,), 40), 40, seed=0)
     share = 1 - 2 * (10 / 20) * (10 / 19)  # two of 20 tokens, 10 of them masked
@@ -542,7 +553,7 @@ def test_from_official_reads_weights_and_config(tmp_path: Path, golden: Golden, 
     expected = convert_official(golden.state_dict, 3)[1]
     assert set(expected) == set(model.state_dict())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
-    mask = scattered(golden["mask_index_mpc"], 128)
+    mask = scattered(golden["mask_index_mpc"])
     with torch.no_grad():
         out = model(golden["source"], mask=mask)
     assert_golden(out.loss_classification, golden["nce"])
@@ -712,13 +723,13 @@ def test_ssast_config_invalid_field_raises(fields: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "mask", "message"),
     [
-        ("joint", torch.zeros(2, 60), r"mask must be a bool tensor \(2, 60\), True = masked, got torch.float32"),
-        ("joint", torch.zeros(2, 61).bool(), r"got torch.bool \(2, 61\)"),
+        ("joint", torch.zeros(2, 60), r"mask must be a bool tensor \(B, L\), True = masked, got torch.float32"),
+        ("joint", torch.zeros(2, 59).bool(), r"mask must be \(2, L\) with L >= 60, .*, got \(2, 59\)"),
         ("joint", (torch.zeros(2, 60).bool(),) * 2, "got tuple"),
         ("joint", torch.zeros(2, 60).bool(), "no clip has both visible and masked tokens"),
         ("joint_two_pass", torch.zeros(2, 60).bool(), r"mask must be a pair \(mask_mpc, mask_mpg\).*got Tensor"),
         ("joint_two_pass", (torch.zeros(2, 60).bool(),) * 3, "got 3 of them"),
-        ("joint_two_pass", (torch.eye(2, 60).bool(), torch.eye(2, 59).bool()), r"got torch.bool \(2, 59\)"),
+        ("joint_two_pass", (torch.eye(2, 60).bool(), torch.eye(2, 59).bool()), r"L >= 60, .*, got \(2, 59\)"),
         ("joint_two_pass", (torch.eye(2, 60).bool(), torch.ones(2, 60).bool()), "no clip has both"),
     ],
 )
