@@ -106,7 +106,7 @@ class MAEASTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "mae_ast"
     main_input_name = "input_features"
     input_modalities = "audio"
-    _no_split_modules = ["Layer"]  # noqa: RUF012
+    _no_split_modules = ["PreNormLayer", "PostNormLayer"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
