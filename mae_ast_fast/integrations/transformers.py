@@ -113,8 +113,7 @@ class MAEASTPreTrainedModel(PreTrainedModel):
         """Initialise weights, and buffers too: from_pretrained builds the model on the meta device, without values."""
         super()._init_weights(module)
         if isinstance(module, Positions):
-            num_tokens, dim = module.table.shape
-            init.copy_(module.table, sinusoid(num_tokens, dim, device=module.table.device))
+            init.copy_(module.table, module.compute(len(module.table), module.table.device))
         elif isinstance(module, InputNorm):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)

@@ -19,6 +19,8 @@ _SIZES = {  # name -> (embed_dim, ffn_dim, num_heads)
 }
 Count = TypeVar("Count", int, Tensor)
 
+POSITIONS = ("sinusoid", "sinusoid_2d")
+
 _PATCHES = {"patch": (16, 16), "frame": (2, 128)}
 
 
@@ -113,6 +115,9 @@ class MAEASTConfig(PatchGrid):
         classification_weight: Weight of the InfoNCE loss, >= 0. 0 switches it off.
         norm_pix_loss: Reconstruct each patch normalised by its own mean and variance (He et al. 2022, section 4). Needs
             patches of at least 2 values.
+        positions: "sinusoid", the paper's positions by token index, or "sinusoid_2d": half of the width for the time
+            block and half for the frequency block, which needs widths that are multiples of 4. With one frequency block
+            both are the same.
 
     Raises:
         ValueError: A value is outside its range, or values contradict each other.
@@ -139,6 +144,7 @@ class MAEASTConfig(PatchGrid):
     reconstruction_weight: float = 10.0
     classification_weight: float = 1.0
     norm_pix_loss: bool = False
+    positions: str = "sinusoid"
 
     def __post_init__(self) -> None:
         self._check_patch_size()
@@ -192,6 +198,15 @@ class MAEASTConfig(PatchGrid):
             expected="true, false or null",
             holds=lambda flag: isinstance(flag, bool | None),
         )
+        check_choice(self, "positions", POSITIONS)
+        if self.positions == "sinusoid_2d" and self.grid_f > 1:
+            check(
+                self,
+                "embed_dim",
+                "decoder_embed_dim",
+                expected="a multiple of 4 for positions='sinusoid_2d'",
+                holds=lambda width: width % 4 == 0,
+            )
         if self.encoder_projection is False and self.embed_dim != self.decoder_embed_dim:
             raise ValueError(
                 f"encoder_projection=False needs equal widths, got embed_dim={self.embed_dim} and "

@@ -79,7 +79,8 @@ class MAEAST(PretrainingModel):
         width, decoder_width = config.embed_dim, config.decoder_embed_dim
         self.input_norm = InputNorm()
         self.patch_embed = nn.Linear(config.patch_dim, width)
-        self.encoder_positions = Positions(width)
+        position_blocks = config.grid_f if config.positions == "sinusoid_2d" else 1
+        self.encoder_positions = Positions(width, position_blocks)
         self.encoder = TransformerStack(
             width,
             config.encoder_layers,
@@ -90,7 +91,7 @@ class MAEAST(PretrainingModel):
         if config.decoder_layers:
             self.encoder_projection = nn.Linear(width, decoder_width) if config.has_projection else None
             self.mask_token = nn.Parameter(torch.rand(decoder_width))
-            self.decoder_positions = Positions(decoder_width)
+            self.decoder_positions = Positions(decoder_width, position_blocks)
             self.decoder = TransformerStack(
                 decoder_width,
                 config.decoder_layers,

@@ -215,29 +215,34 @@ def add_norm(
 
 
 class Positions(nn.Module):
-    """Fixed sinusoidal positions by token index.
+    """Fixed sinusoidal positions, looked up by token index.
 
     The table is computed and kept out of checkpoints, unless one was loaded. The paper's fp16 runs saved a rounded
     table, and features only match with that one.
 
     Args:
-        dim: Width D, even.
+        dim: Width D, even; a multiple of 4 if ``grid_f`` is above 1.
+        grid_f: Frequency blocks of "sinusoid_2d". 1: "sinusoid".
     """
 
     table: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, grid_f: int = 1) -> None:
         super().__init__()
-        self.dim = dim
-        self.register_buffer("table", sinusoid(2048, dim), persistent=False)
+        self.dim, self.grid_f = dim, grid_f
+        self.register_buffer("table", self.compute(2048), persistent=False)
 
     def forward(self, num_tokens: int) -> Tensor:
         """The table (at least ``num_tokens``, D)."""
         table_len = self.table.shape[0]
         if num_tokens > table_len:
-            longer = sinusoid(num_tokens, self.dim, self.table.device).to(self.table.dtype)
+            longer = self.compute(num_tokens, self.table.device).to(self.table.dtype)
             self.table = torch.cat((self.table, longer[table_len:]))
         return self.table
+
+    def compute(self, num_tokens: int, device: torch.device | str | None = None) -> Tensor:
+        """The first ``num_tokens`` rows (num_tokens, D) in fp32, whatever a checkpoint held."""
+        return sinusoid_2d(num_tokens, self.dim, self.grid_f, device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if (table := state_dict.get(prefix + "table")) is not None:
@@ -532,3 +537,23 @@ def sinusoid(num_tokens: int, dim: int, device: torch.device | str | None = None
     frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))
     angle = position * frequency
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+def sinusoid_2d(num_tokens: int, dim: int, grid_f: int, device: torch.device | str | None = None) -> Tensor:
+    """Positions (num_tokens, dim) in fp32 of tokens on a grid, time before frequency.
+
+    The first half of the columns is ``sinusoid`` of the time block, the second half that of the frequency block. With
+    one frequency block the table is ``sinusoid`` by token.
+
+    Args:
+        num_tokens: Rows of the table.
+        dim: Width D, a multiple of 4; even with one frequency block.
+        grid_f: Frequency blocks, at least 1.
+        device: Device of the table; None: torch's default.
+    """
+    if grid_f == 1:
+        return sinusoid(num_tokens, dim, device)
+    grid_t = -(-num_tokens // grid_f)
+    time = sinusoid(grid_t, dim // 2, device)[:, None].expand(-1, grid_f, -1)
+    frequency = sinusoid(grid_f, dim // 2, device).expand(grid_t, -1, -1)
+    return torch.cat((time, frequency), 2).flatten(0, 1)[:num_tokens]

@@ -34,6 +34,7 @@ CONTRACT = {  # the public interface, in its order
     "reconstruction_weight": 10.0,
     "classification_weight": 1.0,
     "norm_pix_loss": False,
+    "positions": "sinusoid",
 }
 
 
@@ -203,3 +204,19 @@ def test_config_num_tokens_counts_whole_or_started_time_blocks(config):
     assert [config.num_tokens(frames) for frames in (0, 15, 16, 33)] == [0, 0, 8, 16]
     assert [config.num_tokens(frames, count_partial=True) for frames in (0, 15, 16, 33)] == [0, 8, 8, 24]
     assert config.num_tokens(torch.tensor([15, 33])).tolist() == [0, 16]
+
+
+def test_config_without_positions_means_sinusoid() -> None:
+    fields = MAEASTConfig().to_dict()
+    del fields["positions"]
+    assert MAEASTConfig.from_dict(fields).positions == "sinusoid"
+
+
+def test_config_invalid_positions_raise() -> None:
+    with pytest.raises(ValueError, match="positions must be one of sinusoid, sinusoid_2d, got 'learned'"):
+        MAEASTConfig(positions="learned")
+    widths = {"embed_dim": 16, "decoder_embed_dim": 6, "num_heads": 1}
+    with pytest.raises(ValueError, match=r"decoder_embed_dim must be a multiple of 4 for .*, got 6"):
+        MAEASTConfig(positions="sinusoid_2d", **widths)
+    frame = MAEASTConfig(positions="sinusoid_2d", patch_size=(2, 128), **widths)  # one frequency block
+    assert frame.decoder_embed_dim == 6

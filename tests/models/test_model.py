@@ -29,7 +29,7 @@ from torch import Tensor
 import mae_ast_fast
 from mae_ast_fast import MAEAST, MAEASTConfig, fbank
 from mae_ast_fast.models import mae_ast, transformer
-from mae_ast_fast.models.transformer import ExecConfig, sinusoid
+from mae_ast_fast.models.transformer import ExecConfig, Positions, sinusoid, sinusoid_2d
 from mae_ast_fast.ops import reference
 from mae_ast_fast.ops.masking import num_visible, sample_mask
 from mae_ast_fast.ops.packing import real_tokens
@@ -605,6 +605,38 @@ def test_extract_features_more_than_48000_tokens_raises() -> None:
         assert torch.equal(model.encoder_positions.table[:48_000], sinusoid(48_000, 2))
         with pytest.raises(ValueError, match=r"48000 tokens.*48001"):
             model.extract_features(x)
+
+
+def test_sinusoid_2d_is_sinusoid_of_time_and_of_frequency() -> None:
+    table = sinusoid_2d(10, 8, grid_f=3)
+    for token in range(10):
+        time, frequency = divmod(token, 3)
+        expected = [
+            f(p / 10000 ** (2 * i / 4)) for p in (time, frequency) for i in (0, 1) for f in (math.sin, math.cos)
+        ]
+        assert_rounding(table[token], torch.tensor(expected), f"token {token}")
+    assert torch.equal(sinusoid_2d(10, 6, grid_f=1), sinusoid(10, 6))
+
+
+def test_positions_sinusoid_2d_reach_encoder_and_decoder() -> None:
+    """Putting the tables into a model with the paper's positions, one by one, changes its output each time."""
+    model, paper = build(positions="sinusoid_2d"), build()
+    paper.load_state_dict(model.state_dict())
+    assert set(model.state_dict()) == set(paper.state_dict())
+    x, lengths = batch()
+    outputs = [paper(x, lengths, masks()).pred_reconstruction]
+    for stack, width in (("encoder_positions", 16), ("decoder_positions", 8)):
+        table = getattr(model, stack).table
+        assert torch.equal(table, sinusoid_2d(2048, width, GRID_F))
+        getattr(paper, stack).table = table
+        outputs.append(paper(x, lengths, masks()).pred_reconstruction)
+        assert not torch.equal(outputs[-1], outputs[-2]), stack
+    assert torch.equal(model(x, lengths, masks()).pred_reconstruction, outputs[-1])
+
+
+def test_positions_sinusoid_2d_past_initial_table_grow_on_demand() -> None:
+    table = Positions(8, grid_f=3)(5000)
+    assert torch.equal(table, sinusoid_2d(5000, 8, grid_f=3))
 
 
 def test_positions_past_initial_table_grow_on_demand() -> None:
