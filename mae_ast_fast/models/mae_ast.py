@@ -1,8 +1,9 @@
 """MAE-AST: a deep encoder over the visible tokens, a shallow decoder over all of them, two losses (arXiv 2203.16691).
 
-Letters: B clips, T frames, F mel bins, L tokens per clip, N packed rows, M masked rows, D width, P values per patch, H
-heads, kt and kf frames and mel bins per patch. Between the spectrogram and the losses everything is packed: the rows of
-all clips one after another, without padding or cropping.
+Letters: B clips, T frames, F mel bins, L tokens of the longest clip, N packed rows of all tokens, Nv visible and M masked
+ones, D width of the encoder or of the decoder, P values per patch, H heads, kt and kf frames and mel bins per patch.
+Between the spectrogram and the losses everything is packed: the rows of all clips one after another, without padding or
+cropping. Only rounded token counts (``TokenCounts.bucket``) add rows, at the end, and the losses leave them out.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ class MAEAST(PretrainingModel):
     ) -> MAEASTOutput:
         """Masked pretraining losses (paper, section 2).
 
+        Log-mel -> mask -> patches -> encoder (visible tokens) -> decoder (all tokens; its last layer computes the masked
+        ones) -> head -> losses.
+
         The host does not wait for a GPU if it knows the token counts of the batch: ``sizes`` is given, or the mask is
         drawn here and ``lengths`` is None or on the CPU.
 
@@ -135,11 +139,12 @@ class MAEAST(PretrainingModel):
         """
         if self.config.decoder_layers == 0:
             raise ValueError("this model is an encoder alone (decoder_layers=0): it has features but no losses")
+        # Draws the mask if there is none. layout.tokens, .visible and .masked hold clip and token of the packed rows.
         (layout,) = self._token_layouts(features, lengths, mask, generator=generator, sizes=sizes)
         cfg = self._exec_config(features.device)
         with torch.autocast(features.device.type, enabled=False):  # the casts to cfg.dtype are written out
-            patches, target = self.normalized_patches(features, layout, cfg, input_stats=statistics)
-            latent, _ = self.forward_encoder(patches, layout, cfg)
+            visible_patches, target = self.normalized_patches(features, layout, cfg, input_stats=statistics)
+            latent, _ = self.forward_encoder(visible_patches, layout, cfg)
             decoded = self.forward_decoder(latent, layout, cfg)
             reconstruction, classification = linear(decoded, self.head).split(self.config.patch_dim, dim=1)
             return self.forward_loss(reconstruction, classification, target=target, layout=layout, cfg=cfg)
@@ -191,6 +196,8 @@ class MAEAST(PretrainingModel):
         if self.encoder_projection is not None:
             latent = linear(latent, self.encoder_projection)
         dropout = self.config.dropout if self.training else 0.0
+        # Each token's latent or the mask token, plus its position. Post-norm layers follow decoder.norm, which the
+        # operation fuses unless the module must be called.
         norm = None if self.config.norm_first else self.decoder.norm
         fused_norm = norm if norm is not None and is_fusible_norm(norm) else None
         called_norm = norm if fused_norm is None else None
