@@ -2,8 +2,8 @@
 
 Letters: B clips, T frames, F mel bins, L tokens of the longest clip, N packed rows of all tokens, Nv visible and M masked
 ones, D width of the encoder or of the decoder, P values per patch, H heads, kt and kf frames and mel bins per patch.
-Between the spectrogram and the losses everything is packed: the rows of all clips one after another, without padding or
-cropping. Only rounded token counts (``TokenCounts.bucket``) add rows, at the end, and the losses leave them out.
+Between the spectrogram and the losses everything is packed: the rows of all clips one after another, without padding
+or cropping. Only rounded token counts (``TokenCounts.bucket``) add rows, at the end, and the losses leave them out.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class MAEAST(PretrainingModel):
     ) -> MAEASTOutput:
         """Masked pretraining losses (paper, section 2).
 
-        Log-mel -> mask -> patches -> encoder (visible tokens) -> decoder (all tokens; its last layer computes the masked
-        ones) -> head -> losses.
+        Log-mel -> mask -> patches -> encoder (visible tokens) -> decoder (all tokens; its last layer computes the
+        masked ones) -> head -> losses.
 
         The host does not wait for a GPU if it knows the token counts of the batch: ``sizes`` is given, or the mask is
         drawn here and ``lengths`` is None or on the CPU.
