@@ -1,7 +1,7 @@
 """MAE-AST: a deep encoder over the visible tokens, a shallow decoder over all of them, two losses (arXiv 2203.16691).
 
-Letters: B clips, T frames, F mel bins, L tokens of the longest clip, N packed rows of all tokens, Nv visible and M masked
-ones, D width of the encoder or of the decoder, P values per patch, H heads, kt and kf frames and mel bins per patch.
+Letters: B clips, T frames, F mel bins, L tokens of the longest clip, N packed rows of all tokens, Nv visible and M
+masked ones, D width of the encoder or of the decoder, P values per patch, kt and kf frames and mel bins per patch.
 Between the spectrogram and the losses everything is packed: the rows of all clips one after another, without padding
 or cropping. Only rounded token counts (``TokenCounts.bucket``) add rows, at the end, and the losses leave them out.
 """
