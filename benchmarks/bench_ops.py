@@ -5,7 +5,7 @@ python -m pytest benchmarks -k bench_ops --benchmark-disable        every column
 
     original     as in benchmarks/baselines/original.py, for the ops that replace a part of it; info_nce of mixed
                  lengths, which the paper does not have, as a loop over the clips
-    reference    reference.py, eager
+    reference    plain PyTorch, as impl="torch" runs it (ops/eager.py)
     compiled     torch.compile(fullgraph=True) of it
     fast         the Triton kernel; only on a GPU, because Triton does not compile for CPUs
     NAME         for attention, the available backends: sdpa, clips (CPU), short, aten, fa2, fa3, fa4 (GPU)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mae_ast_fast import MAEASTConfig, ops
 from mae_ast_fast.models.transformer import sinusoid
-from mae_ast_fast.ops import attention, reference
+from mae_ast_fast.ops import attention, eager, reference
 from mae_ast_fast.ops.attention import flash
 from mae_ast_fast.ops.masking import sample_mask
 from mae_ast_fast.ops.packing import Packing, real_tokens
@@ -178,7 +178,7 @@ def scatter_tokens(point: Point, clips: Clips) -> Op:
     kernel = partial(ops.scatter_tokens, impl="triton")
     token_bytes, visible_bytes = len(tokens.clip) * width * SIZE, len(clips.visible.clip) * width * SIZE
     forward = token_bytes + visible_bytes + 16 * len(tokens.clip) + 4 * max_tokens * width
-    columns = {"original": original, "reference": reference.scatter_tokens, "fast": kernel}
+    columns = {"original": original, "reference": eager.scatter_tokens, "fast": kernel}
     vectors = ("mask_token", "weight", "bias")
     return Op(columns, inputs, "bytes", (forward, 2 * forward + visible_bytes), ("visible", *vectors), vectors)
 
@@ -188,7 +188,7 @@ def add_layer_norm(point: Point, clips: Clips) -> Op:
     num_rows, width = len(clips.tokens.clip), clips.config.decoder_embed_dim
     vectors = {name: clips.parameters(width) for name in ("weight", "bias", "branch_bias")}
     inputs = {"branch": clips.randn(num_rows, width), "residual": clips.randn(num_rows, width), **vectors}
-    columns = {"reference": reference.add_layer_norm, "fast": partial(ops.add_layer_norm, impl="triton")}
+    columns = {"reference": eager.add_layer_norm, "fast": partial(ops.add_layer_norm, impl="triton")}
     tensor_bytes = num_rows * width * SIZE
     return Op(columns, inputs, "bytes", (3 * tensor_bytes, 8 * tensor_bytes), tuple(inputs), tuple(vectors))
 
@@ -197,7 +197,7 @@ def bias_gelu(point: Point, clips: Clips) -> Op:
     """In the decoder. The forward reads one tensor and writes one; the backward reads two and writes one."""
     num_rows, width = len(clips.tokens.clip), clips.config.ffn_dim
     inputs = {"x": clips.randn(num_rows, width), "bias": clips.parameters(width)}
-    columns = {"reference": reference.bias_gelu, "fast": partial(ops.bias_gelu, impl="triton")}
+    columns = {"reference": eager.bias_gelu, "fast": partial(ops.bias_gelu, impl="triton")}
     tensor_bytes = num_rows * width * SIZE
     return Op(columns, inputs, "bytes", (2 * tensor_bytes, 5 * tensor_bytes), ("x", "bias"), ("bias",))
 
@@ -212,7 +212,7 @@ def feed_forward(point: Point, clips: Clips) -> Op:
         "w2": clips.parameters(width, inner, scale=inner**-0.5),
     }
     flop = 4 * num_rows * width * inner
-    columns = {"reference": reference.feed_forward, "fast": partial(ops.feed_forward, impl="triton")}
+    columns = {"reference": eager.feed_forward, "fast": partial(ops.feed_forward, impl="triton")}
     return Op(columns, inputs, "FLOP", (flop, 3 * flop), tuple(inputs), ("w1", "b1", "w2"), uses_products=True)
 
 
@@ -255,7 +255,7 @@ def info_nce(point: Point, clips: Clips) -> Op:
             losses.append(-F.log_softmax(products, dim=-1).diagonal().sum())
         return torch.stack(losses).sum() / sum(counts)
 
-    reference_op, kernel = partial(reference.info_nce, **options), partial(ops.info_nce, **options, impl="triton")
+    reference_op, kernel = partial(eager.info_nce, **options), partial(ops.info_nce, **options, impl="triton")
     flop = 2 * sum(count * count for count in counts) * width
     columns = {"original": original, "reference": mean_loss(reference_op), "fast": mean_loss(kernel)}
     return Op(columns, inputs, "FLOP", (flop, 2 * flop), ("prediction",), uses_products=True)
@@ -266,7 +266,7 @@ def attention_op(point: Point, clips: Clips) -> Op:
     packing = getattr(clips, point.packing)
     width, heads = clips.config.embed_dim, clips.config.num_heads
     boundaries = {"cu_seqlens": packing.cu_seqlens, "max_seqlen": packing.max_seqlen}
-    columns: dict[str, Function] = {"reference": partial(reference.attention, **boundaries)}
+    columns: dict[str, Function] = {"reference": partial(eager.attention, **boundaries)}
     for backend in ("sdpa", "clips", *(("short", *flash.FLASH) if ON_GPU else ())):
         fits = backend != "short" or max(packing.max_seqlen, width // heads) <= ops.SHORT
         available = backend not in flash.FLASH or not flash.problem(

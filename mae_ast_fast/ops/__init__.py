@@ -1,4 +1,4 @@
-"""Operations on tensors. Each one checks its input and calls the kernel or the reference.
+"""Operations on tensors. Each one checks its input and calls a Triton kernel or plain PyTorch.
 
 The functions here are public; each is documented where it is defined.
 """

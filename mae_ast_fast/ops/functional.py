@@ -1,8 +1,9 @@
-"""The model's operations: each checks its input, chooses the implementation and calls the kernel or the reference.
+"""The model's operations: each checks its input, chooses the implementation and calls it.
 
-``impl`` is "torch" (reference.py, plain PyTorch, any device and dtype), "triton" (kernels/, fp32, fp16 and bf16 on a
-GPU, or on a CPU under Triton's interpreter) or "auto". No name falls back silently: a request that an implementation
-cannot fulfil raises a ``ValueError`` that names the alternative. The letters are those of reference.py.
+``impl`` is "torch" (plain PyTorch, any device and dtype: eager.py, or reference.py where that is as fast), "triton"
+(kernels/, fp32, fp16 and bf16 on a GPU, or on a CPU under Triton's interpreter) or "auto". No name falls back silently:
+a request that an implementation cannot fulfil raises a ``ValueError`` that names the alternative. The letters are those
+of reference.py.
 
 Dropout: with impl="torch", masks come from PyTorch's generator. With impl="triton", a mask is a function of ``seed``
 (an int64 tensor of one element on the device; None: drawn from PyTorch's generator), of ``site`` (an integer that
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import masking, reference
+from . import eager, masking, reference
 from .dispatch import (
     check_cu_seqlens,
     check_dropout,
@@ -73,7 +74,7 @@ def add_layer_norm(  # noqa: PLR0917 - public signature
             check_rows(name, x, (residual.shape[1],), residual)
     check_dropout(dropout, seed, residual.device)
     if not is_triton(impl, residual):
-        y = reference.add_layer_norm(branch, residual, weight, bias, branch_bias=branch_bias, dropout=dropout)
+        y = eager.add_layer_norm(branch, residual, weight, bias, branch_bias=branch_bias, dropout=dropout)
         return (y, y) if fork else y
     from ..kernels import add_layer_norm as kernel
 
@@ -109,7 +110,7 @@ def bias_gelu(  # noqa: PLR0917 - public signature
     check_rows("bias", bias, (x.shape[1],), x)
     check_dropout(dropout, seed, x.device)
     if not is_triton(impl, x):
-        return reference.bias_gelu(x, bias, dropout)
+        return eager.bias_gelu(x, bias, dropout)
     from ..kernels import bias_gelu as kernel
 
     return kernel.forward_op(x, bias, kernel_seed(dropout, seed, x.device), dropout, site)
@@ -151,7 +152,7 @@ def feed_forward(  # noqa: PLR0917 - public signature
     if recompute and dropout > 0.0:
         raise ValueError(f"recompute needs dropout 0, because its mask would be drawn twice, got {dropout}")
     if not is_triton(impl, x):
-        return reference.feed_forward(x, w1, b1, w2, dropout=dropout, recompute=recompute)
+        return eager.feed_forward(x, w1, b1, w2, dropout=dropout, recompute=recompute)
     if dropout > 0.0:
         raise ValueError(
             f"impl='triton' has no dropout in feed_forward, got {dropout}: use bias_gelu between two products"
@@ -210,7 +211,7 @@ def scatter_tokens(  # noqa: PLR0917 - public signature
     check_index("inverse", inverse, tuple(token.shape), visible)
     check_dropout(dropout, seed, visible.device)
     if not is_triton(impl, visible):
-        return reference.scatter_tokens(
+        return eager.scatter_tokens(
             visible, mask_token, table, token=token, inverse=inverse, weight=weight, bias=bias, dropout=dropout
         )
     from ..kernels import scatter_tokens as kernel
@@ -255,7 +256,7 @@ def short_attention(  # noqa: PLR0917 - public signature
     check_cu_seqlens("cu_seqlens", cu_seqlens, qkv)
     check_dropout(dropout, seed, qkv.device)
     if not is_triton(impl, qkv):
-        return reference.attention(qkv, cu_seqlens, max_seqlen, dropout)
+        return eager.attention(qkv, cu_seqlens, max_seqlen, dropout)
     if max_seqlen > SHORT or qkv.shape[3] > SHORT:
         raise ValueError(
             f"impl='triton' takes clips of at most {SHORT} rows and heads of at most {SHORT} values, got max_seqlen "
@@ -473,7 +474,7 @@ def info_nce(  # noqa: PLR0917 - public signature
     if over not in ("targets", "predictions"):
         raise ValueError(f"over must be 'targets' or 'predictions', got {over!r}")
     if not is_triton(impl, prediction):
-        return reference.info_nce(prediction, target, cu_seqlens, max_seqlen, over=over, exact=exact)
+        return eager.info_nce(prediction, target, cu_seqlens, max_seqlen, over=over, has_padding_rows=not exact)
     from ..kernels import info_nce as kernel
 
     check_no_gradient(target)

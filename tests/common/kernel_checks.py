@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy import assert_kernel
+from policy import assert_kernel, assert_rounding_fp64
 from torch import Tensor
 
 from mae_ast_fast.kernels.common.configs import TABLE
@@ -98,17 +98,19 @@ def compare(
     dtype: torch.dtype,
     summed: Sequence[str] = (),
     dot: bool = False,
+    capped: bool = True,
 ) -> None:
-    """Compare a kernel with the reference in the same dtype and in fp64 on the same inputs, by the policy.
+    """Compare a kernel or eager.py with the reference in the same dtype and in fp64 on the same inputs, by the policy.
 
     Args:
         kernel: Function under test; takes the inputs by name.
-        reference: The same function in PyTorch.
+        reference: The same function in reference.py.
         inputs: Tensors; floating ones are widened for the fp64 run.
         differentiable: Names of the inputs whose gradients are compared.
-        dtype: Dtype in which the kernel works.
+        dtype: Dtype in which the kernel works. In fp64 both computations are the same up to the order of sums.
         summed: Names of the differentiable inputs whose gradient sums over rows.
         dot: Whether gradients pass through dot products.
+        capped: As in ``assert_kernel``.
     """
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     kernel_results = results_and_gradients(kernel, inputs, differentiable)
@@ -119,9 +121,12 @@ def compare(
         if not exact.is_floating_point():
             assert torch.equal(k, t), f"{name}: kernel and reference differ"
             continue
+        if dtype == torch.float64:
+            assert_rounding_fp64(k, exact, name)
+            continue
         is_sum = name.removeprefix("gradient of ") in summed
         is_dot = dot and name.startswith("gradient")
-        assert_kernel(k, t, exact, dtype, name=name, dot=is_dot, summed_rows=rows if is_sum else 0)
+        assert_kernel(k, t, exact, dtype, name=name, dot=is_dot, summed_rows=rows if is_sum else 0, capped=capped)
 
 
 def check_registration(op: Callable[..., Any], *arguments: Any) -> None:

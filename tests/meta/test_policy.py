@@ -29,7 +29,7 @@ def check(request: pytest.FixtureRequest):
 def test_bounds_are_within_agreed_limits() -> None:
     """The recorded cases and the interface fix the first three; the others bound a change of summation order."""
     assert policy.GOLDEN <= 1e-5 and policy.GOLDEN_ZERO <= 1e-6 and policy.FBANK_ABS <= 1e-3
-    assert policy.ROUNDING <= 2e-6 and policy.ROUNDING_GRAD <= 2e-5
+    assert policy.ROUNDING <= 2e-6 and policy.ROUNDING_GRAD <= 2e-5 and policy.ROUNDING_FP64 <= 1e-13
     assert policy.HALF_FEATURES[torch.float16] <= 1e-2 and policy.HALF_FEATURES[torch.bfloat16] <= 2.5e-2
 
 
@@ -85,6 +85,14 @@ def test_assert_close_wrong_tensor_fails(check, wrong: str) -> None:
     expected = x - x.mean(1, keepdim=True) if wrong == "low-precision statistics" else x
     with pytest.raises(AssertionError):
         assert_close(WRONG[wrong](x, bound), expected)
+
+
+def test_assert_rounding_fp64_fp32_step_fails() -> None:
+    x = values()
+    policy.assert_rounding_fp64(x + 0.9 * policy.ROUNDING_FP64 * x.abs().max(), x)
+    for wrong in (x.float(), x.float().double(), x + 1.1 * policy.ROUNDING_FP64 * x.abs().max()):
+        with pytest.raises(AssertionError):
+            policy.assert_rounding_fp64(wrong, x)
 
 
 def test_assert_close_nan_and_infinity_fail(check) -> None:
@@ -240,3 +248,6 @@ def test_assert_kernel_few_values_widen_cap(dtype: torch.dtype, count: int, larg
     policy.assert_kernel(passes, passes, exact, dtype)
     with pytest.raises(AssertionError, match="never more than"):
         policy.assert_kernel(fails, fails, exact, dtype)
+    policy.assert_kernel(fails, fails, exact, dtype, capped=False)
+    with pytest.raises(AssertionError, match="allowed"):
+        policy.assert_kernel(fails, exact, exact, dtype, capped=False)

@@ -30,7 +30,7 @@ import mae_ast_fast
 from mae_ast_fast import MAEAST, MAEASTConfig, fbank
 from mae_ast_fast.models import mae_ast, transformer
 from mae_ast_fast.models.transformer import ExecConfig, Positions, sinusoid, sinusoid_2d
-from mae_ast_fast.ops import reference
+from mae_ast_fast.ops import eager
 from mae_ast_fast.ops.masking import num_visible, sample_mask
 from mae_ast_fast.ops.packing import real_tokens
 
@@ -733,13 +733,13 @@ def _packing(num_rows: int) -> Any:
 def test_dropout_is_applied_where_the_paper_applies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"dropout": 0.11, "attention_dropout": 0.12, "activation_dropout": 0.13, "input_dropout": 0.14}
     calls: list[tuple[float, tuple[int, ...]]] = []
-    original = reference.drop
+    original = eager.drop
 
     def spy(x: Tensor, rate: float) -> Tensor:
         calls.append((rate, tuple(x.shape)))
         return original(x, rate)
 
-    for module in (reference, mae_ast, transformer):
+    for module in (eager, mae_ast, transformer):
         monkeypatch.setattr(module, "drop", spy)
     x, frames = batch([16, 16])
     mask = masks([16, 16], num_masked=[7, 7])

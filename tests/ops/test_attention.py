@@ -1,4 +1,4 @@
-"""Every attention backend compared with a loop over clips in fp64, forward and gradients, for ragged batches."""
+"""Every attention backend compared with reference.py in fp64, forward and gradients, for ragged batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_ast_fast import MAEAST, MAEASTConfig, ops
 from mae_ast_fast.ops import attention as module
+from mae_ast_fast.ops import reference
 from mae_ast_fast.ops.attention import BACKENDS, attention, choose_backend, cross_attention, flash
 from mae_ast_fast.ops.attention import cpu as clip_attention
-from mae_ast_fast.ops.dropout import draw_kept, drop
 from mae_ast_fast.ops.packing import cumulative
 
 PLAIN = ("clips", "sdpa", "math")  # the kernel behind "short" and FlashAttention (test_flash.py) have their own tests
@@ -43,22 +43,17 @@ def call(qkv: torch.Tensor, counts: list[int], backend: str, dropout: float = 0.
     return attention(qkv, cumulative(torch.tensor(counts)), max(counts), dropout, backend)
 
 
-def loop(qkv: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Attention clip by clip, without padding; differentiable."""
-    out = []
-    for clip in qkv.split(counts):
-        q, k, v = clip.permute(1, 2, 0, 3)
-        out.append(((q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(out)
+def specified(qkv: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    return reference.attention(qkv, cumulative(torch.tensor(counts)))
 
 
 @pytest.mark.parametrize("counts", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("backend", PLAIN)
-def test_attention_ragged_clips_equal_loop(backend: str, counts: list[int]) -> None:
+def test_attention_ragged_clips_equal_reference(backend: str, counts: list[int]) -> None:
     qkv = rows(counts).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     weight = torch.randn(sum(counts), 2, 4, generator=torch.Generator().manual_seed(1))
-    out, expected = call(qkv, counts, backend), loop(exact, counts)
+    out, expected = call(qkv, counts, backend), specified(exact, counts)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
     assert out.dtype == torch.float32
@@ -81,7 +76,7 @@ def test_attention_each_clip_sees_only_itself(backend: str) -> None:
 def test_attention_large_scores_and_equal_keys_are_accurate(backend: str) -> None:
     counts = [4, 2]
     large = rows(counts) * 100
-    assert_rounding(call(large.double(), counts, backend), loop(large.double(), counts))
+    assert_rounding(call(large.double(), counts, backend), specified(large.double(), counts))
     assert call(large, counts, backend).isfinite().all()
     equal = torch.zeros(6, 3, 2, 4)
     equal[:, 2] = rows(counts)[:, 2]
@@ -95,7 +90,7 @@ def test_attention_any_dtype_is_kept(backend: str, dtype: torch.dtype) -> None:
     counts = [3, 6, 1]
     out = call(rows(counts, dtype=dtype), counts, backend)
     assert out.dtype == dtype
-    expected = loop(rows(counts, dtype=dtype).double(), counts)
+    expected = specified(rows(counts, dtype=dtype).double(), counts)
     assert max_rel(out, expected) <= ATTENTION_EPS * torch.finfo(dtype).eps
 
 
@@ -140,7 +135,7 @@ def test_sdpa_unequal_clips_pad_at_most_one_row_per_real_row(monkeypatch: pytest
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     for counts in ([1] * 100 + [200], [200, 3, 0, 7], list(range(1, 60)), [5, 5, 5]):
         padded.clear()
-        assert_rounding(call(rows(counts), counts, "sdpa"), loop(rows(counts).double(), counts))
+        assert_rounding(call(rows(counts), counts, "sdpa"), specified(rows(counts).double(), counts))
         assert sum(counts) <= sum(padded) <= 2 * sum(counts)
 
 
@@ -177,7 +172,7 @@ def test_cross_attention_subset_of_queries_equals_attention_there(
         max_kv=max(counts),
         backend=backend,
     )
-    expected = loop(exact, counts)[query_rows]
+    expected = specified(exact, counts)[query_rows]
     weight = torch.randn(out.shape, generator=generator)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -380,14 +375,14 @@ def test_choose_backend_clips_without_cpu_raises_and_names_alternative() -> None
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_attention_auto_in_traced_graph_equals_loop(dropout: float) -> None:
+def test_attention_auto_in_traced_graph_equals_reference(dropout: float) -> None:
     qkv = rows([2, 3], dtype=torch.bfloat16)
     cu = cumulative(torch.tensor([2, 3]))
     traced = torch.compile(lambda x: attention(x, cu, 3, dropout), fullgraph=True, backend="aot_eager")
     out = traced(qkv)
     assert out.isfinite().all() and out.dtype == torch.bfloat16
     if not dropout:
-        assert max_rel(out, loop(qkv.double(), [2, 3])) <= ATTENTION_EPS * torch.finfo(qkv.dtype).eps
+        assert max_rel(out, specified(qkv.double(), [2, 3])) <= ATTENTION_EPS * torch.finfo(qkv.dtype).eps
 
 
 # ---------------------------------------------------------------------------------------------------- clip by clip
@@ -404,7 +399,7 @@ def block(request: Any, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def masked_loop(qkv: torch.Tensor, counts: list[int], masks: list[torch.Tensor], scale: float) -> torch.Tensor:
-    """``loop`` with (H, S, S) bool ``masks`` on the probabilities, in the dtype of ``qkv``."""
+    """Attention clip by clip with (H, S, S) bool ``masks`` on the probabilities, in the dtype of ``qkv``."""
     out = []
     for clip, mask in zip(qkv.split(counts), masks, strict=True):
         q, k, v = clip.permute(1, 2, 0, 3)
@@ -446,16 +441,16 @@ def test_clip_attention_dropout_gradients_use_forward_mask(block: int, dtype: to
         assert_kernel(k, t, r, dtype, name=name, dot=True)
 
 
-def test_clip_attention_any_block_size_equals_loop(block: int) -> None:
+def test_clip_attention_any_block_size_equals_reference(block: int) -> None:
     """Also in half precision, where the gradients of the blocks of a long clip are summed in fp32."""
     for dtype in (torch.float32, torch.bfloat16):
         qkv = rows(MIXED, dim=16, dtype=dtype).requires_grad_()
         exact = qkv.detach().double().requires_grad_()
-        out, expected = call(qkv, MIXED, "clips"), loop(exact, MIXED)
+        out, expected = call(qkv, MIXED, "clips"), specified(exact, MIXED)
         out.sum().backward()
         expected.sum().backward()
         same = qkv.detach().clone().requires_grad_()
-        same_out = masked_loop(same, MIXED, [torch.tensor(True)] * len(MIXED), 1.0)
+        same_out = specified(same, MIXED)
         same_out.sum().backward()
         assert_kernel(out, same_out, expected, dtype, name="output", dot=True)
         assert_kernel(qkv.grad, same.grad, exact.grad, dtype, name="gradient", dot=True)
@@ -499,34 +494,6 @@ def test_clip_attention_seed_and_rate_determine_output() -> None:
     state = torch.get_rng_state()
     call(qkv, counts, "clips")
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_draw_kept_each_16_bits_of_word_keep_equal_share(rate: float) -> None:
-    """Four elements share 64 random bits: each of the four is kept equally often, and neighbours independently."""
-    torch.manual_seed(0)
-    kept, scale = draw_kept(torch.Size([4, 100_001]), rate)
-    share = 1 / scale
-    assert abs(share - (1 - rate)) <= 2**-17 and kept.dtype == torch.int16 and kept.shape == (4, 100_001)
-    words = kept.flatten()[: kept.numel() // 4 * 4].view(-1, 4).double()
-    error = (share * (1 - share) / len(words)) ** 0.5
-    assert ((words.mean(0) - share).abs() < STANDARD_ERRORS * error).all()
-    products = (words[:, :3] * words[:, 1:]).mean(0)
-    assert ((products - share**2).abs() < STANDARD_ERRORS * (share**2 * (1 - share**2) / len(words)) ** 0.5).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_drop_rate_of_quarter_keeps_three_quarters(dtype: torch.dtype) -> None:
-    x = torch.linspace(1.0, 2.0, 10_000).to(dtype).requires_grad_()
-    torch.manual_seed(0)
-    out = drop(x, 0.25)
-    out.sum().backward()
-    kept = out != 0
-    expected = torch.where(kept, x.detach().double() / 0.75, 0.0).to(dtype)
-    assert max_rel(out, expected) <= torch.finfo(dtype).eps
-    assert abs(kept.double().mean().item() - 0.75) < STANDARD_ERRORS * (0.25 * 0.75 / 10_000) ** 0.5
-    assert torch.equal(x.grad != 0, kept) and x.grad.unique().numel() == 2
-    assert drop(x, 0.0) is x
 
 
 def test_clip_attention_padding_rows_are_zero() -> None:

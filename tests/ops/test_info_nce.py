@@ -1,9 +1,10 @@
-"""kernels/info_nce.py against reference.info_nce, and reference.info_nce over predictions against a loop."""
+"""kernels/info_nce.py against reference.info_nce; that and eager.info_nce over predictions against a loop."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch.autograd import gradcheck
 
 from mae_ast_fast import ops
 from mae_ast_fast.kernels.common.configs import TABLE
-from mae_ast_fast.ops import reference
+from mae_ast_fast.ops import eager, reference
 
 OVER = ("targets", "predictions")
 CLIP_ROWS = ([1], [7], [5, 0, 1, 9, 5], [16, 32, 17], [0, 33], [70, 3])
@@ -81,14 +82,14 @@ def check_policy(
     hits: bool = True,
 ) -> None:
     """Check loss, hits and gradient by the policy; ``factor`` scales the loss and so the incoming gradient."""
-    cu, max_seqlen = cu_seqlens(clip_rows), max(clip_rows)
+    cu = cu_seqlens(clip_rows)
 
-    def run(function, prediction: Tensor, target: Tensor, **options: str) -> tuple[Tensor, ...]:
-        loss, hit = function(prediction, target, cu, max_seqlen, over=over, **options)
+    def run(function, prediction: Tensor, target: Tensor, **options: str | int) -> tuple[Tensor, ...]:
+        loss, hit = function(prediction, target, cu, over=over, **options)
         return (loss * factor, hit) if hits else (loss * factor,)
 
     def kernel(**inputs: Tensor) -> tuple[Tensor, ...]:
-        return run(ops.info_nce, **inputs, impl="triton")
+        return run(ops.info_nce, **inputs, max_seqlen=max(clip_rows), impl="triton")
 
     def plain(**inputs: Tensor) -> tuple[Tensor, ...]:
         return run(reference.info_nce, **inputs)
@@ -96,14 +97,24 @@ def check_policy(
     compare(kernel, plain, inputs, ["prediction"], dtype=dtype, dot=True)
 
 
-# --------------------------------------------------------------------------------------------------------- reference
+# ------------------------------------------------------------------------------------------------ reference and eager
 
 
+def over_predictions(
+    module: ModuleType, prediction: Tensor, target: Tensor, clip_rows: list[int]
+) -> tuple[Tensor, Tensor]:
+    cu = cu_seqlens(clip_rows).to(prediction.device)
+    if module is reference:
+        return reference.info_nce(prediction, target, cu, over="predictions")
+    return eager.info_nce(prediction, target, cu, max(clip_rows), over="predictions")
+
+
+@pytest.mark.parametrize("module", [reference, eager], ids=["reference", "eager"])
 @pytest.mark.parametrize("clip_rows", [*CLIP_ROWS[:4], [2] * 9 + [40]])  # the last one needs groups of similar clips
-def test_info_nce_reference_over_predictions_matches_loop(clip_rows: list[int]) -> None:
+def test_info_nce_over_predictions_matches_loop(module: ModuleType, clip_rows: list[int]) -> None:
     rows, cu = sum(clip_rows), cu_seqlens(clip_rows).cpu()
     prediction, target = randn(rows, 3, seed=1).cpu().double(), randn(rows, 3, seed=2).cpu().double()
-    loss, hit = reference.info_nce(prediction, target, cu, max(clip_rows), over="predictions")
+    loss, hit = over_predictions(module, prediction, target, clip_rows)
     losses, hits = [], []
     for start, end in zip(cu.tolist(), cu.tolist()[1:], strict=False):
         clip = range(start, end)
@@ -115,17 +126,18 @@ def test_info_nce_reference_over_predictions_matches_loop(clip_rows: list[int]) 
     assert hit.tolist() == hits
 
 
-def test_info_nce_reference_over_predictions_passes_gradcheck() -> None:
+@pytest.mark.parametrize("module", [reference, eager], ids=["reference", "eager"])
+def test_info_nce_over_predictions_passes_gradcheck(module: ModuleType) -> None:
     leaves = [randn(6, 3, seed=seed).cpu().double().requires_grad_() for seed in (1, 2)]
-    cu = cu_seqlens([4, 0, 1, 1]).cpu()
-    assert gradcheck(lambda p, t: reference.info_nce(p, t, cu, 4, over="predictions")[0], leaves)
+    assert gradcheck(lambda p, t: over_predictions(module, p, t, [4, 0, 1, 1])[0], leaves)
 
 
-def test_info_nce_reference_over_predictions_swaps_operands_of_loss() -> None:
+@pytest.mark.parametrize("module", [reference, eager], ids=["reference", "eager"])
+def test_info_nce_over_predictions_swaps_operands_of_loss(module: ModuleType) -> None:
     """The softmax over predictions swaps the two operands in the loss, but not in the hits."""
-    prediction, target, cu = randn(12, 5, seed=1), randn(12, 5, seed=2), cu_seqlens([5, 7])
-    loss, hit = reference.info_nce(prediction, target, cu, 7, over="predictions")
-    other_loss, other_hit = reference.info_nce(target, prediction, cu, 7, over="targets")
+    prediction, target = randn(12, 5, seed=1), randn(12, 5, seed=2)
+    loss, hit = over_predictions(module, prediction, target, [5, 7])
+    other_loss, other_hit = reference.info_nce(target, prediction, cu_seqlens([5, 7]), over="targets")
     assert_rounding(loss, other_loss)
     assert not torch.equal(hit, other_hit)
 
@@ -213,7 +225,7 @@ def test_info_nce_equal_products_hit_first(over: str) -> None:
     for clip_rows in ([rows], [4, 0, 46], [40, 10]):
         cu = cu_seqlens(clip_rows)
         _, hit = ops.info_nce(prediction, target, cu, max(clip_rows), over="targets", impl="triton")
-        _, expected_hit = reference.info_nce(prediction, target, cu, max(clip_rows), over="targets")
+        _, expected_hit = reference.info_nce(prediction, target, cu, over="targets")
         assert torch.equal(hit, expected_hit) and not hit.all()
 
 
@@ -288,7 +300,7 @@ def test_info_nce_zero_gradients_of_some_rows_match_reference(dtype: torch.dtype
         return ops.info_nce(**inputs, cu_seqlens=cu, max_seqlen=20, over=over, impl="triton")[0] * weight
 
     def plain(**inputs: Tensor) -> Tensor:
-        return reference.info_nce(**inputs, cu_seqlens=cu, max_seqlen=20, over=over)[0] * weight
+        return reference.info_nce(**inputs, cu_seqlens=cu, over=over)[0] * weight
 
     compare(kernel, plain, inputs, ["prediction"], dtype=dtype, dot=True)
     gradient = results_and_gradients(kernel, inputs, ["prediction"])["gradient of prediction"]

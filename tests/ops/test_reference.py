@@ -1,28 +1,51 @@
-"""reference.py, the specification: every operation compared with plain loops or formulas, and its gradients."""
+"""reference.py, the specification, compared with plain loops or formulas, and its gradients with finite differences.
+
+eager.py passes the same tests; test_eager.py compares it with the specification.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
-from policy import STANDARD_ERRORS, assert_rounding
+import torch.nn.functional as F
+from policy import assert_rounding
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from mae_ast_fast.models.transformer import sinusoid
-from mae_ast_fast.ops import reference
-from mae_ast_fast.ops.dropout import draw_kept, drop
-from mae_ast_fast.ops.packing import Packing, PaddedView, cumulative, real_tokens
+from mae_ast_fast.ops import eager, reference
+from mae_ast_fast.ops.dropout import drop
+from mae_ast_fast.ops.packing import Packing, cumulative, real_tokens
 
 # Rows of each clip: equal, ragged, with empty clips at both ends and in between, single rows, one clip.
 COUNTS = [[3, 3, 3], [1, 4, 2], [0, 3, 0, 2], [2, 0], [1, 1, 1], [5], [0, 1]]
 
 
-def lengths_of(counts: list[int]) -> dict[str, Any]:
-    """Keyword arguments ``cu_seqlens`` and ``max_seqlen`` of clips of ``counts`` rows."""
-    return {"cu_seqlens": cumulative(torch.tensor(counts)), "max_seqlen": max(counts)}
+@pytest.fixture(params=[reference, eager], ids=["reference", "eager"])
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """Both modules that have the tested function."""
+    return request.param
+
+
+def info_nce(module: ModuleType, prediction: Tensor, target: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """``info_nce`` over clips of ``counts`` rows."""
+    cu_seqlens = cumulative(torch.tensor(counts))
+    if module is reference:
+        return reference.info_nce(prediction, target, cu_seqlens)
+    return eager.info_nce(prediction, target, cu_seqlens, max(counts))
+
+
+def attention(module: ModuleType, qkv: Tensor, counts: list[int], dropout: float = 0.0) -> Tensor:
+    """``attention`` over clips of ``counts`` rows."""
+    cu_seqlens = cumulative(torch.tensor(counts))
+    if module is reference:
+        return reference.attention(qkv, cu_seqlens, dropout)
+    return eager.attention(qkv, cu_seqlens, max(counts), dropout)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, grad: bool = False) -> Tensor:
@@ -99,13 +122,13 @@ def ids_restore_of(is_masked: Tensor) -> Tensor:
     return torch.where(is_masked, -1, (~is_masked).cumsum(0) - 1)
 
 
-def test_scatter_tokens_masked_rows_equal_loop() -> None:
+def test_scatter_tokens_masked_rows_equal_loop(module: ModuleType) -> None:
     is_masked = torch.tensor([1, 0, 0, 1, 1, 0, 1], dtype=torch.bool)
     visible, mask_token, table = normal(3, 2), normal(2, seed=1), normal(5, 2, seed=2)
     token, weight, bias = torch.tensor([0, 1, 2, 3, 0, 1, 4]), normal(2, seed=3), normal(2, seed=4)
     ids_restore = ids_restore_of(is_masked)
-    out = reference.scatter_tokens(visible, mask_token, table, token=token, inverse=ids_restore)
-    normed = reference.scatter_tokens(
+    out = module.scatter_tokens(visible, mask_token, table, token=token, inverse=ids_restore)
+    normed = module.scatter_tokens(
         visible, mask_token, table, token=token, inverse=ids_restore, weight=weight, bias=bias
     )
     visible_rows = iter(visible)
@@ -117,7 +140,7 @@ def test_scatter_tokens_masked_rows_equal_loop() -> None:
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("pattern", ["1001101", "0000", "1111", "0", "1", "0111", "1110"])
-def test_scatter_tokens_mask_patterns_pass_gradcheck(pattern: str, norm: bool) -> None:
+def test_scatter_tokens_mask_patterns_pass_gradcheck(module: ModuleType, pattern: str, norm: bool) -> None:
     is_masked = torch.tensor([c == "1" for c in pattern])
     visible = normal(int((~is_masked).sum()), 5, grad=True)
     mask_token, table = normal(5, seed=1, grad=True), normal(len(pattern), 5, seed=2, grad=True)
@@ -126,7 +149,7 @@ def test_scatter_tokens_mask_patterns_pass_gradcheck(pattern: str, norm: bool) -
 
     def scatter(visible: Tensor, mask_token: Tensor, table: Tensor, *affine: Tensor | None) -> Tensor:
         weight, bias = affine
-        return reference.scatter_tokens(
+        return module.scatter_tokens(
             visible, mask_token, table, token=token, inverse=ids_restore, weight=weight, bias=bias
         )
 
@@ -146,11 +169,11 @@ def loop_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_layer_norm_any_offset_equals_loop(offset: float) -> None:
+def test_layer_norm_any_offset_equals_loop(module: ModuleType, offset: float) -> None:
     x, branch = normal(4, 6) + offset, normal(4, 6, seed=1)
     weight, bias = normal(6, seed=2), normal(6, seed=3)
     assert_rounding(reference.layer_norm(x, weight, bias), loop_layer_norm(x, weight, bias))
-    assert_rounding(reference.add_layer_norm(branch, x, weight, bias), loop_layer_norm(x + branch, weight, bias))
+    assert_rounding(module.add_layer_norm(branch, x, weight, bias), loop_layer_norm(x + branch, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -161,35 +184,36 @@ def test_layer_norm_half_precision_rows_use_fp32_statistics(dtype: torch.dtype) 
     assert torch.equal(out, reference.layer_norm(x.float(), weight.float(), bias.float()).to(dtype))
 
 
-def test_add_layer_norm_all_inputs_pass_gradcheck() -> None:
+def test_add_layer_norm_all_inputs_pass_gradcheck(module: ModuleType) -> None:
     inputs = [
         normal(3, 4, grad=True),
         normal(3, 4, seed=1, grad=True),
         normal(4, seed=2, grad=True),
         normal(4, seed=3, grad=True),
     ]
-    assert gradcheck(reference.add_layer_norm, inputs)
+    assert gradcheck(module.add_layer_norm, inputs)
 
 
-def test_bias_gelu_values_equal_erf_formula() -> None:
+def test_bias_gelu_values_equal_erf_formula(module: ModuleType) -> None:
     x, bias = normal(4, 5) * 3, normal(5, seed=1)
     expected = [[v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in (x + bias).tolist()]
-    assert_rounding(reference.bias_gelu(x, bias), torch.tensor(expected, dtype=torch.float64))
-    assert gradcheck(reference.bias_gelu, [normal(3, 4, grad=True), normal(4, seed=1, grad=True)])
+    assert_rounding(module.bias_gelu(x, bias), torch.tensor(expected, dtype=torch.float64))
+    assert gradcheck(module.bias_gelu, [normal(3, 4, grad=True), normal(4, seed=1, grad=True)])
 
 
-def test_add_layer_norm_dropout_keeps_residual_and_scales_kept() -> None:
+def test_add_layer_norm_dropout_keeps_residual_and_scales_kept(module: ModuleType) -> None:
+    dropped_by = F.dropout if module is reference else drop
     branch, residual = torch.ones(400, 50), normal(400, 50, dtype=torch.float32)
     weight, bias = torch.ones(50), torch.zeros(50)
     torch.manual_seed(0)
-    out = reference.add_layer_norm(branch, residual, weight, bias, dropout=0.25)
+    out = module.add_layer_norm(branch, residual, weight, bias, dropout=0.25)
     torch.manual_seed(0)
-    dropped = drop(branch, 0.25)
+    dropped = dropped_by(branch, 0.25)
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert torch.equal(out, reference.layer_norm(residual + dropped, weight, bias))
     torch.manual_seed(0)
-    gelu = reference.bias_gelu(branch, bias, dropout=0.25)
-    assert torch.equal(gelu, dropped * torch.nn.functional.gelu(torch.ones(())))
+    gelu = module.bias_gelu(branch, bias, dropout=0.25)
+    assert torch.equal(gelu, dropped * F.gelu(torch.ones(())))
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -246,9 +270,9 @@ def loop_info_nce(prediction: Tensor, target: Tensor, counts: list[int]) -> tupl
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
-def test_info_nce_any_lengths_equal_loop(counts: list[int], scale: float) -> None:
+def test_info_nce_any_lengths_equal_loop(module: ModuleType, counts: list[int], scale: float) -> None:
     prediction, target = normal(sum(counts), 3) * scale, normal(sum(counts), 3, seed=1)
-    loss, hit = reference.info_nce(prediction, target, **lengths_of(counts))
+    loss, hit = info_nce(module, prediction, target, counts)
     losses, hits = loop_info_nce(prediction, target, counts)
     # A loss near 0 is a difference of products and has their rounding error.
     size = max(1.0, (prediction @ target.T).abs().max().item())
@@ -259,34 +283,34 @@ def test_info_nce_any_lengths_equal_loop(counts: list[int], scale: float) -> Non
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_info_nce_any_lengths_pass_gradcheck(counts: list[int]) -> None:
+def test_info_nce_any_lengths_pass_gradcheck(module: ModuleType, counts: list[int]) -> None:
     inputs = [normal(sum(counts), 3, grad=True), normal(sum(counts), 3, seed=1, grad=True)]
-    assert gradcheck(lambda p, t: reference.info_nce(p, t, **lengths_of(counts))[0], inputs)
+    assert gradcheck(lambda p, t: info_nce(module, p, t, counts)[0], inputs)
 
 
-def test_info_nce_by_default_normalises_over_targets() -> None:
+def test_info_nce_by_default_normalises_over_targets(module: ModuleType) -> None:
     prediction = torch.tensor([[1.0], [2.0]])
     target = torch.tensor([[1.0], [3.0]])
-    loss, _ = reference.info_nce(prediction, target, **lengths_of([2]))
+    loss, _ = info_nce(module, prediction, target, [2])
     assert_rounding(loss, torch.tensor([math.log(1 + math.exp(2.0)), math.log(1 + math.exp(-4.0))]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_half_precision_rows_are_computed_in_fp32(dtype: torch.dtype) -> None:
+def test_losses_half_precision_rows_are_computed_in_fp32(module: ModuleType, dtype: torch.dtype) -> None:
     counts = [4, 1, 7]
     prediction, target = (normal(12, 16) * 40).to(dtype), (normal(12, 16, seed=1) * 40).to(dtype)  # products > 65504
-    loss, hit = reference.info_nce(prediction, target, **lengths_of(counts))
-    expected, expected_hit = reference.info_nce(prediction.float(), target.float(), **lengths_of(counts))
+    loss, hit = info_nce(module, prediction, target, counts)
+    expected, expected_hit = info_nce(module, prediction.float(), target.float(), counts)
     assert loss.dtype == torch.float32 and torch.equal(loss, expected) and torch.equal(hit, expected_hit)
     mse = reference.masked_mse(prediction, target)
     assert mse.dtype == torch.float32 and torch.equal(mse, reference.masked_mse(prediction.float(), target.float()))
 
 
-def test_info_nce_broken_clip_does_not_change_other_clips() -> None:
+def test_info_nce_broken_clip_does_not_change_other_clips(module: ModuleType) -> None:
     prediction, target = normal(7, 3, dtype=torch.float32), normal(7, 3, seed=1, dtype=torch.float32)
     prediction[:4], target[:4] = float("nan"), float("inf")
-    loss, hit = reference.info_nce(prediction, target, **lengths_of([4, 3]))
-    alone, alone_hit = reference.info_nce(prediction[4:], target[4:], **lengths_of([3]))
+    loss, hit = info_nce(module, prediction, target, [4, 3])
+    alone, alone_hit = info_nce(module, prediction[4:], target[4:], [3])
     assert_rounding(loss[4:], alone)
     assert torch.equal(hit[4:], alone_hit)
 
@@ -309,60 +333,45 @@ def loop_attention(qkv: Tensor, counts: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_attention_any_lengths_equal_loop(counts: list[int]) -> None:
+def test_attention_any_lengths_equal_loop(module: ModuleType, counts: list[int]) -> None:
     qkv = normal(sum(counts), 3, 2, 4) * 2
-    assert_rounding(reference.attention(qkv, **lengths_of(counts)), loop_attention(qkv, counts))
+    assert_rounding(attention(module, qkv, counts), loop_attention(qkv, counts))
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_attention_any_lengths_pass_gradcheck(counts: list[int]) -> None:
-    assert gradcheck(lambda x: reference.attention(x, **lengths_of(counts)), [normal(sum(counts), 3, 1, 2, grad=True)])
+def test_attention_any_lengths_pass_gradcheck(module: ModuleType, counts: list[int]) -> None:
+    assert gradcheck(lambda qkv: attention(module, qkv, counts), [normal(sum(counts), 3, 1, 2, grad=True)])
 
 
-def test_attention_dropout_applies_to_probabilities() -> None:
+def test_attention_dropout_applies_to_probabilities(module: ModuleType) -> None:
     """With values of 1, a row's output is the scaled sum of its kept probabilities: 1 on average, not in each row."""
     qkv = torch.zeros(600, 3, 2, 1)
     qkv[:, 2] = 1.0
     torch.manual_seed(0)
-    out = reference.attention(qkv, **lengths_of([200, 400]), dropout=0.5)
+    out = attention(module, qkv, [200, 400], dropout=0.5)
     kept = out[:200, :, 0] * 200 * 0.5  # uniform probabilities 1 / 200, doubled where kept
     assert_rounding(kept, kept.round())
     assert kept.std(0).min() > 1  # of every head: each row keeps its own keys
     torch.manual_seed(0)
-    assert torch.equal(out, reference.attention(qkv, **lengths_of([200, 400]), dropout=0.5))
-    without = reference.attention(qkv, **lengths_of([200, 400]), dropout=0.0)
-    assert torch.equal(reference.attention(qkv, **lengths_of([200, 400])), without)
-
-
-# ------------------------------------------------------------------------------------------------------- padded rows
-
-
-@pytest.mark.parametrize("counts", COUNTS)
-def test_padded_view_pad_then_unpad_returns_rows(counts: list[int]) -> None:
-    cu_seqlens, longest = cumulative(torch.tensor(counts)), max(counts)
-    x = normal(sum(counts), 2, 3)
-    pad = PaddedView(cu_seqlens, longest, len(x))
-    padded = pad.pad(x)
-    assert padded.shape == (len(counts), longest, 2, 3)
-    first = 0
-    for clip, count in enumerate(counts):
-        assert torch.equal(padded[clip, :count], x[first : first + count])
-        assert not padded[clip, count:].any()
-        assert pad.valid[clip].tolist() == [index < count for index in range(longest)]
-        assert pad.key_valid[clip].tolist() == [index < max(count, 1) for index in range(longest)]
-        first += count
-    assert torch.equal(pad.unpad(padded), x)
-    row_in_clip = pad.unpad(torch.arange(longest))
-    assert row_in_clip.tolist() == [index for count in counts for index in range(count)]
+    assert torch.equal(out, attention(module, qkv, [200, 400], dropout=0.5))
+    without = attention(module, qkv, [200, 400], dropout=0.0)
+    assert torch.equal(attention(module, qkv, [200, 400]), without)
 
 
 # ------------------------------------------------------------------------------------------------------ feed-forward
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_feed_forward_values_equal_loop(recompute: bool) -> None:
+FEED_FORWARD = {
+    "reference": reference.feed_forward,
+    "eager": eager.feed_forward,
+    "eager recompute": partial(eager.feed_forward, recompute=True),
+}
+
+
+@pytest.mark.parametrize("feed_forward", FEED_FORWARD.values(), ids=FEED_FORWARD.keys())
+def test_feed_forward_values_equal_loop(feed_forward: Callable[..., Tensor]) -> None:
     x, w1, b1, w2 = normal(3, 4), normal(5, 4, seed=1), normal(5, seed=2), normal(2, 5, seed=3)
-    for row, out in zip(x, reference.feed_forward(x, w1, b1, w2, recompute=recompute), strict=True):
+    for row, out in zip(x, feed_forward(x, w1, b1, w2), strict=True):
         z = [sum(float(v) * float(w) for v, w in zip(row, weight, strict=True)) for weight in w1]
         z = [value + float(bias) for value, bias in zip(z, b1, strict=True)]
         a = [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in z]
@@ -370,51 +379,7 @@ def test_feed_forward_values_equal_loop(recompute: bool) -> None:
         assert_rounding(out, torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_feed_forward_all_inputs_pass_gradcheck(recompute: bool) -> None:
+@pytest.mark.parametrize("feed_forward", FEED_FORWARD.values(), ids=FEED_FORWARD.keys())
+def test_feed_forward_all_inputs_pass_gradcheck(feed_forward: Callable[..., Tensor]) -> None:
     inputs = [normal(*shape, seed=seed, grad=True) for seed, shape in enumerate(((3, 4), (5, 4), (5,), (2, 5)))]
-    assert gradcheck(lambda x, w1, b1, w2: reference.feed_forward(x, w1, b1, w2, recompute=recompute), inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_feed_forward_recompute_fp32_weights_is_bit_equal(dtype: torch.dtype) -> None:
-    shapes = (33, 24), (50, 24), (50,), (24, 50)
-    results = []
-    for recompute in (False, True):
-        x, *weights = (normal(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes))
-        inputs = x, w1, b1, w2 = [tensor.requires_grad_() for tensor in (x.to(dtype), *weights)]
-        y = reference.feed_forward(x, w1, b1, w2, recompute=recompute)
-        gradients = torch.autograd.grad(y, inputs, normal(33, 24, dtype=dtype, seed=9))
-        assert [g.dtype for g in gradients] == [dtype, *[torch.float32] * 3] and y.dtype == dtype
-        results.append((y, *gradients))
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.25, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_drop_any_rate_keeps_even_share_and_scales(dtype: torch.dtype, rate: float) -> None:
-    """The share also holds for every fourth element: each is decided by 16 bits of a 64-bit word."""
-    torch.manual_seed(0)
-    x = torch.ones(4001, 31, dtype=dtype, requires_grad=True)
-    out = drop(x, rate)
-    kept = out != 0
-    scale = torch.tensor(65536 / (65536 - round(rate * 65536)), dtype=dtype)
-    assert out.unique().tolist() == [0.0, scale.item()]
-    for offset in range(4):
-        share = kept.flatten()[offset::4].double().mean()
-        assert abs(share - (1 - rate)) < STANDARD_ERRORS * (rate * (1 - rate) / (kept.numel() / 4)) ** 0.5
-    out.sum().backward()
-    assert torch.equal(x.grad != 0, kept) and torch.equal(x.grad[kept], out[kept])
-    torch.manual_seed(0)
-    assert torch.equal(drop(x, rate), out)
-    assert drop(x, 0.0) is x
-
-
-def test_draw_kept_all_words_drop_exact_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly the rounded rate times 65536 of the 65536 words are dropped."""
-    words = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.int64)
-    monkeypatch.setattr(torch.Tensor, "random_", lambda self, *_: self.copy_(words))
-    for rate in (0.1, 0.5, 1 / 65536, 0.99999):
-        kept, scale = draw_kept(torch.Size((256, 256)), rate)
-        dropped = 65536 - int(kept.sum())
-        assert dropped == min(round(rate * 65536), 65535) and scale == 65536 / (65536 - dropped)
+    assert gradcheck(feed_forward, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from policy import STANDARD_ERRORS
 from torch import Tensor
 
 from mae_ast_fast import ops
-from mae_ast_fast.ops import reference
+from mae_ast_fast.ops import eager, reference
 
 SEED = 0x1234_5678_9ABC_DEF1
 DROPOUT_SITE = 7
@@ -74,10 +75,7 @@ def looped(clip_rows: Sequence[int], dropout: float) -> Callable[..., Tensor]:
 
 
 def check(qkv: Tensor, clip_rows: Sequence[int], dropout: float = 0.0, max_seqlen: int | None = None) -> None:
-    longest = max(clip_rows)
-    expected = (
-        looped(clip_rows, dropout) if dropout else lambda qkv: reference.attention(qkv, cu_seqlens(clip_rows), longest)
-    )
+    expected = looped(clip_rows, dropout) if dropout else partial(reference.attention, cu_seqlens=cu_seqlens(clip_rows))
     compare(kernel(clip_rows, dropout, max_seqlen), expected, {"qkv": qkv}, ("qkv",), dtype=qkv.dtype, dot=True)
 
 
@@ -271,7 +269,7 @@ def test_short_attention_writes_rows_of_clips_only(monkeypatch: pytest.MonkeyPat
 def test_short_attention_torch_takes_long_clips() -> None:
     qkv = randn(130, 3, 1, 4)
     cu = cu_seqlens([130])
-    assert torch.equal(ops.short_attention(qkv, cu, 130, impl="torch"), reference.attention(qkv, cu, 130))
+    assert torch.equal(ops.short_attention(qkv, cu, 130, impl="torch"), eager.attention(qkv, cu, 130))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ which some rows are.
   "auto" chooses it there (CONTRIBUTING.md has the measurement).
 - ``sdpa``: PyTorch's fused scaled_dot_product_attention on rows padded to the longest clip; any device and dtype.
   "auto" chooses it where neither FlashAttention nor ``clips`` is available.
-- ``math``: explicit probabilities (reference.py), the specification. "auto" chooses it in a graph traced for a CPU, in
-  half precision with dropout.
+- ``math``: explicit probabilities on rows padded to the longest clip (eager.py); any device and dtype. "auto" chooses
+  it in a graph traced for a CPU, in half precision with dropout.
 - ``short``: the Triton kernel, where all rows are query rows and clips have at most 128 of them (the encoder, with
   10-second clips), on a GPU, or on a CPU under Triton's interpreter. For longer clips, and where only some rows are
   query rows, the choice of "auto".
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
-from .. import packing, reference
+from .. import eager, packing
 from . import flash
 from .cpu import clip_attention
 
@@ -262,7 +262,7 @@ def _padded(
             query_rows.append(rows_q)
         return torch.cat(outputs)[torch.cat(query_rows).argsort()]
     if name == "math":
-        return reference.cross_attention(
+        return eager.cross_attention(
             q,
             kv,
             cu_q=cu_q,
@@ -270,7 +270,7 @@ def _padded(
             cu_kv=cu_kv,
             max_kv=max_kv,
             dropout=dropout,
-            exact=not has_padding_rows,
+            has_padding_rows=has_padding_rows,
         )
     pad_q, pad_kv = packing.padded_views(
         cu_q=cu_q,
