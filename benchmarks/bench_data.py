@@ -50,7 +50,7 @@ from torch import Tensor
 
 from mae_ast_fast.cli.parser import TRAIN_EXTRA
 from mae_ast_fast.data.audio import SAMPLE_RATE, AudioFile, decode, find_audio, to_pcm16
-from mae_ast_fast.data.loader import loader
+from mae_ast_fast.data.loader import BatchLoader
 from mae_ast_fast.data.prepare import prepare_shards
 from mae_ast_fast.data.shards import Batch, Crop, Shards
 from mae_ast_fast.ops.fbank import fbank, num_frames
@@ -367,7 +367,7 @@ def bench_loader(clip_set: str, benchmark: Any, tmp_path: Path) -> None:
             return map(shards[codec].read, batches[codec])
 
         def load(codec: str) -> Iterator[Batch]:
-            return (batch for batch, _ in itertools.islice(loader(shards[codec], **BATCHES), len(order)))
+            return (batch for batch, _ in itertools.islice(BatchLoader(shards[codec], **BATCHES), len(order)))
 
         log_mel_columns = feature_columns(flac, order, shards, batches)
         for codec in shards:

@@ -3,12 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write
+
+
+@dataclass
+class StepRecord:
+    """An update: its line in metrics.jsonl, in this order.
+
+    Attributes:
+        step: Number of the update, from 1.
+        epoch: Epoch of the first process's first stream.
+        lr: Learning rate.
+        clips: Clips of all processes, as are the other counts.
+        waited: Seconds spent waiting for data, mean over the processes.
+        faults: Clips that could not be read.
+        tokens: Real tokens.
+        rows: Rows computed, padding included.
+        audio_seconds: Audio of the clips, in seconds.
+        loss: As in ``StepMetrics``, like the following ones.
+        loss_reconstruction: Mean squared error.
+        loss_classification: InfoNCE.
+        accuracy: Share of masked tokens that InfoNCE identifies, in [0, 1].
+        grad_norm: Before clipping. Not finite if the update was skipped; null in the file.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    clips: int
+    waited: float
+    faults: int
+    tokens: int
+    rows: int
+    audio_seconds: float
+    loss: float
+    loss_reconstruction: float
+    loss_classification: float
+    accuracy: float
+    grad_norm: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the line."""
+        return dataclasses.asdict(self) | {"grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None}
 
 
 class MetricsLog:

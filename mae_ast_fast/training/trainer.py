@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..checkpoints import load as checkpoint
 from ..checkpoints import step_folder
 from ..checkpoints.training import TrainingCheckpoints
-from ..data.loader import loader
+from ..data.loader import BatchLoader
 from ..data.shards import Batch, Shards
 from ..data.statistics import log_mel_statistics
 from ..devices import pick_precision, send
@@ -30,31 +31,59 @@ from .distributed import DistributedContext
 from .evaluation import HeldOut, evaluate
 from .figures import plot_loss, plot_reconstruction
 from .lifecycle import GracefulShutdown, Interrupted
-from .metrics_log import MetricsLog, read_metrics
+from .metrics_log import MetricsLog, StepRecord, read_metrics
+from .micro_batch import MicroBatch
 from .options import PretrainOptions
 from .schedule import learning_rate
-from .step import MicroBatch, TrainStep
+from .step import StepMetrics, TrainStep
+from .summary import PretrainSummary
 
 MAX_SKIPPED = 50  # consecutive fp16 updates: after so many halvings the loss scale is too small for any gradient
 FAULTS_LISTED = 1000  # unreadable clips named in summary.json; their count includes all
-SUMMED = ("clips", "samples", "faults", "tokens", "rows", "waited")  # fields of metrics.jsonl, summed over processes
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN. The message names the step, the clips and the checkpoint to return to."""
 
 
-class PendingUpdate(NamedTuple):
+class UpdateCounts(NamedTuple):
+    """Numbers of an update that are summed over the processes.
+
+    Attributes:
+        clips: Clips.
+        samples: Audio samples of the clips.
+        faults: Clips that could not be read.
+        tokens: Real tokens.
+        rows: Rows computed, padding included.
+        wait_seconds: Time spent waiting for data.
+    """
+
+    clips: float
+    samples: float
+    faults: float
+    tokens: float
+    rows: float
+    wait_seconds: float
+
+
+@dataclass
+class PendingUpdate:
     """An update whose metrics are still on the device.
 
     Attributes:
-        row: Fields of its line in metrics.jsonl that the host knows, of this process.
+        step: Number of the update, from 1.
+        epoch: Epoch of the first stream of this process.
+        lr: Learning rate.
+        counts: Counts of this process.
         metrics: (5,) ``StepMetrics`` as one tensor on the device.
-        clip_names: Names of its clips.
-        faults: "name: reason" of each clip that could not be read.
+        clip_names: Names of this process's clips.
+        faults: "name: reason" of each of its clips that could not be read.
     """
 
-    row: dict[str, Any]
+    step: int
+    epoch: int
+    lr: float
+    counts: UpdateCounts
     metrics: Tensor
     clip_names: list[str]
     faults: list[str]
@@ -191,7 +220,7 @@ class Trainer:
                 stack.callback(self.log.close)
             shutdown = stack.enter_context(GracefulShutdown())
             stack.callback(self.checkpoints.finish)
-            batches = loader(
+            loader = BatchLoader(
                 self.shards,
                 batch_seconds=options.batch_seconds / self.micro_batches,
                 max_seconds=options.max_seconds,
@@ -204,6 +233,7 @@ class Trainer:
                 workers=options.loader_workers,
                 pin_memory=self.device.type == "cuda",
             )
+            batches = iter(loader)
             stack.callback(batches.close)
             self._interval_start = time.perf_counter()
             while self.step < options.steps:
@@ -246,18 +276,24 @@ class Trainer:
         tokens_before, rows_before = self.train_step.num_tokens, self.train_step.num_rows
         metrics = self.train_step.update(micro_batches, lr=lr)
         self.step += 1
-        row = {
-            "step": self.step,
-            "epoch": self.cursors[self.local_streams][0][0],
-            "lr": lr,
-            "clips": len(clip_names),
-            "samples": num_samples,
-            "waited": wait_seconds,
-            "faults": len(faults),
-            "tokens": self.train_step.num_tokens - tokens_before,
-            "rows": self.train_step.num_rows - rows_before,
-        }
-        self.pending.append(PendingUpdate(row, torch.stack(metrics), clip_names, faults))
+        counts = UpdateCounts(
+            clips=len(clip_names),
+            samples=num_samples,
+            faults=len(faults),
+            tokens=self.train_step.num_tokens - tokens_before,
+            rows=self.train_step.num_rows - rows_before,
+            wait_seconds=wait_seconds,
+        )
+        pending = PendingUpdate(
+            step=self.step,
+            epoch=self.cursors[self.local_streams][0][0],
+            lr=lr,
+            counts=counts,
+            metrics=torch.stack(metrics),
+            clip_names=clip_names,
+            faults=faults,
+        )
+        self.pending.append(pending)
         if self.log is not None:
             self.log.advance()
 
@@ -265,51 +301,69 @@ class Trainer:
         """Copy the metrics of the pending updates to the host, check them and write them."""
         if not self.pending:
             return
-        local_counts = [[float(update.row[name]) for name in SUMMED] for update in self.pending]
-        global_counts = self.dist_ctx.sum(torch.tensor(local_counts, dtype=torch.float64)).tolist()
+        records = self._gather_records()
         self._note_faults()
-        rows: list[dict[str, Any]] = []
-        num_clips, wait_seconds = 0, 0.0
-        for (row, metrics, clip_names, _), counts in zip(self.pending, global_counts, strict=True):
-            row |= {name: int(count) for name, count in zip(SUMMED[:-1], counts[:-1], strict=True)}
-            row["audio_seconds"] = row.pop("samples") / SAMPLE_RATE
-            row["waited"] = round(counts[-1] / self.dist_ctx.world_size, 4)
-            loss, reconstruction, classification, accuracy, norm = metrics.tolist()
-            skipped = self.precision == "fp16" and not math.isfinite(norm)  # the loss scale was too large, is halved
-            self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.consecutive_skips in range(1, MAX_SKIPPED)):
-                if self.log is not None:
-                    for finite_row in rows:
-                        self.log.write(finite_row)
-                self._fail(row["step"], loss, norm, clip_names)
-            row |= {
-                "loss": loss,
-                "loss_reconstruction": reconstruction,
-                "loss_classification": classification,
-                "accuracy": accuracy,
-                "grad_norm": None if skipped else norm,
-            }
-            rows.append(row)
-            num_clips += row["clips"]
-            wait_seconds += row["waited"]
-            self.audio_seconds += row["audio_seconds"]
+        self._check_finite(records)
         self.pending.clear()
         now = time.perf_counter()
         interval_seconds, self._interval_start = now - self._interval_start, now
         self.train_seconds += interval_seconds
-        self.wait_seconds += wait_seconds
-        if self.log is None:
-            return
-        clips_per_second = num_clips / interval_seconds
-        for row in rows:
-            self.log.write(row | {"clips_per_second": round(clips_per_second, 2)})
-        last = rows[-1]
+        self.wait_seconds += sum(record.waited for record in records)
+        for record in records:
+            self.audio_seconds += record.audio_seconds
+        if self.log is not None:
+            self._write_records(self.log, records, interval_seconds)
+
+    def _gather_records(self) -> list[StepRecord]:
+        """The pending updates, with the counts of all processes."""
+        local_counts = torch.tensor([update.counts for update in self.pending], dtype=torch.float64)
+        global_counts = map(UpdateCounts._make, self.dist_ctx.sum(local_counts).tolist())
+        return [
+            StepRecord(
+                step=update.step,
+                epoch=update.epoch,
+                lr=update.lr,
+                clips=int(counts.clips),
+                waited=round(counts.wait_seconds / self.dist_ctx.world_size, 4),
+                faults=int(counts.faults),
+                tokens=int(counts.tokens),
+                rows=int(counts.rows),
+                audio_seconds=int(counts.samples) / SAMPLE_RATE,
+                **dict(zip(StepMetrics._fields, update.metrics.tolist(), strict=True)),
+            )
+            for update, counts in zip(self.pending, global_counts, strict=True)
+        ]
+
+    def _check_finite(self, records: list[StepRecord]) -> None:
+        """Check the losses and gradient norms of the pending updates.
+
+        With fp16 a norm that is not finite means that the loss scale was too large. It is halved for the next update.
+
+        Raises:
+            NonFiniteLoss: A loss is not finite, or a norm, with fp16 ``MAX_SKIPPED`` times in a row.
+        """
+        for index, record in enumerate(records):
+            finite_norm = math.isfinite(record.grad_norm)
+            skipped = self.precision == "fp16" and not finite_norm
+            self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
+            if not math.isfinite(record.loss) or not (finite_norm or self.consecutive_skips in range(1, MAX_SKIPPED)):
+                if self.log is not None:
+                    for finite_record in records[:index]:
+                        self.log.write(finite_record.to_json())
+                self._fail(record, self.pending[index].clip_names)
+
+    def _write_records(self, log: MetricsLog, records: list[StepRecord], interval_seconds: float) -> None:
+        """Write updates, which took ``interval_seconds`` together, to metrics.jsonl, and show the progress."""
+        clips_per_second = sum(record.clips for record in records) / interval_seconds
+        for record in records:
+            log.write(record.to_json() | {"clips_per_second": round(clips_per_second, 2)})
+        wait_share = min(1.0, sum(record.waited for record in records) / interval_seconds)
+        last = records[-1]
         line = (
-            f"loss {last['loss']:.3f} (mse {last['loss_reconstruction']:.3f}, nce {last['loss_classification']:.3f}, "
-            f"acc {last['accuracy']:.3f})  {clips_per_second:.1f} clips/s, "
-            f"{min(1.0, wait_seconds / interval_seconds):.0%} waiting for data"
+            f"loss {last.loss:.3f} (mse {last.loss_reconstruction:.3f}, nce {last.loss_classification:.3f}, "
+            f"acc {last.accuracy:.3f})  {clips_per_second:.1f} clips/s, {wait_share:.0%} waiting for data"
         )
-        self.log.progress(self.step, line, interval_seconds / len(rows) * (self.options.steps - self.step))
+        log.progress(self.step, line, interval_seconds / len(records) * (self.options.steps - self.step))
 
     def _note_faults(self) -> None:
         """Report the clips that any process could not read since the last flush."""
@@ -321,15 +375,17 @@ class Trainer:
             rest = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
             self.log.say(f"step {self.step}: skipped clips that cannot be read: {'; '.join(faults[:3])}{rest}")
 
-    def _fail(self, step: int, loss: float, norm: float, clip_names: list[str]) -> None:
+    def _fail(self, record: StepRecord, clip_names: list[str]) -> None:
+        """Raise NonFiniteLoss for an update with these clips in this process."""
         all_names = [name for process_names in self.dist_ctx.gather(clip_names) for name in process_names]
         checkpoints = step_folder.training_checkpoints(self.run)
         last_saved = (
             f"return to {checkpoints[-1]} (the same command does)" if checkpoints else "no checkpoint was saved before"
         )
         raise NonFiniteLoss(
-            f"step {step}: loss {loss}, gradient norm {norm}; clips: {', '.join(all_names)}; {last_saved}; try another "
-            "--out with a lower --lr, with --precision fp32, or without these clips"
+            f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}; "
+            f"clips: {', '.join(all_names)}; {last_saved}; try another --out with a lower --lr, with --precision fp32, "
+            "or without these clips"
         )
 
     def save(self) -> None:
@@ -355,41 +411,50 @@ class Trainer:
         assert newest is not None
         model = checkpoint.export(newest, self.run, impl=self.options.impl, attention=self.options.attention)
         model = model.to(self.device)
+        rows = read_metrics(self.run / "metrics.jsonl")
+        steps = [row for row in rows if "loss" in row]
+        summary = dataclasses.asdict(self._summarize(model, held_out, steps))
+        write_json(self.run / "summary.json", summary)
+        evaluations = [row for row in rows if "held_out" in row]
+        evaluations.append({"step": self.step, "held_out": summary["held_out"]})
+        plot_loss(steps, evaluations, self.run / "loss.png")
+        plot_reconstruction(model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
+        return summary
+
+    def _summarize(self, model: MAEAST | SSAST, held_out: HeldOut, steps: list[dict[str, Any]]) -> PretrainSummary:
+        """Evaluate the trained ``model``; ``steps`` are the updates' rows of metrics.jsonl."""
         report = evaluate(model, held_out)
         report_by_kind = {}
         for kind in sorted(set(held_out.kinds) - {""}):
             clips_of_kind = held_out.select([i for i, clip_kind in enumerate(held_out.kinds) if clip_kind == kind])
             report_by_kind[kind] = evaluate(model, clips_of_kind)
-        rows = read_metrics(self.run / "metrics.jsonl")
-        steps = [row for row in rows if "loss" in row]
         num_tokens, num_rows = (sum(row.get(name, 0) for row in steps) for name in ("tokens", "rows"))
-        evaluations = [row for row in rows if "held_out" in row] + [{"step": self.step, "held_out": report}]
         data_report = self.shards.report
         seconds = max(self.train_seconds, 1e-9)
-        summary = {
-            "steps": self.step,
-            "model": model.model_type,
-            "config": model.config.to_dict(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "device": str(self.device),
-            "processes": self.dist_ctx.world_size,
-            "parallel": self.options.parallel if self.dist_ctx.world_size > 1 else None,
-            "micro_batches": self.micro_batches,
-            "precision": self.precision,
-            "threads": torch.get_num_threads(),
-            "train_seconds": round(self.train_seconds, 1),
-            "audio_hours_seen": round(self.audio_seconds / 3600, 3),
-            "clips_per_second": round(sum(row["clips"] for row in steps) / seconds, 2),
-            "tokens_per_second": round(num_tokens / seconds, 1),
-            "padding_share": round(1.0 - num_tokens / num_rows, 4) if num_rows else 0.0,
-            "data_wait_share": round(self.wait_seconds / seconds, 4),
-            "final_loss": steps[-1]["loss"] if steps else None,
-            "held_out": report,
-            "held_out_by_kind": report_by_kind,
-            "held_out_split": data_report.get("split", ""),
-            "held_out_clips": held_out.names,
-            "train_clips": data_report.get("train"),
-            "data": {
+        return PretrainSummary(
+            steps=self.step,
+            model=model.model_type,
+            config=model.config.to_dict(),
+            parameters=sum(p.numel() for p in model.parameters()),
+            device=str(self.device),
+            processes=self.dist_ctx.world_size,
+            parallel=self.options.parallel if self.dist_ctx.world_size > 1 else None,
+            micro_batches=self.micro_batches,
+            precision=self.precision,
+            threads=torch.get_num_threads(),
+            train_seconds=round(self.train_seconds, 1),
+            audio_hours_seen=round(self.audio_seconds / 3600, 3),
+            clips_per_second=round(sum(row["clips"] for row in steps) / seconds, 2),
+            tokens_per_second=round(num_tokens / seconds, 1),
+            padding_share=round(1.0 - num_tokens / num_rows, 4) if num_rows else 0.0,
+            data_wait_share=round(self.wait_seconds / seconds, 4),
+            final_loss=steps[-1]["loss"] if steps else None,
+            held_out=report,
+            held_out_by_kind=report_by_kind,
+            held_out_split=data_report.get("split", ""),
+            held_out_clips=held_out.names,
+            train_clips=data_report.get("train"),
+            data={
                 "files": data_report.get("files"),
                 "clips": data_report.get("clips"),
                 "hours": round(data_report.get("hours", 0.0), 3),
@@ -399,12 +464,8 @@ class Trainer:
                 "unreadable_names": self.faults,
                 "unreadable_manifests": self.shards.faults,
             },
-            "torch": torch.__version__,
-        }
-        write_json(self.run / "summary.json", summary)
-        plot_loss(steps, evaluations, self.run / "loss.png")
-        plot_reconstruction(model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
-        return summary
+            torch=torch.__version__,
+        )
 
 
 def check_fits(
@@ -440,10 +501,9 @@ def check_min_seconds(config: MAEASTConfig | SSASTConfig, options: PretrainOptio
     Raises:
         ValueError: ``options.min_seconds`` is too small.
     """
-    kt, grid_f = config.patch_size[0], config.grid_f
-    frames = num_frames(round(options.min_seconds * SAMPLE_RATE))
-    if frames // kt * grid_f < 2:
-        needed_seconds = frames_to_samples((1 if grid_f > 1 else 2) * kt) / SAMPLE_RATE
+    kt = config.patch_size[0]
+    if config.num_tokens(num_frames(round(options.min_seconds * SAMPLE_RATE))) < 2:
+        needed_seconds = frames_to_samples((1 if config.grid_f > 1 else 2) * kt) / SAMPLE_RATE
         raise ValueError(
             f"min_seconds must be at least {needed_seconds:g} for patches of {kt} frames x {config.patch_size[1]} "
             f"bins, got {options.min_seconds:g}"

@@ -6,6 +6,7 @@ import collections
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -24,7 +25,7 @@ from policy import PADDING_SHARE
 from mae_ast_fast.data import loader as loading
 from mae_ast_fast.data import prepare, shards
 from mae_ast_fast.data.audio import find_audio
-from mae_ast_fast.data.loader import loader
+from mae_ast_fast.data.loader import BatchLoader
 from mae_ast_fast.data.shards import Segment, Shards
 from mae_ast_fast.training.data import open_data
 
@@ -214,11 +215,11 @@ def test_batches_reject_options_out_of_range(folder, tmp_path):
             next(data.batches(**{**OPTIONS, **change}))
     for change in ({"micro_batches": 3, "world_size": 2}, {"micro_batches": 0}, {"rank": 1}):
         with pytest.raises(ValueError, match="micro_batches"):
-            next(loader(data, **OPTIONS, **change))
+            next(iter(BatchLoader(data, **OPTIONS, **change)))
     with pytest.raises(ValueError, match="no clip of min_seconds"):
-        next(loader(write_manifests(tmp_path / "short", [[100, 200]]), **OPTIONS))
+        next(iter(BatchLoader(write_manifests(tmp_path / "short", [[100, 200]]), **OPTIONS)))
     with pytest.raises(ValueError, match="no clip of min_seconds"):
-        next(loader(write_manifests(tmp_path / "held", [[RATE]], "held_out"), **OPTIONS))
+        next(iter(BatchLoader(write_manifests(tmp_path / "held", [[RATE]], "held_out"), **OPTIONS)))
 
 
 def test_batches_memory_is_independent_of_data_size(tmp_path, monkeypatch):
@@ -299,7 +300,7 @@ def test_shards_url_reads_like_folder(folder, tmp_path, report):
     assert open_data(url + "/", tmp_path, min_seconds=0.3, workers=1).source == url
     assert epoch_of(local) == epoch_of(remote)
     local_items, remote_items = (
-        loader(data, **OPTIONS, workers=workers) for data, workers in ((local, 0), (remote, 1))
+        BatchLoader(data, **OPTIONS, workers=workers) for data, workers in ((local, 0), (remote, 1))
     )
     for (a, cursor_a), (b, cursor_b) in itertools.islice(zip(local_items, remote_items, strict=True), 5):
         assert torch.equal(a.waveforms, b.waveforms) and a.names == b.names and cursor_a == cursor_b and not b.faults
@@ -323,9 +324,9 @@ def test_loader_reopens_file_system_after_fork(folder, monkeypatch):
     monkeypatch.setattr(memory, "cat_ranges", read_here)
     memory.clear_instance_cache()
     data = Shards(url)
-    base = first_batches(loader(data, **OPTIONS), 5)
-    assert base == first_batches(loader(data, **OPTIONS, workers=1), 5)
-    assert base == first_batches(loader(Shards(folder), **OPTIONS), 5)
+    base = first_batches(BatchLoader(data, **OPTIONS), 5)
+    assert base == first_batches(BatchLoader(data, **OPTIONS, workers=1), 5)
+    assert base == first_batches(BatchLoader(Shards(folder), **OPTIONS), 5)
 
 
 def test_read_server_without_ranges_gives_samples(folder):
@@ -401,7 +402,7 @@ def test_read_damaged_audio_is_left_out_and_named(damaged_folder):
     assert empty.waveforms.dtype == torch.int16 and empty.waveforms.dim() == 2 and len(empty.faults) == 1
     assert data.read([last.crop(0, 100)]).names == [last.name]  # before the damage
     loader_faults = [
-        fault for batch, _ in itertools.islice(loader(data, **OPTIONS, workers=1), 40) for fault in batch.faults
+        fault for batch, _ in itertools.islice(BatchLoader(data, **OPTIONS, workers=1), 40) for fault in batch.faults
     ]
     assert loader_faults  # and the loader continues
 
@@ -484,11 +485,20 @@ def test_loader_batches_are_equal_for_any_number_of_workers(folder):
     data = Shards(folder)
     epoch_length = len(epoch_of(data))
     count = epoch_length + 5  # across the end of an epoch
-    base = first_batches(loader(data, **OPTIONS), count)
+    base = first_batches(BatchLoader(data, **OPTIONS), count)
     assert {epoch for *_, epoch, _ in base} == {0, 1}
     assert base[epoch_length - 1][-1] == (0, epoch_length) and base[epoch_length][-1] == (1, 1)
     for workers in (1, 3):
-        assert first_batches(loader(data, **OPTIONS, workers=workers), count) == base
+        assert first_batches(BatchLoader(data, **OPTIONS, workers=workers), count) == base
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_new_iterator_continues_after_last_batch(folder, workers):
+    """Also with batches that workers had read ahead, of whom none outlives its iterator."""
+    base = first_batches(BatchLoader(Shards(folder), **OPTIONS), 6)
+    batches = BatchLoader(Shards(folder), **OPTIONS, workers=workers)
+    assert first_batches(batches, 2) + first_batches(batches, 1) + first_batches(batches, 3) == base
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("shards_per_stream", [1, 4], ids=["whole shards", "parts of each shard"])
@@ -499,12 +509,12 @@ def test_loader_order_is_independent_of_processes_and_restarts(folder, monkeypat
     count = 4 * (
         max(len(epoch_of(data, stream=stream, num_streams=4)) for stream in range(4)) + 3
     )  # past the end of every epoch
-    base = first_batches(loader(data, **OPTIONS, micro_batches=4), count)
+    base = first_batches(BatchLoader(data, **OPTIONS, micro_batches=4), count)
     for start, world_size in ((0, 2), (4, 4), (count - 12, 2), (count - 8, 1)):
         cursors = [item[-1] for item in base[start - 4 : start]]
         share = 4 // world_size
         ranks = [
-            loader(data, **OPTIONS, micro_batches=4, cursors=cursors, rank=rank, world_size=world_size)
+            BatchLoader(data, **OPTIONS, micro_batches=4, cursors=cursors, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         batches = []
@@ -512,7 +522,7 @@ def test_loader_order_is_independent_of_processes_and_restarts(folder, monkeypat
             batches += [item for rank in ranks for item in first_batches(rank, share)]
         assert batches == base[start:]
     with pytest.raises(ValueError, match="a cursor for each of 4 micro_batches, got 1"):
-        next(loader(data, **OPTIONS, micro_batches=4, cursors=[(0, 0)]))
+        next(iter(BatchLoader(data, **OPTIONS, micro_batches=4, cursors=[(0, 0)])))
 
 
 @pytest.mark.parametrize("shards_per_stream", [1, 4], ids=["whole shards", "parts of each shard"])
@@ -535,7 +545,7 @@ def test_loader_stream_without_clips_in_an_epoch_continues(tmp_path):
     data = write_manifests(tmp_path / "few", [[RATE] * 3, [RATE]])
     for seed in range(8):
         options = {**OPTIONS, "seed": seed, "micro_batches": 4}
-        items = itertools.islice(loader(data, **options), 80)
+        items = itertools.islice(BatchLoader(data, **options), 80)
         epochs = [batch.epoch for batch, _ in items]
         assert len(epochs) == 80 and max(epochs) > 5
 
@@ -577,19 +587,19 @@ def test_loader_replaces_dead_and_hung_workers(folder, tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how long it waits for hung workers
     data = Shards(folder)
     count = len(epoch_of(data)) + 2
-    base = first_batches(loader(data, **OPTIONS), count)
+    base = first_batches(BatchLoader(data, **OPTIONS), count)
     sabotaged = Sabotaged(folder, marks=tmp_path, name=base[6][0][0], failure=failure, times=times)
     start = time.monotonic()
-    assert first_batches(loader(sabotaged, **OPTIONS, workers=2, stall_seconds=1.0), count) == base
+    assert first_batches(BatchLoader(sabotaged, **OPTIONS, workers=2, stall_seconds=1.0), count) == base
     assert len(list(tmp_path.iterdir())) == times and time.monotonic() - start < 40
     assert "starting new workers" in capfd.readouterr().err
 
 
 def test_loader_batch_that_kills_every_worker_raises(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "_POLL_SECONDS", 0.2)
-    base = first_batches(loader(Shards(folder), **OPTIONS), 3)
+    base = first_batches(BatchLoader(Shards(folder), **OPTIONS), 3)
     sabotaged = Sabotaged(folder, marks=tmp_path, name=base[2][0][0], failure="die", times=99)
-    items = loader(sabotaged, **OPTIONS, workers=1, stall_seconds=5.0)
+    items = BatchLoader(sabotaged, **OPTIONS, workers=1, stall_seconds=5.0)
     names_before = []
     with pytest.raises(RuntimeError, match="reading failed 4 times in a row") as caught:
         for batch, _ in items:

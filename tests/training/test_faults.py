@@ -337,7 +337,7 @@ BAD_READERS = """
 import functools, multiprocessing
 from mae_ast_fast.data import loader
 loader._POLL_SECONDS = 0.2
-module.loader = functools.partial(module.loader, stall_seconds=1.0)
+module.BatchLoader = functools.partial(module.BatchLoader, stall_seconds=1.0)
 known_pids = set()
 def before(trainer):
     if trainer.step in (6, 12):

@@ -31,7 +31,7 @@ from mae_ast_fast.data.shards import Shards
 from mae_ast_fast.models.config import SSAST_OBJECTIVES
 from mae_ast_fast.training import trainer as trainer_module
 from mae_ast_fast.training.distributed import DistributedContext
-from mae_ast_fast.training.metrics_log import read_metrics
+from mae_ast_fast.training.metrics_log import StepRecord, read_metrics
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain
 from mae_ast_fast.training.schedule import learning_rate
@@ -434,10 +434,13 @@ def test_pretrain_ssast_input_is_normalised_by_training_data(
     """Every training clip is one crop here, and the statistics are computed from all of them."""
     inputs, held_out, batches = [], [], []
     options = dataclasses.replace(options, loader_workers=0)
-    step, load, evaluate = trainer_module.TrainStep.__call__, Shards.read, trainer_module.evaluate
-    monkeypatch.setattr(
-        trainer_module.TrainStep, "__call__", lambda self, x, *a, **b: inputs.append(x) or step(self, x, *a, **b)
-    )
+    update, load, evaluate = trainer_module.TrainStep.update, Shards.read, trainer_module.evaluate
+
+    def record_input(step: Any, micro_batches: Any, **keywords: Any) -> Any:
+        inputs.append(micro_batches[0].log_mel)
+        return update(step, micro_batches, **keywords)
+
+    monkeypatch.setattr(trainer_module.TrainStep, "update", record_input)
     monkeypatch.setattr(Shards, "read", lambda *a: batches.append(load(*a)) or batches[-1])
     monkeypatch.setattr(trainer_module, "evaluate", lambda model, x: held_out.append(x) or evaluate(model, x))
     options = ssast_options(options, steps=2, max_seconds=4.0)
@@ -640,16 +643,41 @@ def test_pretrain_chunk_official_draws_new_masks_every_update(
     options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     epochs: list[int] = []
-    original = trainer_module.TrainStep.__call__
+    original = trainer_module.TrainStep.update
 
-    def spy(self: Any, *inputs: Any, **keywords: Any) -> Any:
-        epochs.append(keywords["epoch"])
-        return original(self, *inputs, **keywords)
+    def spy(self: Any, micro_batches: Any, **keywords: Any) -> Any:
+        epochs.extend(micro_batch.epoch for micro_batch in micro_batches)
+        return original(self, micro_batches, **keywords)
 
-    monkeypatch.setattr(trainer_module.TrainStep, "__call__", spy)
+    monkeypatch.setattr(trainer_module.TrainStep, "update", spy)
     masking = {"model_args": {**options.model_args, "masking": "chunk_official"}}
     pretrain(dataclasses.replace(options, steps=3, evaluate_every=100, **masking))
     assert epochs == [0, 1, 2]
+
+
+def test_step_record_of_skipped_update_has_no_norm() -> None:
+    record = StepRecord(
+        step=3,
+        epoch=1,
+        lr=1e-3,
+        clips=8,
+        waited=0.25,
+        faults=1,
+        tokens=90,
+        rows=96,
+        audio_seconds=12.5,
+        loss=9.0,
+        loss_reconstruction=0.5,
+        loss_classification=4.0,
+        accuracy=0.125,
+        grad_norm=2.0,
+    )
+    fields = ["step", "epoch", "lr", "clips", "waited", "faults", "tokens", "rows", "audio_seconds"]
+    metrics = ["loss", "loss_reconstruction", "loss_classification", "accuracy", "grad_norm"]
+    assert list(record.to_json()) == fields + metrics and record.to_json()["grad_norm"] == 2.0
+    for norm in (math.inf, math.nan):
+        skipped = dataclasses.replace(record, grad_norm=norm).to_json()
+        assert skipped == {**record.to_json(), "grad_norm": None}
 
 
 def test_pretrain_fp16_survives_skipped_updates_and_stops_if_all_are_skipped(
