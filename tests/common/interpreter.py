@@ -10,6 +10,7 @@ Triton 3.6 also calls ``int()`` on arrays of one element, which NumPy 2.4 reject
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -83,3 +84,38 @@ def install() -> None:
 
     interpreter._patch_lang_tensor = patch_with_index
     dispatch.INTERPRETS_BF16 = True
+    _remember_lookups()
+
+
+def _remember_lookups() -> None:
+    """Let the interpreter remember what it looks up anew each time, a third of a small model's time.
+
+    At each launch, and at each call of a jit function in a kernel, it searches ``triton.language`` for builtins. For
+    each array it makes a table of NumPy's dtypes.
+    """
+    is_builtin, np_dtype = tl.core.is_builtin, interpreter._get_np_dtype
+    np_dtypes: dict[tl.dtype, np.dtype] = {}
+
+    @functools.cache
+    def builtin_names(owner: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+
+    @functools.wraps(interpreter._patch_builtin)
+    def patch_builtin(owner: Any, builder: Any, scope: Any) -> None:
+        names = builtin_names(owner)
+        if names and not is_builtin(getattr(owner, names[-1])):
+            return  # a jit function called in a kernel: all are patched already
+        for name in names:
+            if is_builtin(member := getattr(owner, name)):
+                interpreter._patch_attr(owner, name, member, builder, scope)
+
+    @functools.wraps(np_dtype)
+    def remembered_np_dtype(dtype: tl.dtype) -> np.dtype:
+        scalar = dtype.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return np_dtype(scalar)
+        if scalar not in np_dtypes:
+            np_dtypes[scalar] = np_dtype(scalar)
+        return np_dtypes[scalar]
+
+    interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, remembered_np_dtype

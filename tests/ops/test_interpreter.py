@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from interpreter import narrow, widen
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 from mae_ast_fast import ops
@@ -120,6 +124,31 @@ def test_loop_to_loaded_bound_runs_with_any_numpy() -> None:
     total = torch.zeros(1, dtype=torch.int32)
     _count[(1,)](torch.tensor([5], dtype=torch.int32), total)
     assert total.item() == 10
+
+
+@interpreted
+def test_patch_lang_leaves_no_builtin_and_restores_all() -> None:
+    """As Triton's own function does, for a launch and for a jit function that the kernel calls."""
+    owners = tl, tl.tensor, tl.math, tl.core.tensor_descriptor_base
+
+    def builtins(*owners: Any) -> list[str]:
+        return [name for owner in owners for name, x in inspect.getmembers(owner) if tl.core.is_builtin(x)]
+
+    assert len(before := builtins(*owners)) > 100
+    launch = interpreter._patch_lang(_count.fn)
+    interpreter._patch_lang(tl.standard.sum.fn)  # sees tl.core alone
+    left = builtins(*owners, tl.core)
+    launch.restore()
+    assert left == []
+    assert builtins(*owners) == before
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["int1", "uint8", "int32", "uint64", "float16", "bfloat16", "float32", "float8e5"])
+def test_np_dtype_remembered_equals_looked_up(name: str) -> None:
+    dtype = getattr(tl, name)
+    for x in (dtype, tl.block_type(dtype, [4]), tl.pointer_type(dtype), tl.block_type(tl.pointer_type(dtype), [4])):
+        assert interpreter._get_np_dtype(x) == interpreter._get_np_dtype.__wrapped__(x)
 
 
 @interpreted
