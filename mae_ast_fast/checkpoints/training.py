@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from ..training.step import TrainStep
 
 
+OPTIMIZER_SLOTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # tensors per parameter of AdamW and of Muon
+
 # Most runs are one process without a process group, where this warning does not apply.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -289,7 +291,7 @@ def _fsync(path: Path) -> None:
 
 
 def _optimizer_numbers(train_step: TrainStep) -> dict[str, Any]:
-    """Hyperparameters of AdamW's parameter groups and the state of fp16's scaler, as plain numbers."""
+    """Hyperparameters of the optimizer's parameter groups and the state of fp16's scaler, as plain numbers."""
     scaler = {} if train_step.scaler is None else train_step.scaler.state_dict()
     return {"param_groups": [_group_numbers(group) for group in train_step.optimizer.param_groups], "scaler": scaler}
 
@@ -309,16 +311,17 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _make_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> None:
-    """Give AdamW the state tensors that a checkpoint holds, made as AdamW makes them in its first update.
+    """Give the optimizer the state tensors that a checkpoint holds, made as it makes them in its first update.
 
     Args:
         model: Its parameters are those of ``optimizer``.
-        optimizer: AdamW. Missing tensors are added as zeros, and those that the checkpoint lacks are removed.
+        optimizer: AdamW, or Muon with AdamW. Missing tensors are added as zeros. Those that the checkpoint lacks are
+            removed.
         names: Names of the checkpoint's tensors.
     """
     model.state_dict()  # shards the parameters that the last forward left whole, as in named_tensors
     for name, parameter in model.named_parameters():
-        slots = {slot for slot in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{slot}" in names}
+        slots = {slot for slot in OPTIMIZER_SLOTS if f"optimizer.{name}.{slot}" in names}
         state = optimizer.state[parameter]
         for slot in set(state) - slots:
             del state[slot]

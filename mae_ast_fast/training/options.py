@@ -11,6 +11,7 @@ from ..models.transformer import RECOMPUTE
 from ..ops.fbank import SAMPLE_RATE, num_frames
 from ..validate import check_at_least, check_choice, check_positive
 from .distributed import PARALLEL
+from .optimizer import OPTIMIZERS
 from .step import PRECISIONS
 
 # Options that change neither the computations nor their order: a run may be resumed with other values.
@@ -52,6 +53,7 @@ class PretrainOptions:
         parallel: How the processes under torchrun share a model: ddp, or fsdp, which splits its state among them.
         max_seconds: In seconds. Longer clips are cut into crops of at most this length.
         min_seconds: In seconds. Shorter clips are skipped.
+        optimizer: adamw, or muon, for the weight matrices of the layers with adamw for the rest.
         lr: Peak learning rate. Paper: 1e-4.
         warmup_steps: Updates of linear warm-up from 0. Paper: 32,000.
         weight_decay: Decoupled weight decay, on all parameters.
@@ -89,6 +91,7 @@ class PretrainOptions:
     parallel: str = "ddp"
     max_seconds: float = 10.0
     min_seconds: float = 0.4
+    optimizer: str = "adamw"
     lr: float = 5e-4
     warmup_steps: int = 500
     weight_decay: float = 0.01
@@ -126,6 +129,9 @@ class PretrainOptions:
         check_choice(self, "device", ("auto", "cpu", "cuda"))
         check_choice(self, "recompute", RECOMPUTE)
         check_choice(self, "parallel", PARALLEL)
+        check_choice(self, "optimizer", OPTIMIZERS)
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            raise ValueError("parallel=fsdp splits the matrices that muon needs whole: use parallel=ddp")
         if self.parallel == "fsdp" and (self.precision == "fp16" or self.compile or self.graphs):
             raise ValueError("parallel=fsdp takes fp32 and bf16, neither compile nor graphs: use parallel=ddp")
         config = self.model_config()

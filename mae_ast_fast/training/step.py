@@ -1,4 +1,4 @@
-"""One optimizer update during which the host never waits for the device: forward, backward, clipping and AdamW.
+"""One optimizer update during which the host never waits for the device: forward, backward, clipping, AdamW or Muon.
 
     step = TrainStep(MAEAST(config).cuda(), lr=1e-4, precision="bf16")
     metrics = step(features, frames)  # StepMetrics on the device: read them now and then, not after every update
@@ -29,16 +29,11 @@ from ..models.base import PretrainingModel
 from .cuda_graphs import Graphs
 from .distributed import broadcast, check_parallel, data_parallel, shard
 from .micro_batch import DeviceBatch, Mask, MicroBatch, check_has_clips, has_no_clips, to_device
+from .optimizer import OPTIMIZERS, make_optimizer
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
-
-    class FusedAdamW(torch.optim.AdamW):
-        """AdamW with the two attributes that its fused kernel reads."""
-
-        grad_scale: Tensor
-        found_inf: Tensor
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,7 +63,7 @@ class _LossAndMetrics(nn.Module):
 
 
 class TrainStep:
-    """Updates a model's weights, batch by batch, with AdamW (defaults of the paper, section 3.2).
+    """Updates a model's weights, batch by batch, by default with AdamW (defaults of the paper, section 3.2).
 
     Args:
         model: ``MAEAST`` or ``SSAST``, on its device and in training mode.
@@ -84,6 +79,8 @@ class TrainStep:
         parallel: "ddp" or "fsdp" (distributed.py): train with all processes of the default process group, which start
             with the weights of the first one. None: train in this process alone. FSDP changes ``model`` in place,
             gathers weights in bf16 if that is the precision, and excludes fp16 and ``compile``.
+        optimizer: "adamw", or "muon" for the matrices of the layers with AdamW for the rest (muon.py). FSDP excludes
+            "muon", which needs whole matrices.
 
     Attributes:
         num_rows: Rows computed so far, padding included.
@@ -106,6 +103,7 @@ class TrainStep:
         compile: bool = False,
         graphs: bool = False,
         parallel: str | None = None,
+        optimizer: str = "adamw",
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -113,6 +111,10 @@ class TrainStep:
             raise ValueError(f"clip_norm must be positive, got {clip_norm}")
         if parallel is not None and graphs:
             raise ValueError(f"graphs exclude communication: expected parallel=None with them, got {parallel!r}")
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        if parallel == "fsdp" and optimizer == "muon":
+            raise ValueError("parallel='fsdp' splits the matrices that Muon needs whole: use parallel='ddp' or AdamW")
         if parallel == "fsdp" and (compile or precision == "fp16"):
             got = "compile" if compile else "precision='fp16'"
             raise ValueError(f"parallel='fsdp' takes fp32 and bf16, not compiled, got {got}: use parallel='ddp'")
@@ -128,16 +130,7 @@ class TrainStep:
         if parallel == "fsdp":
             shard(model, PRECISIONS[precision])
         self.lr = torch.tensor(float(lr), dtype=torch.float32, device=self.device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=self.lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            fused=True,
-            capturable=self.device.type == "cuda",
-        )
-        self.optimizer = cast("FusedAdamW", optimizer)
+        self.optimizer = make_optimizer(optimizer, model, lr=self.lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
         compiled = cast(nn.Module, torch.compile(model, fullgraph=True)) if compile else model
         self.loss_module: nn.Module = _LossAndMetrics(compiled)

@@ -147,6 +147,7 @@ class Trainer:
             compile=options.compile,
             graphs=options.graphs,
             parallel=options.parallel if dist_ctx.world_size > 1 else None,
+            optimizer=options.optimizer,
         )
         if saved is not None:
             self._restore(saved.state)

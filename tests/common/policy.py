@@ -23,6 +23,7 @@ BF16_LOSS = 2e-3  # one step in bf16, same mask, dropout 0: loss relative to fp3
 GRAD_NORM = {"fp32": 1e-4, "bf16": 2e-2}  # like BF16_LOSS, for the gradient norm, with the layers' weights scaled up
 CONVERGED_FIRST = 1e-5  # 20 updates, fast against reference, fp32: mean relative distance of the losses
 CONVERGED_LAST = 2e-2  # mean loss of the last 20 of 200 updates: by then rounding alone has separated the runs
+MUON = 1e-2  # updates of a matrix, ours against torch.optim.Muon's, both in bf16: rms of the difference over rms
 LOGISTIC_GRADIENT = 1e-4  # absolute: gradient of the mean loss of a logistic regression at its optimum
 PROBABILITY = 1e-4  # absolute: a clip alone against in a batch, through a norm that divides by small deviations
 # A tiny model in half precision against fp32, max|a - b| / max|b|. Largest of 400 random models and batches with
