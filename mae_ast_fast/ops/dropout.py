@@ -22,13 +22,22 @@ def drop(x: Tensor, rate: float) -> Tensor:
 
 
 def draw_kept(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
-    """Dropout mask of a shape, int16 (1 = kept, 0 = dropped), and the scale of kept elements, 1 / (share of kept).
+    """Dropout mask of a shape, int16 (1 = kept, 0 = dropped), and the scale of kept elements (``keep_scale``).
 
     The rate is rounded to a multiple of 2 ** -16. The bits come from ceil(elements / 4) numbers of 64 bits of PyTorch's
     default CPU generator, four elements per number.
     """
-    threshold = min(round(rate * 65536), 65535)
     count = shape.numel()
     # Without bounds, random_ would leave the sign bit zero, and every fourth element would have another rate.
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    return torch.ge(words, threshold - 32768, out=words).view(shape), 65536 / (65536 - threshold)
+    return torch.ge(words, _num_dropped(rate) - 32768, out=words).view(shape), keep_scale(rate)
+
+
+def keep_scale(rate: float) -> float:
+    """Scale of kept elements: 1 / (share of kept) of ``draw_kept``."""
+    return 65536 / (65536 - _num_dropped(rate))
+
+
+def _num_dropped(rate: float) -> int:
+    """How many of the 65536 values of 16 bits mean that an element is dropped."""
+    return min(round(rate * 65536), 65535)

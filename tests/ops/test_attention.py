@@ -526,15 +526,49 @@ def test_length_groups_any_lengths_have_little_padding(counts: list[int], max_gr
     assert len(groups) <= max_groups and sum(group.num_clips for group in groups) == len(counts)
     rows_of = torch.zeros(sum(counts), dtype=torch.int64)
     for group in groups:
-        index, real = group.kv.index, group.kv.real
+        index, valid = group.kv.index, group.kv.valid
         index = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
         size = 6 * group.num_clips * (len(index) // group.num_clips) ** 2
         assert group.num_clips == 1 or size <= clip_attention.BLOCK
-        each = len(index) // group.num_clips if real is None else real.sum(1)
-        kept = 6 * (each**2 * group.num_clips if real is None else int(each.square().sum()))
+        each = len(index) // group.num_clips if valid is None else valid.sum(1)
+        kept = 6 * (each**2 * group.num_clips if valid is None else int(each.square().sum()))
         assert size - kept <= clip_attention.MAX_PADDING
-        rows_of[index if real is None else index[real.flatten()]] += 1
+        rows_of[index if valid is None else index[valid.flatten()]] += 1
     assert (rows_of == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "num_heads", "groups"),
+    [
+        ([], [], 1, []),
+        ([5, 5, 5], [5, 5, 5], 1, [[0, 1, 2]]),
+        ([2, 40, 3], [2, 40, 3], 2, [[1, 2, 0]]),  # little padding, most keys first
+        ([1, 3, 2, 3], [6, 6, 6, 6], 2, [[1, 3, 2, 0]]),  # of equal keys, most queries first
+        ([0, 4, 7, 0], [4, 0, 7, 0], 1, [[2]]),  # clips without queries or keys
+        ([300, 10, 9], [300, 10, 9], 1, [[0], [1, 2]]),  # 10 of 300 rows would be padding
+        ([10, 300], [300, 300], 1, [[1], [0]]),  # here in the queries only
+        ([120, 100], [120, 100], 4, [[0, 1]]),  # 4 (2 * 120^2 - 120^2 - 100^2) = 17,600 padded elements
+        ([120, 100], [120, 100], 8, [[0], [1]]),  # 35,200
+        ([512] * 5, [512] * 5, 1, [[0, 1, 2, 3], [4]]),  # four matrices fill a block
+        ([512] * 5, [512] * 5, 2, [[0, 1], [2, 3], [4]]),
+        ([3000, 3000], [3000, 3000], 1, [[0], [1]]),  # a clip above the limit is alone
+    ],
+)
+def test_group_by_length_counts_give_groups(
+    *, num_queries: list[int], num_keys: list[int], num_heads: int, groups: list[list[int]]
+) -> None:
+    assert clip_attention.group_by_length(num_queries, num_keys, num_heads) == groups
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_store_keep_mask_in_sign_bit_keeps_probabilities_and_mask(dtype: torch.dtype) -> None:
+    p = torch.rand(3, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    p[0, 0] = 0.0
+    keep = torch.arange(105).view(3, 7, 5) % 3 > 0
+    stored = p.clone()
+    clip_attention.store_keep_mask_in_sign_bit(stored, keep.to(torch.int16))
+    assert torch.equal(stored.abs(), p) and torch.equal(stored.clamp(min=0), p * keep)
+    assert torch.equal(stored.signbit(), ~keep) and torch.equal(stored[p > 0] >= 0, keep[p > 0])
 
 
 class TensorSizes(TorchDispatchMode):
