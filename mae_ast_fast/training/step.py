@@ -50,7 +50,10 @@ class StepMetrics(NamedTuple):
 
 
 class _LossAndMetrics(nn.Module):
-    """Returns a model's loss and its detached metrics (4,) as tensors, because DDP looks into no dataclass."""
+    """Returns a model's loss and its detached metrics (4,) as a tuple.
+
+    The model's own output is a dataclass, in which DDP's static graph finds no tensors.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

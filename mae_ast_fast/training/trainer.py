@@ -266,8 +266,8 @@ class Trainer:
             wait_seconds += time.perf_counter() - start
             log_mel, frames = self.model.features(send(batch.waveforms, self.device), batch.num_samples)
             # The paper's own strategy draws one mask per batch and ignores clip ids: every batch needs its own epoch.
-            index = self.step * self.micro_batches + stream
-            epoch = index if self.model.config.masking == "chunk_official" else batch.epoch
+            micro_batch_index = self.step * self.micro_batches + stream
+            epoch = micro_batch_index if self.model.config.masking == "chunk_official" else batch.epoch
             micro_batches.append(MicroBatch(log_mel, frames, seed=options.seed, clip_ids=batch.ids, epoch=epoch))
             num_samples += int(batch.num_samples.sum())
             clip_names += batch.names
