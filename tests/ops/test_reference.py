@@ -358,6 +358,20 @@ def test_attention_dropout_applies_to_probabilities(module: ModuleType) -> None:
     assert torch.equal(attention(module, qkv, [200, 400]), without)
 
 
+def test_reference_rows_past_last_clip_are_zero_and_get_no_gradient() -> None:
+    cu_seqlens = cumulative(torch.tensor([3, 0, 2]))
+    qkv, prediction, target = normal(8, 3, 1, 2), normal(8, 3, seed=1), normal(8, 3, seed=2)
+    for x in (qkv, prediction, target):
+        x[5:] = float("nan")
+        x.requires_grad_()
+    loss, hit = reference.info_nce(prediction, target, cu_seqlens)
+    out = reference.attention(qkv, cu_seqlens)
+    assert loss[:5].all() and out[:5].all() and not loss[5:].any() and not hit[5:].any() and not out[5:].any()
+    (loss.sum() + out.sum()).backward()
+    for x in (qkv, prediction, target):
+        assert x.grad[:5].isfinite().all() and x.grad[:5].any() and not x.grad[5:].any()
+
+
 # ------------------------------------------------------------------------------------------------------ feed-forward
 
 
