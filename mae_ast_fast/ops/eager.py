@@ -160,7 +160,7 @@ def info_nce(
         cu_seqlens: (B + 1,) int32 first row of each clip, and the end of the last one.
         max_seqlen: Rows of the longest clip.
         over: What the softmax runs over, "targets" or "predictions".
-        has_padding_rows: Whether rows may lie past ``cu_seqlens[-1]``. Their results are copies of some row.
+        has_padding_rows: Whether rows may lie past ``cu_seqlens[-1]``. Their results are undefined, even NaN.
     """
     groups = similar_clips(cu_seqlens, max_seqlen, prediction.shape[0])
     if not groups:
@@ -187,7 +187,7 @@ def _padded_info_nce(prediction: Tensor, target: Tensor, padding: PaddedView, ov
     else:
         logits = padded_prediction @ padded_target.transpose(1, 2)
     logits = logits.masked_fill(~padding.valid[:, None, :], float("-inf"))
-    # The log-sum-exp of the padded rows of an empty clip is -inf; unpad drops them before any arithmetic.
+    # -inf in the padded rows of an empty clip: rows of clips are picked before the subtraction, which would give NaN.
     log_sum = logits.logsumexp(2)
     loss = padding.unpad(log_sum) - padding.unpad(logits.diagonal(dim1=1, dim2=2))
     scores = logits.detach()
