@@ -632,6 +632,7 @@ def test_pretrain_passes_options_to_train_step(options: PretrainOptions, monkeyp
 
     monkeypatch.setattr(trainer_module, "TrainStep", spy)
     expected = {"weight_decay": 0.3, "clip_norm": 3.0, "precision": "fp16", "compile": True, "graphs": True}
+    expected["optimizer"] = "muon"
     with pytest.raises(Constructed):
         pretrain(dataclasses.replace(options, lr=2e-3, recompute="layer", **expected))
     assert passed == {**expected, "lr": 2e-3, "recompute": "layer", "parallel": None}
