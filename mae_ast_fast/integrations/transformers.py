@@ -36,7 +36,7 @@ from ..downstream.classifier import MODEL_TYPE, NORM_EPS, AudioClassifier
 from ..models.base import weight_dtype
 from ..models.config import MAEASTConfig
 from ..models.mae_ast import MAEAST, InputNorm
-from ..models.transformer import Positions, sinusoid
+from ..models.transformer import Positions
 from ..ops.fbank import NUM_MEL_BINS, SAMPLE_RATE, WINDOW, fbank
 from ..ops.packing import real_tokens
 
@@ -133,7 +133,7 @@ class MAEASTHFModel(MAEASTPreTrainedModel):
         super().__init__(config)
         self.model = MAEAST(config.encoder)
         if config.position_table is not None:
-            table = sinusoid(config.position_table, config.embed_dim)
+            table = self.model.encoder_positions.compute(config.position_table)
             self.model.encoder_positions.register_buffer("table", table, persistent=True)
         self.post_init()
 

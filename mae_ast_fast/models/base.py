@@ -350,7 +350,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             masks = self._check_masks(mask, num_tokens, max_tokens, check_values=sizes is None)
         real = real_tokens(num_tokens, max_tokens)
         layouts = []
-        for one_mask in masks if isinstance(masks, tuple) else (masks,):
+        for one_mask in (masks,) if isinstance(masks, Tensor) else masks:
             is_visible, is_masked = real & ~one_mask, real & one_mask
             counts = sizes
             if counts is None:

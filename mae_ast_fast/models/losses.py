@@ -77,7 +77,7 @@ def loss_terms(
     masked, has_loss = layout.masked, layout.has_loss
     weight = (has_loss[masked.clip] & masked.valid).to(values.dtype)  # 0 for rows of other clips and for padding
     zeros = torch.zeros_like(weight)
-    mse = zeros if mse is None else mse * weight
+    mse = zeros if mse is None else torch.where(weight > 0, mse, 0)
     hit = zeros if hit is None else hit * weight
     nce = zeros if nce is None else torch.where(weight > 0, nce, 0)  # InfoNCE of padding rows is undefined
     total = config.reconstruction_weight * mse + config.classification_weight * nce

@@ -125,9 +125,10 @@ class SSAST(PretrainingModel):
                 waveforms. T is at most ``config.input_frames``.
             lengths: (B,) integers, real frames of each clip; None: all T. Frames after a clip's last whole patch are
                 ignored.
-            mask: (B, L) bool, True = masked, L at least the longest clip's tokens. Entries past a clip's tokens are
-                ignored, and the number of masked tokens may differ between clips. For "joint_two_pass" a pair of masks,
-                for the passes of InfoNCE and of the MSE. None draws by ``sample_mask``.
+            mask: (B, L) bool, True = masked, time before frequency (see the module), L at least the longest clip's
+                tokens. Entries past a clip's tokens are ignored, and the number of masked tokens may differ between
+                clips. For "joint_two_pass" a pair of masks, for the passes of InfoNCE and of the MSE. None draws by
+                ``sample_mask``.
             generator: Random generator of that draw; None: torch's default.
             sizes: Token counts, as for MAEAST; the same for both passes.
 

@@ -59,12 +59,10 @@ class MuonAdamW(FusedAdamW):
         named = dict(model.named_parameters())
         is_matrix = {name: ".layers." in f".{name}" and parameter.dim() == 2 for name, parameter in named.items()}
         matrices = [parameter for name, parameter in named.items() if is_matrix[name]]
-        self._num_matrices = {
-            p: 3 if name.endswith("qkv.weight") else 1 for name, p in named.items() if is_matrix[name]
-        }
+        num_matrices = [3 if name.endswith("qkv.weight") else 1 for name in named if is_matrix[name]]
         groups: list[dict[str, Any]] = [
             {"params": [parameter for name, parameter in named.items() if not is_matrix[name]]},
-            {"params": matrices, "momentum": momentum},
+            {"params": matrices, "momentum": momentum, "num_matrices": num_matrices},
         ]
         super().__init__(
             groups,
@@ -85,22 +83,27 @@ class MuonAdamW(FusedAdamW):
             super().step()
         finally:
             self.param_groups = [adamw, muon]
-        by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
-        for parameter in muon["params"]:
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, int]]] = {}
+        for parameter, count in zip(muon["params"], muon["num_matrices"], strict=True):
             if parameter.grad is not None:
-                rows = parameter.shape[0] // self._num_matrices[parameter]
-                by_shape.setdefault((rows, parameter.shape[1]), []).append(parameter)
-        for shape, parameters in by_shape.items():
-            self._step_matrices(parameters, shape, muon)
+                shape = parameter.shape[0] // count, parameter.shape[1]
+                by_shape.setdefault(shape, []).append((parameter, count))
+        for shape, counted in by_shape.items():
+            self._step_matrices(counted, shape, muon)
 
-    def _step_matrices(self, parameters: list[nn.Parameter], shape: tuple[int, int], group: dict[str, Any]) -> None:
-        """Muon's update of the parameters whose matrices have one shape."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's wants a step count in the state of every parameter
+
+    def _step_matrices(
+        self, counted: list[tuple[nn.Parameter, int]], shape: tuple[int, int], group: dict[str, Any]
+    ) -> None:
+        """Muon's update of parameters, each with its number of matrices, whose matrices have one shape."""
+        parameters, counts = [parameter for parameter, _ in counted], [count for _, count in counted]
         momentum, lr = group["momentum"], group["lr"]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        counts = [self._num_matrices[parameter] for parameter in parameters]
         weights = _split(parameters, counts)
         buffers = _split([self.state[parameter]["momentum_buffer"] for parameter in parameters], counts)
         grad = torch.stack(_split([cast(Tensor, parameter.grad) for parameter in parameters], counts))

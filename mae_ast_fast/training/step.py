@@ -82,15 +82,15 @@ class TrainStep:
         parallel: "ddp" or "fsdp" (distributed.py): train with all processes of the default process group, which start
             with the weights of the first one. None: train in this process alone. FSDP changes ``model`` in place,
             gathers weights in bf16 if that is the precision, and excludes fp16 and ``compile``.
-        optimizer: "adamw", or "muon" for the matrices of the layers with AdamW for the rest (muon.py). FSDP excludes
-            "muon", which needs whole matrices.
+        optimizer: "adamw", or "muon" for the matrices of the layers with AdamW for the rest (optimizer.py). FSDP
+            excludes "muon", which needs whole matrices.
 
     Attributes:
         num_rows: Rows computed so far, padding included.
 
     Raises:
-        ValueError: Unknown precision or ``parallel``; ``clip_norm`` not positive; options that exclude each other;
-            ``graphs`` without a CUDA device; ``parallel`` without a process group.
+        ValueError: Unknown precision, ``parallel`` or ``optimizer``; ``clip_norm`` not positive; options that exclude
+            each other; ``graphs`` without a CUDA device; ``parallel`` without a process group.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class TrainStep:
         return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
     def _clip_and_step(self, scale: Tensor | float) -> Tensor:
-        """Clip the gradients, which are multiplied by ``scale``, and run AdamW; returns the norm without ``scale``."""
+        """Clip the gradients, which are multiplied by ``scale``, and run the optimizer; return the unscaled norm."""
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
         if self.parallel == "fsdp":
             norm = cast("DTensor", norm).full_tensor()

@@ -376,6 +376,21 @@ def test_ssast_mask_past_clip_end_is_ignored() -> None:
     assert torch.equal(out.target, expected.target)
 
 
+@pytest.mark.parametrize("objective", ["joint", "joint_two_pass"])
+def test_ssast_clip_without_loss_changes_nothing_even_if_not_finite(objective: str) -> None:
+    model = build(objective=objective)
+    x, lengths = batch(model, [52, 52])
+    mask = model.sample_mask(lengths, 52, seed=1)
+    masks = mask if isinstance(mask, tuple) else (mask,)
+    for one_mask in masks:
+        one_mask[1] = True  # no visible token
+    losses = []
+    for value in (0.0, float("inf")):
+        x[1] = value
+        losses.append(model(x, lengths, mask).loss)
+    assert losses[0].isfinite() and losses[0] == losses[1]
+
+
 def test_ssast_bf16_autocast_is_near_fp32() -> None:
     torch.manual_seed(0)
     model = SSAST(build().config)

@@ -163,6 +163,20 @@ def test_train_step_muon_resumes_bit_for_bit(tmp_path: Any) -> None:
         TrainingCheckpoints(tmp_path, keep=1).load(TrainStep(build()))
 
 
+def test_train_step_muon_state_dict_and_copies_continue_alike() -> None:
+    update = TrainStep(build(), 1e-3, optimizer="muon")
+    for index in range(2):
+        update(log_mel(index), NUM_FRAMES, seed=index)
+    loaded = TrainStep(copy.deepcopy(update.model), 5e-3, optimizer="muon")
+    loaded.load_state_dict(copy.deepcopy(update.state_dict()))
+    copied = copy.deepcopy(update)
+    for index in range(2, 4):
+        losses = [step(log_mel(index), NUM_FRAMES, seed=index).loss for step in (update, loaded, copied)]
+        assert losses[0] == losses[1] == losses[2]
+    for expected, *others in zip(*(step.model.parameters() for step in (update, loaded, copied)), strict=True):
+        assert all(torch.equal(parameter, expected) for parameter in others)
+
+
 def test_train_step_unknown_optimizer_or_muon_with_fsdp_raises() -> None:
     with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
         TrainStep(build(), optimizer="sgd")
