@@ -7,6 +7,8 @@ stderr), 2 a wrong command or option, 128 + N stopped by signal N.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -27,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if argv is None:
+        gc.freeze()  # the garbage collector then passes over the imported modules, now and ...
+        atexit.register(gc.freeze)  # ... when the process ends
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv or os.environ.get("MAE_AST_FAST_TRACEBACK", "0") not in ("", "0")
     argv = [argument for argument in argv if argument != "--traceback"]

@@ -10,8 +10,6 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,10 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import warm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
 from mae_ast_fast.checkpoints import step_folder, training
@@ -218,7 +217,7 @@ class Phase(NamedTuple):
 
 def spawn(folder: Path, *phases: Phase) -> None:
     """Run the phases in turn, in the same processes, because starting a process takes seconds."""
-    multiprocessing.spawn(_run_phases, (folder, phases), max(phase.world_size for phase in phases))
+    warm.spawn(_run_phases, (folder, phases), max(phase.world_size for phase in phases))
 
 
 def _run_phases(rank: int, folder: Path, phases: tuple[Phase, ...]) -> None:
@@ -504,11 +503,11 @@ LARGER = {"ffn_dim": 20_000}  # some 25 MB: the kill comes during writing
 def test_save_killed_at_any_instant_leaves_old_or_new_checkpoint(tmp_path: Path, case: str) -> None:
     """Kill before each open, mkdir, rename and remove of a save; "timed" kills at any time."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path), case]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    old, new, partial = map(int, done.stdout.split())
-    assert min(new, partial) > 2 and (case == "timed" or old > 10), done.stdout
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    process = warm.Command(["-c", KILLS, str(tmp_path), case], output, errors, env=environment)
+    assert process.wait(timeout=200) == 0, errors.read_text()
+    old, new, partial = map(int, output.read_text().split())
+    assert min(new, partial) > 2 and (case == "timed" or old > 10), output.read_text()
 
 
 # ---------------------------------------------------------------- untrusted files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import subprocess
@@ -673,6 +674,17 @@ def test_main_as_process_sets_exit_codes(tmp_path):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_main_with_process_arguments_freezes_imported_objects(monkeypatch, capsys):
+    """The garbage collector passes over them, at exit too; a program that calls main with arguments decides itself."""
+    frozen = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append("now"))
+    monkeypatch.setattr("atexit.register", lambda function: frozen.append(f"at exit: {function is gc.freeze}"))
+    monkeypatch.setattr("sys.argv", ["mae-ast-fast", "--help"])
+    assert main(["--help"]) == 0 and not frozen
+    assert main() == 0 and frozen == ["now", "at exit: True"]
+    assert capsys.readouterr().out
 
 
 def test_overview_loads_no_heavy_module(tmp_path):

@@ -8,8 +8,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from goldens import time_major
 from policy import LOGISTIC_GRADIENT, PROBABILITY, assert_rounding
 from safetensors import safe_open
 from safetensors.torch import save_file
+from warm import Command
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
 from mae_ast_fast.cli.downstream import task_summary
@@ -640,6 +640,19 @@ def test_finetune_outside_main_thread_runs(folder, tmp_path):
         assert pool.submit(finetune, options).result()["value"] > 0.3
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mae_ast_fast.training.lifecycle import run_lock
+
+run, end = map(Path, sys.argv[1:])
+with run_lock(run):
+    print("has it", flush=True)
+    while not end.exists():
+        time.sleep(0.01)
+"""
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("run", [probe, finetune])
 def test_runs_same_folder_at_once_raise(folder, tmp_path, run, resumed):
@@ -647,16 +660,15 @@ def test_runs_same_folder_at_once_raise(folder, tmp_path, run, resumed):
     options = make_options(folder, tmp_path / "run", **fields)
     if resumed:
         run(options)
-    holder = "import sys; from mae_ast_fast.training.lifecycle import run_lock; from pathlib import Path\n"
-    holder += "with run_lock(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == b"has it\n"
-        with pytest.raises(ValueError, match="a run is going on in"):
-            run(options)
-        process.stdin.close()
-        process.wait()
+    end = tmp_path / "end"
+    process = Command(["-c", HOLDER, str(tmp_path / "run"), str(end)], tmp_path / "log")
+    while not (tmp_path / "log").exists() or (tmp_path / "log").read_text() != "has it\n":
+        assert process.poll() is None
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="a run is going on in"):
+        run(options)
+    end.touch()
+    assert process.wait(timeout=60) == 0
     run(options)
 
 

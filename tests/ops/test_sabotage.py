@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Command
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,10 +211,14 @@ def run_tests(folder: Path, mutant: Mutant) -> subprocess.CompletedProcess[str]:
         "--timeout",
         "240",
     ]
-    command = [sys.executable, "-m", "pytest", *options, str(tests / "ops" / f"test_{mutant.op}.py")]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    line = ["-m", "pytest", *options, str(tests / "ops" / f"test_{mutant.op}.py")]
+    process = Command(line, folder / "stdout", folder / "stderr", env=environment, cwd=folder)
+    try:
+        code = process.wait(timeout=280)
+    finally:
+        process.kill()
+    outputs = ((folder / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(line, code, *outputs)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
+from warm import spawn
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, TrainStep
 from mae_ast_fast.training.distributed import DistributedContext, init_distributed
@@ -241,7 +242,7 @@ def set_torchrun_environment(rank: int, world_size: int, port: int) -> None:
 def start(world_size: int, folder: Path, cases: list[str]) -> list[dict[str, Any]]:
     """Results of the cases in each process."""
     run_process = functools.partial(process, port=free_port(), cases=cases)
-    torch.multiprocessing.spawn(run_process, (world_size, folder), nprocs=world_size)
+    spawn(run_process, (world_size, folder), world_size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
@@ -402,8 +403,8 @@ def run_with_silent_process(rank: int, port: int, barrier: Any) -> None:
 
 @pytest.mark.ci
 def test_init_distributed_silent_process_times_out() -> None:
-    barrier = torch.multiprocessing.get_context("spawn").Barrier(2)
-    torch.multiprocessing.spawn(run_with_silent_process, (free_port(), barrier), nprocs=2)
+    barrier = torch.multiprocessing.get_context("forkserver").Barrier(2)
+    spawn(run_with_silent_process, (free_port(), barrier), 2)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import yaml
 from policy import DECODER_BYTES, PROCESSES, PROCESSES_WEIGHTS, RSS_GROWTH, max_rel
 from safetensors.torch import load_file
 from toy_audio import write_gliding_tones
+from warm import Command
 
 from mae_ast_fast import cli
 from mae_ast_fast.checkpoints import step_folder
@@ -81,7 +82,8 @@ def update(trainer, batches):
 module.Trainer._update = update
 FAULT
 note(begin=True)
-code = cli.main(["pretrain", *sys.argv[1:]])
+sys.argv.insert(1, "pretrain")
+code = cli.main()
 note(end=code)
 raise SystemExit(code)
 """
@@ -182,7 +184,7 @@ def assert_same_run(run: Path, whole: Whole) -> None:
 
 
 def command(options: PretrainOptions, folder: Path, processes: int = 1, fault: str | None = None) -> list[str]:
-    """The command line. With ``fault`` (may be empty) it runs DRIVER, in ``folder``."""
+    """The interpreter's arguments. With ``fault`` (may be empty) it runs DRIVER, in ``folder``."""
     (folder / "options.yaml").write_text(yaml.safe_dump(dataclasses.asdict(options)))
     program = ["-m", "mae_ast_fast", "pretrain"]
     if fault is not None:
@@ -190,13 +192,15 @@ def command(options: PretrainOptions, folder: Path, processes: int = 1, fault: s
         program = [str(folder / "driver.py")]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     start += ["--max-restarts", "2"] * (fault == KILL)
-    return [sys.executable, *(start if processes > 1 else []), *program, "--config", str(folder / "options.yaml")]
+    return [*(start if processes > 1 else []), *program, "--config", str(folder / "options.yaml")]
 
 
-def start(line: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(line: list[str], log: Path) -> Command | subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if "torch.distributed.run" not in line:
+        return Command(line, log, env=environment)
     with open(log, "wb") as file:
-        return subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen([sys.executable, *line], stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
 def complete(line: list[str], log: Path, code: int = 0) -> str:
@@ -209,7 +213,7 @@ def complete(line: list[str], log: Path, code: int = 0) -> str:
 
 
 def wait_until(
-    condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None, log: Path | None = None
+    condition: Callable[[], Any], process: Command | subprocess.Popen[bytes] | None = None, log: Path | None = None
 ) -> None:
     deadline = time.monotonic() + 120
     while not condition():

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import yaml
 from goldens import Golden
 from safetensors.torch import load_file
 from toy_audio import write_gliding_tones
+from warm import Command
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, fbank
 from mae_ast_fast.checkpoints import load as checkpoint
@@ -84,10 +83,10 @@ def losses(run: str | Path) -> list[tuple[int, float]]:
 def command(options: PretrainOptions, folder: Path) -> list[str]:
     config = folder / "options.yaml"
     config.write_text(yaml.safe_dump(dataclasses.asdict(options)))
-    return [sys.executable, "-m", "mae_ast_fast", "pretrain", "--config", str(config)]
+    return ["-m", "mae_ast_fast", "pretrain", "--config", str(config)]
 
 
-def wait_for_step(process: subprocess.Popen[Any], run: Path, step: int) -> None:
+def wait_for_step(process: Command, run: Path, step: int) -> None:
     deadline, path = time.monotonic() + 120, run / "metrics.jsonl"
     while not path.is_file() or not any(row["step"] >= step for row in read_metrics(path)):
         assert process.poll() is None, "the run ended before it could be interrupted"
@@ -140,17 +139,17 @@ def test_pretrain_after_kill_equals_uninterrupted_run(options: PretrainOptions, 
     whole = dataclasses.replace(options, out=str(tmp_path / "whole"))
     pretrain(whole)
     run = Path(options.out)
-    line = command(options, tmp_path)
+    line, output, errors = command(options, tmp_path), tmp_path / "output", tmp_path / "errors"
     killed_at = []
     for step in (5, 8):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = Command(line, output, errors)
         wait_for_step(process, run, step)
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed_at.append(losses(run)[-1][0])
         assert not (run / "summary.json").exists()
-    again = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert "resuming from" in again.stdout
+    assert Command(line, output, errors).wait() == 0, errors.read_text()
+    assert "resuming from" in output.read_text()
     assert losses(run) == losses(whole.out), f"killed at {killed_at}"
     weights, expected = load_file(run / "model.safetensors"), load_file(Path(whole.out) / "model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -160,12 +159,13 @@ def test_pretrain_after_kill_equals_uninterrupted_run(options: PretrainOptions, 
 def test_pretrain_signal_saves_and_exits(options: PretrainOptions, tmp_path: Path, signal_number: int) -> None:
     options = dataclasses.replace(options, steps=500, warmup_steps=0, save_every=500, evaluate_every=500)
     run = Path(options.out)
-    process = subprocess.Popen(command(options, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = Command(command(options, tmp_path), tmp_path / "output", tmp_path / "errors")
     wait_for_step(process, run, 4)
     for _ in range(1 if signal_number == signal.SIGINT else 2):  # a scheduler may send SIGTERM to a process twice
         process.send_signal(signal_number)
         time.sleep(0.01)
-    _, errors = process.communicate(timeout=60)
+    process.wait(timeout=60)
+    errors = (tmp_path / "errors").read_text()
     assert process.returncode == 128 + signal_number, errors
     saved = step_folder.training_checkpoints(run)
     assert len(saved) == 1 and str(saved[0]) in errors and "Traceback" not in errors
@@ -284,7 +284,7 @@ def test_pretrain_rejects_other_options_in_the_same_folder(options: PretrainOpti
 
 def test_pretrain_rejects_second_run_in_one_folder(options: PretrainOptions, tmp_path: Path) -> None:
     long = dataclasses.replace(options, steps=500, evaluate_every=500, save_every=500)
-    process = subprocess.Popen(command(long, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Command(command(long, tmp_path), tmp_path / "log")
     try:
         wait_for_step(process, Path(options.out), 2)
         with pytest.raises(ValueError, match="a run is going on in"):
