@@ -9,5 +9,6 @@ setup(
         "mae_ast_fast": ["py.typed"],
         "mae_ast_fast.data": ["assets/*", "assets/tasks/*"],
         "mae_ast_fast.kernels": ["configs/*"],
+        "mae_ast_fast.training": ["yardstick.json"],
     },
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data import audio
 from ..files import atomic_write, read_json
 from ..models import saved
-from ..models.base import Encoded, PretrainingModel, weight_dtype
+from ..models.base import PretrainingModel, pool_tokens, weight_dtype
 from ..models.registry import MODELS
 from ..ops.fbank import SAMPLE_RATE, WINDOW, frames_to_samples
 
@@ -196,24 +196,6 @@ def write_predictions(
 def max_clip_seconds(encoder: PretrainingModel) -> float:
     """Duration in seconds of the longest clip that an encoder takes."""
     return frames_to_samples(encoder.max_frames) / SAMPLE_RATE
-
-
-def pool_tokens(encoded: Encoded, num_groups: int, *, num_bands: int = 1, group: Tensor | None = None) -> Tensor:
-    """Average tokens per group: (num_groups, num_bands * D) fp32, the means of the bands side by side.
-
-    Args:
-        encoded: Packed tokens of clips.
-        num_groups: Number of clips, or of the groups that ``group`` numbers.
-        num_bands: 1 averages over all frequency blocks; the model's ``grid_f`` keeps them apart.
-        group: (N,) int64 group of each token. None: its clip.
-    """
-    index = encoded.packing.clip if group is None else group
-    if num_bands > 1:
-        index = index * num_bands + encoded.frequency_block
-    x = encoded.x.float()
-    total = x.new_zeros(num_groups * num_bands, x.shape[1]).index_add(0, index, x)
-    count = x.new_zeros(len(total)).index_add(0, index, torch.ones_like(x[:, 0]))
-    return (total / count.clamp(min=1)[:, None]).reshape(num_groups, -1)
 
 
 def _windows(blocks: Iterator[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.base import pool_tokens
 from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, fbank
-from .classifier import NORM_EPS, AudioClassifier, pool_tokens
+from .classifier import NORM_EPS, AudioClassifier
 from .manifest import Fold
 from .options import ProbeOptions
 from .report import write_report

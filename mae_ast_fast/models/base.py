@@ -51,6 +51,24 @@ class Encoded:
     frequency_block: Tensor
 
 
+def pool_tokens(encoded: Encoded, num_groups: int, *, num_bands: int = 1, group: Tensor | None = None) -> Tensor:
+    """Average tokens per group: (num_groups, num_bands * D) fp32, the means of the bands side by side.
+
+    Args:
+        encoded: Packed tokens of clips.
+        num_groups: Number of clips, or of the groups that ``group`` numbers.
+        num_bands: 1 averages over all frequency blocks; the model's ``grid_f`` keeps them apart.
+        group: (N,) int64 group of each token. None: its clip.
+    """
+    index = encoded.packing.clip if group is None else group
+    if num_bands > 1:
+        index = index * num_bands + encoded.frequency_block
+    x = encoded.x.float()
+    total = x.new_zeros(num_groups * num_bands, x.shape[1]).index_add(0, index, x)
+    count = x.new_zeros(len(total)).index_add(0, index, torch.ones_like(x[:, 0]))
+    return (total / count.clamp(min=1)[:, None]).reshape(num_groups, -1)
+
+
 def check_lengths(
     lengths: Sequence[int] | Tensor, num_clips: int, max_frames: int, check_values: bool = True
 ) -> Tensor:
@@ -202,6 +220,10 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
 
     def normalize(self, features: Tensor) -> Tensor:
         """Log-mel (B, T, F) to the input of ``forward``; unchanged if the model normalises its input itself."""
+        return features
+
+    def denormalize(self, features: Tensor) -> Tensor:
+        """The inverse of ``normalize``: log-mel of any shape."""
         return features
 
     @property

@@ -245,6 +245,10 @@ class SSAST(PretrainingModel):
         """Log-mel (B, T, F) to the input of ``forward``: (x - mean) / (2 * std) with the configuration's statistics."""
         return (features - self.config.mean) / (2.0 * self.config.std)
 
+    def denormalize(self, features: Tensor) -> Tensor:
+        """The inverse of ``normalize``: log-mel of any shape."""
+        return features * (2.0 * self.config.std) + self.config.mean
+
     def sample_mask(
         self,
         frames: Tensor,

@@ -194,7 +194,7 @@ def shard(model: nn.Module, dtype: torch.dtype | None) -> None:
         dtype: Dtype of the gathered weights. None: their own.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     # FSDP2 warns of in-place writes to an output that is a view. Nothing here writes to one.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -203,3 +203,4 @@ def shard(model: nn.Module, dtype: torch.dtype | None) -> None:
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "encode")  # which the evaluation calls

@@ -1,14 +1,17 @@
 """Held-out evaluation: does the model predict masked patches better than averages and interpolation do?
 
-The clips and masks are fixed. The reconstruction error is compared with baselines that see exactly the same visible
+The clips, the masks and the unit of the errors are fixed in yardstick.json, so that runs compare whatever their model,
+input normalisation or target. The reconstruction error is compared with baselines that see exactly the same visible
 patches, and the InfoNCE top-1 accuracy with chance. Letters as in mae_ast.py.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..data.shards import Segment, Shards
+from ..models.base import pool_tokens
 from ..models.config import MAEASTConfig, SSASTConfig
 from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
@@ -31,7 +35,10 @@ CANDIDATES = 4096  # held-out clips to choose from: the first ones of the shards
 BASELINES = ("mean_of_visible", "mean_of_visible_same_band", "interpolation")
 TO_BEAT = ("mean_of_visible", "interpolation")
 TIME_MARGIN = 0.95  # a model passes if its error is below this share of ``other_times_mse``
-MASK_SEED = 20220331  # held-out masks never change: they depend neither on the run's seed nor on its length
+
+YARDSTICK: dict[str, Any] = json.loads((Path(__file__).parent / "yardstick.json").read_text(encoding="utf-8"))
+ERROR_UNIT: float = YARDSTICK["error_unit"]  # squared log-mel: about 4 variances of the default corpus
+MASK_SEED: int = YARDSTICK["mask_seed"]  # held-out masks depend neither on the run's seed nor on its length
 
 
 @dataclass
@@ -100,9 +107,9 @@ class Prediction:
     """Predictions for masked clips. Rows run clip by clip, tokens ascending; sum M is their number.
 
     Attributes:
-        patches: (B, L, P) all patches, normalised.
+        patches: (B, L, P) all patches, log-mel.
         mask: (B, L) bool, True = masked, False past a clip's tokens.
-        reconstruction: (sum M, P) predictions of the masked patches.
+        reconstruction: (sum M, P) predictions of the masked patches, log-mel.
         target: (sum M, P) the masked patches.
         info_nce: 0-d, mean over the masked tokens, 0 if that objective is off.
         accuracy: 0-d, InfoNCE top-1 accuracy over the masked tokens, 0 if that objective is off.
@@ -117,10 +124,11 @@ class Prediction:
 
 
 def predict(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tensor) -> Prediction:
-    """Run a model on masked clips.
+    """Run a model on masked clips and map its reconstruction back to log-mel.
 
-    SSAST in two passes gets the same mask in both. InfoNCE and accuracy come from the first pass, the reconstruction
-    from the second. With reconstruction off, zeros, the mean of the data, replace the reconstruction.
+    With ``norm_pix_loss`` the prediction gets the mean and variance of its target patch. SSAST in two passes gets the
+    same mask in both; InfoNCE and accuracy come from the first pass, the reconstruction from the second. With
+    reconstruction off, zeros, the mean of the data, replace the reconstruction.
 
     Args:
         model: Model in evaluation mode.
@@ -132,20 +140,25 @@ def predict(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Te
     two_pass = isinstance(config, SSASTConfig) and config.objective == "joint_two_pass"
     out = model(log_mel, num_frames, (mask, mask) if two_pass else mask)
     mask, target = (out.mask[1], out.target[1]) if two_pass else (out.mask, out.target)
+    reconstruction = torch.zeros_like(target, dtype=log_mel.dtype)
+    if config.reconstruction_weight > 0.0:
+        reconstruction = out.pred_reconstruction.to(log_mel.dtype)
+    if config.norm_pix_loss:
+        reconstruction = reconstruction * (target.var(1, keepdim=True) + 1e-6).sqrt() + target.mean(1, keepdim=True)
     mean, scale = model.input_stats(log_mel, num_frames.to(log_mel.device))
-    reconstruction = out.pred_reconstruction if config.reconstruction_weight > 0.0 else torch.zeros_like(target)
+    patches = patchify(model.denormalize(log_mel), config.patch_size)
     return Prediction(
-        patches=(patchify(log_mel, config.patch_size) - mean) * scale,
+        patches=patches,
         mask=mask,
-        reconstruction=reconstruction,
-        target=target,
+        reconstruction=model.denormalize(reconstruction / scale + mean),
+        target=patches[mask],
         info_nce=out.loss_classification,
         accuracy=out.accuracy,
     )
 
 
 def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> dict[str, Any]:
-    """Errors of the model and of the baselines on the held-out clips, in the model's normalised space.
+    """Errors of the model and of the baselines on the held-out clips: squared error of the log-mel over ``ERROR_UNIT``.
 
     Each baseline uses the same clip's visible patches:
 
@@ -166,7 +179,8 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
     Returns:
         ``reconstruction_mse``, ``other_times_mse``,
         ``baselines`` {name: mse}, ``accuracy``, ``chance`` (mean of 1 / M over masked tokens),
-        ``info_nce``, ``masked_tokens``, ``clips``, ``passed`` and ``failures`` (a line per mark that was not beaten).
+        ``info_nce``, ``effective_rank`` of the encoder's features of the whole clips, each clip's averaged over its
+        tokens, ``masked_tokens``, ``clips``, ``passed`` and ``failures`` (a line per mark that was not beaten).
 
     Raises:
         ValueError: No clip has both visible and masked tokens.
@@ -174,14 +188,17 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
     was_training = model.training
     model.eval()
     totals: dict[str, float] = {}
+    pooled: list[Tensor] = []
     device = next(model.parameters()).device
     try:
         for indices in _usable(model.config, held_out).split(batch_size):
             num_frames = held_out.num_frames[indices]
             log_mel = held_out.log_mel[indices, : int(num_frames.max())]
             log_mel = torch.where(real_tokens(num_frames, log_mel.shape[1])[:, :, None], log_mel, 0)
+            log_mel, num_frames = log_mel.to(device), num_frames.to(device)
             with torch.no_grad():
-                sums = _sums(model, log_mel.to(device), num_frames.to(device), held_out.mask[indices].to(device))
+                sums = _sums(model, log_mel, num_frames, held_out.mask[indices].to(device))
+                pooled.append(pool_tokens(model.encode(log_mel, num_frames), len(log_mel)))
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
     finally:
@@ -196,6 +213,7 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
         "info_nce": means.pop("nce"),
         "accuracy": means.pop("accuracy"),
         "chance": means.pop("chance"),
+        "effective_rank": effective_rank(torch.cat(pooled)),
         "baselines": means,
     }
     report["failures"] = failures(model, report)
@@ -210,6 +228,19 @@ def _usable(config: MAEASTConfig | SSASTConfig, held_out: HeldOut) -> Tensor:
     if not has_both.any():
         raise ValueError(f"none of {len(has_both)} held-out clips has both visible and masked tokens")
     return has_both.nonzero()[:, 0]
+
+
+def effective_rank(features: Tensor) -> float:
+    """How many directions features use evenly: 1 if all are multiples of one vector, at most min(n, D).
+
+    The exponential of the entropy of the singular values' shares of their sum (Garrido et al. 2023, arXiv 2210.02885).
+
+    Args:
+        features: (n, D).
+    """
+    values = torch.linalg.svdvals(features.double().cpu())
+    share = values / values.sum().clamp(min=1e-300)
+    return float(torch.special.entr(share).sum().exp())
 
 
 def failures(model: MAEAST | SSAST, report: dict[str, Any]) -> list[str]:
@@ -243,16 +274,15 @@ def _sums(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tens
     real = real_tokens(config.num_tokens(num_frames), patches.shape[1])
     visible = real & ~mask
     num_masked = mask.sum(1)
-    # With norm_pix_loss, the errors of the model and the baselines are relative to the target patch's variance.
-    unit = out.target.var(1) + 1e-6 if config.norm_pix_loss else torch.ones_like(out.target[:, 0])
     baselines = {
         "mean_of_visible": mean_of_visible(patches, visible),
         "mean_of_visible_same_band": mean_of_visible(patches, visible, config.grid_f),
         "interpolation": interpolation(patches, visible, config.patch_size, config.num_mel_bins),
     }
-    sums = {name: (masked_mse(baseline[mask], out.target) / unit).sum() for name, baseline in baselines.items()}
-    sums["mse"] = masked_mse(out.reconstruction, out.target, config.norm_pix_loss).sum()
-    sums["other_times"] = other_times_error(out.reconstruction, out.target, mask, config)
+    sums = {name: masked_mse(baseline[mask], out.target).sum() for name, baseline in baselines.items()}
+    sums["mse"] = masked_mse(out.reconstruction, out.target).sum()
+    sums["other_times"] = other_times_error(out.reconstruction, out.target, mask, config.grid_f)
+    sums = {name: value / ERROR_UNIT for name, value in sums.items()}
     sums["nce"] = out.info_nce * num_masked.sum()
     sums["accuracy"] = out.accuracy * num_masked.sum()
     sums["chance"] = (num_masked > 0).sum()  # M tokens of a clip, each 1 / M
@@ -260,7 +290,7 @@ def _sums(model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tens
     return {name: float(value) for name, value in sums.items()}
 
 
-def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, config: MAEASTConfig | SSASTConfig) -> Tensor:
+def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, grid_f: int) -> Tensor:
     """Sum over masked tokens of the mean error of the predictions for their block's other masked times in the clip.
 
     A token that is its block's only masked one counts with its own error.
@@ -269,15 +299,13 @@ def other_times_error(prediction: Tensor, target: Tensor, mask: Tensor, config: 
         prediction: (sum M, P), rows as in ``Prediction``.
         target: (sum M, P).
         mask: (B, L) bool, True = masked.
-        config: Configuration of the model.
+        grid_f: Frequency blocks.
     """
     target, prediction = target.double(), prediction.double()
-    if config.norm_pix_loss:
-        target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
     clip, token = mask.nonzero(as_tuple=True)
-    group = clip * config.grid_f + token % config.grid_f
+    group = clip * grid_f + token % grid_f
     ones = torch.ones_like(target[:, 0])
-    num_groups = mask.shape[0] * config.grid_f
+    num_groups = mask.shape[0] * grid_f
 
     def group_sum(values: Tensor) -> Tensor:  # for each row, the sum over its group
         return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, group, values)[group]
@@ -343,8 +371,9 @@ def interpolation(patches: Tensor, visible: Tensor, patch_size: tuple[int, int],
 def held_out_set(model: MAEAST | SSAST, shards: Shards, options: PretrainOptions) -> HeldOut:
     """Log-mel and masks of the clips to evaluate on: the first ``max_seconds`` of each.
 
-    Up to ``HELD_OUT_CLIPS`` clips: equally many of each kind if there are enough, spread evenly over the names. This
-    leaves out silent clips, and clips shorter than 2 s or than the median length, whichever is less.
+    The clips of the yardstick if the shards hold them all, as those of the default corpus do. Otherwise up to
+    ``HELD_OUT_CLIPS`` clips: equally many of each kind if there are enough, spread evenly over the names. These leave
+    out silent clips, and clips shorter than 2 s or than the median length, whichever is less.
 
     Raises:
         ValueError: The shards have no held-out clip, or none that can be read.
@@ -353,7 +382,27 @@ def held_out_set(model: MAEAST | SSAST, shards: Shards, options: PretrainOptions
     segments = [segment for segment in candidates if segment.index == 0]
     if not segments:
         raise ValueError(f"{shards.source} has no held-out clip to evaluate on: expected cuts with split=held_out")
-    silent = set(shards.report.get("silent", {}).get("names", ()))
+    by_name = {segment.name: segment for segment in segments}
+    if all(name in by_name for name in YARDSTICK["clips"]):
+        chosen = [by_name[name] for name in YARDSTICK["clips"]]
+    else:
+        chosen = _spread_over_kinds(segments, silent=set(shards.report.get("silent", {}).get("names", ())))
+    max_samples = round(options.max_seconds * SAMPLE_RATE)
+    batch = shards.read([segment.crop(0, min(max_samples, segment.num_samples)) for segment in chosen])
+    if not batch.names:
+        raise ValueError(f"none of the held-out clips of {shards.source} can be read: {batch.faults}")
+    kinds = {segment.name: segment.kind for segment in chosen}
+    log_mel, num_frames = model.features(batch.waveforms, batch.num_samples)
+    return HeldOut.of(model, log_mel, num_frames, names=batch.names, kinds=[kinds[name] for name in batch.names])
+
+
+def _spread_over_kinds(segments: list[Segment], *, silent: set[str]) -> list[Segment]:
+    """Up to ``HELD_OUT_CLIPS`` of the segments, as ``held_out_set`` describes.
+
+    Args:
+        segments: At least one.
+        silent: Names of silent clips, chosen only if there are no others.
+    """
     segments = [segment for segment in segments if segment.name not in silent] or segments
     num_samples = np.array([segment.num_samples for segment in segments])
     min_samples = min(2 * SAMPLE_RATE, np.quantile(num_samples, 0.5))
@@ -362,15 +411,8 @@ def held_out_set(model: MAEAST | SSAST, shards: Shards, options: PretrainOptions
         if segment.num_samples >= min_samples:
             by_kind.setdefault(segment.kind, []).append(segment)
     per_kind = HELD_OUT_CLIPS // len(by_kind)
-    chosen = [
+    return [
         of_kind[round(i)]
         for of_kind in by_kind.values()
         for i in np.linspace(0, len(of_kind) - 1, min(per_kind, len(of_kind)))
     ]
-    max_samples = round(options.max_seconds * SAMPLE_RATE)
-    batch = shards.read([segment.crop(0, min(max_samples, segment.num_samples)) for segment in chosen])
-    if not batch.names:
-        raise ValueError(f"none of the held-out clips of {shards.source} can be read: {batch.faults}")
-    kinds = {segment.name: segment.kind for segment in chosen}
-    log_mel, num_frames = model.features(batch.waveforms, batch.num_samples)
-    return HeldOut.of(model, log_mel, num_frames, names=batch.names, kinds=[kinds[name] for name in batch.names])

@@ -61,7 +61,6 @@ def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
             evaluated_at = [row["step"] for row in evaluations]
             held_out = [report[report_name] for report in reports]
             axis.plot(evaluated_at, held_out, "o-", color="C1", markersize=3, label="held out")
-            # The unit of the errors follows the running statistics, so baselines move a little from point to point.
             baselines = {"chance": [report["chance"] for report in reports]} if name == "accuracy" else {}
             if name == "loss_reconstruction":
                 baselines = {label: [report["baselines"][label] for report in reports] for label in BASELINES}
@@ -80,10 +79,9 @@ def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
 def reconstruct(
     model: MAEAST | SSAST, log_mel: Tensor, num_frames: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Original, masked and reconstructed normalised log-mel, each (B, T', F), NaN past a clip's end and where masked.
+    """Original, masked and reconstructed log-mel, each (B, T', F), NaN past a clip's end and where masked.
 
-    Visible patches keep their values in the reconstruction. With ``norm_pix_loss`` the prediction is scaled back to
-    the target patch's own mean and variance.
+    Visible patches keep their values in the reconstruction. For ``norm_pix_loss`` see ``predict``.
 
     Args:
         model: Model in evaluation mode.
@@ -94,12 +92,10 @@ def reconstruct(
     config = model.config
     with torch.no_grad():
         out = predict(model, log_mel, num_frames, mask)
-    patches, prediction = out.patches, out.reconstruction.to(out.patches.dtype)
-    if config.norm_pix_loss:
-        prediction = prediction * (out.target.var(1, keepdim=True) + 1e-6).sqrt() + out.target.mean(1, keepdim=True)
+    patches = out.patches
     real = real_tokens(config.num_tokens(num_frames), patches.shape[1])[:, :, None]
     filled = patches.clone()
-    filled[out.mask] = prediction
+    filled[out.mask] = out.reconstruction
 
     def picture(x: Tensor) -> Tensor:
         return unpatchify(x.masked_fill(~real, float("nan")), config.patch_size, config.num_mel_bins)

@@ -109,7 +109,8 @@ class MetricsLog:
             baselines = ", ".join(f"{name} {value:.3f}" for name, value in report["baselines"].items())
             self.say(
                 f"step {row['step']}: held out mse {report['reconstruction_mse']:.3f} ({baselines}), "
-                f"accuracy {report['accuracy']:.3f} (chance {report['chance']:.3f})"
+                f"accuracy {report['accuracy']:.3f} (chance {report['chance']:.3f}), "
+                f"effective rank {report['effective_rank']:.1f}"
             )
 
     def append(self, row: dict[str, Any], points: dict[str, float], position: int) -> None:

@@ -24,12 +24,13 @@ from warm import Command
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
 from mae_ast_fast.cli.downstream import task_summary
 from mae_ast_fast.downstream.augment import mixup, spec_augment
-from mae_ast_fast.downstream.classifier import NORM_EPS, AudioClassifier, pool_tokens
+from mae_ast_fast.downstream.classifier import NORM_EPS, AudioClassifier
 from mae_ast_fast.downstream.finetune import finetune, parameter_groups
 from mae_ast_fast.downstream.metrics import average_precisions, bootstrap_ci, score
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.downstream.probe import PENALTIES, fit_logistic, probe
 from mae_ast_fast.downstream.report import BaselineSummary, TaskSummary
+from mae_ast_fast.models.base import pool_tokens
 from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain

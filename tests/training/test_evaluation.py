@@ -17,11 +17,25 @@ from torch import Tensor
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, fbank
 from mae_ast_fast.data.audio import decode
+from mae_ast_fast.data.shards import Batch, Crop, Segment
 from mae_ast_fast.models.config import SSAST_OBJECTIVES
 from mae_ast_fast.ops import reference
+from mae_ast_fast.ops.fbank import SAMPLE_RATE, num_frames
 from mae_ast_fast.ops.masking import sample_mask
-from mae_ast_fast.training.evaluation import HeldOut, evaluate, failures, interpolation, mean_of_visible
+from mae_ast_fast.training.evaluation import (
+    ERROR_UNIT,
+    HELD_OUT_CLIPS,
+    YARDSTICK,
+    HeldOut,
+    effective_rank,
+    evaluate,
+    failures,
+    held_out_set,
+    interpolation,
+    mean_of_visible,
+)
 from mae_ast_fast.training.figures import plot_loss, plot_reconstruction, reconstruct
+from mae_ast_fast.training.options import PretrainOptions
 
 AUDIO = Path(__file__).parent.parent / "audio"
 KT, KF, BINS, GRID_F = 4, 3, 9, 3  # a small grid: three bands of three mel bins
@@ -167,14 +181,20 @@ Outputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def outputs_of_mae_ast(model: MAEAST, x: Tensor, mask: Tensor) -> Outputs:
-    """For one clip (1, T, F): normalised patches (1, L, P), predictions (M, P), InfoNCE (M,) and hits (M,)."""
+    """For one clip (1, T, F): log-mel patches (1, L, P), predictions (M, P), InfoNCE (M,) and hits (M,)."""
     scale = 0.5 / math.sqrt(model.input_norm.running_var.item() + 1e-5)
     with torch.no_grad():
         out = model(x, None, mask)
-    patches = (reference.patchify(x, (KT, KF)).double().numpy() - model.input_norm.running_mean.item()) * scale
-    logits = out.pred_classification.double().numpy() @ patches[mask.numpy()].T
+    mean = model.input_norm.running_mean.item()
+    patches = reference.patchify(x, (KT, KF)).double().numpy()
+    target = (patches[mask.numpy()] - mean) * scale
+    logits = out.pred_classification.double().numpy() @ target.T
     nce = np.log(np.exp(logits).sum(1)) - logits.diagonal()
-    return patches, out.pred_reconstruction.double().numpy(), nce, logits.argmax(1) == np.arange(len(logits))
+    reconstruction = out.pred_reconstruction.double().numpy()
+    if model.config.norm_pix_loss:
+        spread = np.sqrt(target.var(1, ddof=1, keepdims=True) + 1e-6)
+        reconstruction = reconstruction * spread + target.mean(1, keepdims=True)
+    return patches, reconstruction / scale + mean, nce, logits.argmax(1) == np.arange(len(logits))
 
 
 def outputs_of_ssast(model: SSAST, x: Tensor, mask: Tensor) -> Outputs:
@@ -192,7 +212,8 @@ def outputs_of_ssast(model: SSAST, x: Tensor, mask: Tensor) -> Outputs:
     reconstruction = np.zeros((masked, KT * KF))
     if model.config.reconstruction_weight:
         reconstruction = out.pred_reconstruction.double().numpy()
-    return patches, reconstruction, nce, hit
+    mean, scale = model.config.mean, 2 * model.config.std
+    return patches * scale + mean, reconstruction * scale + mean, nce, hit
 
 
 def expected_report(model: MAEAST | SSAST, held: HeldOut) -> dict[str, Any]:
@@ -209,17 +230,13 @@ def expected_report(model: MAEAST | SSAST, held: HeldOut) -> dict[str, Any]:
         patches, prediction, nce, hit = outputs_of(model, held.log_mel[clip : clip + 1, :count], mask)
         is_masked = mask.numpy()
         target = patches[is_masked]
-        unit, scaled_target = np.ones(masked), target
-        if model.config.norm_pix_loss:
-            unit = target.var(1, ddof=1) + 1e-6
-            scaled_target = (target - target.mean(1, keepdims=True)) / np.sqrt(unit[:, None])
         baselines = {
             "mean_of_visible": loop_mean(patches, ~is_masked, same_band=False),
             "mean_of_visible_same_band": loop_mean(patches, ~is_masked, same_band=True),
             "interpolation": loop_interpolation(patches, ~is_masked),
         }
-        errors = {name: ((baseline[is_masked] - target) ** 2).mean(1) / unit for name, baseline in baselines.items()}
-        errors["mse"] = ((prediction - scaled_target) ** 2).mean(1)
+        predictions = {name: baseline[is_masked] for name, baseline in baselines.items()} | {"mse": prediction}
+        errors = {name: ((values - target) ** 2).mean(1) / ERROR_UNIT for name, values in predictions.items()}
         errors["nce"], errors["accuracy"] = nce, hit
         errors["chance"] = np.full(masked, 1 / masked)
         for name, values in errors.items():
@@ -275,8 +292,8 @@ def test_evaluate_ssast_equals_loops(objective: str, batch_size: int) -> None:
 
 
 def test_evaluate_both_models_gives_same_masks_and_baselines() -> None:
-    """With the same clips, patch grid and mask ratio."""
-    mae_ast, ssast = build(), build_ssast(std=math.sqrt(14.0 + 1e-5))
+    """With the same clips, patch grid and mask ratio, whatever their input normalisation and target."""
+    mae_ast, ssast = build(norm_pix_loss=True), build_ssast()
     mae_ast_set, ssast_set = held_out(mae_ast, NUM_FRAMES), held_out(ssast, NUM_FRAMES)
     assert torch.equal(mae_ast_set.mask, ssast_set.mask)
     reports = evaluate(mae_ast, mae_ast_set), evaluate(ssast, ssast_set)
@@ -293,6 +310,35 @@ def test_evaluate_ignores_clips_without_visible_or_masked_tokens() -> None:
     expected = expected_report(model, held)
     for batch_size in (1, 2, 3, 7):
         assert_report(evaluate(model, held, batch_size), expected)
+
+
+def test_effective_rank_of_known_spectra() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, 8, generator=generator)
+    left, _ = torch.linalg.qr(torch.randn(20, 8, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))
+    for spectrum, rank in (
+        ([1.0] * 8, 8.0),
+        ([5.0] * 3 + [0.0] * 5, 3.0),
+        ([3.0, 1.0] + [0.0] * 6, 4 / 3**0.75),  # shares 3/4 and 1/4
+    ):
+        features = left * torch.tensor(spectrum, dtype=torch.float64) @ right
+        assert_rounding(torch.tensor(effective_rank(7.0 * features)), torch.tensor(rank))
+    assert_rounding(torch.tensor(effective_rank(torch.randn(20, 1, generator=generator) * one)), torch.tensor(1.0))
+    assert effective_rank(torch.zeros(4, 8)) == 1.0
+
+
+def test_evaluate_effective_rank_is_that_of_mean_features_of_whole_clips() -> None:
+    model = build()
+    held = held_out(model, [29, 8, 3, 16, 22], padding=float("nan"))  # the third has no whole patch
+    means = []
+    for log_mel, count in zip(held.log_mel, held.num_frames.tolist(), strict=True):
+        if count >= KT:
+            with torch.no_grad():
+                means.append(model.extract_features(log_mel[None, :count]).last_hidden_state[0].mean(0))
+    expected = torch.tensor(effective_rank(torch.stack(means)))
+    for batch_size in (1, 3):
+        assert_rounding(torch.tensor(evaluate(model, held, batch_size)["effective_rank"]), expected)
 
 
 def test_evaluate_rejects_set_without_usable_clip() -> None:
@@ -351,6 +397,56 @@ def test_held_out_select_returns_the_indexed_clips() -> None:
     longest = held.longest_of_each_kind(max_clips=4)
     assert longest.names == ["clip 2", "clip 0", "clip 5", "clip 3"]  # the longest sounds, the longest speech
     assert held.longest_of_each_kind(max_clips=1).names == ["clip 2", "clip 5"]
+
+
+class FakeShards:
+    """Held-out clips of one second or more by name; sounds, and speech where the name says so."""
+
+    source, report = "fake", {"silent": {"names": ["a silent one"]}}
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    def segments(self, split: str) -> list[Segment]:
+        assert split == "held_out"
+        placement = {"shard": "", "id": "", "group": "", "split": split, "offset": 0, "num_bytes": 0, "crc32": 0}
+        return [
+            Segment(
+                **placement,
+                name=name,
+                kind="speech" if "speech" in name else "sound",
+                index=0,
+                num_samples=round(seconds * SAMPLE_RATE),
+                codec="flac",
+            )
+            for name, seconds in self.seconds.items()
+        ]
+
+    def read(self, crops: list[Crop]) -> Batch:
+        num_samples = torch.tensor([crop.num_samples for crop in crops])
+        waveforms = torch.zeros(len(crops), int(num_samples.max()), dtype=torch.int16)
+        return Batch(waveforms, num_samples, torch.arange(len(crops)), [crop.segment.name for crop in crops], [])
+
+
+def test_held_out_set_of_the_default_corpus_is_that_of_the_yardstick() -> None:
+    names = YARDSTICK["clips"]
+    assert len(set(names)) == len(names) <= HELD_OUT_CLIPS
+    model, options = MAEAST(MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1)), PretrainOptions()
+    shards = FakeShards(dict.fromkeys(["one more", *reversed(names)], 3.0))
+    held = held_out_set(model, shards, options)
+    assert held.names == names, "in the order of the yardstick, which gives each clip its mask"
+    shards = FakeShards(dict.fromkeys(["one more", *names[1:]], 3.0))
+    assert "one more" in held_out_set(model, shards, options).names, "a clip is missing: another corpus"
+
+
+def test_held_out_set_of_other_data_spreads_over_kinds() -> None:
+    seconds = {f"sound {i:03}": 3.0 for i in range(50)} | {f"speech {i:03}": 3.0 for i in range(100)}
+    seconds |= {"a silent one": 3.0, "a short speech": 0.5, "a long speech": 30.0}
+    model = MAEAST(MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1))
+    held = held_out_set(model, FakeShards(seconds), PretrainOptions(max_seconds=5.0))
+    assert held.kinds.count("sound") == held.kinds.count("speech") == HELD_OUT_CLIPS // 2
+    assert not {"a silent one", "a short speech"} & set(held.names)
+    assert int(held.num_frames[held.names.index("a long speech")]) == num_frames(5 * SAMPLE_RATE)
 
 
 # ---------------------------------------------------------------------------------------------------------- the check
@@ -446,10 +542,12 @@ def test_other_times_mse_equals_loops(norm_pix_loss: bool, batch_size: int) -> N
     held = held_out(model, NUM_FRAMES)
     with torch.no_grad():
         out = model(held.log_mel, held.num_frames, held.mask)
-    target = out.target.double().numpy()
+    target, prediction = out.target.double().numpy(), out.pred_reconstruction.double().numpy()
     if norm_pix_loss:
-        target = (target - target.mean(1, keepdims=True)) / np.sqrt(target.var(1, ddof=1, keepdims=True) + 1e-6)
-    expected = loop_other_times(out.pred_reconstruction.double().numpy(), target, out.mask.numpy())
+        spread = np.sqrt(target.var(1, ddof=1, keepdims=True) + 1e-6)
+        prediction = prediction * spread + target.mean(1, keepdims=True)
+    squared_scale = 4 * (14.0 + 1e-5)
+    expected = loop_other_times(prediction, target, out.mask.numpy()) * squared_scale / ERROR_UNIT
     report = evaluate(model, held, batch_size)
     assert_rounding(torch.tensor(report["other_times_mse"]), torch.tensor(expected))
 
@@ -617,8 +715,7 @@ def test_reconstruct_keeps_visible_patches_and_fills_masked_ones(norm_pix_loss: 
     scale = 0.5 / math.sqrt(14.0 + 1e-5)
     row = 0
     for clip, count in enumerate((28, 16)):
-        expected = (held.log_mel[clip, :count] + 7.5) * scale
-        assert_rounding(original[clip, :count], expected)
+        assert torch.equal(original[clip, :count], held.log_mel[clip, :count])
         assert original[clip, count:].isnan().all() and filled[clip, count:].isnan().all()
         for token in range(count // KT * GRID_F):
             t, f = token // GRID_F * KT, token % GRID_F * KF
@@ -629,7 +726,7 @@ def test_reconstruct_keeps_visible_patches_and_fills_masked_ones(norm_pix_loss: 
                     target = out.target[row].double()
                     patch = patch * (target.var() + 1e-6).sqrt() + target.mean()
                 assert masked[position].isnan().all()
-                assert_rounding(filled[position].flatten(), patch)
+                assert_rounding(filled[position].flatten(), patch / scale - 7.5)
                 row += 1
             else:
                 assert torch.equal(masked[position], original[position]) and torch.equal(
@@ -646,10 +743,10 @@ def test_reconstruct_ssast_equals_its_outputs(objective: str) -> None:
     for clip, count in enumerate((28, 16)):
         x, mask = held.log_mel[clip : clip + 1, :count], held.mask[clip : clip + 1, : count // KT * GRID_F]
         patches, prediction, _, _ = outputs_of_ssast(model, x, mask)
-        assert torch.equal(original[clip, :count], x[0]) and original[clip, count:].isnan().all()
-        patches[mask.numpy()] = np.nan
-        expected = reference.unpatchify(torch.from_numpy(patches).float(), (KT, KF), BINS)[0]
-        assert torch.equal(masked[clip, :count].nan_to_num(99.0), expected.nan_to_num(99.0))
+        assert torch.equal(original[clip, :count], model.denormalize(x[0])) and original[clip, count:].isnan().all()
+        is_visible = ~mask[0].view(-1, GRID_F).repeat_interleave(KT, 0).repeat_interleave(KF, 1)
+        assert torch.equal(~masked[clip, :count].isnan(), is_visible)
+        assert torch.equal(masked[clip, :count][is_visible], original[clip, :count][is_visible])
         patches[mask.numpy()] = prediction
         assert_rounding(filled[clip, :count], reference.unpatchify(torch.from_numpy(patches), (KT, KF), BINS)[0])
 
