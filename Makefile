@@ -4,10 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 BASE ?= main
-# Most tests keep one core busy, some wait: one process more than cores, at most four. A file's tests share what they set
-# up. Files start in the order of tests/conftest.py.
+# Most tests keep one core busy, some wait: one process more than cores, at most four. A file's tests share what they set up.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-SIDE_BY_SIDE ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE ?= -n $(WORKERS) --dist loadfile
 # Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -15,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= python3.12
 GPU_PACKAGES = torch==2.11.0 triton==3.6.0 "numpy>=2.4" "transformers>=5" "hypothesis>=6.100" "pytest>=8" \
-  "pytest-benchmark>=5" "pytest-timeout>=2.3" "pytest-xdist>=3.7"
+  "pytest-benchmark>=5" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 GPU_TESTS = interpreter policy add_layer_norm bias_gelu feed_forward gather_patches info_nce masked_mse sample_mask \
   scatter_tokens short_attention clear_padding model_triton golden undefined_memory attention flash packed_sizes train_step import \
   doctor datasets benchmarks fbank called_modules fake_cuda gpu_first

@@ -27,8 +27,6 @@ if not torch.cuda.is_available():
 KERNELS = Path(*importlib.util.find_spec("mae_ast_fast.kernels").submodule_search_locations)
 KERNEL_TESTS = {f"test_{path.stem}" for path in KERNELS.glob("*.py") if "def examples(" in path.read_text()}
 KERNEL_TESTS |= {"test_model_triton", "test_golden", "test_ssast", "test_undefined_memory"}
-# The files that take longest go first, so that no process of a parallel run is alone with one of them at the end.
-LONGEST_FILES = ("test_kernel_report.py", "test_gpu_first.py", "test_faults.py", "test_gpu_run.py", "test_finetune.py")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -39,11 +37,6 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "timeout(seconds): limit of a test, where pytest-timeout is installed")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
