@@ -167,6 +167,7 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
         f"  reconstruction MSE {held_out['reconstruction_mse']:.4f}; baselines: {baselines}",
         f"  InfoNCE accuracy {held_out['accuracy']:.4f}; chance {held_out['chance']:.4f}",
     ]
+    lines += [f"  {warning}" for warning in held_out["warnings"]]
     if held_out["passed"]:
         lines.append("  passed: better than the mean of the visible patches, than interpolation, and than twice chance")
     else:

@@ -35,6 +35,7 @@ CANDIDATES = 4096  # held-out clips to choose from: the first ones of the shards
 BASELINES = ("mean_of_visible", "mean_of_visible_same_band", "interpolation")
 TO_BEAT = ("mean_of_visible", "interpolation")
 TIME_MARGIN = 0.95  # a model passes if its error is below this share of ``other_times_mse``
+COLLAPSED = 0.1  # features have collapsed if their effective rank is below this share of the possible one
 
 YARDSTICK: dict[str, Any] = json.loads((Path(__file__).parent / "yardstick.json").read_text(encoding="utf-8"))
 ERROR_UNIT: float = YARDSTICK["error_unit"]  # squared log-mel: about 4 variances of the default corpus
@@ -180,7 +181,8 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
         ``reconstruction_mse``, ``other_times_mse``,
         ``baselines`` {name: mse}, ``accuracy``, ``chance`` (mean of 1 / M over masked tokens),
         ``info_nce``, ``effective_rank`` of the encoder's features of the whole clips, each clip's averaged over its
-        tokens, ``masked_tokens``, ``clips``, ``passed`` and ``failures`` (a line per mark that was not beaten).
+        tokens, ``masked_tokens``, ``clips``, ``passed``, ``failures`` (a line per mark that was not beaten) and
+        ``warnings`` (a line if the features have collapsed).
 
     Raises:
         ValueError: No clip has both visible and masked tokens.
@@ -216,6 +218,7 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
         "effective_rank": effective_rank(torch.cat(pooled)),
         "baselines": means,
     }
+    report["warnings"] = collapse_warnings(report["effective_rank"], max_rank=min(torch.cat(pooled).shape))
     report["failures"] = failures(model, report)
     report["passed"] = not report["failures"]
     return report
@@ -241,6 +244,16 @@ def effective_rank(features: Tensor) -> float:
     values = torch.linalg.svdvals(features.double().cpu())
     share = values / values.sum().clamp(min=1e-300)
     return float(torch.special.entr(share).sum().exp())
+
+
+def collapse_warnings(rank: float, *, max_rank: int) -> list[str]:
+    """A line with the usual cure if the effective rank of features is below ``COLLAPSED`` of the possible one."""
+    if rank >= COLLAPSED * max_rank:
+        return []
+    return [
+        f"the features collapse: effective rank {rank:.1f} of {max_rank}; the usual cure is --optimizer muon or a "
+        "lower --lr"
+    ]
 
 
 def failures(model: MAEAST | SSAST, report: dict[str, Any]) -> list[str]:

@@ -112,6 +112,8 @@ class MetricsLog:
                 f"accuracy {report['accuracy']:.3f} (chance {report['chance']:.3f}), "
                 f"effective rank {report['effective_rank']:.1f}"
             )
+            for warning in report["warnings"]:
+                self.say(f"step {row['step']}: {warning}")
 
     def append(self, row: dict[str, Any], points: dict[str, float], position: int) -> None:
         """Append a line to metrics.jsonl, and points to the curves of TensorBoard.

@@ -55,6 +55,7 @@ SUMMARY = {
         "chance": 0.03125,
         "passed": True,
         "failures": [],
+        "warnings": [],
     },
 }
 
@@ -379,6 +380,12 @@ def test_pretrain_summary_failed_evaluation_lists_failures():
     text = pretrain_command.pretrain_summary({**SUMMARY, "held_out": held_out}, Path("runs/x"))
     assert "NOT passed:\n    accuracy 0.1 is not above\n    second\n" in text
     assert "  passed: " not in text
+
+
+def test_pretrain_summary_shows_warnings_after_the_marks():
+    held_out = {**SUMMARY["held_out"], "warnings": ["the features collapse"]}
+    text = pretrain_command.pretrain_summary({**SUMMARY, "held_out": held_out}, Path("runs/x"))
+    assert "; chance 0.0312\n  the features collapse\n  passed: " in text
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from mae_ast_fast.training.evaluation import (
     HELD_OUT_CLIPS,
     YARDSTICK,
     HeldOut,
+    collapse_warnings,
     effective_rank,
     evaluate,
     failures,
@@ -326,6 +327,18 @@ def test_effective_rank_of_known_spectra() -> None:
         assert_rounding(torch.tensor(effective_rank(7.0 * features)), torch.tensor(rank))
     assert_rounding(torch.tensor(effective_rank(torch.randn(20, 1, generator=generator) * one)), torch.tensor(1.0))
     assert effective_rank(torch.zeros(4, 8)) == 1.0
+
+
+def test_evaluate_collapsed_features_warn_of_a_rank_below_a_tenth() -> None:
+    assert collapse_warnings(2.0, max_rank=20) == []
+    (line,) = collapse_warnings(1.99, max_rank=20)
+    assert "effective rank 2.0 of 20" in line and "--optimizer muon" in line
+    model = build(embed_dim=32, decoder_embed_dim=32)
+    held = held_out(model, [32] * 40)
+    assert evaluate(model, held)["warnings"] == []
+    model.encoder.layers[-1].ffn_norm.weight.data.zero_()  # every token of every clip is the bias
+    model.encoder.layers[-1].ffn_norm.bias.data.fill_(1.0)
+    assert "effective rank 1.0 of 32" in evaluate(model, held)["warnings"][0]
 
 
 def test_evaluate_effective_rank_is_that_of_mean_features_of_whole_clips() -> None:
