@@ -24,12 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        argv: Arguments without the program's name; None: those of this process.
+        argv: Arguments without the program's name; None: those of this process, whose ``OMP_WAIT_POLICY`` then becomes
+            PASSIVE unless it is set.
 
     Returns:
         The exit code.
     """
     if argv is None:
+        # Threads that wait asleep. PyTorch's OpenMP reads this when it is loaded, which no module has done yet.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         gc.freeze()  # the garbage collector then passes over the imported modules, now and ...
         atexit.register(gc.freeze)  # ... when the process ends
     argv = list(sys.argv[1:] if argv is None else argv)

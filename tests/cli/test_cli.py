@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -686,23 +687,51 @@ def test_main_as_process_sets_exit_codes(tmp_path):
 def test_main_with_process_arguments_freezes_imported_objects(monkeypatch, capsys):
     """The garbage collector passes over them, at exit too; a program that calls main with arguments decides itself."""
     frozen = []
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setattr("gc.freeze", lambda: frozen.append("now"))
     monkeypatch.setattr("atexit.register", lambda function: frozen.append(f"at exit: {function is gc.freeze}"))
     monkeypatch.setattr("sys.argv", ["mae-ast-fast", "--help"])
     assert main(["--help"]) == 0 and not frozen
     assert main() == 0 and frozen == ["now", "at exit: True"]
     assert capsys.readouterr().out
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "a value that is set stays"
+
+
+@pytest.mark.parametrize("start", ["-m mae_ast_fast", "-c mae-ast-fast"])
+def test_main_as_process_sets_wait_policy_before_torch_is_imported(start, tmp_path):
+    """Of libgomp, which PyTorch loads, only a variable that was set before changes the threads."""
+    hook = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.write(1, f"torch: {os.environ.get('OMP_WAIT_POLICY')}\\n".encode())
+            sys.meta_path.remove(self)
+
+sys.meta_path.insert(0, finder := Finder())
+"""
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    entry = "import sys; sys.argv[0] = 'mae-ast-fast'; from mae_ast_fast.cli import main; sys.exit(main())"
+    line = ["-m", "mae_ast_fast"] if start.startswith("-m") else ["-c", entry]
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    argv = ["features", "x.wav", "--checkpoint", "none", "--out", "y.npz"]
+    for value, seen in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = variables if value is None else {**variables, "OMP_WAIT_POLICY": value}
+        done = subprocess.run(
+            [sys.executable, *line, *argv], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+        )
+        assert done.stdout == f"torch: {seen}\n", done.stderr
 
 
 def test_overview_loads_no_heavy_module(tmp_path):
     program = """
 import sys
-import mae_ast_fast
-before = set(sys.modules)
 from mae_ast_fast.cli import main
 assert main(["--help"]) == 0
-heavy = "jsonargparse soundfile soxr av matplotlib tensorboard torchaudio triton mae_ast_fast.training.pretrain"
-print([name for name in heavy.split() if name in set(sys.modules) - before], file=sys.stderr)
+heavy = "torch jsonargparse soundfile soxr av matplotlib tensorboard torchaudio triton mae_ast_fast.training.pretrain"
+print([name for name in heavy.split() if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "[]\n")

@@ -73,7 +73,7 @@ def modules_loaded_by(tmp_path: Path, statements: str) -> set[str]:
 
 
 def test_import_package_loads_nothing_optional_and_no_gpu(tmp_path: Path) -> None:
-    code = f"import mae_ast_fast\n{'import torch; assert not torch.cuda.is_initialized()'}"
+    code = "from mae_ast_fast import *\nimport torch; assert not torch.cuda.is_initialized()"
     loaded = modules_loaded_by(tmp_path, code)
     assert {"torch", "mae_ast_fast"} <= loaded
     assert not loaded & set(OPTIONAL)
@@ -90,15 +90,29 @@ def test_import_every_module_loads_nothing_optional(tmp_path: Path) -> None:
     assert not loaded & set(OPTIONAL)
 
 
+def test_import_package_alone_leaves_torch_unloaded(tmp_path: Path) -> None:
+    """The command line sets a variable that PyTorch's OpenMP reads when it is loaded."""
+    assert not modules_loaded_by(tmp_path, "import mae_ast_fast.cli") & {"torch", "numpy"}
+    code = """
+import mae_ast_fast
+assert set(mae_ast_fast.__all__) <= set(dir(mae_ast_fast))
+assert not hasattr(mae_ast_fast, "no_such_name")
+assert mae_ast_fast.ops.masked_mse and "mae_ast_fast.models" not in __import__("sys").modules
+assert mae_ast_fast.MAEAST is mae_ast_fast.models.mae_ast.MAEAST
+"""
+    run_checked(tmp_path, code)
+
+
 def test_import_of_package_leaves_sharded_checkpoints_unloaded(tmp_path: Path) -> None:
     """torch.distributed.checkpoint brings 700 modules, sympy among them, and more than a second."""
-    code = "import mae_ast_fast, sys; print('torch.distributed.checkpoint' in sys.modules, 'sympy' in sys.modules)"
+    code = "from mae_ast_fast import *\nimport sys\n"
+    code += "print('torch.distributed.checkpoint' in sys.modules, 'sympy' in sys.modules)"
     assert run_checked(tmp_path, code).split() == ["False", "False"]
 
 
 def test_import_does_not_query_cuda(tmp_path: Path) -> None:
     imports = "\n".join(f"import {name}" for name in MODULES)
-    run_checked(tmp_path, f"{NO_GPU}\nimport mae_ast_fast\n{imports}")
+    run_checked(tmp_path, f"{NO_GPU}\nfrom mae_ast_fast import *\n{imports}")
 
 
 def test_construction_does_not_query_cuda(tmp_path: Path) -> None:
@@ -123,7 +137,8 @@ def test_block_prevents_imports_and_cuda_queries(tmp_path: Path) -> None:
 def test_import_draws_no_random_number_and_changes_no_setting(tmp_path: Path) -> None:
     """Only our modules count: they are imported again after their dependencies (huggingface_hub draws numbers)."""
     code = """
-import random, sys, numpy, torch, mae_ast_fast
+import random, sys, numpy, torch
+from mae_ast_fast import *
 for name in [name for name in sys.modules if name.split(".")[0] == "mae_ast_fast"]:
     del sys.modules[name]
 def state():
@@ -134,7 +149,7 @@ def state():
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark, torch.is_grad_enabled(),
     )
 before = state()
-import mae_ast_fast
+from mae_ast_fast import *
 assert state() == before
 """
     run_checked(tmp_path, code)
