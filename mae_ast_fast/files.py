@@ -54,6 +54,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_folder(path: Path) -> None:
+    """Refuse an output folder that cannot be made.
+
+    Raises:
+        ValueError: ``path``, or a folder above it, is a file.
+    """
+    nearest = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    if nearest.exists() and not nearest.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {nearest}")
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep this machine's other processes out until the context ends, and wait for one that is inside.

@@ -8,12 +8,14 @@ stderr), 2 a wrong command or option, 128 + N stopped by signal N.
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..training.lifecycle import Interrupted
 from . import downstream, machine, model, prepare, pretrain
@@ -84,8 +86,18 @@ def _print_error(program: str, error: Exception, show_traceback: bool) -> None:
     """Print an error on one line of stderr, after the traceback if requested."""
     if show_traceback:
         traceback.print_exc()
-    line = " ".join(str(error).split()) or type(error).__name__
+    text = _os_error_text(error) if isinstance(error, OSError) else str(error)
+    line = " ".join(text.split()) or type(error).__name__
     print(f"{program}: error: {line}", file=sys.stderr)
+
+
+def _os_error_text(error: OSError) -> str:
+    """An error of the operating system in the words of the commands' own messages, without its number."""
+    if not error.strerror:
+        return str(error)
+    reason = "no such folder or file" if error.errno == errno.ENOENT else error.strerror.lower()
+    paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, (str, bytes, Path))]
+    return f"{reason}: {' -> '.join(paths)}" if paths else reason
 
 
 def _without_command(word: str) -> int:

@@ -130,7 +130,7 @@ def _task_options(
     Raises:
         UsageError: An option or preset is unknown, missing or has a wrong value.
     """
-    from ..downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
+    from ..downstream.options import CHOICES, FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 
     parser = Parser(command, description, examples)
     texts = {**docstring_help(ProbeOptions), **docstring_help(options_class)}
@@ -143,7 +143,9 @@ def _task_options(
         name = {"data": "TABLE", **dict.fromkeys(("checkpoint", "out", "root", "cache"), "DIR")}.get(field.name)
         is_flag = value_type is bool
         value_options: dict[str, Any] = (
-            {"action": "store_true"} if is_flag else {"type": value_type, "metavar": name or metavar(value_type)}
+            {"action": "store_true"}
+            if is_flag
+            else {"type": value_type, "metavar": name or metavar(value_type, CHOICES.get(field.name, ()))}
         )
         parser.add_argument(
             "--" + field.name.replace("_", "-"),

@@ -20,7 +20,10 @@ def run_doctor(argv: Sequence[str]) -> int:
         ("", "--preset patch_tiny --json"),
     )
     parser.add_argument(
-        "--preset", default="patch_base", metavar="NAME", help="model size to report on (default: patch_base)"
+        "--preset",
+        default="patch_base",
+        metavar="NAME",
+        help="model size to report on: {patch,frame}_{base,base_6layer,small,tiny} (default: patch_base)",
     )
     parser.add_argument("--checkpoint", metavar="DIR", help="report on this model instead: " + CHECKPOINT_HELP)
     parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .parser import CHECKPOINT_HELP, CommandError, Parser, SkipLog, add_device, load_mae_ast_on_device, load_on_device
+from ..files import check_folder
+from .parser import (
+    CHECKPOINT_HELP,
+    CommandError,
+    Parser,
+    SkipLog,
+    add_device,
+    load_mae_ast_on_device,
+    load_on_device,
+    metavar,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,12 +72,16 @@ def run_features(argv: Sequence[str]) -> int:
     paths = list(dict.fromkeys(skipped.find_files(arguments.files)))
     out = Path(arguments.out)
     out_format = out.suffix[1:] if out.suffix in (".npz", ".safetensors") and not out.is_dir() else None
+    is_one_file = len(arguments.files) == 1 and paths == [os.path.abspath(arguments.files[0])]
+    if is_one_file and out.suffix and not (out_format or out.is_dir() or arguments.out.endswith(os.sep)):
+        raise ValueError(f"--out must end in .npz or .safetensors, or be a folder ({out}/), got {out}")
     if out_format and len(paths) + skipped.count > 1:
         raise ValueError(f"--out {out} names one file, got {len(paths) + skipped.count}: name a folder")
     if out_format and arguments.format not in (None, out_format):
         raise ValueError(f"--out {out} and --format {arguments.format} contradict each other")
     file_format = arguments.format or out_format or "npz"
     targets = [out] * len(paths) if out_format else output_paths(paths, out, f".{file_format}") if paths else []
+    check_folder(out.parent if out_format else out)
     model = load_mae_ast_on_device(arguments.checkpoint, arguments.device, "features")
     num_written = 0
     for path, target in zip(paths, targets, strict=True):
@@ -92,6 +107,8 @@ def run_features(argv: Sequence[str]) -> int:
 
 def run_reconstruct(argv: Sequence[str]) -> int:
     """Mask clips, reconstruct them and draw the result. Returns the exit code."""
+    from ..ops.masking import MASKING_STRATEGIES
+
     parser = Parser(
         "reconstruct",
         "Masks part of audio clips, reconstructs it with a model, and draws original, masked and reconstructed "
@@ -111,7 +128,11 @@ def run_reconstruct(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--mask-ratio", type=float, metavar="X", help="share of masked tokens, in (0, 1) (default: the model's)"
     )
-    parser.add_argument("--masking", metavar="NAME", help="masking strategy (default: the model's)")
+    parser.add_argument(
+        "--masking",
+        metavar=metavar(str, MASKING_STRATEGIES),
+        help="masking strategy (default: the model's)",
+    )
     parser.add_argument(
         "--start", type=float, default=0.0, metavar="S", help="start of the clip in each file, in seconds (default: 0)"
     )
@@ -131,6 +152,12 @@ def run_reconstruct(argv: Sequence[str]) -> int:
     out = Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {out}")
+    check_folder(out.parent)
+    for file in arguments.files:
+        if os.path.isdir(file):
+            raise ValueError(f"{file} is a folder; name a file")
+        if not os.path.exists(file):
+            raise ValueError(f"no such file: {file}")
     model = load_on_device(arguments.checkpoint, arguments.device)
     clips = masked_clips(
         model,
@@ -163,7 +190,7 @@ def run_export(argv: Sequence[str]) -> int:
         "With --format transformers, writes a folder for AutoModel of Hugging Face transformers, or for "
         "AutoModelForAudioClassification if CHECKPOINT is a fine-tuned classifier. Import mae_ast_fast.hf before "
         "loading it.",
-        ("runs/pretrain encoder/", "mae_ast_patch.pt encoder/"),
+        ("runs/pretrain pretrain_encoder/", "mae_ast_patch.pt mae_ast_patch_encoder/"),
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT_HELP)
     parser.add_argument("dir", metavar="DIR", help="new folder")

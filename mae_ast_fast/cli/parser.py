@@ -9,7 +9,9 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -148,8 +150,12 @@ def docstring_help(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()).replace("%", "%%") for name, text in pairs}
 
 
-def metavar(hint: Any) -> str:
-    """Placeholder for a value of the type ``hint`` in a help text."""
+def metavar(hint: Any, choices: Iterable[str] = ()) -> str:
+    """Placeholder for a value in a help text: the choices, or a letter or word for the type ``hint``."""
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    if isinstance(hint, types.UnionType):
+        hint = next(member for member in typing.get_args(hint) if member is not type(None))
     return {int: "N", float: "X", bool: "{true,false}"}.get(hint, "VALUE")
 
 
@@ -199,14 +205,23 @@ class SkipLog:
         self.count += 1
         print(f"skipped {reason}", file=sys.stderr, flush=True)
 
-    def find_files(self, sources: Iterable[str]) -> Iterator[str]:
-        """Paths of the audio files in the sources (files, folders, fairseq .tsv), source by source."""
+    def find_files(self, sources: Sequence[str]) -> list[str]:
+        """Paths of the audio files in the sources (files, folders, fairseq .tsv), source by source.
+
+        Raises:
+            FileNotFoundError, ValueError: There is one source, and it gives no file.
+            CommandError: There are several, and none gives a file.
+        """
         from ..data.audio import find_audio
 
+        paths: list[str] = []
         for source in sources:
             try:
-                entries = find_audio(source)
+                paths += [entry.path for entry in find_audio(source)]
             except (FileNotFoundError, ValueError) as error:
+                if len(sources) == 1:
+                    raise
                 self.add(error)
-                continue
-            yield from (entry.path for entry in entries)
+        if not paths:
+            raise CommandError(f"none of the {len(sources)} sources gives an audio file")
+        return paths

@@ -44,7 +44,10 @@ def run_prepare(argv: Sequence[str]) -> int:
         "--workers", type=int, metavar="N", help=f"processes that decode (default: one per CPU core, {os.cpu_count()})"
     )
     shards.add_argument(
-        "--min-seconds", type=float, metavar="S", help="skip clips shorter than S seconds (default: 0.3)"
+        "--min-seconds",
+        type=float,
+        metavar="S",
+        help="skip clips shorter than S seconds (default: 0.3; pretrain skips those under 0.4 by default)",
     )
     arrays = parser.add_argument_group("with --npy")
     arrays.add_argument(

@@ -26,6 +26,8 @@ from .parser import (
 )
 
 if TYPE_CHECKING:
+    import jsonargparse
+
     from ..training.options import PretrainOptions
 
 
@@ -65,8 +67,9 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         import jsonargparse
     except ImportError:
         raise missing_packages(["jsonargparse"]) from None
-    from ..models.config import MAEASTConfig, SSASTConfig
-    from ..training.options import PretrainOptions
+    from ..models.config import POSITIONS, SSAST_OBJECTIVES, MAEASTConfig, SSASTConfig
+    from ..ops.masking import MASKING_STRATEGIES
+    from ..training.options import CHOICES, PretrainOptions
 
     class Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
         def __init__(self, prog: str, **options: Any) -> None:
@@ -103,9 +106,10 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
                 "--" + field.name.replace("_", "-"),
                 type=hints[field.name],
                 default=getattr(defaults, field.name),
-                metavar=metavar(hints[field.name]),
+                metavar=metavar(hints[field.name], CHOICES.get(field.name, ())),
                 help=texts[field.name],
             )
+    model_choices = {"masking": MASKING_STRATEGIES, "positions": POSITIONS, "objective": SSAST_OBJECTIVES}
     added: set[str] = set()
     for config_class, title, description in (
         (MAEASTConfig, "model fields", "Default: the preset's value."),
@@ -119,15 +123,31 @@ def pretrain_options(argv: Sequence[str]) -> PretrainOptions:
                 f"--model_args.{name}",
                 type=hints[name],
                 default=defaults.model_args.get(name, argparse.SUPPRESS),
-                metavar=metavar(hints[name]),
+                metavar=metavar(hints[name], model_choices.get(name, ())),
                 help=texts[name],
             )
         added.update(new)
     declared = parser._option_string_actions
+    arguments = normalize_options(argv, declared, "pretrain")
+    options = _checked_options(parser, [word for word in arguments if not word.startswith("--print_config")])
+    if any(word.startswith("--print_config") for word in arguments):
+        parser.parse_args(arguments)  # prints and exits
+    return options
+
+
+def _checked_options(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> PretrainOptions:
+    """The options of ``pretrain`` in ``arguments``, which are spelt as ``parser`` declares them.
+
+    Raises:
+        UsageError: The parser rejects them.
+        ValueError: ``PretrainOptions`` rejects a value.
+    """
+    from ..training.options import PretrainOptions
+
     try:
-        fields = parser.parse_args(normalize_options(argv, declared, "pretrain")).as_dict()
+        fields = parser.parse_args(arguments).as_dict()
     except argparse.ArgumentError as error:
-        raise UsageError(_explain(str(error), declared)) from error
+        raise UsageError(_explain(str(error), parser._option_string_actions)) from error
     fields.pop("config", None)
     # Lists, as in YAML and JSON: a run compares its options with those that it saved.
     model_args = fields.pop("model_args", None) or {}
@@ -168,6 +188,9 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
         f"  InfoNCE accuracy {held_out['accuracy']:.4f}; chance {held_out['chance']:.4f}",
     ]
     lines += [f"  {warning}" for warning in held_out["warnings"]]
+    mse = held_out["reconstruction_mse"]
+    if behind := [name.replace("_", " ") for name, error in held_out["baselines"].items() if error < mse]:
+        lines.append(f"  behind {', '.join(behind)}")
     if held_out["passed"]:
         lines.append("  passed: better than the mean of the visible patches, than interpolation, and than twice chance")
     else:

@@ -29,7 +29,7 @@ from .decoder import Decoder, Progress
 from .splits import split
 from .storage import file_system, json_lines, list_files
 
-MIN_SECONDS = 0.3  # shorter clips are skipped, as in pretraining
+MIN_SECONDS = 0.3  # shorter clips are skipped; a run that reads the shards may skip more
 _VERSION = 1  # of the shards: raise it when decoding changes the samples
 _MAX_SEGMENT_SECONDS = 120  # longer recordings are cut, so that no member of a shard is huge
 _NUM_SHARDS = 256  # where that makes them neither smaller nor larger than ...

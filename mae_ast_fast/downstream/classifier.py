@@ -20,12 +20,12 @@ from ..models import saved
 from ..models.base import PretrainingModel, pool_tokens, weight_dtype
 from ..models.registry import MODELS
 from ..ops.fbank import SAMPLE_RATE, WINDOW, frames_to_samples
+from .options import POOLS
 
 if TYPE_CHECKING:
     import numpy as np
 
 MODEL_TYPE = "audio_classifier"
-POOLS = ("mean", "bands")
 NORM_EPS = 1e-6
 
 
@@ -149,6 +149,8 @@ class AudioClassifier(nn.Module):
             ValueError: The folder holds no classifier, or a damaged one.
         """
         folder = Path(folder)
+        if not folder.exists():
+            raise ValueError(f"no such folder: {folder} (mae-ast-fast finetune and probe write classifiers)")
         try:
             fields = read_json(folder / saved.CONFIG)
             if fields.pop("model_type", None) != MODEL_TYPE:

@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..files import paths_as_text
+from ..ops.attention import BACKENDS
 from ..validate import check, check_at_least, check_choice, check_positive
 
+POOLS = ("mean", "bands")
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "map")
+CHOICES: dict[str, tuple[str, ...]] = {  # option -> its values
+    "metric": METRICS,
+    "pool": POOLS,
+    "precision": ("auto", "fp32", "bf16"),
+    "impl": ("auto", "torch", "triton"),
+    "attention": ("auto", *BACKENDS),
+}
 # Learning rates, batch sizes, epochs (or updates, converted to epochs) and masks of the scripts that fine-tuned SSAST
 # (arXiv 2110.09784, section 3), whose tasks and settings the paper adopts. Ours differ in the schedule (theirs falls
 # in steps, or not at all), a stride of 16 frames between patches (theirs overlap by 6), the norm before the linear
@@ -69,7 +78,7 @@ class ProbeOptions:
         precision: fp32, bf16, or auto: bf16 if the device computes it natively, otherwise fp32.
         device: auto, cpu, cuda or cuda:N.
         impl: Implementation of the encoder's operations: auto, torch or triton.
-        attention: Attention backend: auto or a name.
+        attention: Attention backend. auto chooses by device and precision.
         workers: Number of processes that decode audio, at least 1.
         cache: Folder for decoded audio. None: $MAE_AST_FAST_CACHE or the user's cache folder.
 
@@ -97,9 +106,9 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         paths_as_text(self, "data", "checkpoint", "out", "root", "cache")
-        if self.metric is not None:
-            check_choice(self, "metric", METRICS)
-        check_choice(self, "precision", ("auto", "fp32", "bf16"))
+        for name, choices in CHOICES.items():
+            if name != "metric" or self.metric is not None:
+                check_choice(self, name, choices)
         check_at_least(self, "workers", least=1)
         if self.max_seconds is not None:
             check_positive(self, "max_seconds")

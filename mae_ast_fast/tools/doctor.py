@@ -43,10 +43,13 @@ PACKAGES = {  # distribution -> the extra that needs it
     "soxr": "train",
     "lhotse": "train",
     "av": "train",
+    "urllib3": "train",
     "tensorboard": "train",
+    "torchmetrics": "train",
     "jsonargparse": "train",
     "tqdm": "train",
     "matplotlib": "train",
+    "transformers": "export --format transformers",
     "flash-attn": "flash",
 }
 CLIP_SECONDS = 10.0
@@ -74,6 +77,7 @@ def examine(preset: str = "patch_base", checkpoint: str | None = None) -> dict[s
 
     # The model of the pretrain command: its defaults override those of the preset.
     if checkpoint is None:
+        MAEASTConfig.preset(preset)  # its error names no option that doctor lacks
         config = cast(MAEASTConfig, PretrainOptions(preset=preset).model_config())
     else:
         config = cast(MAEASTConfig, load_mae_ast(checkpoint, "doctor").config)

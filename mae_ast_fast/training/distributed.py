@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..devices import pick_device
 from ..models.transformer import Layer
 
 PARALLEL = ("ddp", "fsdp")
@@ -80,18 +81,17 @@ def init_distributed(device: str = "auto", timeout_seconds: float = TIMEOUT_SECO
         timeout_seconds: Seconds after which a process that waits for another gives up.
 
     Raises:
-        ValueError: Fewer GPUs than processes, or incomplete environment variables of torchrun.
+        ValueError: No GPU for "cuda", fewer GPUs than processes, or incomplete environment variables of torchrun.
         RuntimeError: Some process did not start within ``timeout_seconds``.
     """
-    device_type = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    local_device = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield DistributedContext(0, 1, torch.device(device_type))
+        yield DistributedContext(0, 1, local_device)
         return
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
     if missing := [name for name in names if name not in os.environ]:
         raise ValueError(f"expected the environment of torchrun, with {', '.join(names)}, got no {', '.join(missing)}")
     rank, world_size, local_rank = (int(os.environ[name]) for name in names)
-    local_device = torch.device(device_type)
     if local_device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 from ..files import paths_as_text
 from ..models.config import CONFIGS, MAEASTConfig, SSASTConfig
 from ..models.transformer import RECOMPUTE
+from ..ops.attention import BACKENDS
 from ..ops.fbank import SAMPLE_RATE, num_frames
 from ..validate import check_at_least, check_choice, check_positive
 from .distributed import PARALLEL
@@ -26,6 +27,16 @@ FREE_OPTIONS = (
     "cache",
     "parallel",
 )
+CHOICES: dict[str, tuple[str, ...]] = {  # option -> its values
+    "model": tuple(CONFIGS),
+    "precision": ("auto", *PRECISIONS),
+    "device": ("auto", "cpu", "cuda"),
+    "impl": ("auto", "torch", "triton"),
+    "attention": ("auto", *BACKENDS),
+    "recompute": RECOMPUTE,
+    "parallel": PARALLEL,
+    "optimizer": OPTIMIZERS,
+}
 
 
 @dataclass
@@ -52,7 +63,7 @@ class PretrainOptions:
             that number. None: one per process, at the run's first start.
         parallel: How the processes under torchrun share a model: ddp, or fsdp, which splits its state among them.
         max_seconds: In seconds. Longer clips are cut into crops of at most this length.
-        min_seconds: In seconds. Shorter clips are skipped.
+        min_seconds: In seconds. Shorter clips are skipped. prepare keeps clips from 0.3 s by default.
         optimizer: adamw, or muon, for the weight matrices of the layers with adamw for the rest.
         lr: Peak learning rate. Paper: 1e-4.
         warmup_steps: Updates of linear warm-up from 0. Paper: 32,000.
@@ -63,7 +74,7 @@ class PretrainOptions:
             fp32.
         device: cpu, cuda, or auto: cuda if available.
         impl: Implementation of the model's operations: auto, torch or triton.
-        attention: Attention backend: auto or a name.
+        attention: Attention backend. auto chooses by device and precision.
         recompute: What the backward recomputes instead of keeping it in memory: none, gelu, or layer.
         compile: Run the model through torch.compile.
         graphs: Run updates as CUDA graphs: faster for small batches.
@@ -124,12 +135,8 @@ class PretrainOptions:
                 "expected min_seconds <= max_seconds <= batch_seconds, got "
                 f"{self.min_seconds}, {self.max_seconds} and {self.batch_seconds}"
             )
-        check_choice(self, "model", tuple(CONFIGS))
-        check_choice(self, "precision", ("auto", *PRECISIONS))
-        check_choice(self, "device", ("auto", "cpu", "cuda"))
-        check_choice(self, "recompute", RECOMPUTE)
-        check_choice(self, "parallel", PARALLEL)
-        check_choice(self, "optimizer", OPTIMIZERS)
+        for name, choices in CHOICES.items():
+            check_choice(self, name, choices)
         if self.parallel == "fsdp" and self.optimizer == "muon":
             raise ValueError("parallel=fsdp splits the matrices that muon needs whole: use parallel=ddp")
         if self.parallel == "fsdp" and (self.precision == "fp16" or self.compile or self.graphs):

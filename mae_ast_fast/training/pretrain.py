@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import step_folder
-from ..files import write_json
+from ..files import check_folder, write_json
 from .data import training_shards
 from .distributed import init_distributed
 from .evaluation import held_out_set
@@ -39,6 +39,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         Interrupted: SIGTERM or Ctrl-C came; the run was saved.
     """
     run = Path(options.out)
+    check_folder(run)
     with init_distributed(options.device) as dist_ctx, contextlib.ExitStack() as stack:
         if locked_early := dist_ctx.is_first and run.is_dir():
             stack.enter_context(run_lock(run))
@@ -93,10 +94,13 @@ def _headline(options: PretrainOptions, trainer: Trainer, num_held_out: int) -> 
     name = options.preset or options.init_from or "patch_tiny"
     report, world_size = trainer.shards.report, trainer.dist_ctx.world_size
     processes = f"{world_size} processes ({options.parallel}), " if world_size > 1 else ""
-    data = f"{report['hours']:.2f} h in {report['clips']} clips" if report else "no report counts the clips"
+    data = f"no report counts the clips; {num_held_out} held-out clips evaluated"
+    if report:
+        split = report["split"].removeprefix("held out: ")
+        data = f"{report['hours']:.2f} h in {report['clips']} clips"
+        data += f"; not trained on: {split}; {num_held_out} of them evaluated"
     threads = torch.get_num_threads()
     return (
         f"{options.model} {name}: {millions:.1f} M parameters, {trainer.precision} on {processes}{trainer.device} "
-        f"({threads} thread{'s' * (threads > 1)}); {data}, {num_held_out} held out for evaluation"
-        f"{' (' + report['split'] + ')' if report else ''}; run folder {options.out}"
+        f"({threads} thread{'s' * (threads > 1)}); {data}; run folder {options.out}"
     )

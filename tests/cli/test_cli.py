@@ -27,13 +27,16 @@ from mae_ast_fast.cli.parser import TRAIN_EXTRA, docstring_help
 from mae_ast_fast.data import audio, corpus, npy, prepare
 from mae_ast_fast.downstream import datasets, finetune, probe, small_tasks
 from mae_ast_fast.downstream.classifier import AudioClassifier
+from mae_ast_fast.downstream.options import CHOICES as TASK_CHOICES
 from mae_ast_fast.inference import extract_file, masked_clips
+from mae_ast_fast.models.config import POSITIONS, SSAST_OBJECTIVES
 from mae_ast_fast.models.transformer import sinusoid
+from mae_ast_fast.ops.masking import MASKING_STRATEGIES
 from mae_ast_fast.tools import bench, doctor, kernel_report, tune
 from mae_ast_fast.training import pretrain, trainer
 from mae_ast_fast.training.evaluation import HeldOut, evaluate
 from mae_ast_fast.training.lifecycle import Interrupted
-from mae_ast_fast.training.options import PretrainOptions
+from mae_ast_fast.training.options import CHOICES, PretrainOptions
 
 for library in TRAIN_EXTRA:
     pytest.importorskip(library)
@@ -139,6 +142,9 @@ def test_help_examples_parse(capsys, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("steps: 5")
+    Path("recordings").mkdir()
+    for name in ("talk.wav", "rain.flac", "recordings/x.wav"):
+        Path(name).touch()
     monkeypatch.setattr(checkpoint_module, "load_model", reached)
     monkeypatch.setattr(checkpoint_module, "load_fairseq", reached)
     monkeypatch.setattr(pretrain, "pretrain", reached)
@@ -215,6 +221,24 @@ def test_pretrain_help_lists_every_field(capsys):
             assert text.count(f" --model_args.{field.name} ") >= 1
     assert f"{docstring_help(PretrainOptions)['max_seconds']} (type: float, default: 10.0)" in text
     assert f"{docstring_help(MAEASTConfig)['mask_ratio']} (type: float)" in text
+
+
+def test_help_lists_choices_that_errors_list(capsys):
+    """Options of pretrain, finetune and probe with a fixed set of values, and fields of the models."""
+    texts = {}
+    for command in ("pretrain", "finetune", "probe", "reconstruct"):
+        assert main([command, "--help"]) == 0
+        texts[command] = capsys.readouterr().out
+    for command, choices in (("pretrain", CHOICES), ("finetune", TASK_CHOICES), ("probe", TASK_CHOICES)):
+        for name, values in choices.items():
+            assert re.search(rf"^  --{name} \{{{','.join(values)}\}}", texts[command], re.MULTILINE), (command, name)
+    for name, wrong in (("attention", "nope"), ("impl", "nope"), ("optimizer", "nope")):
+        error = fails(capsys, 1, "pretrain", f"--{name}", wrong)
+        assert f"{name} must be one of {', '.join(CHOICES[name])}, got 'nope'" in error
+    for name, values in (("masking", MASKING_STRATEGIES), ("objective", SSAST_OBJECTIVES), ("positions", POSITIONS)):
+        assert f"--model_args.{name} {{{','.join(values)}}}" in texts["pretrain"]
+    assert f"--masking {{{','.join(MASKING_STRATEGIES)}}}" in texts["reconstruct"]
+    assert "--micro-batches N " in texts["pretrain"]
 
 
 def test_pretrain_options_dashes_and_underscores_are_equal():
@@ -330,6 +354,11 @@ def test_print_config_output_reads_back(tmp_path, capsys, flag):
     assert options_of("--config", str(path)) == options_of(*argv)
 
 
+def test_print_config_invalid_value_is_rejected(capsys):
+    assert "preset must be one of" in fails(capsys, 1, "pretrain", "--preset", "patch_huge", "--print_config")
+    assert "lr must be positive" in fails(capsys, 1, "pretrain", "--print_config=skip_default", "--lr", "-1")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -383,6 +412,15 @@ def test_pretrain_summary_failed_evaluation_lists_failures():
     assert "  passed: " not in text
 
 
+def test_pretrain_summary_names_baselines_that_are_better():
+    line = "  behind mean of visible same band, interpolation\n"
+    baselines = {"mean_of_visible": 0.5, "mean_of_visible_same_band": 0.125, "interpolation": 0.2}
+    for passed in (True, False):
+        held_out = {**SUMMARY["held_out"], "baselines": baselines, "passed": passed}
+        assert line in pretrain_command.pretrain_summary({**SUMMARY, "held_out": held_out}, Path("runs/x"))
+    assert "behind" not in pretrain_command.pretrain_summary(SUMMARY, Path("runs/x"))
+
+
 def test_pretrain_summary_shows_warnings_after_the_marks():
     held_out = {**SUMMARY["held_out"], "warnings": ["the features collapse"]}
     text = pretrain_command.pretrain_summary({**SUMMARY, "held_out": held_out}, Path("runs/x"))
@@ -397,7 +435,10 @@ def test_pretrain_summary_shows_warnings_after_the_marks():
         (corpus.CorpusError("no network"), 1, "error: no network To pretrain on your own audio: --data DIR"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "error: out of memory: choose a smaller --batch-seconds"),
         (ValueError("two\nlines"), 1, "error: two lines"),
-        (FileNotFoundError(2, "No such file", "x.tsv"), 1, "error: [Errno 2] No such file: 'x.tsv'"),
+        (FileNotFoundError(2, "No such file", "x.tsv"), 1, "error: no such folder or file: x.tsv"),
+        (FileExistsError(17, "File exists", Path("x")), 1, "error: file exists: x"),
+        (OSError(28, "No space left on device"), 1, "error: no space left on device"),
+        (OSError("two words"), 1, "error: two words"),
         (KeyboardInterrupt(), 130, "mae-ast-fast pretrain: interrupted"),
     ],
 )
@@ -529,6 +570,50 @@ def test_features_invalid_arguments_are_rejected(checkpoint, recordings, tmp_pat
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_features_sources_without_audio_are_one_error(checkpoint, tmp_path, capsys):
+    options = ("--checkpoint", checkpoint, "--out", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    gone, empty = tmp_path / "nope.wav", tmp_path / "empty"
+    assert fails(capsys, 1, "features", gone, *options).endswith(f"error: no such folder or file: {gone}")
+    assert fails(capsys, 1, "features", empty, *options).endswith(f") in {empty}")
+    assert main([str(argument) for argument in ("features", gone, empty, *options)]) == 1
+    *skipped, error = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[0] for line in skipped] == ["skipped", "skipped"]
+    assert error == "mae-ast-fast features: error: none of the 2 sources gives an audio file"
+
+
+def test_features_file_name_of_another_format_is_rejected(checkpoint, recordings, tmp_path, capsys):
+    file, out = recordings / "a/x.wav", tmp_path / "one.txt"
+    options = ("--checkpoint", checkpoint, "--out")
+    error = fails(capsys, 1, "features", file, *options, out)
+    assert error.endswith(f"--out must end in .npz or .safetensors, or be a folder ({out}/), got {out}")
+    assert not out.exists()
+    assert main([str(argument) for argument in ("features", file, *options, f"{out}/")]) == 0
+    assert main([str(argument) for argument in ("features", recordings / "a", *options, tmp_path / "v1.2")]) == 0
+    assert written(out) == written(tmp_path / "v1.2") == ["x.npz"]
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    for folder in (tmp_path / "file", tmp_path / "file" / "x"):
+        assert "--out must be a folder, got the file" in fails(capsys, 1, "features", recordings, *options, folder)
+
+
+def test_commands_missing_input_names_it_without_error_number(checkpoint, tmp_path, capsys):
+    gone = tmp_path / "nope"
+    commands = [
+        ("convert", gone, tmp_path / "new"),
+        ("probe", "--data", gone, "--checkpoint", checkpoint, "--out", tmp_path / "run"),
+        ("finetune", "--data", gone, "--checkpoint", checkpoint, "--out", tmp_path / "run"),
+        ("predict", SOUND, "--checkpoint", gone),
+        ("reconstruct", gone, "--checkpoint", checkpoint, "--out", tmp_path / "r.png"),
+        ("pretrain", "--data", gone, "--out", tmp_path / "run"),
+        ("prepare", gone, "--out", tmp_path / "shards"),
+    ]
+    for command in commands:
+        error = fails(capsys, 1, *command)
+        assert re.search(rf": error: no such (folder or file|folder|file): {gone}\b", error), error
+        assert "Errno" not in error
+
+
 # ------------------------------------------------------------------------------------ reconstruct, export, convert
 
 
@@ -604,6 +689,8 @@ def test_reconstruct_invalid_arguments_are_rejected(checkpoint, tmp_path, capsys
     error = fails(capsys, 1, "reconstruct", SOUND, "--checkpoint", checkpoint, "--out", tmp_path / "r.jpg")
     assert "--out must end in .png" in error
     assert "device must be auto" in fails(capsys, 1, "reconstruct", SOUND, *options, "--device", "gpu")
+    error = fails(capsys, 1, "reconstruct", SOUND.parent, *options)
+    assert error.endswith(f"error: {SOUND.parent} is a folder; name a file")
     assert not list(tmp_path.iterdir())
 
 

@@ -1140,6 +1140,8 @@ def test_commands_write_outputs_and_report_errors(folder, tmp_path, capsys):
     assert "x.tsv" in capsys.readouterr().err
     assert cli.main(["predict", "x.wav", "--checkpoint", str(folder / "mae_ast")]) == 1
     assert "holds no classifier (mae-ast-fast finetune and probe write one)" in capsys.readouterr().err
+    assert cli.main(["predict", "x.wav", "--checkpoint", str(tmp_path / "p")]) == 1
+    assert capsys.readouterr().err == "mae-ast-fast predict: error: no such folder or file: x.wav\n"
 
 
 def test_predict_command_folder_as_out_exits_with_message(folder, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -245,6 +246,22 @@ def test_examine_preset_uses_model_of_pretrain(monkeypatch):
     report = doctor.examine("frame_tiny")
     assert measured == [PretrainOptions(preset="frame_tiny").model_config()]
     assert f"dropout {measured[0].dropout:g}, clips of 10 s" in doctor.to_text(report)
+
+
+def test_packages_lists_every_dependency_and_transformers():
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib needs Python 3.11")
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [re.match(r"[\w-]+", text)[0] for text in (*project["dependencies"], *extras["train"], *extras["flash"])]
+    assert {*needed, "transformers"} == set(doctor.PACKAGES)
+
+
+def test_examine_unknown_preset_names_no_option_of_pretrain():
+    with pytest.raises(ValueError, match=r"^preset must be one of patch_base, .*frame_tiny, got 'foo'$"):
+        doctor.examine("foo")
 
 
 def test_packages_reports_installed_versions(monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from mae_ast_fast.checkpoints.training import TrainingCheckpoints
 from mae_ast_fast.cli.parser import TRAIN_EXTRA
 from mae_ast_fast.data.shards import Shards
 from mae_ast_fast.models.config import SSAST_OBJECTIVES
+from mae_ast_fast.training import pretrain as pretrain_module
 from mae_ast_fast.training import trainer as trainer_module
 from mae_ast_fast.training.distributed import DistributedContext
 from mae_ast_fast.training.metrics_log import StepRecord, read_metrics
@@ -126,6 +128,42 @@ def test_pretrain_writes_run_folder(options: PretrainOptions) -> None:
     assert MAEAST.from_pretrained(run).config == options.model_config()
     voices = {name.split("/")[0] for name in summary["held_out_clips"]}
     assert len(voices) == 1, "whole folders are held out"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"device": "cuda"}, "device cuda is not available: PyTorch sees 0 CUDA devices"),
+        ({"out": "file"}, "--out must be a folder, got the file file"),
+        ({"out": "file/run"}, "--out must be a folder, got the file file"),
+    ],
+)
+def test_pretrain_unusable_device_or_out_is_rejected_before_data(
+    *,
+    fields: dict[str, str],
+    message: str,
+    options: PretrainOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pretrain_module, "training_shards", lambda options: pytest.fail("opened the data"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pretrain(dataclasses.replace(options, **fields))
+
+
+def test_pretrain_start_line_tells_evaluated_clips_from_those_not_trained_on(
+    options: PretrainOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = pretrain(dataclasses.replace(options, steps=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "run folder" in line]
+    split = summary["held_out_split"].removeprefix("held out: ")
+    assert re.match(r"\d+ of \d+ clips", split)
+    assert len(lines) == 1
+    assert f"; not trained on: {split}; {summary['held_out']['clips']} of them evaluated; run folder" in lines[0]
+    assert "held out" not in lines[0]
 
 
 def test_pretrain_finished_run_stays_unchanged(options: PretrainOptions, capsys: pytest.CaptureFixture[str]) -> None:
