@@ -198,11 +198,12 @@ def run_probe(argv: Sequence[str]) -> int:
         argv,
         ProbeOptions,
         description="Measures in a minute what a frozen encoder's features contain: logistic regression on the mean of "
-        "its tokens, compared with one on the mean log-mel spectrum. Takes the manifests of finetune and frame-level "
-        "ones, and writes the same files to --out, without learning.png.",
+        "its tokens, compared with one on the mean log-mel spectrum; or, with --head attentive, a small head that "
+        "weights layers and tokens. Takes the manifests of finetune and frame-level ones, and writes the same files to "
+        "--out, without learning.png.",
         examples=(
             "--data esc14.tsv --checkpoint runs/frame --out runs/esc14_probe",
-            "--data a.csv --checkpoint runs/base --out runs/a --layer 3 --pool bands",
+            "--data a.csv --checkpoint runs/base --out runs/a --head attentive --layers all",
         ),
     )
     from ..downstream import probe

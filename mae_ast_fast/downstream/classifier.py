@@ -1,6 +1,6 @@
 """Audio classifier: a pretrained encoder, the mean of its tokens, a norm and a linear layer (paper, section 4).
 
-Letters as in models/mae_ast.py; C classes.
+Instead of the mean, attention may pool the tokens (``AttentiveHead``). Letters as in models/mae_ast.py; C classes.
 """
 
 from __future__ import annotations
@@ -12,21 +12,80 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import audio
 from ..files import atomic_write, read_json
 from ..models import saved
-from ..models.base import PretrainingModel, pool_tokens, weight_dtype
+from ..models.base import Encoded, PretrainingModel, pool_tokens, weight_dtype
 from ..models.registry import MODELS
 from ..ops.fbank import SAMPLE_RATE, WINDOW, frames_to_samples
-from .options import POOLS
+from .options import HEADS, LAYERS, POOLS
 
 if TYPE_CHECKING:
     import numpy as np
 
 MODEL_TYPE = "audio_classifier"
 NORM_EPS = 1e-6
+HEAD_DIM = 64  # width of an attention head that pools
+
+
+class AttentiveHead(nn.Module):
+    """Class scores from the tokens of clips: learned weights of the layers, attention pooling, a norm, a linear layer.
+
+    The layers are weighted as in SUPERB (Yang et al. 2021, arXiv 2105.01051). In each attention head a learned query
+    pools the values of a clip's tokens, as in attentive probes (Bardes et al. 2024, arXiv 2404.08471).
+
+    Args:
+        num_layers: K.
+        width: D, of the tokens.
+        num_labels: C.
+    """
+
+    def __init__(self, num_layers: int, width: int, num_labels: int) -> None:
+        super().__init__()
+        num_heads = max(1, width // HEAD_DIM)
+        if width % num_heads:
+            num_heads = 1
+        self.layer_weights = nn.Parameter(torch.zeros(num_layers))
+        self.query = nn.Parameter(0.02 * torch.randn(num_heads, width // num_heads))
+        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width, eps=NORM_EPS, affine=False)
+        self.linear = nn.Linear(width, num_labels)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor, clip: Tensor, num_clips: int) -> Tensor:
+        """Class scores (B, C).
+
+        Args:
+            states: (N, K, D) normalised features of the packed tokens.
+            clip: (N,) int64 clip of each token.
+            num_clips: B; every clip has tokens.
+        """
+        x = torch.einsum("nkd,k->nd", states, self.layer_weights.softmax(0))
+        heads, head_dim = self.query.shape
+        scores = (self.key(x).view(-1, heads, head_dim) * self.query).sum(2) / head_dim**0.5
+        index = clip[:, None].expand_as(scores)
+        highest = scores.new_full((num_clips, heads), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
+        weights = (scores - highest[clip]).exp()
+        values = weights[:, :, None] * self.value(x).view(-1, heads, head_dim)
+        total = values.new_zeros(num_clips, heads, head_dim).index_add(0, clip, values)
+        pooled = total / weights.new_zeros(num_clips, heads).index_add(0, clip, weights)[:, :, None]
+        return self.linear(self.norm(pooled.flatten(1)))
+
+
+def layer_states(encoded: Encoded, layers: str) -> Tensor:
+    """Features (N, K, D) fp32 of tokens, each normalised over D.
+
+    Args:
+        encoded: Packed tokens of clips.
+        layers: "last": the encoder's output alone, K = 1. "all": the output of each layer, the last as the encoder
+            gives it.
+    """
+    states = [*encoded.states[:-1], encoded.x] if layers == "all" else [encoded.x]
+    return torch.stack([F.layer_norm(state.float(), state.shape[1:]) for state in states], dim=1)
 
 
 class AudioClassifier(nn.Module):
@@ -43,6 +102,8 @@ class AudioClassifier(nn.Module):
         layer: Layer of the encoder, from 1, whose tokens are pooled. None: the encoder's output.
         pool: ``"mean"`` averages all tokens of a clip, as the paper does. ``"bands"`` averages the tokens of each
             frequency block separately and concatenates the means.
+        head: ``"linear"``, or ``"attentive"``: an ``AttentiveHead`` in place of the mean and the linear layer.
+        layers: Layers that an attentive head sees, ``"last"`` or ``"all"``.
 
     Raises:
         ValueError: Fewer than two labels (one with ``multi_label``), a repeated label, ``max_seconds`` outside the
@@ -58,6 +119,8 @@ class AudioClassifier(nn.Module):
         max_seconds: float = 10.0,
         layer: int | None = None,
         pool: str = "mean",
+        head: str = "linear",
+        layers: str = "last",
     ) -> None:
         super().__init__()
         if len(labels) < 2 - multi_label or len(set(labels)) != len(labels):
@@ -70,9 +133,17 @@ class AudioClassifier(nn.Module):
         encoder._check_layer(layer)
         if pool not in POOLS:
             raise ValueError(f"pool must be {' or '.join(POOLS)}, got {pool!r}")
+        if head not in HEADS or layers not in LAYERS:
+            raise ValueError(f"head must be in {HEADS} and layers in {LAYERS}, got {head!r} and {layers!r}")
         self.encoder, self.labels, self.multi_label = encoder, list(labels), multi_label
         self.max_seconds, self.layer, self.pool = max_seconds, layer, pool
+        self.layers = layers
         self.num_bands = encoder.config.grid_f if pool == "bands" else 1
+        self.head: nn.Linear | AttentiveHead
+        if head == "attentive":
+            num_layers = encoder.num_layers if layers == "all" else 1
+            self.head = AttentiveHead(num_layers, encoder.config.embed_dim, len(labels))
+            return
         self.norm = nn.BatchNorm1d(self.num_bands * encoder.config.embed_dim, eps=NORM_EPS, affine=False)
         self.head = nn.Linear(self.norm.num_features, len(labels))
         nn.init.normal_(self.head.weight, std=0.02)
@@ -93,6 +164,10 @@ class AudioClassifier(nn.Module):
             lengths: (B,) real frames of each clip. None: all T.
         """
         encoded = self.encoder.encode(features, lengths, self.layer)
+        if isinstance(self.head, AttentiveHead):
+            with torch.autocast(features.device.type, enabled=False):
+                states = layer_states(encoded, self.layers).to(weight_dtype(self.head))
+                return self.head(states, encoded.packing.clip, len(features))
         pooled = pool_tokens(encoded, len(features), num_bands=self.num_bands)
         with torch.autocast(features.device.type, enabled=False):  # in bf16 many clips would have equal scores
             return self.head(self.norm(pooled.to(weight_dtype(self.head))))
@@ -133,6 +208,7 @@ class AudioClassifier(nn.Module):
             "max_seconds": self.max_seconds,
             "layer": self.layer,
             "pool": self.pool,
+            **({"head": "attentive", "layers": self.layers} if isinstance(self.head, AttentiveHead) else {}),
             "encoder": {"model_type": self.encoder.model_type, **self.encoder.config.to_dict()},
         }
         saved.write_model(self, config, Path(folder))

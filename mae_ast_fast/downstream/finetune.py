@@ -153,7 +153,7 @@ class _Trainer:
         self.earlier_seconds = 0.0  # of interrupted starts
         self.updates, self.validations = _Speed(), _Speed()
         self.path = run.folder(fold) / STATE
-        if not self._load():
+        if not self._load() and options.head == "linear":
             clips = fold.train
             if len(clips) > _NORM_CLIPS:
                 clips = random.Random(options.seed).sample(clips, _NORM_CLIPS)

@@ -11,12 +11,16 @@ from ..validate import check, check_at_least, check_choice, check_positive
 
 POOLS = ("mean", "bands")
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "map")
+HEADS = ("linear", "attentive")
+LAYERS = ("last", "all")
 CHOICES: dict[str, tuple[str, ...]] = {  # option -> its values
     "metric": METRICS,
     "pool": POOLS,
     "precision": ("auto", "fp32", "bf16"),
     "impl": ("auto", "torch", "triton"),
     "attention": ("auto", *BACKENDS),
+    "head": HEADS,
+    "layers": LAYERS,
 }
 # Learning rates, batch sizes, epochs (or updates, converted to epochs) and masks of the scripts that fine-tuned SSAST
 # (arXiv 2110.09784, section 3), whose tasks and settings the paper adopts. Ours differ in the schedule (theirs falls
@@ -72,6 +76,8 @@ class ProbeOptions:
         layer: Layer of the encoder, from 1. None: its output.
         pool: Input of the linear layer: mean, the mean of all tokens of a clip, as in the paper; or bands, the means
             of each frequency block side by side, which keep the spectrum.
+        head: What is trained on frozen features: linear, or attentive, which pools tokens by learned attention first.
+        layers: Layers that an attentive head sees: last, or all with learned weights.
         max_seconds: Longer clips are cut into windows of this length, in seconds. None: 10, or the encoder's longest
             clip if that is shorter.
         seed: Seed of all draws, from 0 to 4294967295.
@@ -95,6 +101,8 @@ class ProbeOptions:
     folds: str | None = None
     layer: int | None = None
     pool: str = "mean"
+    head: str = "linear"
+    layers: str = "last"
     max_seconds: float | None = None
     seed: int = 0
     precision: str = "auto"
@@ -109,6 +117,12 @@ class ProbeOptions:
         for name, choices in CHOICES.items():
             if name != "metric" or self.metric is not None:
                 check_choice(self, name, choices)
+        if self.layers == "all" and (self.head == "linear" or self.layer is not None):
+            raise ValueError(
+                f"layers=all needs head=attentive and no layer, got head={self.head} and layer={self.layer}"
+            )
+        if self.head == "attentive" and self.pool != "mean":
+            raise ValueError(f"head=attentive pools by attention, got pool={self.pool}: leave pool out")
         check_at_least(self, "workers", least=1)
         if self.max_seconds is not None:
             check_positive(self, "max_seconds")

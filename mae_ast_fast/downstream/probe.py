@@ -1,4 +1,4 @@
-"""A linear probe on the frozen encoder's features."""
+"""Probes of a frozen encoder: logistic regression on pooled features, or an attentive head on its tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..models.base import pool_tokens
 from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, fbank
+from .attentive import attentive_probe
 from .classifier import NORM_EPS, AudioClassifier
 from .manifest import Fold
 from .options import ProbeOptions
@@ -23,16 +24,20 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # C of the probe: larg
 
 
 def probe(options: ProbeOptions) -> dict[str, Any]:
-    """Fit logistic regression on the frozen encoder's features; return the content of summary.json.
+    """Fit a classifier on the frozen encoder's features; return the content of summary.json.
 
-    The baseline ``log_mel`` is the same regression on the mean log-mel spectrum of each clip, without a network. For a
-    clip longer than ``max_seconds`` the features of its windows are averaged; ``predict`` averages probabilities.
+    It is logistic regression on pooled features or, with ``head="attentive"``, an ``AttentiveHead`` on tokens. The
+    baseline ``log_mel`` is the same without a network: on the mean log-mel spectrum of each clip, or on its frames.
+    For a clip longer than ``max_seconds`` the features of its windows are averaged, and an attentive head sees the
+    tokens of all windows; ``predict`` averages probabilities.
 
     Raises:
         ValueError: The data, options or checkpoint are unusable, or ``out`` holds a run with other options or data.
     """
     with Run(options, "probe") as run:
         clips = sorted({i for fold in run.folds for split in (fold.train, fold.valid, fold.test) for i in split})
+        if options.head == "attentive":
+            return attentive_probe(run, clips)
         features = encoder_features(run, clips)
         results = [_fit_fold(run, features, fold, keep=not run.task.frame_level) for fold in run.folds]
         features = _log_mel_features(run, clips)

@@ -35,6 +35,7 @@ Options_co = TypeVar("Options_co", bound=ProbeOptions, covariant=True)
 _BATCH_SECONDS = 160.0  # padded audio per batch, in seconds, when nothing is trained
 STATE = "state.safetensors"  # in a fold's folder: the state from which interrupted fine-tuning resumes
 _MIN_TEST_CLIPS = 30  # with fewer clips the bootstrap interval is unreliable
+_DEFAULTS = {"head": "linear", "layers": "last"}  # of options that runs of earlier versions did not record
 _MOMENT_SECONDS = 0.02  # between two moments of a frame-level task
 
 
@@ -255,7 +256,7 @@ class Run(Generic[Options_co]):
             raise ValueError(f"{self.out} already holds a model or a pretraining run: choose another --out")
         if not any(any(self.out.glob(pattern)) for pattern in ("summary.json", "*/result.json", f"*/{STATE}")):
             return options, {}
-        changed = [name for name in options if name not in previous or previous[name] != options[name]]
+        changed = [name for name, value in options.items() if previous.get(name, _DEFAULTS.get(name)) != value]
         if changed:
             changed = ["mode"] if "mode" in changed else changed
             raise ValueError(f"{self.out} holds a run with another {', '.join(changed)}: choose another --out")
@@ -298,6 +299,8 @@ class Run(Generic[Options_co]):
             max_seconds=self.max_seconds,
             layer=self.options.layer,
             pool=self.options.pool,
+            head=self.options.head,
+            layers=self.options.layers,
         )
 
     def read(self, clips: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[int], list[float]]]:

@@ -26,6 +26,7 @@ CONVERGED_LAST = 2e-2  # mean loss of the last 20 of 200 updates: by then roundi
 MUON = 1e-2  # updates of a matrix, ours against torch.optim.Muon's, both in bf16: rms of the difference over rms
 LOGISTIC_GRADIENT = 1e-4  # absolute: gradient of the mean loss of a logistic regression at its optimum
 PROBABILITY = 1e-4  # absolute: a clip alone against in a batch, through a norm that divides by small deviations
+HALF_PROBABILITY = 5e-3  # absolute: a head trained on features in fp16, applied to features in fp32
 # A tiny model in half precision against fp32, max|a - b| / max|b|. Largest of 400 random models and batches with
 # impl="torch": 0.0033 in fp16, 0.0206 in bf16 (median 0.011). Largest of 24 with the kernels: 0.0026 and 0.0155.
 HALF_FEATURES = {torch.float16: 1e-2, torch.bfloat16: 2.5e-2}

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -16,15 +17,16 @@ import numpy as np
 import pytest
 import torch
 from goldens import time_major
-from policy import LOGISTIC_GRADIENT, PROBABILITY, assert_rounding
+from policy import HALF_PROBABILITY, LOGISTIC_GRADIENT, PROBABILITY, assert_rounding
 from safetensors import safe_open
 from safetensors.torch import save_file
 from warm import Command
 
 from mae_ast_fast import MAEAST, SSAST, MAEASTConfig, SSASTConfig, cli
 from mae_ast_fast.cli.downstream import task_summary
+from mae_ast_fast.downstream import attentive
 from mae_ast_fast.downstream.augment import mixup, spec_augment
-from mae_ast_fast.downstream.classifier import NORM_EPS, AudioClassifier
+from mae_ast_fast.downstream.classifier import NORM_EPS, AttentiveHead, AudioClassifier, layer_states
 from mae_ast_fast.downstream.finetune import finetune, parameter_groups
 from mae_ast_fast.downstream.metrics import average_precisions, bootstrap_ci, score
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
@@ -359,6 +361,114 @@ def test_finetune_norm_starts_with_statistics_of_training_clips(folder, tmp_path
     expected = (x - x.mean(0)) / (x.var(0, correction=0) + NORM_EPS).sqrt()
     assert_rounding(classifier.norm(x), expected)
     assert not list(classifier.norm.parameters())
+
+
+def test_attentive_head_pools_each_clip_by_its_own_softmax() -> None:
+    """Against a loop over clips and attention heads."""
+    torch.manual_seed(0)
+    num_layers, width, counts = 3, 130, [4, 1, 7]  # 130 = 2 heads of 65
+    head = AttentiveHead(num_layers, width, 5).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+        head.norm.running_mean.normal_()
+        head.norm.running_var.uniform_(0.5, 2.0)
+        states = torch.randn(sum(counts), num_layers, width)
+        scores = head(states, torch.repeat_interleave(torch.arange(3), torch.tensor(counts)), 3)
+        share = head.layer_weights.exp() / head.layer_weights.exp().sum()
+        pooled = []
+        for clip in states.split(counts):
+            x = sum(share[k] * clip[:, k] for k in range(num_layers))
+            keys, values = head.key(x), head.value(x)
+            parts = []
+            for h in range(2):
+                columns = slice(65 * h, 65 * h + 65)
+                attention = (keys[:, columns] @ head.query[h] / 65**0.5).softmax(0)
+                parts.append(attention @ values[:, columns])
+            pooled.append(torch.cat(parts))
+        assert_rounding(scores, head.linear(head.norm(torch.stack(pooled))))
+
+
+def test_layer_states_are_normalised_outputs_of_the_layers() -> None:
+    model = mae_ast()
+    log_mel = torch.randn(2, 64, 128) * 4 - 8
+    with torch.no_grad():
+        features, encoded = model.extract_features(log_mel), model.encode(log_mel)
+    states = layer_states(encoded, "all").unflatten(0, (2, -1))
+    for layer, hidden in enumerate([*features.hidden_states[:-1], features.last_hidden_state]):
+        assert_rounding(states[:, :, layer], torch.nn.functional.layer_norm(hidden, hidden.shape[2:]))
+    assert torch.equal(layer_states(encoded, "last").unflatten(0, (2, -1))[:, :, 0], states[:, :, -1])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "fields"),
+    [("mae_ast", {"layers": "all"}), ("ssast", {"layers": "all"}), ("mae_ast", {"layer": 1})],
+)
+def test_attentive_probe_writes_outputs_and_a_classifier(folder, tmp_path, monkeypatch, *, checkpoint, fields):
+    monkeypatch.setattr(attentive, "MIN_UPDATES", 120)
+    options = make_options(folder, tmp_path / "run", checkpoint=str(folder / checkpoint), head="attentive", **fields)
+    summary = probe(options)
+    assert summary["value"] > 0.8 and summary["log_mel_baseline"]["value"] > 0.8
+    assert summary["majority_accuracy"] == pytest.approx(1 / 3)
+    assert [set(chosen) for chosen in summary["chosen"]] == [{"epoch"}] and 1 <= summary["chosen"][0]["epoch"] <= 60
+    classifier = AudioClassifier.from_pretrained(tmp_path / "run")
+    for row in predictions(tmp_path / "run")[:5]:
+        expected = [float(row[f"prob_{label}"]) for label in classifier.labels]
+        actual = classifier.classify_file(folder / row["path"])
+        assert actual.tolist() == pytest.approx(expected, abs=HALF_PROBABILITY)
+
+
+def test_attentive_probe_several_labels_and_folds(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(attentive, "MIN_UPDATES", 120)
+    several = probe(make_options(folder, tmp_path / "several", "several.tsv", head="attentive"))
+    assert several["metric"] == "map" and several["value"] > 0.8
+    folds = probe(make_options(folder, tmp_path / "folds", "fold.tsv", head="attentive"))
+    assert len(folds["per_fold"]) == 3 and folds["value"] > 0.6
+
+
+def test_attentive_probe_of_shuffled_labels_is_at_chance(folder, tmp_path, monkeypatch):
+    """Test clips do not leak into training or selection."""
+    monkeypatch.setattr(attentive, "MIN_UPDATES", 1)
+    lines = (folder / "split.tsv").read_text().splitlines()
+    labels = random.Random(0).sample([line.split("\t")[1] for line in lines[1:]], len(lines) - 1)
+    rows = [[line.split("\t")[0], label, line.split("\t")[2]] for line, label in zip(lines[1:], labels, strict=True)]
+    path = folder / "shuffled.tsv"
+    path.write_text("\n".join(["path\tlabel\tsplit", *("\t".join(row) for row in rows)]) + "\n")
+    assert probe(make_options(folder, tmp_path / "run", "shuffled.tsv", head="attentive"))["value"] < 0.7
+
+
+def test_attentive_probe_wrong_uses_raise(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="frame-level task: use --head linear"):
+        probe(make_options(folder, tmp_path / "run", "moments.tsv", head="attentive"))
+    monkeypatch.setattr(attentive, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"take 0 GiB, more than 0: use --layers last or --head linear"):
+        probe(make_options(folder, tmp_path / "other", head="attentive"))
+    for fields, message in (
+        ({"head": "mlp"}, "head must be one of linear, attentive, got 'mlp'"),
+        ({"layers": "all"}, "layers=all needs head=attentive and no layer, got head=linear and layer=None"),
+        ({"head": "attentive", "layers": "all", "layer": 1}, "got head=attentive and layer=1"),
+        ({"head": "attentive", "pool": "bands"}, "head=attentive pools by attention, got pool=bands"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_options(folder, tmp_path / "run", **fields)
+
+
+def test_probe_run_of_earlier_version_without_head_and_layers_goes_on(folder, tmp_path):
+    options = make_options(folder, tmp_path / "run")
+    probe(options)
+    path = tmp_path / "run/task_options.json"
+    recorded = json.loads(path.read_text())
+    assert (recorded.pop("head"), recorded.pop("layers")) == ("linear", "last")
+    path.write_text(json.dumps(recorded))
+    probe(options)
+    with pytest.raises(ValueError, match="a run with another head"):
+        probe(make_options(folder, tmp_path / "run", head="attentive"))
+
+
+def test_finetune_attentive_head_trains_and_predicts(folder, tmp_path):
+    summary = finetune(finetune_options(folder, tmp_path / "run", data="split.tsv", head="attentive", layers="all"))
+    assert summary["value"] > 0.6
+    assert isinstance(AudioClassifier.from_pretrained(tmp_path / "run").head, AttentiveHead)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-7, 0.0])
