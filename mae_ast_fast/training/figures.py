@@ -15,7 +15,7 @@ from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
 from ..ops.packing import real_tokens
 from ..ops.reference import unpatchify
-from .evaluation import BASELINES, HeldOut, predict
+from .evaluation import BASELINES, ERROR_UNIT, HeldOut, predict
 
 
 def pyplot() -> Any:
@@ -34,13 +34,34 @@ def save_figure(figure: Any, path: Path) -> None:
     pyplot().close(figure)
 
 
-def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], path: Path) -> None:
+def training_unit(model: MAEAST | SSAST) -> float | None:
+    """The factor from a squared error in the model's normalised input to one in the unit of held-out errors.
+
+    MAE-AST normalises each update by its own statistics in training; the factor is of the running ones. None with
+    ``norm_pix_loss``, whose targets have a unit for each patch.
+
+    Args:
+        model: Model in evaluation mode.
+    """
+    if model.config.norm_pix_loss:
+        return None
+    device = next(model.parameters()).device
+    log_mel = torch.zeros(1, 1, model.config.num_mel_bins, device=device)
+    _, scale = model.input_stats(log_mel, torch.ones(1, dtype=torch.int64, device=device))
+    size = model.denormalize(1 / scale) - model.denormalize(torch.zeros_like(scale))
+    return float(size) ** 2 / ERROR_UNIT
+
+
+def plot_loss(
+    steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]], path: Path, *, unit: float | None
+) -> None:
     """Plot the loss curves of a run.
 
     Args:
         steps: Rows of metrics.jsonl of the updates.
         evaluations: Rows of metrics.jsonl with a ``held_out`` report.
         path: PNG file to write.
+        unit: ``training_unit`` of the model. None: reconstruction in training gets an axis of its own.
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
@@ -54,9 +75,16 @@ def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
     reports = [row["held_out"] for row in evaluations]
     for axis, (name, title, report_name) in zip(axes, panels, strict=True):
         y = np.array([row[name] for row in steps], dtype=float)
-        axis.plot(x, y, color="C0", alpha=0.25, linewidth=0.8)
+        train_axis = axis
+        if name == "loss_reconstruction":
+            axis.set_ylabel("squared error, unit of yardstick.json", fontsize=8)
+            y *= unit or 1.0
+            if unit is None:
+                train_axis = axis.twinx()
+                train_axis.set_ylabel("train: squared error, each patch normalised", fontsize=8)
+        train_axis.plot(x, y, color="C0", alpha=0.25, linewidth=0.8)
         smooth = np.convolve(y, np.ones(width) / width, mode="valid") if len(y) else y
-        axis.plot(x[width - 1 :], smooth, color="C0", label=f"train, mean of {width} steps")
+        train_axis.plot(x[width - 1 :], smooth, color="C0", label=f"train, mean of {width} steps")
         if evaluations:
             evaluated_at = [row["step"] for row in evaluations]
             held_out = [report[report_name] for report in reports]
@@ -70,9 +98,10 @@ def plot_loss(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
         axis.set(title=title, xlabel="step")
         if name == "loss_reconstruction" and len(y):
             highest = [max(report["baselines"].values()) for report in reports]
-            axis.set_ylim(0, 1.15 * max(np.quantile(y, 0.95), *highest, 0.0))
+            train_axis.set_ylim(0, 1.15 * max(np.quantile(y, 0.95), *(highest if unit else ()), 0.0))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        lines = dict.fromkeys([*train_axis.lines, *axis.lines])
+        axis.legend(handles=[line for line in lines if not line.get_label().startswith("_")], fontsize=7)
     save_figure(figure, path)
 
 

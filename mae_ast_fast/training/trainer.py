@@ -29,7 +29,7 @@ from ..models.ssast import SSAST
 from ..ops.fbank import SAMPLE_RATE, frames_to_samples, num_frames
 from .distributed import DistributedContext
 from .evaluation import HeldOut, evaluate
-from .figures import plot_loss, plot_reconstruction
+from .figures import plot_loss, plot_reconstruction, training_unit
 from .lifecycle import GracefulShutdown, Interrupted
 from .metrics_log import MetricsLog, StepRecord, read_metrics
 from .micro_batch import MicroBatch
@@ -418,7 +418,7 @@ class Trainer:
         write_json(self.run / "summary.json", summary)
         evaluations = [row for row in rows if "held_out" in row]
         evaluations.append({"step": self.step, "held_out": summary["held_out"]})
-        plot_loss(steps, evaluations, self.run / "loss.png")
+        plot_loss(steps, evaluations, self.run / "loss.png", unit=training_unit(model))
         plot_reconstruction(model, held_out.longest_of_each_kind(), self.run / "reconstruction.png")
         return summary
 

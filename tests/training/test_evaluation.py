@@ -22,7 +22,9 @@ from mae_ast_fast.models.config import SSAST_OBJECTIVES
 from mae_ast_fast.ops import reference
 from mae_ast_fast.ops.fbank import SAMPLE_RATE, num_frames
 from mae_ast_fast.ops.masking import sample_mask
+from mae_ast_fast.training import figures as figures_module
 from mae_ast_fast.training.evaluation import (
+    BASELINES,
     ERROR_UNIT,
     HELD_OUT_CLIPS,
     YARDSTICK,
@@ -35,7 +37,7 @@ from mae_ast_fast.training.evaluation import (
     interpolation,
     mean_of_visible,
 )
-from mae_ast_fast.training.figures import plot_loss, plot_reconstruction, reconstruct
+from mae_ast_fast.training.figures import plot_loss, plot_reconstruction, reconstruct, training_unit
 from mae_ast_fast.training.options import PretrainOptions
 
 AUDIO = Path(__file__).parent.parent / "audio"
@@ -774,12 +776,50 @@ def test_plots_write_png_files(tmp_path: Path) -> None:
     steps = [
         {"step": i, "loss_reconstruction": 1 / (i + 1), "loss_classification": 2.0, "accuracy": 0.1} for i in range(70)
     ]
-    plot_loss(steps, [{"step": 69, "held_out": report}], tmp_path / "loss.png")
-    plot_loss(steps[:1], [], tmp_path / "first.png")
+    plot_loss(steps, [{"step": 69, "held_out": report}], tmp_path / "loss.png", unit=0.5)
+    plot_loss(steps[:1], [], tmp_path / "first.png", unit=None)
     for name in ("reconstruction", "loss", "first"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 5000
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png"] * 3
+
+
+@pytest.mark.parametrize("model", [build(), build_ssast()], ids=["mae_ast", "ssast"])
+def test_training_unit_takes_loss_to_held_out_error(model: MAEAST | SSAST) -> None:
+    model.eval()
+    held = held_out(model, NUM_FRAMES[:2])
+    with torch.no_grad():
+        loss = float(model(held.log_mel, held.num_frames, held.mask).loss_reconstruction)
+    unit = training_unit(model)
+    assert unit is not None and abs(unit - 1) > 0.01
+    assert loss * unit == pytest.approx(evaluate(model, held)["reconstruction_mse"], rel=1e-4)
+
+
+def test_training_unit_is_none_for_patches_normalised_one_by_one() -> None:
+    assert training_unit(build(norm_pix_loss=True).eval()) is None
+
+
+@pytest.mark.parametrize("unit", [0.25, None])
+def test_plot_loss_training_curve_has_unit_of_held_out_or_own_axis(
+    unit: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(figures_module, "save_figure", lambda figure, path: figures.append(figure))
+    steps = [{"step": i, "loss_reconstruction": 8.0, "loss_classification": 2.0, "accuracy": 0.1} for i in (1, 2)]
+    report = {"reconstruction_mse": 1.0, "info_nce": 1.0, "accuracy": 0.2, "chance": 0.1}
+    report["baselines"] = dict.fromkeys(BASELINES, 1.5)
+    plot_loss(steps, [{"step": 2, "held_out": report}], tmp_path / "loss.png", unit=unit)
+    axis, *others = figures[0].axes
+    assert "yardstick.json" in axis.get_ylabel()
+    held = [line for line in axis.lines if line.get_label() == "held out"]
+    assert [list(line.get_ydata()) for line in held] == [[1.0]]
+    train_axis = axis if unit else next(other for other in others if other.get_ylabel().startswith("train: "))
+    train = [line for line in train_axis.lines if str(line.get_label()).startswith("train")]
+    assert [list(line.get_ydata()) for line in train] == [[8.0 * (unit or 1.0)] * 2]
+    assert train_axis.get_ylim()[1] > 8.0 * (unit or 1.0) and axis.get_ylim()[1] > 1.5
+    assert len(figures[0].axes) == (3 if unit else 4)
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels[0].startswith("train") and len(labels) == 2 + len(BASELINES)
 
 
 def test_sample_mask_leaves_visible_and_masked_tokens() -> None:
