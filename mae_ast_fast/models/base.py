@@ -116,17 +116,19 @@ def frame_counts(num_clips: int, max_frames: int, lengths: Sequence[int] | Tenso
 
 
 @functools.lru_cache
-def max_token_counts(num_blocks: int, grid_f: int, mask_ratio: float) -> tuple[int, int]:
-    """The most visible and the most masked tokens of any clip of at most ``num_blocks`` time blocks.
+def max_token_counts(num_blocks: int, grid_f: int, mask_ratio: float, stride: int) -> tuple[int, int, int]:
+    """The most visible, the most predicted, and the most visible and predicted tokens of any clip.
 
     Args:
-        num_blocks: Time blocks, >= 0.
+        num_blocks: Time blocks of the longest clip, >= 0.
         grid_f: Frequency blocks.
         mask_ratio: Share of a clip's tokens that is masked, in (0, 1).
+        stride: Every how many masked tokens one is predicted, >= 1.
     """
     num_tokens = [blocks * grid_f for blocks in range(num_blocks + 1)]
     visible = [num_visible(count, mask_ratio) for count in num_tokens]
-    return max(visible), max(total - kept for total, kept in zip(num_tokens, visible, strict=True))
+    masked = [-(-(total - kept) // stride) for total, kept in zip(num_tokens, visible, strict=True)]
+    return max(visible), max(masked), max(v + m for v, m in zip(visible, masked, strict=True))
 
 
 class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
@@ -370,15 +372,24 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             masks = self.sample_mask(num_frames, max_frames, generator=generator)
         else:
             masks = self._check_masks(mask, num_tokens, max_tokens, check_values=sizes is None)
-        real = real_tokens(num_tokens, max_tokens)
+        real, stride = real_tokens(num_tokens, max_tokens), self._prediction_stride
         layouts = []
         for one_mask in (masks,) if isinstance(masks, Tensor) else masks:
             is_visible, is_masked = real & ~one_mask, real & one_mask
+            if stride > 1:
+                is_masked &= is_masked.cumsum(1) % stride == 1
             counts = sizes
             if counts is None:
                 counts = self.exact_sizes(features, lengths, None if is_drawn else (is_visible, is_masked))
             layouts.append(
-                TokenLayout.of(num_frames, is_visible, is_masked, counts, num_class_tokens=self.num_class_tokens)
+                TokenLayout.of(
+                    num_frames,
+                    is_visible,
+                    is_masked,
+                    counts,
+                    num_class_tokens=self.num_class_tokens,
+                    has_gaps=stride > 1,
+                )
             )
         return layouts
 
@@ -412,16 +423,22 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         """Largest number of frames T of a batch."""
         raise NotImplementedError
 
+    @property
+    def _prediction_stride(self) -> int:
+        """Every how many masked tokens of a clip one is predicted, in the current mode."""
+        return 1
+
     def sizes_of(self, lengths: Sequence[int]) -> TokenCounts:
         """Token counts of a batch whose masks ``forward`` draws.
 
         Args:
             lengths: Real frames of each clip, on the host.
         """
-        config = self.config
+        config, stride = self.config, self._prediction_stride
         num_tokens = [config.num_tokens(int(frames)) for frames in lengths]
         visible = [num_visible(count, config.mask_ratio) for count in num_tokens]
-        return TokenCounts.of(visible, [total - kept for total, kept in zip(num_tokens, visible, strict=True)])
+        masked = [-(-(total - kept) // stride) for total, kept in zip(num_tokens, visible, strict=True)]
+        return TokenCounts.of(visible, masked)
 
     def largest_sizes(self, num_clips: int, max_frames: int, drawn: bool = True) -> TokenCounts:
         """Token counts that are upper bounds for every batch of at most this size, for any lengths.
@@ -431,11 +448,11 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             max_frames: Frames T.
             drawn: Whether ``sample_mask`` draws the masks. False: a mask may hide any number of tokens.
         """
-        config = self.config
+        config, stride = self.config, self._prediction_stride
         num_blocks, max_tokens = max_frames // config.patch_size[0], config.num_tokens(max_frames)
-        visible, masked = max_tokens, max_tokens
+        visible, masked = max_tokens, -(-max_tokens // stride)
         if drawn:
-            visible, masked = max_token_counts(num_blocks, config.grid_f, config.mask_ratio)
+            visible, masked, max_tokens = max_token_counts(num_blocks, config.grid_f, config.mask_ratio, stride)
         return TokenCounts(
             visible=num_clips * visible,
             masked=num_clips * masked,
@@ -446,9 +463,16 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         )
 
     def num_masked(self, num_frames: Tensor) -> Tensor:
-        """Number of tokens (B,) int64 that ``sample_mask`` hides, on the device of ``num_frames`` (B,) int64."""
+        """Masked tokens (B,) int64 in the losses, under drawn masks, on the device of ``num_frames`` (B,) int64."""
         num_tokens = self.config.num_tokens(num_frames)
-        return num_tokens - num_visible(num_tokens, self.config.mask_ratio)
+        return -(-(num_tokens - num_visible(num_tokens, self.config.mask_ratio)) // self._prediction_stride)
+
+    def num_rows(self, num_frames: Tensor) -> Tensor:
+        """Visible tokens and masked ones in the losses (B,), as ``num_masked``."""
+        num_tokens = self.config.num_tokens(num_frames)
+        if self._prediction_stride == 1:
+            return num_tokens
+        return num_visible(num_tokens, self.config.mask_ratio) + self.num_masked(num_frames)
 
     def _exec_config(self, device: torch.device) -> ExecConfig:
         """Resolve dtype and implementation; draw the seed of this forward's dropout if kernels need one."""

@@ -118,6 +118,11 @@ class MAEASTConfig(PatchGrid):
         positions: "sinusoid", the paper's positions by token index, or "sinusoid_2d": half of the width for the time
             block and half for the frequency block, which needs widths that are multiples of 4. With one frequency block
             both are the same.
+        prediction_stride: In training the decoder sees and predicts every n-th masked token of a clip, n >= 1 (partial
+            reconstruction, Fu et al. 2024, arXiv 2401.14391). 1: all of them, as in the paper. In evaluation all.
+        temperature: InfoNCE compares a prediction with the targets minus their own means, by the cosine over this
+            temperature, > 0 (van den Oord et al. 2018; Chen et al. 2020, arXiv 2002.05709). Then loud patches do not
+            win. None: by the product with the targets as they are, as in the paper.
 
     Raises:
         ValueError: A value is outside its range, or values contradict each other.
@@ -145,6 +150,8 @@ class MAEASTConfig(PatchGrid):
     classification_weight: float = 1.0
     norm_pix_loss: bool = False
     positions: str = "sinusoid"
+    prediction_stride: int = 1
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         self._check_patch_size()
@@ -167,6 +174,12 @@ class MAEASTConfig(PatchGrid):
             "classification_weight",
             expected="a finite number >= 0",
             holds=lambda weight: is_number(weight) and 0.0 <= weight < math.inf,
+        )
+        check(
+            self,
+            "temperature",
+            expected="null or a finite number > 0",
+            holds=lambda value: value is None or (is_number(value) and 0.0 < value < math.inf),
         )
         check(self, "norm_pix_loss", expected="true or false", holds=lambda flag: isinstance(flag, bool))
         if self.norm_pix_loss and self.patch_dim < 2:
@@ -214,7 +227,8 @@ class MAEASTConfig(PatchGrid):
             )
 
     def _check_masking(self) -> None:
-        """Validate ``mask_ratio`` and ``masking``, which gets its default here."""
+        """Validate ``mask_ratio``, ``prediction_stride`` and ``masking``, which gets its default here."""
+        check_positive_integers(self, "prediction_stride")
         check(self, "mask_ratio", expected="in (0, 1)", holds=lambda ratio: is_number(ratio) and 0.0 < ratio < 1.0)
         if self.masking is None:
             object.__setattr__(self, "masking", _default_masking(self.grid_f))

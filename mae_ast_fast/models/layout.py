@@ -39,6 +39,7 @@ class TokenLayout:
         visible: The visible tokens.
         masked: The M masked tokens.
         num_class_tokens: Class tokens of each clip.
+        has_row: (B, L) bool, whether a token is visible or masked. None: all tokens of the clips are.
     """
 
     num_frames: Tensor
@@ -47,6 +48,7 @@ class TokenLayout:
     visible: Packing
     masked: Packing
     num_class_tokens: int = 0
+    has_row: Tensor | None = None
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class TokenLayout:
         counts: TokenCounts,
         *,
         num_class_tokens: int = 0,
+        has_gaps: bool = False,
     ) -> TokenLayout:
         """The layout of a batch with a mask.
 
@@ -66,15 +69,17 @@ class TokenLayout:
             is_masked: (B, L) bool.
             counts: Token counts, without class tokens.
             num_class_tokens: Class tokens of each clip.
+            has_gaps: Whether some tokens of the clips are neither visible nor masked.
         """
-        padding = counts.has_padding_rows
+        padding, has_row = counts.has_padding_rows, is_visible | is_masked
         return cls(
             num_frames=num_frames,
             mask=is_masked,
-            tokens=_pack_tokens(is_visible | is_masked, counts, num_class_tokens),
+            tokens=_pack_tokens(has_row, counts, num_class_tokens),
             visible=Packing.of(is_visible, counts.visible, max_seqlen=counts.max_visible, has_padding_rows=padding),
             masked=Packing.of(is_masked, counts.masked, max_seqlen=counts.max_masked, has_padding_rows=padding),
             num_class_tokens=num_class_tokens,
+            has_row=has_row if has_gaps else None,
         )
 
     @classmethod
@@ -122,7 +127,10 @@ class TokenLayout:
     def query_rows(self) -> QueryRows:
         """The masked tokens among all rows, as those whose output the last layer computes."""
         masked = self.masked
-        masked_rows = self.tokens.cu_seqlens[masked.clip] + masked.token + self.num_class_tokens
+        row_in_clip = masked.token
+        if self.has_row is not None:
+            row_in_clip = self.has_row.cumsum(1)[masked.clip, masked.token] - 1
+        masked_rows = self.tokens.cu_seqlens[masked.clip] + row_in_clip + self.num_class_tokens
         return QueryRows(masked, torch.where(masked.valid, masked_rows, len(self.tokens.clip)))
 
     @property

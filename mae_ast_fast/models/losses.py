@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MAEASTConfig, SSASTConfig
 from .layout import TokenLayout
+
+MIN_NORM = 1e-3  # of a normalised patch without its mean; with less it counts as constant
 
 
 @dataclass
@@ -31,7 +34,7 @@ class MAEASTOutput:
         pred_reconstruction: (M, P).
         pred_classification: (M, P).
         target: (M, P) normalised patches; in two passes of SSAST a pair.
-        mask: (B, L) bool, True = masked, as used: False past a clip's tokens. In two passes of SSAST a pair.
+        mask: (B, L) bool, True = masked and predicted: False past a clip's tokens. In two passes of SSAST a pair.
     """
 
     loss: Tensor
@@ -53,6 +56,19 @@ class LossTerms(NamedTuple):
     loss_classification: Tensor
     accuracy: Tensor
     loss_per_clip: Tensor
+
+
+def cosine_operands(prediction: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Predictions and targets (M, P) in fp32 whose products are cosines over the temperature; targets lose their mean.
+
+    Args:
+        prediction: (M, P).
+        target: (M, P). A constant patch has no direction: its cosines are near 0.
+        temperature: > 0.
+    """
+    target = target.float()
+    target = F.normalize(target - target.mean(1, keepdim=True), dim=1, eps=MIN_NORM)
+    return F.normalize(prediction.float(), dim=1) / temperature, target
 
 
 def loss_terms(

@@ -22,7 +22,7 @@ from .base import PretrainingModel
 from .config import MAEASTConfig
 from .input_norm import InputNorm
 from .layout import TokenLayout
-from .losses import MAEASTOutput, loss_terms
+from .losses import MAEASTOutput, cosine_operands, loss_terms
 from .transformer import (
     SITES_PER_LAYER,
     ExecConfig,
@@ -231,7 +231,8 @@ class MAEAST(PretrainingModel):
 
         Args:
             reconstruction: (M, P) predicted patches.
-            classification: (M, P) predictions that are to pick out their own target among those of their clip.
+            classification: (M, P) predictions that are to pick out their own target among those of their clip, by
+                ``config.temperature``.
             target: (M, P) normalised patches.
             layout: Layout of the batch.
             cfg: Implementation of this forward pass.
@@ -241,9 +242,12 @@ class MAEAST(PretrainingModel):
         if config.reconstruction_weight > 0.0:
             mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=cfg.impl)
         if config.classification_weight > 0.0:
+            operands = classification, target
+            if config.temperature is not None:
+                operands = cosine_operands(classification, target, config.temperature)
             nce, hit = ops.info_nce(
-                classification,
-                target,
+                operands[0],
+                operands[1],
                 masked.cu_seqlens,
                 masked.max_seqlen,
                 impl=cfg.impl,
@@ -324,6 +328,10 @@ class MAEAST(PretrainingModel):
             (B, L) bool, True = masked.
         """
         return self._draw_mask(frames, width, generator=generator, seed=seed, clip_ids=clip_ids, epoch=epoch)
+
+    @property
+    def _prediction_stride(self) -> int:
+        return self.config.prediction_stride if self.training else 1
 
     @property
     def max_frames(self) -> int:

@@ -51,7 +51,7 @@ class DeviceBatch:
         epoch: Number of the pass over the data.
         token_counts: Rows of the packed batch. None: the model counts them.
         num_rows: Rows of the packed batch, padding included.
-        num_tokens: Real tokens, on the device if only the device knows them.
+        num_tokens: Visible and predicted tokens, on the device if only the device knows them.
         is_real: False for a placeholder of a micro-batch without clips, which counts for nothing in the update.
         weight: 0-d fp64 share of all masked tokens of the update. None: this micro-batch is the whole update.
         input_stats: Mean and scale of the input normalisation, of all micro-batches. None: the model measures them.
@@ -112,7 +112,7 @@ def to_device(
     if is_real and not token_counts.has_padding_rows:
         num_tokens = token_counts.visible + token_counts.masked
     elif is_real:
-        num_tokens = model.config.num_tokens(num_frames).sum()
+        num_tokens = model.num_rows(num_frames).sum()
     if pads_shapes:
         shape = PaddedShape.of(model, len(log_mel), log_mel.shape[1], token_counts)
         log_mel, num_frames, clip_ids = _pad(log_mel, num_frames, clip_ids, shape)

@@ -35,6 +35,8 @@ CONTRACT = {  # the public interface, in its order
     "classification_weight": 1.0,
     "norm_pix_loss": False,
     "positions": "sinusoid",
+    "prediction_stride": 1,
+    "temperature": None,
 }
 
 
@@ -210,6 +212,18 @@ def test_config_without_positions_means_sinusoid() -> None:
     fields = MAEASTConfig().to_dict()
     del fields["positions"]
     assert MAEASTConfig.from_dict(fields).positions == "sinusoid"
+
+
+@pytest.mark.parametrize("stride", [0, -1, 1.5, True, "2"])
+def test_config_invalid_prediction_stride_raises(stride) -> None:
+    with pytest.raises(ValueError, match=f"prediction_stride .* got {stride!r}"):
+        MAEASTConfig(prediction_stride=stride)
+
+
+@pytest.mark.parametrize("temperature", [0, -0.1, float("inf"), float("nan"), True, "0.1"])
+def test_config_invalid_temperature_raises(temperature) -> None:
+    with pytest.raises(ValueError, match=f"temperature .* got {temperature!r}"):
+        MAEASTConfig(temperature=temperature)
 
 
 def test_config_invalid_positions_raise() -> None:

@@ -81,3 +81,28 @@ def test_layout_unmasked_equals_one_with_an_empty_mask(num_class_tokens: int) ->
         packing, other = getattr(layout, name), getattr(expected, name)
         assert torch.equal(packing.clip, other.clip) and torch.equal(packing.token, other.token), name
         assert torch.equal(packing.cu_seqlens, other.cu_seqlens) and packing.max_seqlen == other.max_seqlen, name
+
+
+@pytest.mark.parametrize("num_class_tokens", [0, 2])
+def test_layout_with_gaps_leaves_out_tokens_that_are_neither(num_class_tokens: int) -> None:
+    """Visible tokens 1 and 4 and masked token 3 of five; visible 0 and masked 2 of three."""
+    is_visible, is_masked = torch.zeros(2, 2, 5, dtype=torch.bool)
+    is_visible[[0, 0, 1], [1, 4, 0]] = True
+    is_masked[[0, 1], [3, 2]] = True
+    layout = TokenLayout.of(
+        torch.tensor([5, 3]),
+        is_visible,
+        is_masked,
+        TokenCounts.of([2, 1], [1, 1]),
+        num_class_tokens=num_class_tokens,
+        has_gaps=True,
+    )
+    c = num_class_tokens
+    class_tokens = list(range(c))
+    assert layout.tokens.clip.tolist() == [0] * (c + 3) + [1] * (c + 2)
+    expected = [*class_tokens, 1 + c, 3 + c, 4 + c, *class_tokens, 0 + c, 2 + c]
+    assert layout.tokens.token.tolist() == expected
+    first = 2 * c  # the class tokens of both clips precede the visible tokens
+    expected = [*class_tokens, first, -1, first + 1, *(c + i for i in class_tokens), first + 2, -1]
+    assert layout.ids_restore.tolist() == expected
+    assert layout.query_rows.indices.tolist() == [c + 1, 2 * c + 4]

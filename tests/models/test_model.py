@@ -185,7 +185,9 @@ def expected_targets(x: Tensor, mask: Tensor, frames: Tensor, *, mean: float, sc
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def expected_losses(out: Any, counts: list[int], norm_pix_loss: bool) -> tuple[list[float], list[float], list[bool]]:
+def expected_losses(
+    out: Any, counts: list[int], norm_pix_loss: bool, temperature: float | None = None
+) -> tuple[list[float], list[float], list[bool]]:
     """MSE, InfoNCE and hit of each masked row in fp64, from predictions and targets, by loops."""
     mse, nce, hit, first = [], [], [], 0
     recon, cls, target = (x.detach().double() for x in (out.pred_reconstruction, out.pred_classification, out.target))
@@ -195,7 +197,12 @@ def expected_losses(out: Any, counts: list[int], norm_pix_loss: bool) -> tuple[l
             if norm_pix_loss:
                 goal = (goal - goal.mean()) / (goal.var() + 1e-6).sqrt()
             mse.append(((recon[i] - goal) ** 2).mean().item())
-            products = [(cls[i] * target[j]).sum().item() for j in range(first, first + count)]
+            others = target[first : first + count]
+            products = (others @ cls[i]).tolist()
+            if temperature is not None:
+                others = others - others.mean(1, keepdim=True)
+                cosines = torch.nn.functional.cosine_similarity(others, cls[i][None], dim=1)
+                products = (cosines / temperature).tolist()
             nce.append(
                 math.log(sum(math.exp(p - max(products)) for p in products)) + max(products) - products[i - first]
             )
@@ -207,10 +214,12 @@ def expected_losses(out: Any, counts: list[int], norm_pix_loss: bool) -> tuple[l
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("weights", [(10.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("temperature", [None, 0.1])
 def test_forward_losses_are_means_over_all_masked_tokens(
-    training: bool, norm_pix_loss: bool, weights: tuple[float, float]
+    training: bool, norm_pix_loss: bool, weights: tuple[float, float], temperature: float | None
 ) -> None:
-    model = build(norm_pix_loss=norm_pix_loss, reconstruction_weight=weights[0], classification_weight=weights[1])
+    fields = {"norm_pix_loss": norm_pix_loss, "temperature": temperature}
+    model = build(reconstruction_weight=weights[0], classification_weight=weights[1], **fields)
     model.train(training)
     x, frames = batch()
     mask = masks()
@@ -222,7 +231,7 @@ def test_forward_losses_are_means_over_all_masked_tokens(
     assert_rounding(
         out.target, expected_targets(x, mask, frames, mean=mean, scale=0.5 / math.sqrt(variance + 1e-5)), "target"
     )
-    mse, nce, hit = expected_losses(out, counts, norm_pix_loss)
+    mse, nce, hit = expected_losses(out, counts, norm_pix_loss, temperature)
     total = [weights[0] * a + weights[1] * b for a, b in zip(mse, nce, strict=True)]
     assert 0 < sum(hit) < len(hit)
     for name, rows in (("loss_reconstruction", mse), ("loss_classification", nce), ("loss", total), ("accuracy", hit)):
@@ -230,6 +239,15 @@ def test_forward_losses_are_means_over_all_masked_tokens(
     ends = np.cumsum([0, *counts])
     per_clip = [sum(total[a:b]) / (b - a) for a, b in itertools.pairwise(ends)]
     assert_rounding(out.loss_per_clip, torch.tensor(per_clip, dtype=torch.float64), "loss_per_clip")
+
+
+def test_temperature_constant_patches_stay_finite() -> None:
+    """Silence has no direction: no NaN in losses and gradients, whatever the prediction."""
+    model = build(temperature=0.1).train()
+    x, frames = batch()
+    x[0] = -8.0
+    out, grads = forward_backward(model, x, frames, masks())
+    assert out.loss.isfinite() and all(gradient.isfinite().all() for gradient in grads.values())
 
 
 def test_forward_ignores_mask_entries_past_a_clip_and_mask_width() -> None:
@@ -855,6 +873,81 @@ def test_forward_drawn_mask_follows_config(masking: str, ratio: float) -> None:
         out.mask, sample_mask(masking, tokens, GRID_F, ratio, generator=torch.Generator().manual_seed(3))
     )
     assert out.mask.sum(1).tolist() == (tokens - num_visible(tokens, ratio)).tolist()
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+def test_prediction_stride_in_training_predicts_every_nth_masked_token(stride: int) -> None:
+    model = build(prediction_stride=stride).train()
+    x, frames = batch()
+    mask = masks()
+    out = model(x, frames, mask)
+    clips, tokens = [], []
+    for clip, count in enumerate(tokens_of(FRAMES)):
+        masked = [token for token in range(count) if mask[clip, token]][::stride]
+        clips += [clip] * len(masked)
+        tokens += masked
+    assert out.mask.nonzero().tolist() == [list(pair) for pair in zip(clips, tokens, strict=True)]
+    assert len(out.pred_reconstruction) == len(out.pred_classification) == len(out.target) == len(clips)
+    everything = build().train()(x, frames, mask)
+    assert_rounding(out.target, everything.target[out.mask[everything.mask]])
+    drawn = model(x, frames).mask.sum(1)
+    assert drawn.tolist() == model.num_masked(frames).tolist()
+    sizes, bounds = model.sizes_of(frames.tolist()), model.largest_sizes(len(x), x.shape[1])
+    assert drawn.sum() == sizes.masked and drawn.max() == sizes.max_masked <= bounds.max_masked
+    losses = []
+    for counts in (None, sizes, sizes.bucket()):
+        torch.manual_seed(0)
+        losses.append(model(x, frames, sizes=counts).loss)
+    assert_rounding(torch.stack(losses[1:]), losses[0].expand(2))
+
+
+def test_prediction_stride_predictions_equal_all_if_the_decoder_sees_no_masked_token() -> None:
+    """With values of the decoder's attention switched off, a masked token's prediction is its own alone."""
+    models = [build(prediction_stride=stride).train() for stride in (1, 2)]
+    for model in models:
+        for layer in model.decoder.layers:
+            layer.out_proj.weight.data.zero_()
+    x, frames = batch()
+    everything, some = (model(x, frames, masks()) for model in models)
+    rows = some.mask[everything.mask]
+    assert 0 < rows.sum() < len(rows)
+    assert_rounding(some.pred_reconstruction, everything.pred_reconstruction[rows])
+    assert_rounding(some.pred_classification, everything.pred_classification[rows])
+
+
+def test_prediction_stride_decoder_equals_dense_layers_over_visible_and_predicted_tokens() -> None:
+    model = build(prediction_stride=2, norm_first=True).train()
+    x, frames = batch()
+    latents: list[Tensor] = []
+    model.encoder_projection.register_forward_hook(lambda module, inputs, output: latents.append(output))
+    out = model(x, frames, masks())
+    assert len(latents) == 1
+    layer, width, first_visible, predictions = model.decoder.layers[0], model.config.decoder_embed_dim, 0, []
+    for clip, count in enumerate(tokens_of(FRAMES)):
+        tokens = [token for token in range(count) if not masks()[clip, token] or out.mask[clip, token]]
+        is_masked = torch.tensor([bool(out.mask[clip, token]) for token in tokens])
+        stream = model.mask_token.expand(len(tokens), -1).clone()
+        num_visible_tokens = int((~is_masked).sum())
+        stream[~is_masked] = latents[0][first_visible : first_visible + num_visible_tokens]
+        first_visible += num_visible_tokens
+        stream = stream + sinusoid(count, width)[tokens]
+        heads = layer.qkv(layer.attn_norm(stream)).view(len(tokens), 3, model.config.num_heads, -1)
+        attended = torch.nn.functional.scaled_dot_product_attention(*heads.permute(1, 2, 0, 3))
+        stream = stream + layer.out_proj(attended.transpose(0, 1).flatten(1))
+        stream = stream + layer.fc2(torch.nn.functional.gelu(layer.fc1(layer.ffn_norm(stream))))
+        predictions.append(model.head(model.decoder.norm(stream))[is_masked])
+    prediction = torch.cat(predictions)
+    assert_rounding(prediction[:, : model.config.patch_dim], out.pred_reconstruction)
+    assert_rounding(prediction[:, model.config.patch_dim :], out.pred_classification)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_prediction_stride_in_evaluation_predicts_all(impl: str) -> None:
+    with_stride, plain = build(prediction_stride=2), build()
+    with_stride.impl = plain.impl = impl
+    x, frames = batch()
+    assert_same_output(with_stride(x, frames, masks()), plain(x, frames, masks()))
+    assert with_stride.sizes_of(frames.tolist()) == plain.sizes_of(frames.tolist())
 
 
 def test_training_lowers_loss_and_changes_every_parameter() -> None:

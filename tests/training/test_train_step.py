@@ -599,6 +599,7 @@ def build_ssast(objective: str) -> SSAST:
 MODELS = {
     "chunk": build,
     "random": lambda: build(masking="random"),
+    "stride": lambda: build(prediction_stride=2),
     "ssast": lambda: build_ssast("joint"),
     "ssast, two passes": lambda: build_ssast("joint_two_pass"),
 }
@@ -683,14 +684,15 @@ def test_train_step_lengths_on_gpu_without_masked_tokens_give_0(monkeypatch: pyt
         TrainStep(build())(log_mel([7, 7]), torch.tensor([7, 3], device=DEVICE))
 
 
-@pytest.mark.parametrize("shape", ["patch", "frame", "ssast"])
+@pytest.mark.parametrize("shape", ["patch", "frame", "stride", "ssast"])
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 0.75, 0.93])
 def test_largest_sizes_bound_every_batch(shape: str, ratio: float) -> None:
     """With ``drawn=False`` they also bound masks with any number of masked tokens."""
     if shape == "ssast":
         model = build_ssast("joint")
     else:
-        other = {"patch": {}, "frame": {"patch_size": (2, 32), "masking": "random"}}[shape]
+        frame = {"patch_size": (2, 32), "masking": "random"}
+        other = {"patch": {}, "frame": frame, "stride": {"prediction_stride": 3}}[shape]
         model = MAEAST(MAEASTConfig(num_mel_bins=32, mask_ratio=ratio, **{"patch_size": (8, 8), **other}, embed_dim=12))
     exact_counts = [model.sizes_of([frames]) for frames in range(56)]
     for max_frames in range(56):
@@ -700,8 +702,9 @@ def test_largest_sizes_bound_every_batch(shape: str, ratio: float) -> None:
             assert one_clip[field] == max(counts[field] for counts in exact_counts[: max_frames + 1])
         three_clips = model.largest_sizes(3, max_frames)
         assert three_clips == one_clip._replace(visible=3 * one_clip.visible, masked=3 * one_clip.masked)
-        tokens = one_clip.max_tokens
-        assert model.largest_sizes(3, max_frames, drawn=False)[:5] == (3 * tokens, 3 * tokens, tokens, tokens, tokens)
+        tokens = model.config.num_tokens(max_frames)
+        masked = -(-tokens // model._prediction_stride)
+        assert model.largest_sizes(3, max_frames, drawn=False)[:5] == (3 * tokens, 3 * masked, tokens, masked, tokens)
 
 
 def test_train_step_lengths_on_gpu_take_a_mask_of_any_count(monkeypatch: pytest.MonkeyPatch) -> None:
