@@ -206,6 +206,7 @@ def pretrain_summary(summary: dict[str, Any], run: Path) -> str:
         f"In {run}: model.safetensors and config.json, summary.json, metrics.jsonl, loss.png, reconstruction.png, "
         "tensorboard/",
         f"Evaluate its features: {PROGRAM} probe --data TABLE --checkpoint {run} --out DIR",
+        "To classify, pretrain with recipes/frame.yaml: README, Classify",
         f"Next: {PROGRAM} {command}",
     ]
     return "\n".join(lines)

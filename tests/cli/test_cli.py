@@ -396,6 +396,7 @@ def test_pretrain_finished_run_prints_summary(capsys, monkeypatch):
     assert "  passed: " in text and "NOT" not in text
     assert "  sound alone: worse than a straight line\n" in text and "speech alone" not in text
     assert "In runs/x: model.safetensors" in text
+    assert "probe --data TABLE --checkpoint runs/x --out DIR\nTo classify, pretrain with recipes/frame.yaml" in text
 
 
 def test_pretrain_summary_next_command_depends_on_model():

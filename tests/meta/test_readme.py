@@ -23,4 +23,5 @@ def test_first_screen_has_two_commands_and_no_image() -> None:
     lines = README.read_text().splitlines()[:45]
     text = "\n".join(lines)
     assert "make pretrain" in text and "make test" in text and "```python" in text
+    assert text.index("make pretrain") < text.index(". .venv/bin/activate") < text.index("```python")
     assert not [line for line in lines if line.startswith("![")]
