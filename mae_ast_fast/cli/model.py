@@ -152,6 +152,8 @@ def run_reconstruct(argv: Sequence[str]) -> int:
     out = Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {out}")
+    if out.is_dir():
+        raise ValueError(f"--out must be the file to write, got the folder {out}")
     check_folder(out.parent)
     for file in arguments.files:
         if os.path.isdir(file):

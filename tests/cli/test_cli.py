@@ -693,6 +693,8 @@ def test_reconstruct_invalid_arguments_are_rejected(checkpoint, tmp_path, capsys
     error = fails(capsys, 1, "reconstruct", SOUND.parent, *options)
     assert error.endswith(f"error: {SOUND.parent} is a folder; name a file")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "r.png").mkdir()
+    assert "--out must be the file to write, got the folder" in fails(capsys, 1, "reconstruct", SOUND, *options)
 
 
 def test_export_writes_encoder(checkpoint, tmp_path, capsys):
