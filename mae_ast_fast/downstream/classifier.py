@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..data import audio
 from ..files import atomic_write, read_json
 from ..models import saved
-from ..models.base import Encoded, PretrainingModel, pool_tokens, weight_dtype
+from ..models.base import PretrainingModel, weight_dtype
+from ..models.encoded import Encoded, pool_tokens
 from ..models.registry import MODELS
 from ..ops.fbank import SAMPLE_RATE, WINDOW, frames_to_samples
 from .options import HEADS, LAYERS, POOLS

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..data.shards import Segment, Shards
-from ..models.base import pool_tokens
 from ..models.config import MAEASTConfig, SSASTConfig
+from ..models.encoded import pool_tokens
 from ..models.mae_ast import MAEAST
 from ..models.ssast import SSAST
 from ..ops.fbank import SAMPLE_RATE
