@@ -84,6 +84,25 @@ def pretrain_table() -> str:
     return "\n".join(lines)
 
 
+def screen_table() -> str:
+    """What pays in a short pretraining, from the rows of benchmarks/studies/screen.py."""
+    lines = [
+        "| arm | updates | audio per update | processor time | error over same band's | InfoNCE top-1 | rank |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in map(json.loads, (RESULTS / "screen.jsonl").read_text().splitlines()):
+        options = row["options"]
+        name = f"{row['arm']} \\*" if "change" in row else row["arm"]
+        error = row["reconstruction_mse"] / row["same_band_mse"]
+        has_info_nce = options["model_args"].get("classification_weight", 1.0) > 0.0
+        accuracy = f"{100 * row['accuracy']:.1f} %" if has_info_nce else "-"
+        lines.append(
+            f"| {name} | {options['steps']:,} | {options['batch_seconds']:.0f} s | {row['cpu_seconds']} s "
+            f"| {error:.3f} | {accuracy} | {row['effective_rank']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def section_of(result: dict[str, Any], section: str) -> dict[str, Any]:
     """A result of bench_step.py with the cases of one section only."""
     return {**result, "benchmarks": [case for case in result["benchmarks"] if case["extra_info"]["part"] == section]}
@@ -683,6 +702,7 @@ def convergence_table(dirty: bool) -> str:
 
 TABLES: dict[str, Callable[[bool], str]] = {
     "pretrain": lambda dirty: pretrain_table(),
+    "screen": lambda dirty: screen_table(),
     "step_cpu": lambda dirty: step_table(benchmark_result(STEP_CPU, dirty)),
     "ssast_cpu": lambda dirty: ssast_table(benchmark_result(STEP_CPU, dirty)),
     "sweep_cpu": lambda dirty: sweep_table(benchmark_result(STEP_CPU, dirty)),
@@ -695,6 +715,7 @@ TABLES: dict[str, Callable[[bool], str]] = {
 PAGES = {
     "README.md": ("data_rate_cpu", "step_cpu", "ssast_cpu", "convergence_cpu"),
     "docs/first_run.md": ("pretrain",),
+    "docs/recipes.md": ("screen",),
     "docs/benchmarks.md": ("sweep_cpu", "ops_cpu", "masking_cpu", "data_cpu"),
 }
 

@@ -82,7 +82,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "decoder 4": frame_arm(decoder_layers=4),
     "generative": frame_arm(classification_weight=0.0),
     "discriminative": frame_arm(reconstruction_weight=0.0),
-    "patch, first command": {"lr": 1.5e-3, "warmup_steps": 100, "steps": 1600},  # recipes/quick.yaml
+    "patch, first command": {"lr": 1.5e-3, "warmup_steps": 100, "steps": 1600},  # an earlier recipes/quick.yaml
     "patch, masking random": {"model_args": {"masking": "random"}},
 }
 MODELS = ("patch", "frame", "ssast")  # models that also have the budget ``time``
