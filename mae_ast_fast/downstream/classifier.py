@@ -19,7 +19,7 @@ from ..data import audio
 from ..files import atomic_write, read_json
 from ..models import saved
 from ..models.base import PretrainingModel, weight_dtype
-from ..models.encoded import Encoded, pool_tokens
+from ..models.pooling import Encoded, pool_tokens
 from ..models.registry import MODELS
 from ..ops.fbank import SAMPLE_RATE, WINDOW, frames_to_samples
 from .options import HEADS, LAYERS, POOLS

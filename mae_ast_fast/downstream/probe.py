@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.encoded import pool_tokens
+from ..models.pooling import pool_tokens
 from ..ops.fbank import HOP, SAMPLE_RATE, WINDOW, fbank
 from .attentive import attentive_probe
 from .classifier import NORM_EPS, AudioClassifier

@@ -25,8 +25,8 @@ from ..ops.masking import num_visible
 from ..ops.packing import TokenCounts, real_tokens
 from . import saved
 from .config import MAEASTConfig, SSASTConfig
-from .encoded import Encoded
 from .layout import TokenLayout
+from .pooling import Encoded
 from .transformer import RECOMPUTE, ExecConfig, TransformerStack
 
 Model = TypeVar("Model", bound="PretrainingModel")

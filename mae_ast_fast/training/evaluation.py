@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..data.shards import Segment, Shards
 from ..models.config import MAEASTConfig, SSASTConfig
-from ..models.encoded import pool_tokens
 from ..models.mae_ast import MAEAST
+from ..models.pooling import pool_tokens
 from ..models.ssast import SSAST
 from ..ops.fbank import SAMPLE_RATE
 from ..ops.masking import sample_mask

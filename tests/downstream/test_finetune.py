@@ -32,7 +32,7 @@ from mae_ast_fast.downstream.metrics import average_precisions, bootstrap_ci, sc
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.downstream.probe import PENALTIES, fit_logistic, probe
 from mae_ast_fast.downstream.report import BaselineSummary, TaskSummary
-from mae_ast_fast.models.encoded import pool_tokens
+from mae_ast_fast.models.pooling import pool_tokens
 from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.options import PretrainOptions
 from mae_ast_fast.training.pretrain import pretrain
