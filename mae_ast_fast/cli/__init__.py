@@ -95,7 +95,7 @@ def _os_error_text(error: OSError) -> str:
     """An error of the operating system in the words of the commands' own messages, without its number."""
     if not error.strerror:
         return str(error)
-    reason = "no such folder or file" if error.errno == errno.ENOENT else error.strerror.lower()
+    reason = "no such folder or file" if error.errno == errno.ENOENT else error.strerror
     paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, (str, bytes, Path))]
     return f"{reason}: {' -> '.join(paths)}" if paths else reason
 
