@@ -39,8 +39,11 @@ def attentive_probe(run: Run[ProbeOptions], clips: Sequence[int]) -> dict[str, A
         The content of summary.json.
 
     Raises:
-        ValueError: The task is frame-level, or the tokens do not fit into memory.
+        ValueError: The task is frame-level, a fold has one training clip, or the tokens do not fit into memory.
     """
+    for fold in run.folds:
+        if len(fold.train) < 2:
+            raise ValueError(f"expected at least two training clips with audio, {fold.display_name} has one")
     if run.task.frame_level:
         raise ValueError(f"{run.options.data} is a frame-level task: use --head linear")
     tokens = encoder_tokens(run, clips)
@@ -77,8 +80,11 @@ def log_mel_tokens(run: Run[ProbeOptions], clips: Sequence[int]) -> Tokens:
         return log_mel[real_tokens(num_frames, log_mel.shape[1])][:, None], num_frames
 
     tokens = _gather(run, clips, frames)
-    train = torch.cat([tokens[i] for fold in run.folds for i in fold.train]).float()
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-3)
+    train = [tokens[i] for i in sorted({i for fold in run.folds for i in fold.train})]
+    count = sum(len(clip_tokens) for clip_tokens in train)
+    mean = torch.stack([clip_tokens.double().sum(0) for clip_tokens in train]).sum(0) / count
+    variance = torch.stack([(clip_tokens.double() - mean).square().sum(0) for clip_tokens in train]).sum(0) / count
+    mean, std = mean.float(), variance.sqrt().clamp(min=1e-3).float()
     return [((clip_tokens.float() - mean) / std).half() for clip_tokens in tokens]
 
 

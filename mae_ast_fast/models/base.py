@@ -392,7 +392,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         return 1
 
     def sizes_of(self, lengths: Sequence[int]) -> TokenCounts:
-        """Token counts of a batch whose masks ``forward`` draws.
+        """Token counts of a batch whose masks ``forward`` draws, in the current mode (see ``prediction_stride``).
 
         Args:
             lengths: Real frames of each clip, on the host.

@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import MAEASTConfig, SSASTConfig
 from .layout import TokenLayout
 
-MIN_NORM = 1e-3  # of a normalised patch without its mean; with less it counts as constant
+MIN_NORM = 1e-3  # of a prediction, and of a normalised patch without its mean; a smaller one has no direction
 
 
 @dataclass
@@ -62,13 +62,13 @@ def cosine_operands(prediction: Tensor, target: Tensor, temperature: float) -> t
     """Predictions and targets (M, P) in fp32 whose products are cosines over the temperature; targets lose their mean.
 
     Args:
-        prediction: (M, P).
+        prediction: (M, P). One near 0 has no direction either.
         target: (M, P). A constant patch has no direction: its cosines are near 0.
         temperature: > 0.
     """
     target = target.float()
     target = F.normalize(target - target.mean(1, keepdim=True), dim=1, eps=MIN_NORM)
-    return F.normalize(prediction.float(), dim=1) / temperature, target
+    return F.normalize(prediction.float(), dim=1, eps=MIN_NORM) / temperature, target
 
 
 def loss_terms(

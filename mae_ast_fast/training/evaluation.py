@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +240,10 @@ def effective_rank(features: Tensor) -> float:
     The exponential of the entropy of the singular values' shares of their sum (Garrido et al. 2023, arXiv 2210.02885).
 
     Args:
-        features: (n, D).
+        features: (n, D). NaN is returned if a value is not finite.
     """
+    if not features.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(features.double().cpu())
     share = values / values.sum().clamp(min=1e-300)
     return float(torch.special.entr(share).sum().exp())
@@ -248,7 +251,7 @@ def effective_rank(features: Tensor) -> float:
 
 def collapse_warnings(rank: float, *, max_rank: int) -> list[str]:
     """A line with the usual cure if the effective rank of features is below ``COLLAPSED`` of the possible one."""
-    if rank >= COLLAPSED * max_rank:
+    if math.isnan(rank) or rank >= COLLAPSED * max_rank:  # a NaN has its own line in the failures
         return []
     return [
         f"the features collapse: effective rank {rank:.1f} of {max_rank}; the usual cure is --optimizer muon or a "

@@ -440,6 +440,11 @@ def test_attentive_probe_of_shuffled_labels_is_at_chance(folder, tmp_path, monke
 def test_attentive_probe_wrong_uses_raise(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="frame-level task: use --head linear"):
         probe(make_options(folder, tmp_path / "run", "moments.tsv", head="attentive"))
+    lines = (folder / "split.tsv").read_text().splitlines()
+    trained = [line for line in lines if line.endswith("\ttrain")]
+    (folder / "one.tsv").write_text("\n".join(line for line in lines if line not in trained[1:]) + "\n")
+    with pytest.raises(ValueError, match="expected at least two training clips with audio, the split has one"):
+        probe(make_options(folder, tmp_path / "one", "one.tsv", head="attentive"))
     monkeypatch.setattr(attentive, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match=r"take 0 GiB, more than 0: use --layers last or --head linear"):
         probe(make_options(folder, tmp_path / "other", head="attentive"))

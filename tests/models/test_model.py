@@ -29,6 +29,7 @@ from torch import Tensor
 import mae_ast_fast
 from mae_ast_fast import MAEAST, MAEASTConfig, fbank
 from mae_ast_fast.models import mae_ast, transformer
+from mae_ast_fast.models.losses import MIN_NORM
 from mae_ast_fast.models.transformer import ExecConfig, Positions, sinusoid, sinusoid_2d
 from mae_ast_fast.ops import eager
 from mae_ast_fast.ops.masking import num_visible, sample_mask
@@ -248,6 +249,14 @@ def test_temperature_constant_patches_stay_finite() -> None:
     x[0] = -8.0
     out, grads = forward_backward(model, x, frames, masks())
     assert out.loss.isfinite() and all(gradient.isfinite().all() for gradient in grads.values())
+
+
+def test_temperature_predictions_of_zero_have_small_gradients() -> None:
+    model = build(temperature=0.1).train()
+    model.head.weight.data.zero_()
+    model.head.bias.data.zero_()
+    _, grads = forward_backward(model, *batch(), masks())
+    assert grads["head.weight"].abs().max() < 1 / MIN_NORM**2
 
 
 def test_forward_ignores_mask_entries_past_a_clip_and_mask_width() -> None:

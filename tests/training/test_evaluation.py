@@ -343,6 +343,14 @@ def test_evaluate_collapsed_features_warn_of_a_rank_below_a_tenth() -> None:
     assert "effective rank 1.0 of 32" in evaluate(model, held)["warnings"][0]
 
 
+def test_evaluate_model_with_nan_fails_with_a_report() -> None:
+    model = build()
+    model.patch_embed.weight.data.fill_(math.nan)
+    report = evaluate(model, held_out(model, NUM_FRAMES))
+    assert math.isnan(report["effective_rank"]) and report["warnings"] == []
+    assert not report["passed"] and report["failures"]
+
+
 def test_evaluate_effective_rank_is_that_of_mean_features_of_whole_clips() -> None:
     model = build()
     held = held_out(model, [29, 8, 3, 16, 22], padding=float("nan"))  # the third has no whole patch
