@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_folder(path: Path) -> None:
+def check_out_folder(path: Path) -> None:
     """Refuse an output folder that cannot be made.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import check_folder
+from ..files import check_out_folder
 from .parser import (
     CHECKPOINT_HELP,
     CommandError,
@@ -81,7 +81,7 @@ def run_features(argv: Sequence[str]) -> int:
         raise ValueError(f"--out {out} and --format {arguments.format} contradict each other")
     file_format = arguments.format or out_format or "npz"
     targets = [out] * len(paths) if out_format else output_paths(paths, out, f".{file_format}") if paths else []
-    check_folder(out.parent if out_format else out)
+    check_out_folder(out.parent if out_format else out)
     model = load_mae_ast_on_device(arguments.checkpoint, arguments.device, "features")
     num_written = 0
     for path, target in zip(paths, targets, strict=True):
@@ -154,7 +154,7 @@ def run_reconstruct(argv: Sequence[str]) -> int:
         raise ValueError(f"--out must end in .png, got {out}")
     if out.is_dir():
         raise ValueError(f"--out must be the file to write, got the folder {out}")
-    check_folder(out.parent)
+    check_out_folder(out.parent)
     for file in arguments.files:
         if os.path.isdir(file):
             raise ValueError(f"{file} is a folder; name a file")

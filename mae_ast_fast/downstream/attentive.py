@@ -19,6 +19,7 @@ from .manifest import Fold
 from .options import ProbeOptions
 from .report import write_report
 from .run import FoldResult, Run
+from .schedule import learning_rate
 
 BATCH_SIZE, LR, WEIGHT_DECAY = 32, 1e-3, 0.05
 MIN_EPOCHS, MIN_UPDATES = 30, 1000  # whichever takes longer
@@ -134,8 +135,8 @@ def _fit_fold(run: Run[ProbeOptions], tokens: Tokens, fold: Fold) -> FoldResult:
         head.train()
         order = torch.randperm(len(fold.train), generator=generator).tolist()
         for batch in _batches([fold.train[i] for i in order]):
-            optimizer.param_groups[0]["lr"] = LR * _schedule(step / num_steps)
-            loss = _loss(head(*_pack(tokens, batch, run.device)), targets[batch], run.task.multi_label)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, peak=LR, warmup=WARMUP)
+            loss = _loss(_logits(head, tokens, batch), targets[batch], run.task.multi_label)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -158,22 +159,21 @@ def _batches(clips: Sequence[int]) -> list[Sequence[int]]:
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
 
-def _pack(tokens: Tokens, clips: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Arguments of ``AttentiveHead.forward`` for some clips."""
+def _logits(head: AttentiveHead, tokens: Tokens, clips: Sequence[int]) -> Tensor:
+    """Class scores (n, C) of some clips, on the device of the head."""
+    device = head.query.device
     counts = torch.tensor([len(tokens[i]) for i in clips])
     states = torch.cat([tokens[i] for i in clips]).to(device, torch.float32)
-    return states, torch.repeat_interleave(torch.arange(len(clips)), counts).to(device), len(clips)
+    clip = torch.repeat_interleave(torch.arange(len(clips)), counts).to(device)
+    return head(states, clip, len(clips))
 
 
 @torch.no_grad()
 def _predict(run: Run[ProbeOptions], head: AttentiveHead, tokens: Tokens, clips: Sequence[int]) -> np.ndarray:
     """Class probabilities (n, C) of some clips."""
     head.eval()
-    logits = [
-        head(*_pack(tokens, clips[start : start + BATCH_SIZE], run.device))
-        for start in range(0, len(clips), BATCH_SIZE)
-    ]
-    scores = torch.cat(logits)
+    starts = range(0, len(clips), BATCH_SIZE)
+    scores = torch.cat([_logits(head, tokens, clips[start : start + BATCH_SIZE]) for start in starts])
     return (scores.sigmoid() if run.task.multi_label else scores.softmax(1)).cpu().numpy()
 
 
@@ -181,10 +181,3 @@ def _loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
     if multi_label:
         return F.binary_cross_entropy_with_logits(logits, targets)
     return F.cross_entropy(logits, targets)
-
-
-def _schedule(progress: float) -> float:
-    """Share of the peak rate at a share of the updates: a linear warm-up, then half a cosine."""
-    if progress < WARMUP:
-        return progress / WARMUP
-    return 0.5 * (1.0 + math.cos(math.pi * (progress - WARMUP) / (1.0 - WARMUP)))

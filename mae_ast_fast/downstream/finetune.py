@@ -37,6 +37,7 @@ from .options import FinetuneOptions
 from .probe import encoder_features, set_norm
 from .report import write_report
 from .run import STATE, FoldResult, Run
+from .schedule import learning_rate
 
 _SAVE_SECONDS = 300.0  # between two saves of the training state: the most that a kill costs
 _NORM_CLIPS = 4096  # maximum number of training clips for the norm's initial statistics
@@ -371,8 +372,9 @@ class _Trainer:
             fill=self.mask_value,
             generator=self.generator,
         )
+        lr = learning_rate(self.step, self.num_steps, peak=options.lr, warmup=options.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * _learning_rate(self.step, self.num_steps, options)
+            group["lr"] = group["factor"] * lr
         with run.autocast():
             logits = self.classifier(log_mel, num_frames)
         targets = targets.to(run.device)
@@ -421,12 +423,3 @@ def parameter_groups(classifier: AudioClassifier, options: FinetuneOptions) -> l
         groups.setdefault((factor, decay), {"params": [], "factor": factor, "weight_decay": decay})
         groups[factor, decay]["params"].append(parameter)
     return list(groups.values())
-
-
-def _learning_rate(step: int, num_steps: int, options: FinetuneOptions) -> float:
-    """Learning rate of a step: linear from 0 during the warm-up, then half a cosine to 0."""
-    warmup_steps = options.warmup * num_steps
-    if step < warmup_steps:
-        return options.lr * (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1.0, num_steps - warmup_steps)
-    return options.lr * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoints.load import load_model
 from ..data import corpus
 from ..devices import pick_device, pick_precision
-from ..files import check_folder, write_json
+from ..files import check_out_folder, write_json
 from ..models.base import PretrainingModel
 from ..models.mae_ast import MAEAST
 from ..training.lifecycle import OPTIONS, TASK_OPTIONS, run_lock
@@ -117,7 +117,7 @@ class Run(Generic[Options_co]):
 
     def __init__(self, options: Options_co, mode: str) -> None:
         self.options, self.mode, self.out = options, mode, Path(options.out)
-        check_folder(self.out)
+        check_out_folder(self.out)
         cache = Path(options.cache) if options.cache else corpus.default_cache()
         if cache.exists() and not cache.is_dir():
             raise ValueError(f"cache must be a folder, got the file {cache}")

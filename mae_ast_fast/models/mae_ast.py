@@ -242,12 +242,12 @@ class MAEAST(PretrainingModel):
         if config.reconstruction_weight > 0.0:
             mse = ops.masked_mse(reconstruction, target, config.norm_pix_loss, impl=cfg.impl)
         if config.classification_weight > 0.0:
-            operands = classification, target
+            queries, keys = classification, target
             if config.temperature is not None:
-                operands = cosine_operands(classification, target, config.temperature)
+                queries, keys = cosine_operands(classification, target, config.temperature)
             nce, hit = ops.info_nce(
-                operands[0],
-                operands[1],
+                queries,
+                keys,
                 masked.cu_seqlens,
                 masked.max_seqlen,
                 impl=cfg.impl,

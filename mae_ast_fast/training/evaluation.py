@@ -208,6 +208,7 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
         model.train(was_training)
     num_masked = totals.pop("masked_tokens")
     means = {name: value / num_masked for name, value in totals.items()}
+    features = torch.cat(pooled)
     report: dict[str, Any] = {
         "clips": len(held_out.names),
         "masked_tokens": int(num_masked),
@@ -216,10 +217,10 @@ def evaluate(model: MAEAST | SSAST, held_out: HeldOut, batch_size: int = 16) -> 
         "info_nce": means.pop("nce"),
         "accuracy": means.pop("accuracy"),
         "chance": means.pop("chance"),
-        "effective_rank": effective_rank(torch.cat(pooled)),
+        "effective_rank": effective_rank(features),
         "baselines": means,
     }
-    report["warnings"] = collapse_warnings(report["effective_rank"], max_rank=min(torch.cat(pooled).shape))
+    report["warnings"] = collapse_warnings(report["effective_rank"], max_rank=min(features.shape))
     report["failures"] = failures(model, report)
     report["passed"] = not report["failures"]
     return report

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import step_folder
-from ..files import check_folder, write_json
+from ..files import check_out_folder, write_json
 from .data import training_shards
 from .distributed import init_distributed
 from .evaluation import held_out_set
@@ -39,7 +39,7 @@ def pretrain(options: PretrainOptions) -> dict[str, Any]:
         Interrupted: SIGTERM or Ctrl-C came; the run was saved.
     """
     run = Path(options.out)
-    check_folder(run)
+    check_out_folder(run)
     with init_distributed(options.device) as dist_ctx, contextlib.ExitStack() as stack:
         if locked_early := dist_ctx.is_first and run.is_dir():
             stack.enter_context(run_lock(run))

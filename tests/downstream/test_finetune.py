@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from mae_ast_fast.downstream.metrics import average_precisions, bootstrap_ci, sc
 from mae_ast_fast.downstream.options import FINETUNE_PRESETS, FinetuneOptions, ProbeOptions
 from mae_ast_fast.downstream.probe import PENALTIES, fit_logistic, probe
 from mae_ast_fast.downstream.report import BaselineSummary, TaskSummary
+from mae_ast_fast.downstream.schedule import learning_rate
 from mae_ast_fast.models.pooling import pool_tokens
 from mae_ast_fast.training.lifecycle import Interrupted
 from mae_ast_fast.training.options import PretrainOptions
@@ -361,6 +363,14 @@ def test_finetune_norm_starts_with_statistics_of_training_clips(folder, tmp_path
     expected = (x - x.mean(0)) / (x.var(0, correction=0) + NORM_EPS).sqrt()
     assert_rounding(classifier.norm(x), expected)
     assert not list(classifier.norm.parameters())
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
+    rates = [learning_rate(step, 100, peak=2.0, warmup=0.1) for step in range(101)]
+    assert rates[:10] == [2.0 * (step + 1) / 11 for step in range(10)]
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0.0)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert learning_rate(0, 1, peak=2.0, warmup=0.0) == 2.0
 
 
 def test_attentive_head_pools_each_clip_by_its_own_softmax() -> None:
