@@ -7,8 +7,8 @@ BASE ?= main
 # Most tests keep one core busy, some wait: one process more than cores, at most four. A file's tests share what they set up.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 SIDE_BY_SIDE ?= -n $(WORKERS) --dist loadfile
-# Threads that wait asleep: where other programs run too, spinning ones cost a training step 3 to 4 times its time.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads of tests and benchmarks wait asleep, since several processes share the cores. mae-ast-fast decides for itself.
+test test-ci test-all test-gpu-env bench bench-compare quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 # A GPU machine's versions, and the tests that matter there.
 GPU_VENV ?= .venv-gpu

@@ -20,21 +20,22 @@ from pathlib import Path
 from ..training.lifecycle import Interrupted
 from . import downstream, machine, model, prepare, pretrain
 from .parser import PROGRAM, TRAIN_EXTRA, CommandError, UsageError, missing_packages, raise_unknown
+from .threads import set_wait_policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        argv: Arguments without the program's name; None: those of this process, whose ``OMP_WAIT_POLICY`` then becomes
-            PASSIVE unless it is set.
+        argv: Arguments without the program's name; None: those of this process, whose ``OMP_WAIT_POLICY`` is then set
+            as ``set_wait_policy`` says.
 
     Returns:
         The exit code.
     """
     if argv is None:
-        # Threads that wait asleep. PyTorch's OpenMP reads this when it is loaded, which no module has done yet.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            set_wait_policy()
         gc.freeze()  # the garbage collector then passes over the imported modules, now and ...
         atexit.register(gc.freeze)  # ... when the process ends
     argv = list(sys.argv[1:] if argv is None else argv)
