@@ -15,7 +15,7 @@ one property: sizes, clips, dropout, or lengths (``mixed``: 2 to 20 s, the same 
 bench_masking.py.
 
 Before an op is timed, outputs and gradients of every column are compared with the fp64 reference within the tolerances
-of tests/common/policy.py, on at most 8 clips. With more clips, all clips are then compared within the policy's caps
+of mae_ast_fast/ops/policy.py, on at most 8 clips. With more clips, all clips are then compared within the policy's caps
 (``compiled`` only there). With dropout only the call without dropout is compared; the timed call must be finite and
 must differ from it. A column that raises or fails a check is left out and recorded under ``failed``: the other columns
 are timed, and the benchmark fails at its end.
@@ -33,11 +33,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import compare
 from measure import ON_GPU, ROUNDS, Failed, Turns, load_average, no_compiler, peaks
 from op_cases import DTYPE, OPS, Clips, Function, Op, Point
-from policy import KERNEL_CAP
 from torch import Tensor
+
+from mae_ast_fast.ops.policy import TOLERANCES, compare
 
 CHECKED_CLIPS = 8  # fp64 on more clips would take longer than everything else
 TIMED = ("forward", "forward + backward")
@@ -78,14 +78,14 @@ def exact_values(op: Op) -> dict[str, Tensor]:
 
 def check_all_clips(op: Op, name: str, expected: dict[str, Tensor]) -> None:
     """Raise AssertionError if the rms error against ``exact_values`` exceeds the policy's cap."""
-    outputs = values(op.columns[name], op.inputs, op.differentiable)
+    outputs, cap = values(op.columns[name], op.inputs, op.differentiable), TOLERANCES[DTYPE].cap
     for output_name, expected_values in expected.items():
         error = (
             ((outputs[output_name].float() - expected_values).square().mean() / expected_values.square().mean())
             .sqrt()
             .item()
         )
-        assert error <= KERNEL_CAP[DTYPE], f"{name}: {output_name} is {error:.3g} off, allowed {KERNEL_CAP[DTYPE]:.3g}"
+        assert error <= cap, f"{name}: {output_name} is {error:.3g} off, allowed {cap:.3g}"
 
 
 def values(column: Function, inputs: dict[str, Tensor], differentiable: tuple[str, ...]) -> dict[str, Tensor]:

@@ -250,7 +250,7 @@ def profile(scale: Scale) -> Iterator[Task]:
 def ops(scale: Scale) -> Iterator[Task]:
     """Operations of bench_ops.py at its base point (256 clips, bf16, no dropout), CUDA events, median of 10 calls, ms.
     ``work``: bytes or FLOP of forward, and forward and backward. ``wrong``: the rms error of the output or a
-    gradient against the reference in fp32 exceeds the cap of tests/common/policy.py."""
+    gradient against the reference in fp32 exceeds the cap of mae_ast_fast/ops/policy.py."""
     import bench_ops
     from op_cases import OPS, Clips, Op, Point
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from policy import assert_kernel, assert_rounding_fp64
 from torch import Tensor
 
 from mae_ast_fast.kernels.common.configs import TABLE
 from mae_ast_fast.ops.masking import philox4x32
+from mae_ast_fast.ops.policy import compare, results_and_gradients  # noqa: F401 - for tests
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -58,75 +58,6 @@ def keep_mask(seed: int, rows: int, columns: int, *, dropout_site: int, dropout:
 def kept_scale(dropout: float) -> float:
     """The factor on kept values: the inverse of the keep rate, which is a multiple of 1 / 65536."""
     return 1 / (1 - round(dropout * 65536) / 65536)
-
-
-def results_and_gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], differentiable: Sequence[str]
-) -> dict[str, Tensor]:
-    """The outputs of ``function(**inputs)`` by number, and the gradients of the named inputs.
-
-    The incoming gradients are normal values in the outputs' dtype. Their seed is fixed, so that every implementation
-    gets the same ones.
-    """
-    leaves = {name: x.detach().clone() if name in differentiable else x for name, x in inputs.items()}
-    for name in differentiable:
-        original = inputs[name]
-        if not original.is_contiguous():  # a clone is dense; keep the strides under test
-            leaves[name] = original.detach()
-        leaves[name].requires_grad_()
-    outputs = function(**leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    results = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
-    sources = [out for out in outputs if out.requires_grad]
-    incoming = [
-        torch.randn(out.shape, generator=torch.Generator().manual_seed(99 + index)).half().to(out.device, out.dtype)
-        for index, out in enumerate(sources)
-    ]
-    if not differentiable:
-        return results
-    inputs_of_gradients = [leaves[name] for name in differentiable]  # an unused one (a mask token, say) has gradient 0
-    gradients = torch.autograd.grad(sources, inputs_of_gradients, incoming, allow_unused=True, materialize_grads=True)
-    return results | {f"gradient of {name}": x for name, x in zip(differentiable, gradients, strict=True)}
-
-
-def compare(
-    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
-    reference: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: dict[str, Tensor],
-    differentiable: Sequence[str],
-    *,
-    dtype: torch.dtype,
-    summed: Sequence[str] = (),
-    dot: bool = False,
-    capped: bool = True,
-) -> None:
-    """Compare a kernel or eager.py with the reference in the same dtype and in fp64 on the same inputs, by the policy.
-
-    Args:
-        kernel: Function under test; takes the inputs by name.
-        reference: The same function in reference.py.
-        inputs: Tensors; floating ones are widened for the fp64 run.
-        differentiable: Names of the inputs whose gradients are compared.
-        dtype: Dtype in which the kernel works. In fp64 both computations are the same up to the order of sums.
-        summed: Names of the differentiable inputs whose gradient sums over rows.
-        dot: Whether gradients pass through dot products.
-        capped: As in ``assert_kernel``.
-    """
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    kernel_results = results_and_gradients(kernel, inputs, differentiable)
-    same_dtype_results = results_and_gradients(reference, inputs, differentiable)
-    rows = max(x.shape[0] for x in inputs.values() if x.dim() > 0)
-    for name, exact in results_and_gradients(reference, wide, differentiable).items():
-        k, t = kernel_results[name], same_dtype_results[name]
-        if not exact.is_floating_point():
-            assert torch.equal(k, t), f"{name}: kernel and reference differ"
-            continue
-        if dtype == torch.float64:
-            assert_rounding_fp64(k, exact, name)
-            continue
-        is_sum = name.removeprefix("gradient of ") in summed
-        is_dot = dot and name.startswith("gradient")
-        assert_kernel(k, t, exact, dtype, name=name, dot=is_dot, summed_rows=rows if is_sum else 0, capped=capped)
 
 
 def check_registration(op: Callable[..., Any], *arguments: Any) -> None:
