@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.case import Draw, Integers, Mutant, OpCase
 from .common.dropout import keep_mask, threshold_and_scale
 from .common.launch import block, dense, launch, options, unit_stride
 
@@ -381,3 +382,44 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
             num_rows,
             partial(backward, dy=dy, dy_again=dy_again, mean=mean, rstd=rstd, **inputs),
         )
+
+
+def _inputs(draw: Draw, shape: tuple[int, int]) -> dict[str, Any]:
+    num_rows, width = shape
+    return {
+        "branch": draw.rows(num_rows, width, offset=0.0),
+        "residual": draw.rows(num_rows, width),
+        "weight": draw.parameters(width, offset=1.0),
+        "bias": draw.parameters(width),
+        "branch_bias": draw.parameters(width),
+    }
+
+
+CASE = OpCase(
+    name="add_layer_norm",
+    make=_inputs,
+    shapes=[(1, 16), (5, 48), (9, 33), (37, 192), (4, 1), (3, 1500)],
+    empty=[(0, 16)],
+    traced=[(5, 24), (7, 24)],
+    random=[Integers(1, 40), Integers(8, 130)],
+    differentiable=("branch", "residual", "weight", "bias", "branch_bias"),
+    summed=("weight", "bias", "branch_bias"),
+    rows=("branch", "residual"),
+    vectors=("weight", "bias", "branch_bias"),
+    traced_variants=[{"fork": True}, {"fork": True, "dropout": 0.2, "site": 2}],
+    launches={"add_layer_norm_backward": {"PROGRAMS": 3}},
+    mutants=(
+        Mutant(
+            "edge",
+            "y.to(y_ptr.dtype.element_ty), mask=inside",
+            "y.to(y_ptr.dtype.element_ty), mask=inside & (col < D - 1)[None, :]",
+        ),
+        Mutant("last row", "for index in range(program, N, G):", "for index in range(program, N - 1, G):"),
+        Mutant(
+            "fp32 cast",
+            "    mean = tl.sum(tl.where(inside, z, 0.0), 1) / D",
+            "    z = z.to(tl.float16).to(tl.float32)\n    mean = tl.sum(tl.where(inside, z, 0.0), 1) / D",
+        ),
+        Mutant("stride", "row * stride_dy_again + col", "row * stride_dy + col"),
+    ),
+)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.case import Draw, Integers, Mutant, OpCase
 from .common.dropout import keep_mask, threshold_and_scale
 from .common.launch import dense, launch, options, unit_stride
 
@@ -218,3 +219,42 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
         arguments: dict[str, Any] = {"bias": bias, "seed": seed, "dropout": dropout, "dropout_site": 1}
         yield f"forward {label}", num_rows, partial(forward, x=x, **arguments)
         yield f"backward {label}", num_rows, partial(backward, dy=dy, x=x, **arguments)
+
+
+def _inputs(draw: Draw, shape: tuple[int, int]) -> dict[str, Any]:
+    num_rows, width = shape
+    return {"x": draw.rows(num_rows, width), "bias": draw.parameters(width)}
+
+
+CASE = OpCase(
+    name="bias_gelu",
+    make=_inputs,
+    shapes=[(1, 16), (5, 48), (9, 257), (37, 192), (6, 1), (3, 1100)],
+    empty=[(0, 16)],
+    traced=[(9, 24), (11, 24)],
+    random=[Integers(1, 40), Integers(1, 600)],
+    differentiable=("x", "bias"),
+    summed=("bias",),
+    rows=("x",),
+    vectors=("bias",),
+    traced_variants=[{}, {"dropout": 0.2, "site": 2}],
+    offsets=(0.0, 30.0, -3.0),
+    launches={"bias_gelu_backward": {"PROGRAMS": 2}},
+    mutants=(
+        Mutant(
+            "edge",
+            "    first_col = tl.program_id(1) * COLUMNS\n    col = first_col + tl.arange(0, COLUMNS)\n    bias",
+            "    first_col = tl.program_id(1) * (COLUMNS - 1)\n    col = first_col + tl.arange(0, COLUMNS)\n    bias",
+        ),
+        Mutant(
+            "last row",
+            "for start in range(program * ROWS, N, G * ROWS):",
+            "for start in range(program * ROWS, N - ROWS, G * ROWS):",
+        ),
+        Mutant(
+            "fp32 cast",
+            "    y = 0.5 * h",
+            "    h = h.to(x_ptr.dtype.element_ty).to(tl.float32)\n    y = 0.5 * h",
+        ),
+    ),
+)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.case import Mutant, OpCase
 from .common.launch import block, launch
 
 _PROGRAMS = 64
@@ -55,3 +56,13 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
     x = torch.zeros(num_rows, width, dtype=dtype, device=device)
     cu_seqlens = torch.arange(9, dtype=torch.int32, device=device) * (num_rows // 16)
     yield "clear", num_rows, lambda: clear_tail(x, cu_seqlens)
+
+
+CASE = OpCase(
+    name="clear_padding",
+    mutants=(
+        Mutant("edge", "mask=col < WIDTH)", "mask=col < WIDTH - 1)"),
+        Mutant("last row", "tl.program_id(0), N, PROGRAMS)", "tl.program_id(0), N - 1, PROGRAMS)"),
+        Mutant("row owner", "first_row + tl.program_id(0)", "first_row - 1 + tl.program_id(0)"),
+    ),
+)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import bias_gelu
+from .common.case import Draw, Mutant, OpCase
 from .common.configs import epilogue
 from .common.launch import architecture, dense, launch, options, unit_stride
 
@@ -330,3 +332,45 @@ def baselines(
         lambda: dy @ w2,
         lambda: bias_gelu.backward(dy @ w2, h, b1, None, 0.0, 0),
     )
+
+
+def _inputs(draw: Draw, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """fp32 weights with values of the rows' dtype, because the fp64 run does not round; x W1^T is around 1."""
+    num_rows, width, ffn_dim = shape
+    weights = {
+        "x": draw.rows(num_rows, width),
+        "w1": draw.parameters(ffn_dim, width) / ((1 + draw.offset) * width**0.5),
+        "b1": draw.parameters(ffn_dim),
+        "w2": draw.parameters(width, ffn_dim) / ffn_dim**0.5,
+    }
+    return {name: x.to(draw.dtype).to(x.dtype) for name, x in weights.items()}
+
+
+_TILE = {"BM": 16, "BN": 32, "BK": 16, "BS": 16, "PER_SM": 1, "num_warps": 4, "num_stages": 2}
+
+
+CASE = OpCase(
+    name="feed_forward",
+    make=_inputs,
+    shapes=[(1, 16, 32), (17, 33, 97), (150, 20, 33), (3, 1, 1), (20, 400, 40)],
+    empty=[(0, 16, 32)],
+    traced=[(19, 24, 40), (35, 24, 40)],
+    differentiable=("x", "w1", "b1", "w2"),
+    summed=("w1", "b1", "w2"),
+    dot=True,
+    rows=("x",),
+    vectors=("b1",),
+    traced_variants=[{}, {"recompute": True}],
+    launches={"feed_forward_forward": _TILE, "feed_forward_backward": _TILE},
+    # Both epilogues are on at any size, and a program has more than one tile.
+    patches={"epilogue": lambda kernel, arch, **sizes: (True, "by a test"), "_multiprocessors": lambda device: 3},
+    mutants=(
+        Mutant("edge", "index * h.shape[1] + tl.arange", "index * (h.shape[1] - 1) + tl.arange"),
+        Mutant("last row", "x_inside, w_inside = (row < N)[", "x_inside, w_inside = (row < N - 1)["),
+        Mutant(
+            "fp32 cast", 'total, input_precision="ieee")', 'total, input_precision="ieee").to(x.dtype).to(tl.float32)'
+        ),
+        Mutant("stored h", "_slices(total.to(h_ptr.dtype.element_ty), BS)", "_slices(total, BS)"),
+        Mutant("row owner", "partial_ptr + row_block.to(tl.int64)", "partial_ptr + (row_block // 2).to(tl.int64)"),
+    ),
+)

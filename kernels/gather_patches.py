@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.case import Draw, Mutant, OpCase
 from .common.launch import launch, options
 
 
@@ -245,3 +246,39 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
                 inputs: dict[str, Any] = {"log_mel": x, "kt": size_t, "kf": size_f, **rows}
                 yield f"forward {name}", num_rows, partial(forward, mean=scalar, scale=scalar, dtype=dtype, **inputs)
                 yield f"backward {name}", num_rows, partial(backward, dout, scale=scalar, **inputs)
+
+
+def _inputs(draw: Draw, shape: tuple[int, int, int, tuple[int, int], int]) -> dict[str, Any]:
+    """``count`` different patches in random order. The mean has more digits than fp16."""
+    batch, frames, bins, patch_size, count = shape
+    num_tokens = frames // patch_size[0] * (bins // patch_size[1])
+    patch = torch.randperm(batch * num_tokens, generator=torch.Generator().manual_seed(0))[:count]
+    return {
+        "features": draw.rows(batch, frames, bins),
+        "mean": torch.full((1,), draw.offset - 0.2871, device=draw.device),
+        "scale": torch.full((1,), 0.1234, device=draw.device),
+        "clip": draw.integers(patch // max(num_tokens, 1)),
+        "token": draw.integers(patch % max(num_tokens, 1)),
+        "patch_size": patch_size,
+    }
+
+
+CASE = OpCase(
+    name="gather_patches",
+    make=_inputs,
+    shapes=[(3, 48, 32, (16, 16), 1), (3, 6, 64, (2, 32), 11), (3, 9, 10, (3, 5), 14)],
+    empty=[(2, 6, 8, (2, 4), 0), (2, 1, 8, (2, 4), 0), (0, 6, 8, (2, 4), 0)],
+    traced=[(2, 7, 8, (2, 4), 7), (2, 7, 8, (2, 4), 4)],
+    differentiable=("features",),
+    exact=True,
+    vectors=("clip", "token"),
+    mutants=(
+        Mutant("edge", "& (f < KF)", "& (f < KF - 1)"),
+        Mutant(
+            "last row",
+            "(row < N)[:, None, None] & (t < KT) & (f < KF)",
+            "(row < N - 1)[:, None, None] & (t < KT) & (f < KF)",
+        ),
+        Mutant("row owner", "clip_ptr + row * stride_clip,", "clip_ptr + row // 2 * 2 * stride_clip,"),
+    ),
+)

@@ -23,7 +23,8 @@ several times).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .clear_padding import clear_tail
+from .common.case import Draw, Mutant, OpCase
 from .common.launch import block, launch, options, unit_stride
 
 
@@ -375,3 +377,71 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
             num_rows,
             partial(backward, dloss=loss, loss=loss, row_max=row_max, log_sum=log_sum, over=over, **inputs),
         )
+
+
+def _inputs(draw: Draw, shape: tuple[Sequence[int], int, float | None]) -> dict[str, Any]:
+    """Products around ``scale``. The prediction is half of the output of two heads, of which the other half is NaN.
+
+    With a scale the values are rounded so that all products are exact in fp32. Otherwise the rounding of the large
+    products of a peaked softmax differs between matrix multiplications by more than the policy allows the result.
+    Without a scale, None, products are around 1.
+    """
+    clip_rows, width, scale = shape
+    prediction = draw.parameters(sum(clip_rows), width)
+    target = draw.parameters(sum(clip_rows), width, offset=draw.offset)
+    factor = (scale or 1.0) / width**0.5
+    if scale:
+        prediction, target = (prediction * 16).round() / 16, (target * 16).round() / 16
+        factor = 2.0 ** round(math.log2(factor))
+    joint = torch.cat([torch.full_like(prediction, float("nan")), prediction * factor], dim=1).to(draw.dtype)
+    return {
+        "prediction": joint[:, width:],
+        "target": target.to(draw.dtype),
+        "cu_seqlens": draw.cu_seqlens(clip_rows),
+        "max_seqlen": max(clip_rows, default=0),
+    }
+
+
+_CLIPS = ([1], [7], [5, 0, 1, 9, 5], [16, 32, 17], [0, 33], [70, 3])
+_OVER: list[dict[str, Any]] = [{"over": "targets"}, {"over": "predictions"}]
+_TILE = {"BM": 32, "BN": 16}  # small and unequal: short clips cross edges, and swapped sizes change the result
+
+
+CASE = OpCase(
+    name="info_nce",
+    make=_inputs,
+    shapes=[(clip_rows, *size) for clip_rows in _CLIPS for size in ((20, None), (256, 16.0))],
+    empty=[([0], 16, None), ([0, 0], 16, None), ([], 16, None)],
+    traced=[([5, 0, 20], 24, 1.0), ([5, 0, 20, 3], 24, 1.0)],
+    differentiable=("prediction",),
+    dot=True,
+    rows=("prediction", "target"),
+    vectors=("cu_seqlens",),
+    variants=_OVER,
+    traced_variants=_OVER,
+    offsets=(0.0,),  # with an offset rounding decides some hits: the operation's own tests
+    unspecified=("max_seqlen",),
+    launches={"info_nce_forward": _TILE, "info_nce_backward": _TILE},
+    mutants=(
+        Mutant(
+            "edge",
+            's = tl.where((j < clip_rows)[None, :], s, float("-inf"))',
+            's = tl.where((j <= clip_rows)[None, :], s, float("-inf"))',
+        ),
+        Mutant(
+            "last row",
+            "mask=(i < clip_rows)[:, None] & (col < P)[None, :],\n    )",
+            "mask=(i < clip_rows - 1)[:, None] & (col < P)[None, :],\n    )",
+        ),
+        Mutant(
+            "fp32 cast",
+            "            total = tl.dot((weight - rounded.to(tl.float32)).to(target.dtype), target, total)",
+            "            total += 0.0",
+        ),
+        Mutant(
+            "hits",
+            "(own_logit > max_before) & (own_logit >= max_after), mask=i < clip_rows",
+            "(own_logit >= max_before) & (own_logit >= max_after), mask=i < clip_rows",
+        ),
+    ),
+)

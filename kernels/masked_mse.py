@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.case import Draw, Integers, Mutant, OpCase
 from .common.launch import block, launch, options, unit_stride
 
 
@@ -215,3 +217,37 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
         label = "norm_pix" if norm else ""
         yield f"forward {label}", num_rows, partial(forward, prediction, target, norm_pix_loss=norm, eps=1e-6)
         yield f"backward {label}", num_rows, partial(backward, dloss, prediction, target, norm_pix_loss=norm, eps=1e-6)
+
+
+def _inputs(draw: Draw, shape: tuple[int, int]) -> dict[str, Any]:
+    num_rows, width = shape
+    return {"prediction": draw.rows(num_rows, width), "target": draw.rows(num_rows, width)}
+
+
+CASE = OpCase(
+    name="masked_mse",
+    make=_inputs,
+    shapes=[(1, 16), (5, 48), (9, 33), (130, 256), (4, 2), (3, 1500), (2, 5000)],
+    empty=[(0, 16)],
+    traced=[(5, 24), (8, 24)],
+    random=[Integers(1, 40), Integers(8, 130)],
+    num_random=20,
+    differentiable=("prediction",),
+    dot=True,
+    rows=("prediction", "target"),
+    variants=[{"norm_pix_loss": False}, {"norm_pix_loss": True}],
+    traced_variants=[{"norm_pix_loss": False}, {"norm_pix_loss": True}],
+    mutants=(
+        Mutant(
+            "edge",
+            "* ROWS + tl.arange(0, ROWS)\n    difference, _",
+            "* (ROWS - 1) + tl.arange(0, ROWS)\n    difference, _",
+        ),
+        Mutant("last row", "mask=row < N)\n\n\n@triton", "mask=row < N - 1)\n\n\n@triton"),
+        Mutant(
+            "fp32 cast",
+            "prediction.to(tl.float32) - target",
+            "(prediction.to(tl.float32) - target).to(prediction.dtype)",
+        ),
+    ),
+)

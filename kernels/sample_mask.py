@@ -13,14 +13,16 @@ contain a token. Every start of the reference is in its range, so nothing is cli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.case import Draw, Mutant, OpCase
 from .common.launch import launch, options
 
 # As in masking.py: streams of random words, and the number of blocks before the grid in which a square can start.
@@ -154,3 +156,34 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
             forward, num_tokens, num_masked, clips, clips[:1], epoch=0, grid_f=8, max_tokens=width, chunk=chunk
         )
         yield label, len(clips), call
+
+
+def _inputs(draw: Draw, shape: tuple[Sequence[int], int]) -> dict[str, Any]:
+    num_tokens, grid_f = shape
+    longest = max(num_tokens, default=grid_f)
+    return {"tokens": draw.integers(num_tokens), "grid_f": grid_f, "mask_ratio": 0.6, "seed": 11, "max_tokens": longest}
+
+
+_STRATEGIES: list[dict[str, Any]] = [{"strategy": "random"}, {"strategy": "chunk"}]
+
+
+CASE = OpCase(
+    name="sample_mask",
+    make=_inputs,
+    shapes=[([520], 8), ([1032], 8), ([4104], 8)],
+    empty=[([], 8), ([0, 0], 8)],
+    traced=[([40, 16], 8), ([40, 16, 8], 8)],
+    exact=True,
+    vectors=("tokens",),
+    variants=_STRATEGIES,
+    traced_variants=_STRATEGIES,
+    offsets=(0.0,),
+    dtypes=(torch.float32,),  # masks have none
+    specification="masking.sample_mask",
+    mutants=(
+        Mutant("edge", "mask=token < L)", "mask=token < L - 1)"),
+        Mutant("last row", "token < tl.load(num_tokens_ptr + row)", "token < tl.load(num_tokens_ptr + row) - 1"),
+        Mutant("row owner", "clip_ids.contiguous()", "torch.arange(len(clip_ids), device=clip_ids.device)"),
+        Mutant("ties", "is_below | ((is_tied == 1) & is_first)", "is_below | (is_tied == 1)"),
+    ),
+)

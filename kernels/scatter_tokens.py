@@ -11,7 +11,7 @@ gathered rows, their sum and the mask).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common.case import Draw, Integers, Mutant, OpCase
 from .common.dropout import keep_mask, threshold_and_scale
 from .common.launch import block, dense, launch, options, unit_stride
 
@@ -327,3 +328,63 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
             arguments: dict[str, Any] = {**inputs, "weight": norm, "dropout": dropout, "dropout_site": 1}
             yield f"forward {label}", num_rows, partial(forward, bias=norm, eps=1e-5, **arguments)
             yield f"backward {label}", num_rows, partial(backward, dy=dy, mean=mean, rstd=rstd, **arguments)
+
+
+def _inputs(draw: Draw, shape: tuple[Sequence[int], int]) -> dict[str, Any]:
+    """Packed rows are visible (1) or masked (0); tokens repeat over a table of 50 positions."""
+    is_visible, width = torch.tensor(shape[0], dtype=torch.bool), shape[1]
+    return {
+        "visible": draw.rows(int(is_visible.sum()), width),
+        "mask_token": draw.parameters(width),
+        "table": draw.parameters(50, width),
+        "token": draw.integers(torch.arange(len(is_visible)) * 7 % 50),
+        "inverse": draw.integers(torch.where(is_visible, is_visible.cumsum(0) - 1, -1)),
+        "weight": draw.parameters(width, offset=1.0),
+        "bias": draw.parameters(width),
+    }
+
+
+_RAGGED = [int(index % 5 == 2 or index % 7 == 0) for index in range(41)]
+_PATTERNS = ([1], [0], [1, 0] * 9, [1] + [0] * 10, [0] * 10 + [1], [1] * 7, [0] * 7, _RAGGED)
+_NO_NORM = {"weight": None, "bias": None}
+
+
+CASE = OpCase(
+    name="scatter_tokens",
+    make=_inputs,
+    shapes=[(pattern, 33) for pattern in _PATTERNS],
+    empty=[([], 16)],
+    traced=[([1, 0] * 9, 24), (_RAGGED, 24)],
+    random=[Integers(0, 1, length=(1, 40)), Integers(8, 130)],
+    differentiable=("visible", "mask_token", "weight", "bias"),
+    summed=("mask_token", "weight", "bias"),
+    rows=("visible",),
+    vectors=("mask_token", "token", "inverse", "weight", "bias"),
+    variants=[{}, _NO_NORM],
+    traced_variants=[_NO_NORM, {"dropout": 0.2, "site": 2}],
+    launches={"scatter_tokens_backward": {"PROGRAMS": 3}},
+    mutants=(
+        Mutant(
+            "edge",
+            "z.to(y_ptr.dtype.element_ty), mask=inside",
+            "z.to(y_ptr.dtype.element_ty), mask=inside & (col > 0)[None, :]",
+        ),
+        Mutant("last row", "for index in range(program, N, G):", "for index in range(program, N - 1, G):"),
+        Mutant(
+            "row owner",
+            "dvisible_ptr + ids_restore * D + col",
+            "dvisible_ptr + tl.maximum(ids_restore - 1, 0) * D + col",
+        ),
+        Mutant(
+            "fp32 cast",
+            "        mean = tl.sum(tl.where(inside, z, 0.0), 1) / D",
+            "        z = z.to(tl.float16).to(tl.float32)\n        mean = tl.sum(tl.where(inside, z, 0.0), 1) / D",
+        ),
+        Mutant(
+            "stride",
+            "mask_token, token, ids_restore = dense(mask_token), dense(token), dense(ids_restore)\n"
+            "    weight, bias = dense(weight), dense(bias)\n",
+            "pass\n",
+        ),
+    ),
+)

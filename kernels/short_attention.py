@@ -16,7 +16,7 @@ operands of dots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .clear_padding import clear_tail
+from .common.case import Draw, Mutant, OpCase
 from .common.dropout import mask_words, threshold_and_scale
 from .common.launch import block, launch, options
 
@@ -296,3 +297,46 @@ def examples(dtype: torch.dtype, width: int, device: str = "meta") -> Iterator[t
             inputs |= {"dropout": dropout, "dropout_site": 1}
             yield f"forward {label}", qkv.shape[0], partial(forward, **inputs)
             yield f"backward {label}", qkv.shape[0], partial(backward, do, **inputs)
+
+
+def _inputs(draw: Draw, shape: tuple[Sequence[int], int, int]) -> dict[str, Any]:
+    """q and k around 0, v around the draw's offset, where the row sums of the backward cancel."""
+    clip_rows, heads, width = shape
+    qkv = draw.parameters(sum(clip_rows), 3, heads, width)
+    qkv[:, 2] += draw.offset
+    return {
+        "qkv": qkv.to(draw.dtype),
+        "cu_seqlens": draw.cu_seqlens(clip_rows),
+        "max_seqlen": max(clip_rows, default=0),
+    }
+
+
+CASE = OpCase(
+    name="short_attention",
+    make=_inputs,
+    shapes=[
+        ([1], 1, 16),
+        ([3, 0, 1, 40], 2, 20),
+        ([31, 32, 33, 17], 1, 64),
+        ([0, 65], 3, 5),
+        ([128, 2], 1, 64),
+        ([127], 1, 128),
+    ],
+    empty=[([], 2, 16), ([0], 2, 16), ([0, 0, 0], 2, 16)],
+    traced=[([4, 0, 7], 1, 8), ([3, 0, 7, 2], 1, 8)],
+    differentiable=("qkv",),
+    dot=True,
+    vectors=("cu_seqlens",),
+    traced_variants=[{}, {"dropout": 0.2, "site": 3}],
+    specification="reference.attention",
+    unspecified=("max_seqlen",),
+    mutants=(
+        Mutant("edge", "(tl.arange(0, BLOCK_S) < clip_rows)[None, :]", "(tl.arange(0, BLOCK_S) <= clip_rows)[None, :]"),
+        Mutant(
+            "last row",
+            "tl.store(o_row, o.to(o_ptr.dtype.element_ty), mask=inside)",
+            "tl.store(o_row, o.to(o_ptr.dtype.element_ty), mask=inside & (query < clip_rows - 1)[:, None])",
+        ),
+        Mutant("fp32 cast", "    p = e / total[:, None]", "    p = (e / total[:, None]).to(q.dtype).to(tl.float32)"),
+    ),
+)
