@@ -27,7 +27,7 @@ from . import saved
 from .config import MAEASTConfig, SSASTConfig
 from .layout import TokenLayout
 from .pooling import Encoded
-from .transformer import RECOMPUTE, ExecConfig, TransformerStack
+from .transformer import RECOMPUTE, ExecConfig, Positions, TransformerStack
 
 Model = TypeVar("Model", bound="PretrainingModel")
 
@@ -94,6 +94,14 @@ def max_token_counts(num_blocks: int, grid_f: int, mask_ratio: float, stride: in
     return max(visible), max(masked), max(v + m for v, m in zip(visible, masked, strict=True))
 
 
+def _materialize_positions(model: nn.Module, _: Any) -> None:
+    """Compute position tables that ``load_state_dict(assign=True)`` left on the meta device."""
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if isinstance(module, Positions) and module.is_computed and module.table.is_meta and device.type != "meta":
+            module.materialize(device)
+
+
 class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", license="apache-2.0", tags=["audio"]):
     """Base class of the models.
 
@@ -129,6 +137,7 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
         if not isinstance(config, self.config_class):
             raise ValueError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
         self.config = config
+        self.register_load_state_dict_post_hook(_materialize_positions)
         self.impl, self.attention, self.recompute = impl, attention, recompute
 
     @property

@@ -164,7 +164,7 @@ class MAEAST(PretrainingModel):
             The output (Nv, D) and the output (Nv, D) of each layer.
         """
         config, num_tokens = self.config, layout.mask.shape[1]
-        positions = self.encoder_positions(num_tokens)[layout.visible.token].to(patches.dtype)
+        positions = self.encoder_positions(num_tokens, patches.device)[layout.visible.token].to(patches.dtype)
         input_dropout = config.input_dropout if self.training else 0.0
         if config.norm_first:
             x = drop(linear(patches, self.patch_embed), input_dropout) + positions
@@ -204,7 +204,7 @@ class MAEAST(PretrainingModel):
         x = ops.scatter_tokens(
             latent,
             self.mask_token,
-            self.decoder_positions(layout.mask.shape[1]),
+            self.decoder_positions(layout.mask.shape[1], latent.device),
             layout.tokens.token,
             layout.ids_restore,
             weight=None if fused_norm is None else fused_norm.weight,

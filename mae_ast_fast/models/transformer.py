@@ -7,6 +7,7 @@ Letters: B clips, N packed rows, M packed query rows, D width, H heads, Dh value
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, TypeGuard, overload
@@ -218,7 +219,8 @@ class Positions(nn.Module):
     """Fixed sinusoidal positions, looked up by token index.
 
     The table is computed and kept out of checkpoints, unless one was loaded. The paper's fp16 runs saved a rounded
-    table, and features only match with that one.
+    table, and features only match with that one. No state dict fills a computed table, so it is computed again where
+    its memory is new (``to_empty``) or where it is still on the meta device (``load_state_dict(assign=True)``).
 
     Args:
         dim: Width D, even; a multiple of 4 if ``grid_f`` is above 1.
@@ -232,8 +234,10 @@ class Positions(nn.Module):
         self.dim, self.grid_f = dim, grid_f
         self.register_buffer("table", self.compute(2048), persistent=False)
 
-    def forward(self, num_tokens: int) -> Tensor:
-        """The table (at least ``num_tokens``, D)."""
+    def forward(self, num_tokens: int, device: torch.device | None = None) -> Tensor:
+        """The table (at least ``num_tokens``, D); ``device`` is that of the tokens, None that of the table."""
+        if self.table.is_meta and device is not None and device.type != "meta":
+            self.materialize(device)
         table_len = self.table.shape[0]
         if num_tokens > table_len:
             longer = self.compute(num_tokens, self.table.device).to(self.table.dtype)
@@ -243,6 +247,37 @@ class Positions(nn.Module):
     def compute(self, num_tokens: int, device: torch.device | str | None = None) -> Tensor:
         """The first ``num_tokens`` rows (num_tokens, D) in fp32, whatever a checkpoint held."""
         return sinusoid_2d(num_tokens, self.dim, self.grid_f, device)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the table is computed, and in no state dict."""
+        return "table" in self._non_persistent_buffers_set
+
+    def materialize(self, device: torch.device) -> None:
+        """Replace a table on the meta device, which has no values, by a computed one.
+
+        Raises:
+            RuntimeError: The table is one of a checkpoint, and its values were never loaded.
+        """
+        if not self.is_computed:
+            raise RuntimeError("the position table of the checkpoint is still on the meta device: load it first")
+        self.table = self.compute(len(self.table), "cpu").to(device, self.table.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Positions:
+        before = self.table
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError:  # a copy from the meta device, of a model whose weights were set one by one
+            if not (self.is_computed and self.table.is_meta):
+                raise
+            self.materialize(torch.device("cpu"))
+            super()._apply(fn, recurse)
+        after = self.table
+        has_values = type(after) is Tensor and not after.is_meta  # a fake tensor has none either
+        # After a cast or a copy they are those of before. After to_empty the new memory holds anything.
+        if self.is_computed and has_values and (before.is_meta or not torch.equal(before.to(after), after)):
+            after.copy_(self.compute(len(after), "cpu"))
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if (table := state_dict.get(prefix + "table")) is not None:
