@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints.load import load_mae_ast
 from ..models.mae_ast import MAEAST
-from ..ops.fbank import HOP, WINDOW
+from ..ops.fbank import HOP, WINDOW, pad_clips
 
 
 class Upstream(nn.Module):
@@ -64,8 +63,8 @@ class Upstream(nn.Module):
         """Features of a batch as ``MAEAST.extract_features`` gives them, in the number of vectors that s3prl expects.
 
         Args:
-            wavs: (num_samples,) each, mono floats in [-1, 1] at 16 kHz, of any lengths. A clip shorter than 25 ms is
-                padded with zeros to 25 ms.
+            wavs: (num_samples,) each, mono at 16 kHz, of any lengths: floats in [-1, 1] or int16. A clip shorter than
+                25 ms is padded with zeros to 25 ms.
 
         Returns:
             ``hidden_states``, one (B, L, D) per layer from the first to the last, and ``last_hidden_state`` (B, L, D).
@@ -76,14 +75,14 @@ class Upstream(nn.Module):
             are undefined.
 
         Raises:
-            ValueError: ``wavs`` is no list of 1-D tensors, or is empty.
+            ValueError: ``wavs`` is no list of 1-D tensors, is empty, or its devices differ.
         """
         if len(wavs) == 0 or any(not isinstance(wav, Tensor) or wav.dim() != 1 for wav in wavs):
             got = [tuple(wav.shape) if isinstance(wav, Tensor) else type(wav).__name__ for wav in wavs]
             raise ValueError(f"wavs must be a list of 1-D tensors, got {got}")
-        num_samples = torch.tensor([len(wav) for wav in wavs], device="cpu")
+        waveforms, lengths = pad_clips(list(wavs))
+        num_samples = torch.tensor(lengths, device="cpu")
         padded_samples = num_samples.clamp(min=WINDOW)
-        waveforms = pad_sequence(list(wavs), batch_first=True)
         waveforms = nn.functional.pad(waveforms, (0, int(padded_samples.max()) - waveforms.shape[1]))
         log_mel, num_frames = self.model.features(waveforms, padded_samples)
         encoded = self.model.extract_features(log_mel, num_frames)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -274,7 +273,8 @@ class MAEASTFeatureExtractor(SequenceFeatureExtractor):
         """Features of one clip or of several.
 
         Args:
-            raw_speech: One clip (num_samples,), a list of clips, or (B, num_samples): floats in [-1, 1] or int16 PCM.
+            raw_speech: One clip (num_samples,), a list of clips, or (B, num_samples): floats in [-1, 1] or int16 PCM,
+                each clip scaled by its own dtype.
             sampling_rate: Sampling rate of ``raw_speech`` in Hz; None: 16 kHz is assumed, with a warning.
             padding: Padding strategy, as ``SequenceFeatureExtractor.pad`` takes it.
             **pad: Other arguments of ``SequenceFeatureExtractor.pad``: ``return_tensors``, ``max_length``,
@@ -298,7 +298,7 @@ class MAEASTFeatureExtractor(SequenceFeatureExtractor):
                 f"raw_speech must be clips (num_samples,) of at least {WINDOW} samples, got {wrong_shapes[0]}"
             )
         clips = [clip.float() if clip.dtype == torch.float64 else clip for clip in clips]
-        log_mel, num_frames = fbank(pad_sequence(clips, batch_first=True), [len(clip) for clip in clips])
+        log_mel, num_frames = fbank(clips)
         unpadded = [clip[:count].numpy() for clip, count in zip(log_mel, num_frames.tolist(), strict=True)]
         return self.pad(BatchFeature({"input_features": unpadded}), padding, **pad)
 

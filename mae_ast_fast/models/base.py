@@ -175,11 +175,13 @@ class PretrainingModel(nn.Module, ModelHubMixin, library_name="mae_ast_fast", li
             raise ValueError(f"recompute='gelu' needs activation_dropout=0, got {rate}: use recompute='layer'")
         self._recompute = recompute
 
-    def features(self, waveforms: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def features(
+        self, waveforms: Tensor | Sequence[Tensor], lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The input of ``forward``, from waveforms: log-mel of the model's own front end, passed through ``normalize``.
 
         Args:
-            waveforms: (B, S) mono at 16 kHz, as ``fbank`` takes them.
+            waveforms: (B, S) mono at 16 kHz, or a list of clips (S,), as ``fbank`` takes them.
             lengths: (B,) samples of each clip; None: all S.
 
         Returns:

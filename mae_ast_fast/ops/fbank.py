@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -29,6 +30,8 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.in
 # A mel bin covers few FFT bins, so the matrix product runs in blocks of mel bins over the FFT bins that they cover: a
 # quarter of the arithmetic in less than half the time. Blocks of 8 are slower again.
 _MEL_BLOCK = 16
+_MAX_PEAK = 30.0  # of floats: more than decoders overshoot, and than speech of unit variance has
+_SEEN_DEVICES: set[torch.device] = set()  # GPUs whose first waveforms were looked at
 _ROW_MULTIPLE = 64  # for leftover rows BLAS uses other kernels, which round differently
 
 
@@ -47,9 +50,31 @@ def frames_to_samples(frames: int) -> int:
     return (frames - 1) * HOP + WINDOW
 
 
+def pad_clips(clips: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """Waveforms (B, S) of several clips, padded with zeros, and the samples of each clip.
+
+    Args:
+        clips: (S,) each, at least one, as ``fbank`` takes them, on one device. Clips of one dtype keep it. Otherwise
+            all become fp32, or fp64 if one is, and int16 is scaled to [-1, 1).
+
+    Raises:
+        ValueError: A shape or dtype is not as described, or the devices differ.
+    """
+    if not clips or any(clip.dim() != 1 for clip in clips):
+        raise ValueError(f"clips must be at least one tensor (S,), got {[tuple(clip.shape) for clip in clips]}")
+    if wrong := [clip.dtype for clip in clips if clip.dtype not in _DTYPES]:
+        raise ValueError(f"clips must be of a floating dtype or int16, got {wrong[0]}")
+    if len(devices := sorted({str(clip.device) for clip in clips})) > 1:
+        raise ValueError(f"clips must be on one device, got {' and '.join(devices)}")
+    if len({clip.dtype for clip in clips}) > 1:
+        dtype = torch.float64 if any(clip.dtype == torch.float64 for clip in clips) else torch.float32
+        clips = [_to_float(clip).to(dtype) for clip in clips]
+    return torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True), [len(clip) for clip in clips]
+
+
 @torch.no_grad()
 def fbank(
-    waveforms: torch.Tensor,
+    waveforms: torch.Tensor | Sequence[torch.Tensor],
     lengths: torch.Tensor | Sequence[int] | None = None,
     sample_rate: int = SAMPLE_RATE,
     frontend: str = "mae_ast",
@@ -61,9 +86,10 @@ def fbank(
 
     Args:
         waveforms: (B, S) mono samples in [-1, 1], floating point, or int16 PCM, which is divided by 32768. Arithmetic
-            is in fp32, or in fp64 for fp64 samples.
+            is in fp32, or in fp64 for fp64 samples. Or a list of clips (S,) of any lengths, each scaled by its own
+            dtype. Floats far beyond [-1, 1] are used as they are, with one warning (on a GPU the first call looks).
         lengths: (B,) samples of each clip, integers in 0..S. None: S for all clips. Samples past the length of a clip
-            do not change any result. A clip of less than 400 samples (25 ms) has no frames.
+            do not change any result. A clip of less than 400 samples (25 ms) has no frames. None for a list of clips.
         sample_rate: Sample rate of ``waveforms`` in Hz. Other rates than 16000 are resampled by
             ``torchaudio.functional.resample``, clip by clip, in fp64 on CUDA.
         frontend: ``"mae_ast"`` is ``kaldi.fbank(sample_frequency=16000, use_energy=False, num_mel_bins=128)`` (arXiv
@@ -80,8 +106,10 @@ def fbank(
         ValueError: A shape, dtype, length, rate or name is not as described.
         ImportError: Resampling is needed and torchaudio is not installed.
     """
+    waveforms, lengths = _as_batch(waveforms, lengths)
     frames_device = lengths.device if isinstance(lengths, torch.Tensor) else torch.device("cpu")
     num_samples = _check(waveforms, lengths, sample_rate, frontend)
+    _check_scale(waveforms, num_samples)
     with torch.autocast(waveforms.device.type, enabled=False):
         if sample_rate != SAMPLE_RATE and waveforms.numel():
             waveforms, num_samples = _resample(waveforms, num_samples, int(sample_rate))
@@ -89,13 +117,25 @@ def fbank(
     return log_mel, send(frames, frames_device)
 
 
+def _as_batch(
+    waveforms: Any, lengths: torch.Tensor | Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor | Sequence[int] | None]:
+    """A list of clips as a padded batch and its lengths. Anything else is returned as it is, to be checked."""
+    is_list = isinstance(waveforms, list | tuple) and all(isinstance(clip, torch.Tensor) for clip in waveforms)
+    if not is_list or not waveforms:
+        return waveforms, lengths
+    if lengths is not None:
+        raise ValueError("lengths must be None for a list of clips, which have their own")
+    return pad_clips(waveforms)
+
+
 def _check(
-    waveforms: torch.Tensor, lengths: torch.Tensor | Sequence[int] | None, sample_rate: int, frontend: str
+    waveforms: Any, lengths: torch.Tensor | Sequence[int] | None, sample_rate: int, frontend: str
 ) -> torch.Tensor:
     """Check the arguments of ``fbank`` and return the samples of each clip (B,), int64 on the CPU."""
     if not isinstance(waveforms, torch.Tensor) or waveforms.dtype not in _DTYPES:
         got = waveforms.dtype if isinstance(waveforms, torch.Tensor) else type(waveforms).__name__
-        raise ValueError(f"waveforms must be a tensor of a floating dtype or int16, got {got}")
+        raise ValueError(f"waveforms must be a tensor, or a list of tensors, of a floating dtype or int16, got {got}")
     if waveforms.dim() == 1:
         raise ValueError(
             f"waveforms must be (B, S), got a 1-D tensor of shape {tuple(waveforms.shape)}: "
@@ -123,6 +163,28 @@ def _check(
             f"got {num_samples.min().item()} to {num_samples.max().item()}"
         )
     return num_samples
+
+
+def _check_scale(waveforms: torch.Tensor, num_samples: torch.Tensor) -> None:
+    """Warn once of floats that are on the scale of integers: all log-mel values are then about 21 too high."""
+    device = waveforms.device
+    is_looked_at = device.type == "cpu" or (device.type == "cuda" and device not in _SEEN_DEVICES)
+    if not is_looked_at or waveforms.dtype == torch.int16 or _warn_of_scale.cache_info().currsize:
+        return
+    _SEEN_DEVICES.add(device)
+    # Only real samples: those past a clip's length may be anything.
+    peaks = [torch.stack(clip.aminmax()).abs().max() for clip in _split(waveforms, num_samples) if len(clip)]
+    if peaks and _MAX_PEAK < (peak := float(torch.stack(peaks).max())) < math.inf:
+        _warn_of_scale(peak)
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_scale(peak: float) -> None:
+    warnings.warn(
+        f"waveforms reach {peak:.6g}, but floats are taken as samples in [-1, 1]: divide samples on the scale of int16 "
+        "by 32768, or pass them as int16",
+        stacklevel=5,
+    )
 
 
 def _resample(
