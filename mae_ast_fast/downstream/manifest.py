@@ -170,11 +170,13 @@ def read_task(
     Args:
         manifest: ``.tsv`` or ``.csv`` file.
         root: Second folder in which paths are looked up, after the manifest's own folder.
-        multi_label: Clips may have any number of labels, even none. A ``;`` in a label turns it on too.
+        multi_label: Clips may have any number of labels, even none, and rows of one clip are merged. A ``;`` in a label
+            turns it on too, but merges nothing.
 
     Raises:
         FileNotFoundError: The manifest does not exist, or none of its files does.
-        ValueError: The file is not a manifest, or a row is malformed; the message gives the line.
+        ValueError: The file is not a manifest, a row is malformed (the message gives the line), or rows of one clip
+            contradict each other.
     """
     manifest = Path(manifest)
     label_column, rows = _read_table(manifest)
@@ -187,6 +189,7 @@ def read_task(
             f"none of the {len(clips)} files of {manifest} exists; {clips[0].name} is not in {searched} (--root DIR)"
         )
     clips, notes = _resolve_folds(clips, str(manifest))
+    clips = _merge_rows(clips, str(manifest), merge=multi_label and not frame_level)
     if frame_level:
         labels, label_notes = _frequent_phones(clips)
     else:
@@ -351,6 +354,61 @@ def _resolve_folds(clips: list[Clip], manifest: str) -> tuple[list[Clip], list[s
         note = f"all clips are in fold {folds.pop()}: the column split is used"
         return [dataclasses.replace(clip, fold="") for clip in clips], [note]
     return clips, []
+
+
+def _merge_rows(clips: list[Clip], manifest: str, *, merge: bool) -> list[Clip]:
+    """The clips, each with the labels of all its rows, in the order of its first rows.
+
+    Rows are of one clip if file, start and end are the same. Rows that agree remain as they are.
+
+    Args:
+        clips: A clip per row, with folds resolved.
+        manifest: Name of the manifest, for messages.
+        merge: Whether rows of one clip that differ may be merged.
+
+    Raises:
+        ValueError: Rows of one clip differ and are not to be merged, or differ between two splits or folds.
+    """
+    rows_by_clip: dict[tuple[str, float, float], list[Clip]] = {}
+    for clip in clips:
+        rows_by_clip.setdefault((os.path.realpath(clip.path), clip.start, clip.end), []).append(clip)
+    differing, in_two_sets = [], []
+    merged: list[Clip] = []
+    for rows in rows_by_clip.values():
+        if len({(frozenset(row.labels), row.phones) for row in rows}) == 1:
+            merged += rows
+            continue
+        differing.append(rows)
+        labels_by_set: dict[str, dict[str, None]] = {}
+        for row in rows:
+            labels_by_set.setdefault(row.fold or row.split, {}).update(dict.fromkeys(row.labels))
+        if len({frozenset(labels) for labels in labels_by_set.values()}) > 1:
+            in_two_sets.append(rows)
+        first_rows = {row.fold or row.split: row for row in reversed(rows)}
+        merged += [
+            dataclasses.replace(first_rows[name], labels=tuple(labels)) for name, labels in labels_by_set.items()
+        ]
+    if in_two_sets:
+        cure = "give each clip to one split or fold, or the same labels in each"
+        raise ValueError(f"{manifest}: {_describe_rows(in_two_sets)}: {cure}")
+    if differing and not merge:
+        is_phones = bool(differing[0][0].phones)
+        cure = "put all phones of a recording into one row" if is_phones else "--multi-label merges the rows of a clip"
+        raise ValueError(f"{manifest}: {_describe_rows(differing)}: {cure}")
+    return merged if differing else clips
+
+
+def _describe_rows(differing: Sequence[Sequence[Clip]]) -> str:
+    """How many clips have rows that differ, with the labels of the first three."""
+    examples = []
+    for rows in differing[:3]:
+        clip = rows[0]
+        part = f" from {clip.start:g} s" if clip.start or clip.end else ""
+        answers = ["; ".join(row.labels) or "none" for row in rows if not row.phones]
+        examples.append(f"{clip.name}{part}" + (f" ({', '.join(dict.fromkeys(answers))})" if answers else ""))
+    count = "1 clip has rows" if len(differing) == 1 else f"{len(differing)} clips have rows"
+    what = "phones" if differing[0][0].phones else "labels"
+    return f"{count} whose {what} differ, for example {', '.join(examples)}"
 
 
 def _frequent_phones(clips: Sequence[Clip]) -> tuple[set[str], list[str]]:

@@ -67,7 +67,8 @@ class ProbeOptions:
             repository.
         out: Run folder.
         root: Second folder for the manifest's paths, which are looked up in the manifest's folder first.
-        multi_label: Clips may have several labels. A ; in a label turns it on too.
+        multi_label: Clips may have several labels, and rows of one clip are merged. A ; in a label turns it on too, but
+            merges nothing.
         metric: Reported metric, which also selects settings and checkpoints on the validation clips: accuracy,
             balanced_accuracy, macro_f1, or map (mean average precision). None: accuracy, or map with several labels.
             With folds, the mean over folds. With several labels, accuracy is the share of right answers to "has this

@@ -350,3 +350,67 @@ def test_waveforms_no_usable_clip_raises(tmp_path):
     path = manifest(tmp_path, SPLIT)
     with pytest.raises(ValueError, match=r"no usable|nothing usable|none"):
         Waveforms(read_task(path), tmp_path / "cache")
+
+
+LONG = ["a.wav\tdog\ttrain", "a.wav\toutdoors\ttrain", "b.wav\tcat\ttrain", "c.wav\tcat\ttest", "c.wav\tdog\ttest"]
+
+
+def test_read_task_row_per_label_without_flag_names_clips_and_flag(tmp_path):
+    rows = [*LONG, "d.wav\tcat\ttrain", "d.wav\tdog\ttrain", "e.wav\tcat\ttrain", "e.wav\tdog\ttrain"]
+    message = r"4 clips have rows whose labels differ, for example a\.wav \(dog, outdoors\), c.*, d\.wav .*--multi-label"
+    with pytest.raises(ValueError, match=message) as raised:
+        read_task(manifest(tmp_path, rows))
+    assert "e.wav" not in str(raised.value) and "b.wav" not in str(raised.value)
+    with pytest.raises(ValueError, match="--multi-label"):  # a ; elsewhere does not mean that rows are to be merged
+        read_task(manifest(tmp_path, [*LONG, "f.wav\tcat;dog\ttrain"]))
+
+
+def test_read_task_row_per_label_with_flag_is_merged(tmp_path):
+    task = read_task(manifest(tmp_path, [*LONG, "b.wav\tcat\ttrain"]), multi_label=True)
+    assert [(Path(clip.path).name, clip.labels, clip.split) for clip in task.clips] == [
+        ("a.wav", ("dog", "outdoors"), "train"),
+        *[("b.wav", ("cat",), "train")] * 2,  # rows that agree stay, as in an older run of this manifest
+        ("c.wav", ("cat", "dog"), "test"),
+    ]
+    assert task.labels == ["cat", "dog", "outdoors"] and task.targets().sum(1).tolist() == [2, 1, 1, 2]
+
+
+def test_read_task_row_per_label_is_found_in_any_spelling_of_a_path(tmp_path):
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "a.wav", "")
+    (tmp_path / "link.wav").symlink_to(tmp_path / "a.wav")
+    for other in ("./a.wav", "x/../a.wav", str(tmp_path / "a.wav"), "link.wav"):
+        rows = ["b.wav\tdog\ttrain", "a.wav\tcat\ttest", f"{other}\tdog\ttest"]
+        with pytest.raises(ValueError, match=r"1 clip has rows whose labels differ, for example a\.wav \(cat, dog\)"):
+            read_task(manifest(tmp_path, rows))
+        assert [clip.labels for clip in read_task(manifest(tmp_path, rows), multi_label=True).clips][1:] == [
+            ("cat", "dog")
+        ]
+
+
+def test_read_task_parts_of_one_file_are_clips_of_their_own(tmp_path):
+    header = "path\tlabel\tsplit\tstart\tend"
+    rows = ["a.wav\tdog\ttrain\t0\t1", "a.wav\tcat\ttrain\t1\t2", "a.wav\tcat\ttest\t2\t"]
+    assert len(read_task(manifest(tmp_path, rows, header)).clips) == 3
+    with pytest.raises(ValueError, match=r"a\.wav from 1 s \(cat, dog\)"):
+        read_task(manifest(tmp_path, [*rows, "a.wav\tdog\ttrain\t1.0\t2.00"], header))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("column, sets", [("split", ("train", "test")), ("fold", ("1", "2"))])
+def test_read_task_clip_with_other_labels_in_another_set_raises(tmp_path, column, sets, multi_label):
+    rows = [f"a.wav\tdog\t{sets[0]}", f"a.wav\tcat\t{sets[1]}", f"b.wav\tcat\t{sets[0]}"]
+    with pytest.raises(ValueError, match=r"a\.wav \(dog, cat\): give each clip to one split or fold"):
+        read_task(manifest(tmp_path, rows, f"path\tlabel\t{column}"), multi_label=multi_label)
+
+
+def test_read_task_rows_without_label_add_none(tmp_path):
+    rows = ["a.wav\t\ttrain", "a.wav\tdog\ttrain", "b.wav\tcat\ttest"]
+    assert [clip.labels for clip in read_task(manifest(tmp_path, rows), multi_label=True).clips] == [("dog",), ("cat",)]
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_read_task_row_per_phone_raises(tmp_path, multi_label):
+    rows = [f"{name}.wav\t{i + 1}:{phone}\ttrain" for name in "ab" for i, phone in enumerate(["x", "y"])]
+    with pytest.raises(ValueError, match=r"2 clips have rows whose phones differ.*a\.wav, b\.wav: put all phones"):
+        read_task(manifest(tmp_path, rows, "path\tphones\tsplit"), multi_label=multi_label)
