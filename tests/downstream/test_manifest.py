@@ -357,7 +357,7 @@ LONG = ["a.wav\tdog\ttrain", "a.wav\toutdoors\ttrain", "b.wav\tcat\ttrain", "c.w
 
 def test_read_task_row_per_label_without_flag_names_clips_and_flag(tmp_path):
     rows = [*LONG, "d.wav\tcat\ttrain", "d.wav\tdog\ttrain", "e.wav\tcat\ttrain", "e.wav\tdog\ttrain"]
-    message = r"4 clips have rows whose labels differ, for example a\.wav \(dog, outdoors\), c.*, d\.wav .*--multi-label"
+    message = r"4 clips have rows whose labels differ, .* a\.wav \(dog, outdoors\), c.*, d\.wav .*--multi-label"
     with pytest.raises(ValueError, match=message) as raised:
         read_task(manifest(tmp_path, rows))
     assert "e.wav" not in str(raised.value) and "b.wav" not in str(raised.value)
