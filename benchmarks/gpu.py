@@ -55,8 +55,7 @@ OPTIONAL = (
 )
 # Tile edges, strides and offsets in bf16, which other machines do not test. Repeats and statistics add nothing here.
 MEMCHECK = (
-    "bfloat16 and (values_and_gradients or moves_rows_and_gradients or normalised_values or zeroes_padding_rows) "
-    "or ten_second_clips"
+    "bfloat16 and (kernel_values_and_gradients or moves_rows_and_gradients or zeroes_padding_rows) or ten_second_clips"
 )
 OTHER_KERNEL_TESTS = {
     "test_model_triton.py",
@@ -269,23 +268,41 @@ def _outcome(name: str, xml: Path, *, code: int, timed_out: bool, seconds: float
     return outcome
 
 
-def pytest_job(file: Path, workers: int, *options: str, prefix: Sequence[str] = (), **extra_variables: str) -> Job:
-    """Job that runs the tests of one file with compiled kernels."""
+def kernel_ops() -> set[str]:
+    """Names of the files of kernels/ that have a kernel."""
+    return {path.stem for path in (ROOT / "kernels").glob("*.py") if "@triton.jit" in path.read_text()}
+
+
+def test_paths(file: Path) -> list[Path]:
+    """The test file; with that of one operation also test_ops.py, which tests every operation."""
+    is_of_op = file.stem.removeprefix("test_") in kernel_ops()
+    return [path for path in (file.with_name("test_ops.py"), file) if path.is_file()] if is_of_op else [file]
+
+
+def pytest_job(
+    file: Path, workers: int, *options: str, select: str = "", prefix: Sequence[str] = (), **extra_variables: str
+) -> Job:
+    """Job that runs the tests of one file, or of one operation, with compiled kernels; ``select`` is pytest's -k."""
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     variables.update({"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **extra_variables})
-    command = [*prefix, sys.executable, "-m", "pytest", str(file), "-v", "--tb=short", "-p", "no:cacheprovider"]
-    return Job(file.name, [*command, "-m", "not network and not ci and not long", *options], variables)
+    paths, op = test_paths(file), file.stem.removeprefix("test_")
+    if paths != [file]:
+        select = f"{op} and ({select})" if select else op
+    command = [*prefix, sys.executable, "-m", "pytest", *map(str, paths), "-v", "--tb=short", "-p", "no:cacheprovider"]
+    chosen = ["-m", "not network and not ci and not long", *(["-k", select] if select else [])]
+    return Job(file.name, [*command, *chosen, *options], variables)
 
 
 def test_files() -> tuple[list[Path], list[Path]]:
-    """Test files of the stage ``kernels``, and all others."""
-    ops = {path.stem for path in (ROOT / "kernels").glob("*.py") if "def examples(" in path.read_text()}
-    kernel_tests = {f"test_{op}.py" for op in ops} | OTHER_KERNEL_TESTS
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [file for file in files if file.name in kernel_tests], [
-        file for file in files if file.name not in kernel_tests
-    ]
+    """Test files of the stage ``kernels``, and all others. An operation may have no file of its own."""
+    found = set((ROOT / "tests").rglob("test_*.py"))
+    suites = {file for file in found if file.name == "test_ops.py"}
+    of_ops = {suite.with_name(f"test_{op}.py") for suite in suites for op in kernel_ops()}
+    kernels = of_ops | {
+        file for file in found if file.name in {f"test_{op}.py" for op in kernel_ops()} | OTHER_KERNEL_TESTS
+    }
+    return sorted(kernels), sorted(found - kernels - suites)
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -376,7 +393,7 @@ def memcheck_jobs(files: Sequence[Path], workers: int) -> tuple[list[Job], str]:
     # One allocation per tensor: inside PyTorch's large blocks no access would be out of bounds.
     options = {"prefix": sanitizer_command, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_TIMEOUT": "0"}
     return [
-        pytest_job(file, workers, "-k", MEMCHECK, **options) for file in files if file.name not in OTHER_KERNEL_TESTS
+        pytest_job(file, workers, select=MEMCHECK, **options) for file in files if file.name not in OTHER_KERNEL_TESTS
     ], ""
 
 

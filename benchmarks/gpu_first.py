@@ -623,10 +623,10 @@ def run_tests(results: Results, files: Sequence[Path], deadline: float) -> None:
     for file in files:
         if not file.is_file():
             results.add("tests", file.name, "left out: there is no such file")
-        elif not hypothesis and "from hypothesis import" in file.read_text():
+        elif not hypothesis and any("from hypothesis import" in path.read_text() for path in gpu.test_paths(file)):
             results.add("tests", file.name, "left out: hypothesis is not installed")
         else:
-            jobs.append(gpu.pytest_job(file, workers, "-k", SELECTED_TESTS))
+            jobs.append(gpu.pytest_job(file, workers, select=SELECTED_TESTS))
     failed: list[str] = []
     output: list[str] = []
 

@@ -17,9 +17,12 @@ from measure import DEVICE, ON_GPU
 from torch import Tensor
 
 from mae_ast_fast import MAEASTConfig, ops
+from mae_ast_fast.kernels.common.case import Draw, OpCase
 from mae_ast_fast.models.transformer import sinusoid
 from mae_ast_fast.ops import attention, eager, reference
 from mae_ast_fast.ops.attention import flash
+from mae_ast_fast.ops.cases import implementation, op_cases, tensors_and_options
+from mae_ast_fast.ops.dispatch import HAS_TRITON
 from mae_ast_fast.ops.masking import sample_mask
 from mae_ast_fast.ops.packing import Packing, real_tokens
 
@@ -296,4 +299,28 @@ OPS: dict[str, tuple[Callable[[Point, Clips], Op], list[Point]]] = {
     "masked_mse": (masked_mse, points()),
     "info_nce": (info_nce, points(MIXED_LENGTHS, {"name": "over predictions", "softmax_over": "predictions"})),
     "attention": (attention_op, points(MIXED_LENGTHS, DROPOUT, {"name": "decoder", "packing": "tokens"})),
+}
+
+
+def from_record(case: OpCase, point: Point, clips: Clips) -> Op:
+    """An op without a function above, from its record: the decoder's rows, all inputs read and all results written.
+
+    The backward reads inputs and the results' gradients, and writes the gradients of the inputs.
+    """
+    assert case.large is not None
+    shape = case.large(len(clips.tokens.clip), clips.config.decoder_embed_dim)
+    inputs, options = tensors_and_options({**case.make(Draw(DTYPE, DEVICE), shape), **case.variants[0]})
+    plain, kernel = (implementation(case, impl, options) for impl in ("torch", "triton"))
+    with torch.no_grad():
+        output = plain(**inputs)
+    read, gradients = (sum(x.nbytes for x in xs) for xs in (inputs.values(), (inputs[n] for n in case.differentiable)))
+    work = (read + output.nbytes, 2 * (read + output.nbytes) + gradients)
+    columns = {"reference": plain, "fast": kernel}
+    return Op(columns, inputs, "bytes", work, case.differentiable, case.summed, uses_products=case.dot)
+
+
+OPS |= {
+    case.name: (partial(from_record, case), points())
+    for case in (op_cases().values() if HAS_TRITON else ())
+    if case.large is not None and case.name not in OPS
 }

@@ -229,7 +229,7 @@ def _inputs(draw: Draw, shape: tuple[int, int]) -> dict[str, Any]:
 CASE = OpCase(
     name="bias_gelu",
     make=_inputs,
-    shapes=[(1, 16), (5, 48), (9, 257), (37, 192), (6, 1), (3, 1100)],
+    shapes=[(1, 16), (5, 48), (9, 257), (37, 192), (6, 1), (3, 1100), (2, 512)],
     empty=[(0, 16)],
     traced=[(9, 24), (11, 24)],
     random=[Integers(1, 40), Integers(1, 600)],

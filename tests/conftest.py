@@ -25,8 +25,8 @@ if not torch.cuda.is_available():
         interpreter.install()
 
 KERNELS = Path(*importlib.util.find_spec("mae_ast_fast.kernels").submodule_search_locations)
-KERNEL_TESTS = {f"test_{path.stem}" for path in KERNELS.glob("*.py") if "def examples(" in path.read_text()}
-KERNEL_TESTS |= {"test_model_triton", "test_golden", "test_ssast", "test_undefined_memory"}
+KERNEL_TESTS = {f"test_{path.stem}" for path in KERNELS.glob("*.py") if "@triton.jit" in path.read_text()}
+KERNEL_TESTS |= {"test_ops", "test_model_triton", "test_golden", "test_ssast", "test_undefined_memory"}
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -86,6 +86,15 @@ def undefined_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
             for name in names:
                 monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def small_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests of one operation, whose module has ``CASE``, kernels have the case's launches."""
+    if case := getattr(request.module, "CASE", None):
+        from kernel_checks import tiny_launches
+
+        tiny_launches(monkeypatch, case)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,7 +1,8 @@
 """``OpCase``: the record of an operation, at the end of its file in kernels/.
 
-The generic tests (tests/ops/test_ops.py), the mutants (tests/ops/test_sabotage.py) and the benchmark of operations find
-the records of all files, so a new operation appears there by existing.
+The generic tests (tests/ops/test_ops.py), the mutants (tests/ops/test_sabotage.py), the report of the kernels'
+resources, ``tune`` and the benchmark of operations find the records of all files: a new operation appears there by
+existing.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class OpCase:
         launches: Kernel -> launch options in tests, which give tiny inputs several tiles and programs.
         patches: Attribute of this module -> value in tests.
         mutants: Changes of this file that its tests must detect.
+        widths: Row widths of the models, for the report of resources and ``tune``, where the file has no ``examples``.
+        large: (number of rows, width) -> a shape, for the same and for the benchmark.
     """
 
     name: str
@@ -123,3 +126,5 @@ class OpCase:
     launches: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     patches: Mapping[str, Any] = field(default_factory=dict)
     mutants: Sequence[Mutant] = ()
+    widths: Sequence[int] = ()
+    large: Callable[[int, int], Any] | None = None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ..kernels.common.case import OpCase
+
+NUM_ROWS = 65536  # of the examples
 
 
 @functools.cache
@@ -39,6 +42,38 @@ def specification(case: OpCase, options: Mapping[str, Any]) -> Callable[..., Any
         return function(**{name: x for name, x in arguments.items() if name not in case.unspecified})
 
     return call
+
+
+def examples(
+    case: OpCase, dtype: torch.dtype, width: int, device: str = "meta"
+) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(label, number of rows, call) of each direction of all traced variants, as a kernel file's ``examples``."""
+    from ..kernels.common.case import Draw
+
+    if dtype not in case.dtypes or case.large is None:
+        return
+    shape = case.large(NUM_ROWS, width)
+    for variant in case.traced_variants:
+        arguments = {**case.make(Draw(dtype, device), shape), **variant}
+        if "dropout" in variant:
+            arguments["seed"] = torch.ones(1, dtype=torch.int64, device=device)
+        tensors, options = tensors_and_options(arguments)
+        function = implementation(case, "triton", options)
+        label = " ".join(name for name, value in variant.items() if value and name != "site")
+        yield f"forward {label}", NUM_ROWS, functools.partial(function, **tensors)
+        if case.differentiable:
+            yield f"backward {label}", NUM_ROWS, _backward(function, tensors, case.differentiable)
+
+
+def _backward(
+    function: Callable[..., Any], tensors: dict[str, Tensor], differentiable: tuple[str, ...]
+) -> Callable[[], object]:
+    """A call of the operation's backward alone: the forward runs now."""
+    leaves = {name: tensors[name].detach().requires_grad_() for name in differentiable if name in tensors}
+    outputs = function(**{**tensors, **leaves})
+    outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+    incoming = [torch.ones_like(x) for x in outputs]
+    return lambda: torch.autograd.grad(outputs, list(leaves.values()), incoming, retain_graph=True)
 
 
 def tensors_and_options(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,6 +28,21 @@ from .dispatch import (
     resolve_impl,
 )
 
+__all__ = [
+    "LAYER_NORM_EPS",
+    "MASK_KERNEL_STRATEGIES",
+    "SHORT",
+    "add_layer_norm",
+    "bias_gelu",
+    "feed_forward",
+    "gather_patches",
+    "info_nce",
+    "masked_mse",
+    "sample_mask",
+    "scatter_tokens",
+    "short_attention",
+]
+
 LAYER_NORM_EPS = 1e-5  # of every LayerNorm inside an operation
 SHORT = 128  # limit of short_attention: rows per clip, and values per head
 

@@ -18,20 +18,11 @@ from .. import __version__
 from ..checkpoints.load import load_mae_ast
 from ..models.config import MAEASTConfig
 from ..models.mae_ast import MAEAST
-from ..ops import resolve_impl
+from ..ops import functional, resolve_impl
 from ..ops.attention import choose_backend
 from ..ops.fbank import SAMPLE_RATE, num_frames
 
-OPERATIONS = (
-    "sample_mask",
-    "gather_patches",
-    "scatter_tokens",
-    "add_layer_norm",
-    "bias_gelu",
-    "feed_forward",
-    "masked_mse",
-    "info_nce",
-)
+OPERATIONS = tuple(name for name in functional.__all__ if callable(getattr(functional, name)))
 PACKAGES = {  # distribution -> the extra that needs it
     "torch": "base",
     "triton": "base (Linux)",

@@ -1,6 +1,6 @@
 """Report the resources that the Triton kernels use on each architecture, compiled ahead of time without a GPU.
 
-The variants of a kernel come from ``examples`` of its module in ``mae_ast_fast.kernels``.
+The variants of a kernel come from ``examples`` of its module in ``mae_ast_fast.kernels``, or from its ``CASE``.
 ``kernels/common/launch.py`` records their launches instead of making them. Triton's own JIT code computes signatures
 and attributes, so this compiles what a launch would compile. Each kernel is compiled in a separate process, because a
 compiler may abort. The figures are cached under a hash of everything that they depend on.
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..ops import cases
 from .kernel_compiler import (
     cache_key,
     compile_kernels,
@@ -87,7 +88,7 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _modules(ops: Sequence[str] | None, problems: list[dict[str, str]]) -> dict[str, ModuleType]:
-    """Operation -> module, for those in ``ops`` (None: all) that have ``examples``."""
+    """Operation -> module, for those in ``ops`` (None: all) that have examples."""
     from .. import kernels
 
     names = sorted(info.name for info in pkgutil.iter_modules(kernels.__path__))
@@ -98,7 +99,7 @@ def _modules(ops: Sequence[str] | None, problems: list[dict[str, str]]) -> dict[
         except Exception as error:  # a file that is being edited must not hide the others
             import_problems.append(_problem("import", f"cannot be imported: {first_lines(error)}", op=name))
             continue
-        if hasattr(module, "examples"):
+        if row_widths(module):
             modules[name] = module
     names_with_examples = sorted([*modules, *(problem["op"] for problem in import_problems)])
     if unknown := [op for op in ops or () if op not in names_with_examples]:
@@ -107,13 +108,24 @@ def _modules(ops: Sequence[str] | None, problems: list[dict[str, str]]) -> dict[
     return {op: module for op, module in modules.items() if ops is None or op in ops}
 
 
+def row_widths(module: ModuleType) -> Sequence[int]:
+    """Row widths of a kernel module's examples; empty: it has none."""
+    case = getattr(module, "CASE", None)
+    return getattr(module, "WIDTHS", case.widths if case else ())
+
+
+def examples_of(module: ModuleType) -> Callable[..., Iterator[tuple[str, int, Callable[[], object]]]]:
+    """A kernel module's ``examples``, or those of its ``CASE``."""
+    return getattr(module, "examples", None) or functools.partial(cases.examples, module.CASE)
+
+
 def _variants(op: str, module: ModuleType, arch: str, problems: list[dict[str, str]]) -> list[Variant]:
     """Launches of all examples: bf16 at all widths, fp16 and fp32 at the last; fp32 only for kernels without one."""
 
     def launches(dtype: torch.dtype, width: int) -> list[Variant]:
         return list(_launches(op, module, arch, dtype=dtype, width=width, problems=problems))
 
-    main_dtype, widths = torch.bfloat16, module.WIDTHS
+    main_dtype, widths = torch.bfloat16, row_widths(module)
     variants = [variant for width in widths for variant in launches(main_dtype, width)]
     if variants:
         variants += launches(torch.float16, widths[-1]) + launches(torch.float32, widths[-1])
@@ -138,7 +150,7 @@ def _launches(
     dtype_name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     repeats: Counter[tuple[str, str]] = Counter()
     try:
-        for label, rows, call in module.examples(dtype, width):
+        for label, rows, call in examples_of(module)(dtype, width):
             with record(arch) as recorder:
                 call()
             if not recorder.launches:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_json
+from .kernel_report import examples_of, row_widths
 
 MIN_SPEEDUP = 1.03  # smallest speed ratio at which a launch replaces the best one
 MAX_ERROR = 2e-2  # relative to the largest value; another summation order, rounded to bf16, stays far below
@@ -177,7 +178,7 @@ def _modules() -> dict[str, Any]:
 
     names = sorted(info.name for info in pkgutil.iter_modules(kernels.__path__))
     modules = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "examples")}
+    return {name: module for name, module in modules.items() if row_widths(module)}
 
 
 def _plan(op: str, module: Any, dtype: str, arch: str) -> list[Group]:
@@ -185,10 +186,10 @@ def _plan(op: str, module: Any, dtype: str, arch: str) -> list[Group]:
     from ..kernels.common.launch import record
 
     groups: dict[tuple[str, int, int], Group] = {}
-    for width in module.WIDTHS:
-        dtype_name, examples = dtype, list(module.examples(DTYPES[dtype], width))
+    for width in row_widths(module):
+        dtype_name, examples = dtype, list(examples_of(module)(DTYPES[dtype], width))
         if not examples:
-            dtype_name, examples = "fp32", list(module.examples(torch.float32, width))
+            dtype_name, examples = "fp32", list(examples_of(module)(torch.float32, width))
         for index, (_, _, call) in enumerate(examples):
             with record(arch) as recorder:
                 call()
@@ -212,7 +213,7 @@ def _plan(op: str, module: Any, dtype: str, arch: str) -> list[Group]:
 
 def _coordinate_descent(group: Group, module: Any, bench: Bench, progress: Callable[[str], object]) -> int:
     """Find the best launch of one row by coordinate descent; returns the number of launches tried."""
-    examples = list(module.examples(DTYPES[group.dtype], group.example_width, bench.device))
+    examples = list(examples_of(module)(DTYPES[group.dtype], group.example_width, bench.device))
     calls = [examples[index][2] for index in group.examples]
     group.best = dict(group.present)
     with _launched_with(group.kernel, group.present):

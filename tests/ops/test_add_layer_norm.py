@@ -1,118 +1,72 @@
-"""kernels/add_layer_norm.py against reference.add_layer_norm."""
+"""What only add_layer_norm has; test_ops.py has the rest."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from kernel_checks import (
     DEVICE,
     DTYPES,
     OFFSETS,
-    check_compiles,
-    check_registration,
-    check_repeats,
-    check_strided_vectors,
+    check,
     compare,
-    few_programs,
+    inputs,
     keep_mask,
     kept_scale,
     randn,
-    results_and_gradients,
     seed_tensor,
 )
 from policy import STANDARD_ERRORS
 
 from mae_ast_fast import ops
 from mae_ast_fast.ops import reference
+from mae_ast_fast.ops.cases import op_cases
 
+CASE = op_cases()["add_layer_norm"]
 SEED = 0x1234_5678_9ABC_DEF1
-WEIGHTS = ("weight", "bias", "branch_bias")
-ALL = ("branch", "residual", *WEIGHTS)
-
-
-@pytest.fixture(autouse=True)
-def several_rows_per_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_programs(monkeypatch, "add_layer_norm_backward")
-
-
-def kernel(**inputs) -> torch.Tensor:
-    return ops.add_layer_norm(**inputs, impl="triton")
-
-
-def make_inputs(rows: int, width: int, dtype: torch.dtype, offset: float = 0.0) -> dict[str, torch.Tensor]:
-    return {
-        "branch": randn(rows, width, dtype=dtype, seed=1),
-        "residual": randn(rows, width, dtype=dtype, offset=offset, seed=2),
-        "weight": randn(width, offset=1.0, seed=3),
-        "bias": randn(width, seed=4),
-        "branch_bias": randn(width, seed=5),
-    }
-
-
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 48), (9, 33), (37, 192), (4, 1), (3, 1500)])
-def test_add_layer_norm_values_and_gradients_match_reference(
-    rows: int, width: int, dtype: torch.dtype, offset: float
-) -> None:
-    compare(kernel, reference.add_layer_norm, make_inputs(rows, width, dtype, offset), ALL, dtype=dtype, summed=WEIGHTS)
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.integers(1, 40), width=st.integers(8, 130), pad=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
-def test_add_layer_norm_any_size_and_row_stride_matches_reference(
-    rows: int, width: int, pad: int, dtype: torch.dtype
-) -> None:
-    inputs = make_inputs(rows, width, dtype)
-    for name in ("branch", "residual"):
-        inputs[name] = torch.nn.functional.pad(inputs[name], (0, pad), value=float("nan"))[:, :width]
-    compare(kernel, reference.add_layer_norm, inputs, ALL, dtype=dtype, summed=WEIGHTS)
+ALL = CASE.differentiable
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_layer_norm_dropout_matches_reference_with_drawn_mask(dtype: torch.dtype) -> None:
     """Outputs and gradients equal those of the reference on a branch to which the drawn mask was applied."""
     rows, width, dropout, dropout_site = 21, 40, 0.3, 7
-    inputs = make_inputs(rows, width, dtype)
+    arguments = inputs(CASE, (rows, width), dtype)
     keep = keep_mask(SEED, rows, width, dropout_site=dropout_site, dropout=dropout) * kept_scale(dropout)
 
     def masked(*, branch, residual, weight, bias, branch_bias):
         return reference.layer_norm(residual + (branch + branch_bias.to(branch.dtype)) * keep.to(branch), weight, bias)
 
-    def dropped(**inputs):
-        return kernel(**inputs, dropout=dropout, seed=seed_tensor(SEED), site=dropout_site)
-
-    compare(dropped, masked, inputs, ALL, dtype=dtype, summed=WEIGHTS)
+    dropped = partial(ops.add_layer_norm, dropout=dropout, seed=seed_tensor(SEED), site=dropout_site, impl="triton")
+    compare(dropped, masked, arguments, ALL, dtype=dtype, summed=CASE.summed)
 
 
 def test_add_layer_norm_fork_adds_both_gradients() -> None:
     """Both outputs are y; their gradients are summed as if y had been used twice."""
-    inputs = make_inputs(6, 24, torch.float32)
+    arguments = inputs(CASE, (6, 24))
 
-    def twice(**inputs):
-        y, again = ops.add_layer_norm(**inputs, fork=True, impl="triton")
+    def twice(**tensors):
+        y, again = ops.add_layer_norm(**tensors, fork=True, impl="triton")
         assert torch.equal(y, again)
         return y, again
 
-    def used_twice(**inputs):
-        y = reference.add_layer_norm(**inputs)
+    def used_twice(**tensors):
+        y = reference.add_layer_norm(**tensors)
         return y, y * 1.0
 
-    compare(twice, used_twice, inputs, ALL, dtype=torch.float32, summed=WEIGHTS)
-    branch = inputs["branch"].requires_grad_()
+    compare(twice, used_twice, arguments, ALL, dtype=torch.float32, summed=CASE.summed)
+    branch = arguments["branch"].requires_grad_()
     for used in (0, 1):  # the other output is not used and gets no gradient
-        y = ops.add_layer_norm(**inputs, fork=True, impl="triton")[used]
-        y_without_fork = ops.add_layer_norm(**inputs, impl="triton")
+        y = ops.add_layer_norm(**arguments, fork=True, impl="triton")[used]
+        y_without_fork = ops.add_layer_norm(**arguments, impl="triton")
         gradients = [torch.autograd.grad(out.sin().sum(), branch)[0] for out in (y, y_without_fork)]
         assert torch.equal(gradients[0], gradients[1])
 
 
-def test_add_layer_norm_strided_gradients_and_vectors_change_nothing() -> None:
-    inputs = make_inputs(6, 24, torch.float32)
-    check_strided_vectors(kernel, inputs, WEIGHTS, ALL)
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+def test_add_layer_norm_strided_gradients_change_nothing() -> None:
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs(CASE, (6, 24)).items()}
     first, strided = randn(6, 24, seed=8), randn(6, 40, seed=9)[:, :24]
     results = []
     for second in (strided, strided.contiguous()):
@@ -121,30 +75,14 @@ def test_add_layer_norm_strided_gradients_and_vectors_change_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
 
 
-def test_add_layer_norm_no_rows_and_no_branch_bias_match_reference() -> None:
-    inputs = make_inputs(0, 16, torch.float32)
-    results = results_and_gradients(kernel, inputs, ALL)
-    assert results["output 0"].shape == (0, 16) and not results["gradient of weight"].any()
-    inputs = {name: x for name, x in make_inputs(5, 16, torch.float32).items() if name != "branch_bias"}
-    compare(kernel, reference.add_layer_norm, inputs, ALL[:4], dtype=torch.float32, summed=WEIGHTS[:2])
-
-
-def test_add_layer_norm_registers_compiles_and_repeats() -> None:
-    from mae_ast_fast.kernels.add_layer_norm import forward_op
-
-    inputs = make_inputs(5, 24, torch.float32)
-    leaves = [x.clone().requires_grad_() for x in inputs.values()]
-    for dropout in (0.0, 0.2):
-        check_registration(forward_op, *leaves, seed_tensor(1), dropout, 3, 1e-5)
-
-        def dropped(dropout=dropout, **inputs):
-            y, again = ops.add_layer_norm(
-                **inputs, dropout=dropout, seed=seed_tensor(SEED), site=2, fork=True, impl="triton"
-            )
-            return y.sin() + again
-
-        check_compiles(dropped, inputs, ALL, make_inputs(7, 24, torch.float32))
-        check_repeats(dropped, inputs, ALL)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_add_layer_norm_no_branch_bias_matches_reference(rows: int, dtype: torch.dtype, offset: float) -> None:
+    arguments = inputs(CASE, (rows, 33), dtype, offset=offset) | {"branch_bias": None}
+    check(CASE, arguments, dtype, impl="torch")
+    if rows == 1 and dtype != torch.float64:
+        check(CASE, arguments, dtype)
 
 
 def test_add_layer_norm_dropout_keeps_rate_and_differs_by_site_and_seed() -> None:
@@ -184,11 +122,11 @@ def test_add_layer_norm_dropout_keeps_rate_and_differs_by_site_and_seed() -> Non
     ],
 )
 def test_add_layer_norm_bad_input_raises(change: dict, message: str) -> None:
-    inputs = {
+    arguments = {
         "branch": torch.zeros(3, 4),
         "residual": torch.zeros(3, 4),
         "weight": torch.zeros(4),
         "bias": torch.zeros(4),
     }
     with pytest.raises(ValueError, match=message):
-        ops.add_layer_norm(**{**inputs, **change})
+        ops.add_layer_norm(**{**arguments, **change})

@@ -1,4 +1,7 @@
-"""eager.py and attention/cpu.py against reference.py, as the kernels are: what impl="torch" and a CPU run."""
+"""eager.py and attention/cpu.py against reference.py, as the kernels are: what impl="torch" and a CPU run.
+
+Operations on clips, dropout and recomputation; test_ops.py has the row maths.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, OFFSETS, compare, cu_seqlens, randn, results_and_gradients
+from kernel_checks import DEVICE, DTYPES, compare, cu_seqlens, randn, results_and_gradients
+from kernel_checks import inputs as make_inputs
 from torch import Tensor
 
 from mae_ast_fast import ops
 from mae_ast_fast.ops import reference
 from mae_ast_fast.ops.attention import attention, cross_attention
+from mae_ast_fast.ops.cases import op_cases
 from mae_ast_fast.ops.dropout import drop
 from mae_ast_fast.ops.packing import PaddedView, cumulative, similar_clips
 
@@ -28,8 +33,12 @@ CLIPS = {
 }
 BACKENDS = ("math", "clips") if DEVICE.type == "cpu" else ("math",)
 WEIGHTS = ("w1", "b1", "w2")
-VECTORS = ("weight", "bias", "branch_bias")
-SCATTERED = ("visible", "mask_token", "weight", "bias")
+DROPOUT_SHAPES = {
+    "scatter_tokens": ([0, 1, 1, 0, 0, 1, 0] * 6, 33),
+    "add_layer_norm": (70, 33),
+    "bias_gelu": (70, 33),
+    "feed_forward": (70, 32, 48),
+}
 
 each_dtype = pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 each_clips = pytest.mark.parametrize("clip_rows", CLIPS.values(), ids=CLIPS.keys())
@@ -41,9 +50,8 @@ def with_padding(x: Tensor, padding_rows: int) -> Tensor:
     return torch.cat((x, x.new_full((padding_rows, *x.shape[1:]), float("nan"))))
 
 
-def weights_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of weights beside rows of ``dtype``: fp32, as in the model, or fp64."""
-    return torch.promote_types(dtype, torch.float32)
+def row_inputs(name: str, shape: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    return make_inputs(op_cases()[name], shape, dtype)
 
 
 check = partial(compare, capped=False)  # eager.py rounds where the reference does
@@ -174,74 +182,20 @@ def test_padded_view_pad_then_unpad_returns_rows(clip_rows: list[int]) -> None:
 # ---------------------------------------------------------------------------------------------------------- row maths
 
 
-def scatter_inputs(pattern: str, dtype: torch.dtype, *, norm: bool = True) -> dict[str, Tensor]:
-    """Rows by ``pattern``: m is masked, v visible."""
-    masked = torch.tensor([letter == "m" for letter in pattern], dtype=torch.bool)
-    names = ("mask_token", "weight", "bias") if norm else ("mask_token",)
-    vectors = {name: randn(33, seed=seed, dtype=weights_dtype(dtype)) for seed, name in enumerate(names, 1)}
-    visible = randn(pattern.count("v"), 33, dtype=dtype)
-    token = torch.arange(len(pattern)) % 5
-    inverse = torch.where(masked, -1, (~masked).cumsum(0) - 1)
-    index = {"token": token.to(visible.device), "inverse": inverse.to(visible.device)}
-    return {"visible": visible, "table": randn(5, 33, seed=7), **vectors, **index}
-
-
-@each_dtype
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-@pytest.mark.parametrize("pattern", ["v", "m", "mvvmmvm" * 6, "v" * 7, "m" * 7, ""])
-def test_scatter_tokens_values_and_gradients_match_reference(pattern: str, dtype: torch.dtype, norm: bool) -> None:
-    inputs, eager = scatter_inputs(pattern, dtype, norm=norm), partial(ops.scatter_tokens, impl="torch")
-    names = SCATTERED if norm else SCATTERED[:2]
-    check(eager, reference.scatter_tokens, inputs, names, dtype=dtype, summed=SCATTERED[1:])
-
-
-def add_layer_norm_inputs(rows: int, dtype: torch.dtype, *, offset: float = 0.0) -> dict[str, Tensor]:
-    vectors = {name: randn(33, seed=seed, dtype=weights_dtype(dtype)) for seed, name in enumerate(VECTORS)}
-    branch, residual = randn(rows, 33, seed=4, dtype=dtype), randn(rows, 33, seed=5, dtype=dtype, offset=offset)
-    return {"branch": branch, "residual": residual, **vectors}
-
-
-@each_dtype
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("rows", [0, 1, 70])
-def test_add_layer_norm_values_and_gradients_match_reference(rows: int, dtype: torch.dtype, offset: float) -> None:
-    inputs, eager = add_layer_norm_inputs(rows, dtype, offset=offset), partial(ops.add_layer_norm, impl="torch")
-    check(eager, reference.add_layer_norm, inputs, list(inputs), dtype=dtype, summed=VECTORS)
-    del inputs["branch_bias"]
-    check(eager, reference.add_layer_norm, inputs, list(inputs), dtype=dtype, summed=VECTORS)
-
-
-def bias_gelu_inputs(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {"x": randn(rows, 33, dtype=dtype) * 3, "bias": randn(33, seed=1, dtype=weights_dtype(dtype))}
-
-
-@each_dtype
-@pytest.mark.parametrize("rows", [0, 1, 70])
-def test_bias_gelu_values_and_gradients_match_reference(rows: int, dtype: torch.dtype) -> None:
-    inputs, eager = bias_gelu_inputs(rows, dtype), partial(ops.bias_gelu, impl="torch")
-    check(eager, reference.bias_gelu, inputs, ["x", "bias"], dtype=dtype, summed=["bias"])
-
-
-def feed_forward_inputs(rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    shapes = {"w1": (48, 32), "b1": (48,), "w2": (32, 48)}
-    weights = {
-        name: randn(*shape, seed=seed, dtype=weights_dtype(dtype)) / 6
-        for seed, (name, shape) in enumerate(shapes.items())
-    }
-    return {"x": randn(rows, 32, seed=4, dtype=dtype), **weights}
-
-
 @each_dtype
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 70])
 def test_feed_forward_values_and_gradients_match_reference(rows: int, dtype: torch.dtype, recompute: bool) -> None:
-    inputs, eager = feed_forward_inputs(rows, dtype), partial(ops.feed_forward, recompute=recompute, impl="torch")
+    inputs, eager = (
+        row_inputs("feed_forward", (rows, 32, 48), dtype),
+        partial(ops.feed_forward, recompute=recompute, impl="torch"),
+    )
     check(eager, reference.feed_forward, inputs, list(inputs), dtype=dtype, summed=WEIGHTS, dot=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_feed_forward_recompute_fp32_weights_is_bit_equal(dtype: torch.dtype) -> None:
-    inputs, results = feed_forward_inputs(33, dtype), []
+    inputs, results = row_inputs("feed_forward", (33, 32, 48), dtype), []
     for recompute in (False, True):
         eager = partial(ops.feed_forward, recompute=recompute, impl="torch")
         results.append(results_and_gradients(eager, inputs, list(inputs)))
@@ -269,21 +223,15 @@ def seeded(function: Callable[..., Tensor], **options: Any) -> Callable[..., Ten
 
 
 @each_dtype
-@pytest.mark.parametrize("name", ["scatter_tokens", "add_layer_norm", "bias_gelu", "feed_forward"])
+@pytest.mark.parametrize("name", DROPOUT_SHAPES)
 @pytest.mark.usefixtures("same_dropout")
 def test_dropout_of_row_operation_matches_reference(name: str, dtype: torch.dtype) -> None:
-    inputs = {
-        "scatter_tokens": scatter_inputs("mvvmmvm" * 6, dtype),
-        "add_layer_norm": add_layer_norm_inputs(70, dtype),
-        "bias_gelu": bias_gelu_inputs(70, dtype),
-        "feed_forward": feed_forward_inputs(70, dtype),
-    }[name]
+    inputs = row_inputs(name, DROPOUT_SHAPES[name], dtype)
     eager, specified = seeded(getattr(ops, name), impl="torch"), seeded(getattr(reference, name))
     without = results_and_gradients(getattr(reference, name), inputs, [])
     assert not torch.equal(specified(**inputs), without["output 0"])
-    differentiable = [name for name, x in inputs.items() if x.is_floating_point() and name != "table"]
-    summed = (*VECTORS, *WEIGHTS, "mask_token")
-    check(eager, specified, inputs, differentiable, dtype=dtype, summed=summed, dot=name == "feed_forward")
+    case = op_cases()[name]
+    check(eager, specified, inputs, case.differentiable, dtype=dtype, summed=case.summed, dot=case.dot)
 
 
 @each_dtype

@@ -1,14 +1,12 @@
-"""kernels/sample_mask.py against masking.sample_mask: the same bits."""
+"""What only sample_mask has; test_ops.py has the rest. Masks equal those of masking.sample_mask to the bit."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, check_compiles, check_registration, check_repeats
+from kernel_checks import DEVICE, check_compiles
 
 from mae_ast_fast import ops
 from mae_ast_fast.ops import masking
@@ -16,14 +14,6 @@ from mae_ast_fast.ops.masking import MASKING_STRATEGIES, num_visible, philox4x32
 
 KERNEL_STRATEGIES = ("random", "chunk")
 OTHER_STRATEGIES = tuple(sorted(set(MASKING_STRATEGIES) - set(KERNEL_STRATEGIES)))
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_filled() -> Iterator[None]:
-    """``torch.empty`` is all True in this mode, which shows elements that a kernel does not write."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_equal(strategy: str, num_tokens: list[int], grid_f: int, mask_ratio: float, **options) -> torch.Tensor:
@@ -73,12 +63,6 @@ def test_sample_mask_ten_second_clips_match_masking(strategy: str, clip: int) ->
     sizes = [3 + (philox4x32((0, n, 0, 4), (3, 0))[0] * 3 >> 32) for n in range(3)]
     assert sorted(sizes) == [3, 4, 5]
     check_equal(strategy, [512], 8, 0.75, seed=3, clip_ids=[clip])
-
-
-@pytest.mark.parametrize("strategy", KERNEL_STRATEGIES)
-@pytest.mark.parametrize("num_tokens", [520, 1032, 4104])
-def test_sample_mask_longer_clips_match_masking(strategy: str, num_tokens: int) -> None:
-    check_equal(strategy, [num_tokens], 8, 0.6, seed=11)
 
 
 @pytest.mark.parametrize(("clip", "rank", "pair"), [(21310, 17, (112, 134)), (108248, 422, (219, 271))])
@@ -163,32 +147,11 @@ def test_sample_mask_every_bit_of_epoch_matters(epoch: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", KERNEL_STRATEGIES)
-def test_sample_mask_public_function_compiles(strategy: str) -> None:
-    num_tokens = torch.tensor([24, 16], device=DEVICE)
+def test_sample_mask_torch_compiles(strategy: str) -> None:
+    def draw(tokens: torch.Tensor) -> torch.Tensor:
+        return ops.sample_mask(strategy, tokens, 8, 0.5, seed=3, max_tokens=24, impl="torch")
 
-    def draw(num_tokens: torch.Tensor, impl: str) -> torch.Tensor:
-        return ops.sample_mask(strategy, num_tokens, 8, 0.5, seed=3, max_tokens=24, impl=impl)
-
-    for impl in ("torch", "triton"):
-        torch._dynamo.reset()
-        compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(num_tokens, impl), draw(num_tokens, impl))
-
-
-def test_sample_mask_registers_compiles_and_repeats() -> None:
-    from mae_ast_fast.kernels.sample_mask import forward_op
-
-    num_tokens, clip_ids = torch.tensor([40, 16], device=DEVICE), torch.tensor([2, 1], device=DEVICE)
-    seed = torch.tensor(8, device=DEVICE)
-    inputs = {"num_tokens": num_tokens, "num_masked": num_tokens // 2, "clip_ids": clip_ids, "seed": seed}
-    for chunk in (False, True):
-        check_registration(forward_op, *inputs.values(), 5, 8, 48, chunk)
-
-        def draw(chunk=chunk, **inputs) -> torch.Tensor:
-            return forward_op(**inputs, epoch=5, grid_f=8, max_tokens=48, chunk=chunk)
-
-        check_compiles(draw, inputs)
-        check_repeats(draw, inputs)
+    check_compiles(draw, {"tokens": torch.tensor([24, 16], device=DEVICE)})
 
 
 def test_sample_mask_meta_tensors_read_nothing_back() -> None:

@@ -1,4 +1,4 @@
-"""kernels/short_attention.py against reference.attention, and with dropout against loops over clips and heads."""
+"""What only short_attention has, such as dropout against loops over clips and heads; test_ops.py has the rest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 from kernel_checks import (
     DEVICE,
     DTYPES,
-    OFFSETS,
-    check_compiles,
-    check_registration,
-    check_repeats,
     compare,
     cu_seqlens,
+    inputs,
     keep_mask,
     kept_scale,
     randn,
@@ -29,16 +26,17 @@ from torch import Tensor
 
 from mae_ast_fast import ops
 from mae_ast_fast.ops import eager, reference
+from mae_ast_fast.ops.cases import op_cases
 
+CASE = op_cases()["short_attention"]
 SEED = 0x1234_5678_9ABC_DEF1
 DROPOUT_SITE = 7
 META = torch.empty(4, 3, 2, 8, device="meta")  # a shape without values
 
 
-def make_qkv(clip_rows: Sequence[int], heads: int, width: int, dtype: torch.dtype, *, offset: float = 0.0) -> Tensor:
-    """(N, 3, H, Dh) with q and k around zero and v around ``offset``, where the row sums of the backward cancel."""
-    shift = torch.tensor([0.0, 0.0, offset])[:, None, None]
-    return (randn(sum(clip_rows), 3, heads, width, seed=1) + shift.to(DEVICE)).to(dtype)
+def make_qkv(clip_rows: Sequence[int], heads: int, width: int, dtype: torch.dtype) -> Tensor:
+    """(N, 3, H, Dh)."""
+    return inputs(CASE, (clip_rows, heads, width), dtype)["qkv"]
 
 
 def kernel(clip_rows: Sequence[int], dropout: float = 0.0, max_seqlen: int | None = None) -> Callable[..., Tensor]:
@@ -77,25 +75,6 @@ def looped(clip_rows: Sequence[int], dropout: float) -> Callable[..., Tensor]:
 def check(qkv: Tensor, clip_rows: Sequence[int], dropout: float = 0.0, max_seqlen: int | None = None) -> None:
     expected = looped(clip_rows, dropout) if dropout else partial(reference.attention, cu_seqlens=cu_seqlens(clip_rows))
     compare(kernel(clip_rows, dropout, max_seqlen), expected, {"qkv": qkv}, ("qkv",), dtype=qkv.dtype, dot=True)
-
-
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("clip_rows", "heads", "width"),
-    [
-        ([1], 1, 16),
-        ([3, 0, 1, 40], 2, 20),
-        ([31, 32, 33, 17], 1, 64),
-        ([0, 65], 3, 5),
-        ([128, 2], 1, 64),
-        ([127], 1, 128),
-    ],
-)
-def test_short_attention_values_and_gradients_match_reference(
-    *, clip_rows: list[int], heads: int, width: int, dtype: torch.dtype, offset: float
-) -> None:
-    check(make_qkv(clip_rows, heads, width, dtype, offset=offset), clip_rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,13 +139,6 @@ def test_short_attention_clips_are_independent() -> None:
         assert torch.equal(x[:20], expected[name][:20]) and torch.equal(x[38:], expected[name][38:]), name
 
 
-@pytest.mark.parametrize("clip_rows", [[], [0], [0, 0, 0]])
-def test_short_attention_no_rows_returns_no_rows(clip_rows: list[int]) -> None:
-    qkv = torch.zeros(0, 3, 2, 16, device=DEVICE)
-    results = results_and_gradients(kernel(clip_rows, 0.1), {"qkv": qkv}, ("qkv",))
-    assert results["output 0"].shape == (0, 2, 16) and results["gradient of qkv"].shape == qkv.shape
-
-
 def drawn_mask(
     clip_rows: Sequence[int], heads: int, dropout: float, seed: Tensor | None, *, dropout_site: int = DROPOUT_SITE
 ) -> list[Tensor]:
@@ -229,23 +201,6 @@ def test_short_attention_strided_cu_seqlens_and_padding_rows_change_nothing() ->
     assert not results["output 0"][11:].any() and not results["gradient of qkv"][11:].any()
 
 
-def test_short_attention_registers_compiles_and_repeats() -> None:
-    from mae_ast_fast.kernels.short_attention import forward_op
-
-    clip_rows = [4, 0, 7]
-    qkv = make_qkv(clip_rows, 1, 8, torch.float32)
-    for dropout in (0.0, 0.2):
-        leaf = qkv.clone().requires_grad_()
-        check_registration(forward_op, leaf, cu_seqlens(clip_rows), seed_tensor(1), 7, dropout, 3)
-        cu, seed = cu_seqlens(clip_rows), seed_tensor(SEED)
-
-        def call(qkv, dropout=dropout, cu=cu, seed=seed):
-            return ops.short_attention(qkv, cu, 7, dropout, seed=seed, site=DROPOUT_SITE, impl="triton").sin()
-
-        check_compiles(call, {"qkv": qkv}, ("qkv",), {"qkv": make_qkv([4, 0, 9], 1, 8, torch.float32)})
-        check_repeats(call, {"qkv": qkv}, ("qkv",))
-
-
 def test_short_attention_writes_rows_of_clips_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory filled with NaN, exactly the clips' rows are written; the last clip ends in a block, 40 rows before N.
 
@@ -255,11 +210,11 @@ def test_short_attention_writes_rows_of_clips_only(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(short_attention, "clear_tail", lambda x, cu_seqlens: x)
     clip_rows = [33, 0, 1, 19]
-    inputs = {"qkv": make_qkv([*clip_rows, 40], 2, 20, torch.float32)}
+    tensors = {"qkv": make_qkv([*clip_rows, 40], 2, 20, torch.float32)}
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(4).isnan().all()
-        results = results_and_gradients(kernel(clip_rows, 0.3), inputs, ("qkv",))
+        results = results_and_gradients(kernel(clip_rows, 0.3), tensors, ("qkv",))
     finally:
         torch.use_deterministic_algorithms(False)
     for name, x in results.items():
@@ -288,6 +243,6 @@ def test_short_attention_torch_takes_long_clips() -> None:
     ],
 )
 def test_short_attention_bad_input_raises(change: dict, message: str) -> None:
-    inputs = {"qkv": META, "cu_seqlens": META.new_empty(2, dtype=torch.int32), "max_seqlen": 4, "impl": "triton"}
+    arguments = {"qkv": META, "cu_seqlens": META.new_empty(2, dtype=torch.int32), "max_seqlen": 4, "impl": "triton"}
     with pytest.raises(ValueError, match=message):
-        ops.short_attention(**{**inputs, **change})
+        ops.short_attention(**{**arguments, **change})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -15,7 +16,9 @@ import torch
 from mae_ast_fast import cli
 from mae_ast_fast.kernels.common import configs, launch
 from mae_ast_fast.kernels.common.configs import EPILOGUES, TABLE
+from mae_ast_fast.ops import cases
 from mae_ast_fast.tools import tune
+from mae_ast_fast.tools.kernel_report import examples_of, row_widths
 from mae_ast_fast.tools.tune import Group, to_text
 
 
@@ -194,11 +197,28 @@ def test_examples_called_later_launch_the_same():
     """The search lists the examples first, so their calls must not depend on loop variables."""
     for module in tune._modules().values():
         for dtype in (torch.float32, torch.bfloat16):
-            at_once = [recorded_launches(call) for _, _, call in module.examples(dtype, module.WIDTHS[0])]
-            later = [
-                recorded_launches(call) for call in [call for _, _, call in module.examples(dtype, module.WIDTHS[0])]
-            ]
+            examples, width = examples_of(module), row_widths(module)[0]
+            at_once = [recorded_launches(call) for _, _, call in examples(dtype, width)]
+            later = [recorded_launches(call) for call in [call for _, _, call in examples(dtype, width)]]
             assert at_once == later
+
+
+def test_examples_of_record_launch_what_written_ones_do():
+    """A kernel file without ``examples`` gets those of its record: labels, shapes, dtypes, strides and constants."""
+    module = tune._modules()["bias_gelu"]
+    case = dataclasses.replace(module.CASE, large=lambda num_rows, width: (num_rows, width))
+    for dtype in (torch.float32, torch.bfloat16):
+        of_record = [(*named, without_values(call)) for *named, call in cases.examples(case, dtype, 768)]
+        written = [(*named, without_values(call)) for *named, call in module.examples(dtype, 768)]
+        assert of_record == written and len(written) == 4
+
+
+def without_values(call: Callable[[], object]) -> list:
+    """Launches of a call, without the dropout rate, its site and whether a seed is given."""
+    return [
+        (kernel, [x for x in arguments if isinstance(x, tuple) and x != ((1,), (1,), torch.int64)], constants)
+        for kernel, arguments, constants in recorded_launches(call)
+    ]
 
 
 def recorded_launches(call: Callable[[], object]) -> list:
