@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flash_stubs import SCHEMAS, SIGNATURES, aten_on_cpu, install_package, signature_of
-from kernel_checks import check_compiles, check_registration, compare
+from kernel_checks import check_compiles, compare
 from policy import STANDARD_ERRORS, assert_rounding
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -367,11 +367,11 @@ def arguments(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
 @backends("aten", devices=("cpu",))
 def test_flash_operators_pass_registration_checks(backend: Backend) -> None:
     forward_arguments = arguments("cpu", torch.float32)
-    check_registration(flash.forward_op, *forward_arguments)
+    torch.library.opcheck(flash.forward_op, forward_arguments)
     q, k, v, *boundaries, dropout, scale = (x.detach() if isinstance(x, Tensor) else x for x in forward_arguments)
     out, lse, rng_state, unused = flash.forward_op(q, k, v, *boundaries, dropout, scale)
     backward_arguments = torch.ones_like(q), q, k, v, out, lse, *boundaries, dropout, rng_state, unused, scale
-    check_registration(flash.backward_op, *backward_arguments)
+    torch.library.opcheck(flash.backward_op, backward_arguments)
 
 
 @backends("aten")
