@@ -19,7 +19,7 @@ GPU_TESTS = interpreter policy add_layer_norm bias_gelu feed_forward gather_patc
   scatter_tokens short_attention clear_padding model_triton golden undefined_memory attention flash packed_sizes train_step import \
   doctor datasets benchmarks fbank called_modules fake_cuda gpu_first
 
-.PHONY: gpu-env test-gpu-env pretrain test test-ci test-all kernels bench bench-compare quality gpu gpu-full lint clean
+.PHONY: gpu-env test-gpu-env pretrain test test-ci test-all kernels bench bench-compare quality peers gpu gpu-full lint clean
 
 pretrain: $(VENV)/train.done
 	$(BIN)/mae-ast-fast pretrain --config recipes/quick.yaml $(ARGS)
@@ -51,6 +51,11 @@ bench-compare: $(VENV)/test.done
 # The paper's experiments in miniature, cell by cell: hours; --quick a quarter of one, --minutes N begins none after that.
 quality: $(VENV)/bench.done
 	$(BIN)/python benchmarks/studies/quality/run.py $(ARGS)
+	$(BIN)/python benchmarks/studies/quality/report.py
+
+# Frozen networks out of public wheels on the same tasks; 50 MB to download, licences in benchmarks/studies/quality/peers.txt.
+peers: $(VENV)/peers.done
+	$(BIN)/python benchmarks/studies/quality/peers.py $(ARGS)
 	$(BIN)/python benchmarks/studies/quality/report.py
 
 # With the Python at hand: GPU machines come with a torch of their own. Installs nothing, needs no network.

@@ -39,9 +39,9 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
         if options.head == "attentive":
             return attentive_probe(run, clips)
         features = encoder_features(run, clips)
-        results = [_fit_fold(run, features, fold, keep=not run.task.frame_level) for fold in run.folds]
-        features = _log_mel_features(run, clips)
-        baseline = [_fit_fold(run, features, fold) for fold in run.folds]
+        results = [fit_fold(run, features, fold, keep=not run.task.frame_level) for fold in run.folds]
+        features = log_mel_features(run, clips)
+        baseline = [fit_fold(run, features, fold) for fold in run.folds]
         best = max(results, key=lambda result: result.valid_score)
         if best.classifier is not None:
             best.classifier.save_pretrained(run.out)
@@ -74,7 +74,7 @@ def encoder_features(run: Run[ProbeOptions], clips: Sequence[int]) -> np.ndarray
     return _gather(run, clips, encode, num_bands * encoder.config.embed_dim)
 
 
-def _log_mel_features(run: Run[ProbeOptions], clips: Sequence[int]) -> np.ndarray:
+def log_mel_features(run: Run[ProbeOptions], clips: Sequence[int]) -> np.ndarray:
     """Features (n, 128) fp32: the mean log-mel spectrum of each clip, or the spectrum at a moment."""
 
     def spectrum(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, int]:
@@ -125,7 +125,7 @@ def _gather(
     return features / np.maximum(weight, 1e-9)
 
 
-def _fit_fold(run: Run[ProbeOptions], features: np.ndarray, fold: Fold, keep: bool = False) -> FoldResult:
+def fit_fold(run: Run[ProbeOptions], features: np.ndarray, fold: Fold, keep: bool = False) -> FoldResult:
     """Fit each penalty on the training examples, select one on the validation examples, predict the test examples.
 
     Args:

@@ -262,6 +262,10 @@ class Grid:
         else:
             epochs = max(1, round(TASKS[cell.task]["epochs"] * min(1.0, self.scale * 2)))
             summary = finetune(FinetuneOptions(**{**options, **TASKS[cell.task], "epochs": epochs}))
+        return self.outcome(summary, out)
+
+    def outcome(self, summary: dict[str, Any], out: Path) -> dict[str, Any]:
+        """What a cell keeps of a run's summary and predictions. The run folder is deleted."""
         with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
             correct = {row["path"]: int(row["label"] == row["pred"]) for row in csv.DictReader(file)}
         shutil.rmtree(out)
