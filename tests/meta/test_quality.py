@@ -16,7 +16,8 @@ pytest.importorskip("torchmetrics")
 def modules():
     """run and report of benchmarks/studies/quality, imported temporarily because their names are ambiguous."""
     folder = str(ROOT / "benchmarks/studies/quality")
-    replaced = {name: sys.modules.pop(name) for name in ("run", "report") if name in sys.modules}
+    names = ("run", "peers", "report")
+    replaced = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, folder)
     try:
         import report
@@ -25,7 +26,7 @@ def modules():
         yield run, report
     finally:
         sys.path.remove(folder)
-        for name in ("run", "report"):
+        for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(replaced)
 
@@ -119,6 +120,20 @@ def test_difference_pairs_clips_and_seeds(modules):
     assert report.difference(arm_cells, arm_cells)[:3] == (0.0, 0.0, 0.0)
     assert report.against(arm_cells, baseline_cells).startswith("+12.5 (")
     assert report.against(arm_cells, {}) == ""
+
+
+def test_text_frozen_networks_have_rows_of_their_own(modules):
+    """They are no cells of the grid: its counts leave them out. Every seed of ours is compared with them."""
+    run, report = modules
+    ours = [make_cell("frame, 6000 updates", seed, "1100") for seed in (0, 1)]
+    peer = make_cell("aiSFX", 0, "0100", "frozen")
+    for cell in (*ours, peer):
+        cell |= {"mode": "probe", "log_mel": 0.25}
+    wanted = [run.Cell(cell["arm"], "steps", cell["seed"], "zh_initial22", "probe") for cell in ours]
+    without, text = report.text(ours, wanted), report.text([*ours, peer], wanted)
+    assert "2 of 2 cells" in text and "aiSFX" not in without
+    assert "| aiSFX (frozen, of a public wheel) |  |  |  |  |  |  |  |  | 0.250 |" in text
+    assert "| frame, 6000 updates | aiSFX | 2 | +25.0 (" in text
 
 
 @pytest.mark.ci

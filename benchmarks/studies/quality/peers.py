@@ -7,7 +7,8 @@ python benchmarks/studies/quality/peers.py --list          list finished and mis
 A cell is one JSON file in results/, as run.py writes them: arm (name of the network), budget ``frozen``, seed 0. The
 wheels in peers.txt are fetched without their dependencies and unpacked into the cache. A network sees windows of its
 own length, as far apart as its package has them. Short clips are padded; the embeddings of a clip's windows are
-averaged. Each fold selects padding and penalty by its validation clips. Embeddings are kept in --work, so that an interrupted run goes on.
+averaged. Each fold selects padding and penalty by its validation clips. Embeddings are kept in --work, so that an
+interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from mae_ast_fast.files import atomic_write
 
 REQUIREMENTS = Path(__file__).resolve().parent / "peers.txt"
 TASKS = ("zh_initial22", "vocal4", "esc14", "hogvoice14")
+AISFX_RATE = 44100
 _BATCH_CLIPS = 32
 _SAVE_SECONDS = 10.0
 
@@ -74,6 +76,27 @@ class SpeechEmbedding:
         ).flatten(1)
 
 
+def essentia_log_mel(waveform: Tensor) -> Tensor:
+    """Spectrogram (frames, 96) of samples (S,) at 44.1 kHz in [-1, 1], with Essentia's mel bands and log10(1 + 1e4 x).
+
+    A frame is centred on every 1,024th sample. Essentia adds a last frame that lies mostly behind the end.
+    """
+
+    def mel(hertz: Tensor) -> Tensor:
+        return 1127.01048 * torch.log1p(hertz / 700)
+
+    num_bands, fft = 96, 2048
+    hertz = torch.linspace(0, AISFX_RATE / 2, fft // 2 + 1, dtype=torch.float64)
+    edges = torch.linspace(0, float(mel(hertz[-1])), num_bands + 2, dtype=torch.float64)
+    rising = (mel(hertz)[:, None] - edges[:-2]) / edges.diff()[:-1]
+    falling = (edges[2:] - mel(hertz)[:, None]) / edges.diff()[1:]
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    window = torch.hann_window(fft, periodic=False)
+    stft = torch.stft(waveform, fft, fft // 2, window=window, pad_mode="constant", return_complex=True)
+    power = stft.abs().square().T
+    return torch.log10(1 + 1e4 * power @ (triangles / triangles.sum(0)).float())
+
+
 class AiSFX:
     """aiSFX (Ma and Lerch, ISMIR 2022), a CNN trained on sound effects: 512 values per 2.3 s at 44.1 kHz.
 
@@ -81,7 +104,6 @@ class AiSFX:
     """
 
     pads = ("end",)
-    rate, bins, fft = 44100, 96, 2048
     samples, frames, hop = 36800, 100, 50
     _LARGEST = 9.457798957824707  # of the spectrograms it was trained on
 
@@ -95,36 +117,28 @@ class AiSFX:
             weights, _ = torch.load(folder / "aisfx/models/checkpoint.pth", map_location="cpu", weights_only=True)
         prefix = "embedding_net."
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-        self.window = torch.hann_window(self.fft, periodic=False)
-        self.filters = self._filters()
-
-    def _filters(self) -> Tensor:
-        """Triangles (fft / 2 + 1, bins) on the mel scale, each with the sum 1."""
-
-        def mel(hertz: Tensor) -> Tensor:
-            return 1127.01048 * torch.log1p(hertz / 700)
-
-        hertz = torch.linspace(0, self.rate / 2, self.fft // 2 + 1, dtype=torch.float64)
-        edges = torch.linspace(0, float(mel(hertz[-1])), self.bins + 2, dtype=torch.float64)
-        rising = (mel(hertz)[:, None] - edges[:-2]) / edges.diff()[:-1]
-        falling = (edges[2:] - mel(hertz)[:, None]) / edges.diff()[1:]
-        weights = torch.minimum(rising, falling).clamp(min=0)
-        return (weights / weights.sum(0)).float()
 
     def spectrogram(self, waveform: Tensor) -> Tensor:
         """Log-mel spectrogram (frames, 96) of samples (S,) at 16 kHz in [-1, 1]."""
         import soxr
 
-        waveform = torch.from_numpy(soxr.resample(waveform.numpy(), SAMPLE_RATE, self.rate))
-        stft = torch.stft(
-            waveform, self.fft, self.fft // 2, window=self.window, pad_mode="constant", return_complex=True
-        )
-        return torch.log10(stft.abs().square().T @ self.filters * 1e4 + 1) / self._LARGEST
+        waveform = torch.from_numpy(soxr.resample(waveform.numpy(), SAMPLE_RATE, AISFX_RATE))
+        return essentia_log_mel(waveform) / self._LARGEST
 
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Tensor:
         """Embeddings (n, 512) of windows (n, 100, 96)."""
         return self.network(windows)
+
+
+def librosa_mel(waveform: Tensor) -> Tensor:
+    """Mel power spectrogram (frames, 40) of samples (S,) at 16 kHz, as librosa computes it; 10 ms between frames."""
+    from torchaudio.functional import melscale_fbanks
+
+    bands = melscale_fbanks(201, 0.0, SAMPLE_RATE / 2, 40, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    window = torch.hann_window(400)
+    stft = torch.stft(waveform, 400, 160, window=window, pad_mode="constant", return_complex=True)
+    return stft.abs().square().T @ bands
 
 
 class Resemblyzer:
@@ -137,21 +151,16 @@ class Resemblyzer:
     samples, frames, hop = 25600, 160, 77
 
     def __init__(self, folder: Path) -> None:
-        from torchaudio.transforms import MelSpectrogram
-
         checkpoint = torch.load(folder / "resemblyzer/pretrained.pt", map_location="cpu", weights_only=True)
         weights = checkpoint["model_state"]
         self.lstm, self.linear = torch.nn.LSTM(40, 256, 3, batch_first=True), torch.nn.Linear(256, 256)
         for name, module in (("lstm.", self.lstm), ("linear.", self.linear)):
             module.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
-        self.mel = MelSpectrogram(
-            SAMPLE_RATE, 400, hop_length=160, n_mels=40, norm="slaney", mel_scale="slaney", pad_mode="constant"
-        )
 
     def spectrogram(self, waveform: Tensor) -> Tensor:
         """Mel power spectrogram (frames, 40) of samples (S,) in [-1, 1]."""
         gain = 10 ** (-30 / 20) / waveform.square().mean().sqrt().clamp(min=1e-9)
-        return self.mel(waveform * gain.clamp(min=1)).T
+        return librosa_mel(waveform * gain.clamp(min=1))
 
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Tensor:

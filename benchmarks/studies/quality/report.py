@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import PEERS
 from run import ABLATED, ABLATION_OF, ARMS, FINETUNED, MAIN, PROBED, RESULTS, UNTRAINED, VARIANTS, Cell, cells
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -28,6 +29,8 @@ _DIFFERENCES = (
 )
 
 Key = tuple[str, str, str, str]  # arm, budget, mode, task
+Pair = tuple[str, str, str, str]  # arm, budget, baseline, budget of the baseline
+_BEST = ("frame, 6000 updates", "steps")  # is compared with the frozen networks of peers.py
 
 
 def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -85,6 +88,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def text(results: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
     """Generated part of docs/quality.md: tables, and the wanted cells that are missing."""
+    peers = grouped([cell for cell in results if cell["budget"] == "frozen"])
+    results = [cell for cell in results if cell["budget"] != "frozen"]
     groups = grouped(results)
     finished = {(cell["arm"], cell["budget"], cell["seed"], cell["task"], cell["mode"]) for cell in results}
     missing = [cell for cell in wanted if (cell.arm, cell.budget, cell.seed, cell.task, cell.mode) not in finished]
@@ -122,16 +127,26 @@ def text(results: list[dict[str, Any]], wanted: Sequence[Cell]) -> str:
             rows.append([arm, budget, updates, seconds, str(len(pretrained)), *values])
     spectra = [value(log_mel[task]) if mode == "probe" else "" for mode, task in COLUMNS]
     rows.append(["log-mel + logistic regression", "", "", "", "", *spectra])
+    for arm in PEERS:
+        if any(values := [value(peers.get((arm, "frozen", *column), {})) for column in COLUMNS]):
+            rows.append([f"{arm} (frozen, of a public wheel)", "", "", "", "", *values])
     header = ["pretraining", "budget", "updates", "s", "seeds", *(f"{mode}, {task}" for mode, task in COLUMNS)]
     lines += [table(header, rows), "", f"Against what it is to be compared with. {_DIFFERENCES}", ""]
-    lines += [differences(groups, COLUMNS), ""]
+    lines += [differences(groups, COLUMNS, _pairs()), ""]
+    if peers:
+        # Every seed of ours against the same predictions of a frozen network.
+        repeated = {key: {seed: cell for seed in range(5) for cell in seeds.values()} for key, seeds in peers.items()}
+        lines += ["Against frozen networks out of public wheels (`make peers`):", ""]
+        pairs = [(*_BEST, arm, "frozen") for arm in PEERS]
+        columns = [column for column in COLUMNS if any(key[2:] == column for key in peers)]
+        lines += [differences(groups | repeated, columns, pairs), ""]
     lines += [f"<details><summary>{len(missing)} cells are missing</summary>", "", _named(missing, wanted)]
     lines += ["", "</details>"]
     return "\n".join(lines)
 
 
-def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[tuple[str, str]]) -> str:
-    """Table of each arm against its baselines."""
+def _pairs() -> list[Pair]:
+    """Each arm and its baselines."""
     pairs = [(other_budget, "steps", arm, "steps") for arm, other_budget in UNTRAINED.items()] + [
         ("ssast", "steps", "random", "steps")
     ]
@@ -143,6 +158,13 @@ def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[
     ]
     pairs += [(arm, "steps", other_budget, "steps") for arm, other_budget in ABLATION_OF.items()]
     pairs += [(f"frame, {updates} updates", "steps", "random frame", "steps") for updates in (500, 6000)]
+    return pairs
+
+
+def differences(
+    groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[tuple[str, str]], pairs: Sequence[Pair]
+) -> str:
+    """Table of arms against their baselines."""
     rows = []
     for arm, budget, baseline, other_budget in pairs:
         values = [
@@ -150,7 +172,7 @@ def differences(groups: dict[Key, dict[int, dict[str, Any]]], columns: Sequence[
             for column in columns
         ]
         if any(values):
-            label = f"{baseline}, equal time" if (budget, other_budget) != ("steps", "steps") else baseline
+            label = f"{baseline}, equal time" if "time" in (budget, other_budget) else baseline
             common = [
                 set(groups.get((arm, budget, *column), {})) & set(groups.get((baseline, other_budget, *column), {}))
                 for column in columns
@@ -165,7 +187,7 @@ def settings(results: list[dict[str, Any]]) -> str:
     columns = [
         column for column in COLUMNS if column in ABLATED or (column[0] == "finetune" and column[1] not in VARIANTS)
     ]
-    return f"{_DIFFERENCES}\n\n{differences(grouped(results), columns)}"
+    return f"{_DIFFERENCES}\n\n{differences(grouped(results), columns, _pairs())}"
 
 
 def _named(missing: Sequence[Cell], wanted: Sequence[Cell]) -> str:
