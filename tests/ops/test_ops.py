@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda.fixture import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import (
@@ -46,8 +47,9 @@ def each(names: str, values: Iterable[tuple[Any, ...]]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(autouse=True)
-def _tiny_launches(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_launches(monkeypatch, case)
+def _tiny_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "case" in request.fixturenames:
+        tiny_launches(monkeypatch, request.getfixturevalue("case"))
 
 
 @each(
@@ -170,3 +172,39 @@ def test_bad_shape_or_device_raises(case: OpCase) -> None:
                 getattr(ops, case.name)(**{**arguments, name: x.to("meta")})
     with pytest.raises(ValueError, match="impl must be one of auto, torch, triton"):
         getattr(ops, case.name)(**arguments, impl=DEVICE.type * 2)
+
+
+HOST_PATH = """
+import torch
+from fake_cuda.measure import Measure, report
+from mae_ast_fast.kernels.common.case import Draw
+from mae_ast_fast.kernels.common.launch import record
+from mae_ast_fast.ops.cases import implementation, op_cases, tensors_and_options
+
+measured = {}
+for case in op_cases().values():
+    for number, variant in enumerate(case.traced_variants if case.shapes else ()):
+        arguments = {**case.make(Draw(case.dtypes[-1], "cuda"), case.traced[0]), **variant}
+        if "dropout" in variant:
+            arguments["seed"] = torch.ones(1, dtype=torch.int64, device="cuda")
+        tensors, options = tensors_and_options(arguments)
+        leaves = [tensors[name].requires_grad_() for name in case.differentiable if name in tensors]
+        with record("sm_90") as recorder, Measure() as counted:
+            outputs = implementation(case, "triton", options)(**tensors)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            if leaves:
+                differentiable = [x for x in outputs if x.requires_grad]
+                torch.autograd.grad(differentiable, leaves, [torch.ones_like(x) for x in differentiable])
+        kernels = [function.fn.__name__ for function, _, _ in recorder.launches]
+        measured[f"{case.name} {number}"] = {**counted.numbers(), "triton": kernels, "backward": bool(leaves)}
+report(**measured)
+"""
+
+
+def test_kernel_host_path_waits_for_nothing(fake_cuda: Run) -> None:
+    """Forward and backward of every operation on the fake GPU; Triton's launches are recorded, not compiled."""
+    measured = fake_cuda(HOST_PATH)
+    assert len(measured) == sum(len(case.traced_variants) for case in CASES)
+    for name, counted in measured.items():
+        assert (counted["waits"], counted["warned"], counted["illegal"]) == ({}, [], {}), name
+        assert len(counted["triton"]) >= 1 + counted["backward"], name
