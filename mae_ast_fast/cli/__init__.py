@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from ..training.lifecycle import Interrupted
 from . import downstream, machine, model, prepare, pretrain
 from .parser import PROGRAM, TRAIN_EXTRA, CommandError, UsageError, missing_packages, raise_unknown
 from .threads import set_wait_policy
+
+_python_format = warnings.formatwarning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         if sys.argv[1:2] and sys.argv[1] in COMMANDS:
             set_wait_policy()
+        warnings.formatwarning = _format_warning
         gc.freeze()  # the garbage collector then passes over the imported modules, now and ...
         atexit.register(gc.freeze)  # ... when the process ends
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -81,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _print_error(program, missing_packages([error.name]), show_traceback)
         return 1
+
+
+def _format_warning(  # noqa: PLR0917 the warnings module fixes the arguments
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line, without the code that gave the warning."""
+    if category.__module__.startswith("mae_ast_fast."):
+        return f"{message}\n"
+    return _python_format(message, category, filename, lineno, line)
 
 
 def _print_error(program: str, error: Exception, show_traceback: bool) -> None:

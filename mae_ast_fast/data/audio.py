@@ -12,11 +12,14 @@ This file is also run by its path, as a decoding process (``serve``). It therefo
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +37,16 @@ _BLOCK_VALUES = 1 << 18  # samples x channels per read: 1 MiB of float32
 _FULL_SCALE = 0.9999
 _STALL_SECONDS = 120.0  # a decoder that yields nothing for this long counts as hung
 # FFmpeg also reads formats that open other files, such as playlists: only containers of audio are allowed.
-_AV_FORMATS = "mov,matroska,asf,avi,aac,flac,ogg,mp3,wav,w64,aiff,au,caf,amr,wv,g722"
+_AV_FORMATS = "mov,matroska,asf,avi,aac,flac,ogg,mp3,wav,w64,aiff,au,caf,amr,wv,g722,mpegts"
 _AV_STATES_LENGTH = {"mov", "matroska", "asf", "flac", "wav", "w64", "aiff", "au"}
+
+
+# Names, in libsndfile's log, of the size of the audio: WAV, RF64 and W64, AIFF, SVX, AU.
+_DATA_SIZES = {"data", "data size", "ssnd", "body"}
+
+
+class HeaderWarning(UserWarning):
+    """Header and content of a file differ, and all of its content was read."""
 
 
 class AudioError(ValueError):
@@ -149,17 +160,19 @@ def decode(path: str | os.PathLike, max_seconds: float | None = None) -> np.ndar
     return np.concatenate(blocks)[:max_samples]
 
 
-def decode_blocks(path: str | os.PathLike) -> Iterator[np.ndarray]:
+def decode_blocks(path: str | os.PathLike, notes: list[str] | None = None) -> Iterator[np.ndarray]:
     """Consecutive blocks of float32 (s,), 16 kHz mono, of bounded size for files of any length.
 
-    libsndfile decodes, and FFmpeg (PyAV) where libsndfile cannot read a file. soxr (HQ) resamples rates of 1 kHz to
-    768 kHz.
+    libsndfile decodes, and FFmpeg (PyAV) where libsndfile cannot read a file, or only a part of it. soxr (HQ) resamples
+    rates of 1 kHz to 768 kHz.
+
+    Args:
+        path: The file.
+        notes: Gets a sentence where header and content differ and the content was read. None: a ``HeaderWarning``.
 
     Raises:
         AudioError: The file gives no usable audio. The valid blocks before the fault are yielded first.
     """
-    import soxr
-
     path = os.fspath(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
@@ -169,16 +182,12 @@ def decode_blocks(path: str | os.PathLike) -> Iterator[np.ndarray]:
                 raise AudioError(path, "empty file")
     except OSError as error:
         raise AudioError(path, "unreadable", error.strerror) from error
+    found: list[str] = []
     rate, resampler = 0, None
-    for block_rate, block in _native_blocks(path):
-        if not rate:
-            rate = block_rate
-            if not 1000 <= rate <= 768000:
-                raise AudioError(path, "sample rate outside 1 kHz - 768 kHz", f"{rate} Hz")
-            if rate != SAMPLE_RATE:
-                resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-        if block_rate != rate:
-            raise AudioError(path, "corrupt", f"the sample rate changes from {rate} to {block_rate} Hz")
+    for block_rate, block in _native_blocks(path, found):
+        if block_rate != rate:  # at the start, and where a piece of another rate follows
+            yield from _last_samples(resampler)
+            rate, resampler = block_rate, _resampler(path, block_rate)
         channels = block.shape[1]
         mono = block[:, 0] if channels == 1 else block @ np.full(channels, 1.0 / channels, np.float32)
         if not np.isfinite(mono).all():
@@ -187,62 +196,240 @@ def decode_blocks(path: str | os.PathLike) -> Iterator[np.ndarray]:
             mono = resampler.resample_chunk(mono)
         if mono.size:
             yield mono
+    yield from _last_samples(resampler)
+    if notes is not None:
+        notes += found
+    elif found:
+        warnings.warn(f"{path}: {'; '.join(found)}", HeaderWarning, stacklevel=2)
+
+
+def _resampler(path: str, rate: int) -> Any:
+    """A ``soxr.ResampleStream`` from ``rate`` to 16 kHz; None if the rate is that.
+
+    Raises:
+        AudioError: The rate is outside what soxr takes.
+    """
+    import soxr
+
+    if not 1000 <= rate <= 768000:
+        raise AudioError(path, "sample rate outside 1 kHz - 768 kHz", f"{rate} Hz")
+    return None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+
+
+def _last_samples(resampler: Any) -> Iterator[np.ndarray]:
+    """What a resampler still holds, if there is one and it holds something."""
     if resampler is not None and (tail := resampler.resample_chunk(np.zeros(0, np.float32), last=True)).size:
         yield tail
 
 
-def _native_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
-    """(rate, float32 (n, channels)) from libsndfile, or from FFmpeg where libsndfile gives nothing."""
+def _native_blocks(path: str, notes: list[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """(rate, float32 (n, channels)) from libsndfile, or from FFmpeg where libsndfile gives nothing or only a part."""
     import soundfile
 
-    any_block, soundfile_error = False, ""
-    if not path.lower().endswith(".g722"):  # it has no header by which libsndfile could recognise it
+    soundfile_error, stated, seconds, has_more = "", 0.0, 0.0, False
+    try:
+        # FFmpeg's G.722 has no header by which libsndfile could recognise it.
+        parts = [] if path.lower().endswith(".g722") else _parts(path)
+        for part in parts:
+            with soundfile.SoundFile(part) as file:
+                stated = stated or file.frames / file.samplerate
+                has_more = _has_more(path, file, num_parts=len(parts))
+                for rate, block in () if has_more else _soundfile_blocks(path, file, notes):
+                    seconds += len(block) / rate
+                    yield rate, block
+    except soundfile.LibsndfileError as error:
+        soundfile_error = error.error_string
+        if seconds:
+            raise AudioError(path, "corrupt", soundfile_error) from error
+    if not seconds:
+        is_header_alone = not (has_more or soundfile_error or path.lower().endswith(".g722"))
         try:
-            for block in _soundfile_blocks(path):
-                any_block = True
-                yield block
-            return
-        except soundfile.LibsndfileError as error:
-            soundfile_error = error.error_string
-            if any_block:
-                raise AudioError(path, "corrupt", soundfile_error) from error
-    yield from _av_blocks(path, soundfile_error)
+            for rate, block in _av_blocks(path, soundfile_error):
+                seconds += len(block) / rate
+                yield rate, block
+        except AudioError:
+            if seconds or not is_header_alone:
+                raise
+    if not soundfile_error and seconds > stated * 1.01 + 0.25 and not path.lower().endswith(".g722"):
+        notes.append(f"the header states {stated:.1f} s, the file holds {seconds:.1f} s")
 
 
-def _soundfile_blocks(path: str) -> Iterator[tuple[int, np.ndarray]]:
-    import soundfile
+class _Part(io.RawIOBase):
+    """A part of a file as a file, read only, with some bytes at its start replaced.
 
-    with soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path) as file:
-        block_samples, num_samples = max(1, _BLOCK_VALUES // file.channels), 0
-        while len(block := file.read(block_samples, dtype="float32", always_2d=True)):
-            yield file.samplerate, block
-            num_samples += len(block)
-        # libsndfile limits the length of uncompressed audio to the data present; only its log has the header's length.
-        sizes = re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info)
-        excess = max(
-            (int(stated) / max(int(actual), 1) for stated, actual in sizes if int(stated) < 0x7FFFF000), default=1.0
-        )
-        if file.format not in ("OGG", "MP3"):
-            stated_samples = max(file.frames, excess * num_samples)
-            _check_length(path, num_samples / file.samplerate, stated_samples / file.samplerate)
+    Args:
+        path: The file.
+        start: First byte of the part.
+        stop: End of the part.
+        head: What its first bytes are read as.
+    """
+
+    def __init__(self, path: str, start: int, stop: int, head: bytes = b"") -> None:
+        self.file = open(path, "rb")  # noqa: SIM115 (closed by close)
+        self.start, self.stop, self.head = start, stop, head
+        self.file.seek(start)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: self.start, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.stop}[whence]
+        return self.file.seek(max(self.start, origin + offset)) - self.start
+
+    def tell(self) -> int:
+        return self.file.tell() - self.start
+
+    def readinto(self, buffer: Any) -> int:
+        position = self.tell()
+        content = self.file.read(max(0, min(len(buffer), self.stop - self.start - position)))
+        replaced = self.head[position : position + len(content)]
+        content = replaced + content[len(replaced) :]
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _parts(path: str) -> list[Any]:
+    """What libsndfile is to open, one after another: the path, the links of a chained Ogg file, or joined FLAC files.
+
+    An AU file of size 0, as of a writer that did not finish its header, gets the size that means "unknown".
+    """
+    with open(path, "rb") as file:
+        head = file.read(28)
+        num_bytes = file.seek(0, os.SEEK_END)
+        if head[:4] == b".snd" and head[8:12] == bytes(4):
+            return [_Part(path, 0, num_bytes, head[:8] + b"\xff" * 4)]
+        starts = _ogg_links(file) if head[:4] == b"OggS" else []
+        if head[:4] == b"fLaC":
+            starts = _find_all(file, b"fLaC\0\0\0\x22")  # with the start of STREAMINFO, of 34 bytes
+    if len(starts) > 1:
+        return [_Part(path, start, stop) for start, stop in itertools.pairwise([*starts, num_bytes])]
+    return [os.fsencode(path) if os.name == "posix" else path]
+
+
+def _ogg_links(file: Any) -> list[int]:
+    """First byte of each link of an Ogg file: where streams begin behind pages of others (RFC 3533)."""
+    starts, position, was_first_page = [], 0, False
+    while len(page := _read_at(file, position, 282)) >= 27:
+        if page[:4] != b"OggS":  # damaged: go on at the next page
+            found = page.find(b"OggS", 1)
+            position += found if found > 0 else max(1, len(page) - 3)
+            continue
+        is_first_page = bool(page[5] & 2)
+        if is_first_page and not was_first_page:
+            starts.append(position)
+        was_first_page = is_first_page
+        position += 27 + page[26] + sum(page[27 : 27 + page[26]])
+    return starts
+
+
+def _read_at(file: Any, position: int, num_bytes: int) -> bytes:
+    file.seek(position)
+    return file.read(num_bytes)
+
+
+def _has_more(path: str, file: Any, *, num_parts: int) -> bool:
+    """Whether FFmpeg is to read a file, because libsndfile stops after the first of several pieces.
+
+    The links of an Ogg file that differ in rate or channels are left to libsndfile: FFmpeg 8 refuses them.
+    """
+    if file.format == "OGG":
+        return num_parts > 1 and _demuxed_seconds(path) > 0
+    return file.format == "MP3" and _demuxed_seconds(path) > file.frames / file.samplerate * 1.01 + 0.25
+
+
+def _find_all(file: Any, marker: bytes) -> list[int]:
+    """Positions of some bytes in an open file."""
+    positions, rest, start = [], b"", 0
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        content = rest + chunk
+        positions += [start - len(rest) + match.start() for match in re.finditer(re.escape(marker), content)]
+        start += len(chunk)
+        rest = content[len(content) - len(marker) + 1 :]
+    return positions
+
+
+def _soundfile_blocks(path: str, file: Any, notes: list[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of an open ``soundfile.SoundFile``."""
+    block_samples, num_samples = max(1, _BLOCK_VALUES // file.channels), 0
+    while len(block := file.read(block_samples, dtype="float32", always_2d=True)):
+        yield file.samplerate, block
+        num_samples += len(block)
+    if file.format in ("OGG", "MP3"):
+        return
+    # libsndfile limits the length of uncompressed audio to the data present; only its log has the header's length.
+    excess, differing = _read_log(file.extra_info)
+    _check_length(path, num_samples / file.samplerate, max(file.frames, excess * num_samples) / file.samplerate)
+    if num_samples and differing:
+        notes.append(f"the header differs from the content: {', '.join(differing)}")
+
+
+def _read_log(log: str) -> tuple[float, list[str]]:
+    """How many times the data that a header states are those of the file, and its other numbers that are wrong.
+
+    Args:
+        log: libsndfile's log, with lines such as ``RIFF : 96036 (should be 48014)``. A wrong rate in bytes, or a wrong
+            size of the file or of a chunk without audio, does not say that audio is missing.
+    """
+    excess, differing = 1.0, []
+    file_bytes = int(match[1]) if (match := re.search(r"^Length : (\d+)$", log, re.MULTILINE)) else 0
+    for line in log.splitlines():
+        if not (match := re.fullmatch(r"\s*(.+?)\s*: (\d+)(?: \(should be (\d+)\))?", line)):
+            continue
+        name, stated = match[1], int(match[2])
+        if stated >= 0x7FFFF000:  # "unknown", of a writer that could not go back
+            continue
+        if name.lower() in _DATA_SIZES:
+            # W64 and RF64 have no remark behind a size that is larger than the file.
+            actual = int(match[3]) if match[3] else min(stated, file_bytes or stated)
+            excess = max(excess, stated / max(actual, 1))
+        elif match[3] and not 0.99 <= stated / max(int(match[3]), 1) <= 1.01:
+            differing.append(f"{name} is {stated}, not {match[3]}")
+    return excess, differing
+
+
+def _open_av(path: str) -> Any:
+    import av
+
+    container_format = "g722" if path.lower().endswith(".g722") else None
+    return av.open(
+        path, format=container_format, options={"protocol_whitelist": "file", "format_whitelist": _AV_FORMATS}
+    )
+
+
+def _av_stream(container: Any) -> Any:
+    """The audio stream that the ffmpeg program would choose: one marked as default, then the one with most channels."""
+    return max(container.streams.audio, key=lambda stream: (bool(int(stream.disposition) & 1), stream.channels))
+
+
+def _demuxed_seconds(path: str) -> float:
+    """Seconds of audio in all packets, undecoded; 0 if FFmpeg cannot read the file."""
+    import av
+
+    try:
+        with _open_av(path) as container:
+            stream = _av_stream(container)
+            return float(sum(packet.duration or 0 for packet in container.demux(stream)) * stream.time_base)
+    except (av.FFmpegError, ValueError, ArithmeticError, LookupError, TypeError):
+        return 0.0
 
 
 def _av_blocks(path: str, soundfile_error: str) -> Iterator[tuple[int, np.ndarray]]:
     import av
 
-    container_format = "g722" if path.lower().endswith(".g722") else None
-    options = {"protocol_whitelist": "file", "format_whitelist": _AV_FORMATS}
     try:
-        with av.open(path, format=container_format, options=options) as container:
+        with _open_av(path) as container:
             if not container.streams.audio:
                 raise AudioError(path, "no audio stream")
-            stream = container.streams.audio[0]
+            stream = _av_stream(container)
             rate, seconds, num_values = 0, 0.0, 0
             pending: list[np.ndarray] = []
-            for frame in container.decode(stream):
+            for frame in _av_frames(container, stream):
                 block = _float_frame(frame)
-                if pending and (frame.rate, block.shape[1]) != (rate, pending[0].shape[1]):
-                    raise AudioError(path, "corrupt", "sample rate or channels change in the stream")
+                if pending and (frame.rate, block.shape[1]) != (rate, pending[0].shape[1]):  # a piece of another kind
+                    yield rate, np.concatenate(pending)
+                    pending, num_values = [], 0
                 rate = frame.rate
                 seconds += len(block) / rate
                 pending.append(block)
@@ -257,11 +444,34 @@ def _av_blocks(path: str, soundfile_error: str) -> Iterator[tuple[int, np.ndarra
                     assert stream.time_base is not None
                     _check_length(path, seconds, float(stream.duration * stream.time_base))
                 elif container.duration is not None and not container.streams.video:
-                    _check_length(path, seconds, container.duration / av.time_base)
+                    # Matroska states the end, and the sound may begin late.
+                    _check_length(path, seconds, (container.duration - max(0, container.start_time)) / av.time_base)
     except AudioError:
         raise
     except (av.FFmpegError, ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
         raise AudioError(path, "corrupt", soundfile_error or error) from error
+
+
+def _av_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream. In a stream of independent frames, such as MP3, a few that are none are left out.
+
+    Raises:
+        av.FFmpegError: A packet of another format, or too many packets, cannot be decoded.
+    """
+    import av
+
+    is_tolerant = container.format.name in ("mp3", "aac")
+    num_packets = num_wrong = 0
+    for packet in container.demux(stream):
+        num_packets += 1
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError:  # where files were joined: tags between the frames
+            num_wrong += 1
+            if not is_tolerant or num_wrong > 4 + num_packets // 50:
+                raise
+            continue
+        yield from frames
 
 
 def _float_frame(frame: Any) -> np.ndarray:
@@ -347,7 +557,10 @@ def _decode_to(path: str, pcm: Any, heartbeat: Any) -> dict[str, Any]:
     ``heartbeat`` restarts a watchdog, which works even if a decoder never returns to Python.
     """
     heartbeat()
-    result, digest = write_pcm16(decode_blocks(path), pcm, heartbeat), hashlib.md5(usedforsecurity=False)
+    notes: list[str] = []
+    result, digest = write_pcm16(decode_blocks(path, notes), pcm, heartbeat), hashlib.md5(usedforsecurity=False)
+    if notes:
+        result["note"] = "; ".join(notes)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)

@@ -115,9 +115,9 @@ def prepare_shards(
     Returns:
         The report: ``files``, ``clips``, ``pieces`` (segments), ``hours``; ``skipped``: reason -> finding; the findings
         ``silent`` (peak under 1e-3 of full scale), ``clipped`` (at least 0.1 % of the samples at 16 kHz mono reach
-        0.9999 of full scale) and ``duplicate`` (byte-identical to an earlier file), whose clips are kept; ``split``, a
-        sentence; ``train`` and ``held_out``, numbers of clips; ``shards``: names and sizes. A finding has ``count`` and
-        up to 1000 ``names``.
+        0.9999 of full scale), ``duplicate`` (byte-identical to an earlier file) and ``header`` (its numbers differ from
+        the content, all of which was read), whose clips are kept; ``split``, a sentence; ``train`` and ``held_out``,
+        numbers of clips; ``shards``: names and sizes. A finding has ``count`` and up to 1000 ``names``.
 
     Raises:
         ValueError: No usable clip (the reasons are counted), ``out`` holds other data, or an option is out of range.
@@ -327,9 +327,12 @@ def write_shards(plan: Plan, out: str | os.PathLike, workers: int = 2, progress:
             print(f"decoding {len(plan.entries):,} clips to 16 kHz mono in {out}{resumed}", file=sys.stderr, flush=True)
         _decode_all(plan, partial, missing, workers=workers, progress=progress)
         report = _write_manifests(plan, partial)
-        for reason, finding in report["skipped"].items() if progress else ():
-            names = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
-            print(f"skipped {finding['count']}: {reason}: {names}", file=sys.stderr, flush=True)
+        findings = {f"skipped {{}}: {reason}": finding for reason, finding in report["skipped"].items()}
+        findings["{} whose header and content differ, with all of the content read"] = report["header"]
+        for text, finding in findings.items() if progress else ():
+            if finding["count"]:
+                names = ", ".join(finding["names"][:3]) + " ..." * (finding["count"] > 3)
+                print(f"{text.format(finding['count'])}: {names}", file=sys.stderr, flush=True)
         if out.exists():  # empty, or damaged and, by its report, made from the same files and options
             shutil.rmtree(out)
         write_json(report_path, report)
@@ -558,6 +561,7 @@ def _report(plan: Plan, results: list[dict[str, Any]]) -> tuple[dict[str, Any], 
         "silent": finding([entries[i].name for i in kept if results[i]["peak"] < _SILENT_PEAK]),
         "clipped": finding([entries[i].name for i in clipped]),
         "duplicate": finding([entries[i].name for i in kept if first_with_md5[results[i]["md5"]] != i]),
+        "header": finding([entries[i].name for i in kept if "note" in results[i]]),
         "split": split_summary,
         "train": len(kept) - len(held_out),
         "held_out": len(held_out),
