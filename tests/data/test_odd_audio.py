@@ -28,6 +28,7 @@ FIRST = (0.3 * np.sin(np.arange(RATE) * 0.17) + 0.01 * RNG.standard_normal(RATE)
 SECOND = (0.2 * np.sin(np.arange(RATE) * 0.29) + 0.01 * RNG.standard_normal(RATE)).astype(np.float32)
 PCM = (FIRST * 32767).astype("<i2").tobytes()
 FORMAT = struct.pack("<HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16)
+ID3 = b"ID3\4\0\0\0\0\0\x23TSSE\0\0\0\x0f\0\0\3Lavf59.27.100\0" + bytes(10)
 LIST = b"INFOISFT\4\0\0\0abcd"
 
 
@@ -126,6 +127,7 @@ FILES: dict[str, tuple[Callable[[], bytes], float, bool]] = {
     "links_of_two_rates.ogg": (lambda: written(FIRST, "OGG") + written(SECOND, "OGG", 8000), 3.0, True),
     "links_mono_stereo.ogg": (lambda: written(FIRST, "OGG") + written(SECOND.reshape(-1, 2), "OGG"), 1.5, True),
     "two_files.mp3": (lambda: written(FIRST, "MP3") + written(SECOND, "MP3"), 2.0, True),
+    "tag_between_two.mp3": (lambda: written(FIRST, "MP3") + ID3 + written(SECOND, "MP3"), 2.0, True),
     "files_of_two_rates.mp3": (lambda: written(FIRST, "MP3") + written(SECOND, "MP3", 24000), 1.667, True),
     "frames_too_few.mp3": (lambda: xing(5), 1.0, True),
     "frames_too_many.mp3": (lambda: xing(100_000), 1.0, False),
