@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -13,7 +14,11 @@ from typing import Any
 
 def temp_path(path: Path) -> Path:
     """The file that ``atomic_write`` writes first. If a killed process left one, it can be deleted."""
-    return path.with_name(f".{path.stem}.partial{path.suffix}")
+    name = f".{path.stem}.partial{path.suffix}"
+    if len(os.fsencode(name)) > 255:  # more than file systems take
+        digest = hashlib.md5(os.fsencode(path.name), usedforsecurity=False).hexdigest()
+        name = f".{digest}.partial{path.suffix}"
+    return path.with_name(name)
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:

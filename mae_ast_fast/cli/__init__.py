@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in argv or os.environ.get("MAE_AST_FAST_TRACEBACK", "0") not in ("", "0")
     argv = [argument for argument in argv if argument != "--traceback"]
     program = PROGRAM
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by what started the process; a file opened now takes its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open until the process ends)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that no terminal shows
     try:

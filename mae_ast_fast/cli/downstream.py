@@ -248,11 +248,12 @@ def task_summary(summary: dict[str, Any], out: str) -> str:
 
 
 def run_predict(argv: Sequence[str]) -> int:
-    """Classify audio files. Returns the exit code: 1 if a file was skipped."""
+    """Classify audio files. Returns the exit code of ``SkipLog``."""
     parser = Parser(
         "predict",
         "Classifies audio files with a classifier of finetune or probe. Files without usable audio are named and "
-        "skipped, and the exit code is then 1.",
+        "skipped. The exit code is 1 if a FILE was skipped or none was classified; broken files in a folder do not "
+        "change it.",
         ("talk.wav --checkpoint runs/esc14", "recordings/ --checkpoint runs/esc14 --out predictions.csv"),
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio files, folders, or fairseq .tsv manifests")
@@ -287,4 +288,4 @@ def run_predict(argv: Sequence[str]) -> int:
         write_predictions(classifier, predictions, Path(arguments.out))
     if skipped.count:
         print(f"{len(predictions)} classified, {skipped.count} skipped")
-    return 1 if skipped.count else 0
+    return skipped.exit_code(len(predictions))

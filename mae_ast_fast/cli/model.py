@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
 
 
 def run_features(argv: Sequence[str]) -> int:
-    """Write encoder features of audio files. Returns the exit code: 1 if a file was skipped."""
+    """Write encoder features of audio files. Returns the exit code of ``SkipLog``."""
     parser = Parser(
         "features",
         "Writes encoder features of audio files. Arrays: features (tokens, D), times (tokens,), the centre of each "
         "token in seconds, and frequency_block (tokens,), 0 for the lowest. Tokens are ordered by time. A patch model "
         "has several frequency blocks per time step, next to each other: "
         "features.reshape(-1, frequency_block.max() + 1, D).mean(1) is one vector per time step. Files without usable "
-        "audio are named and skipped, and the exit code is then 1.",
+        "audio are named and skipped. The exit code is 1 if a FILE was skipped or nothing was written; broken files in "
+        "a folder do not change it.",
         (
             "talk.wav --checkpoint runs/pretrain --out talk.npz",
             "recordings/ --checkpoint runs/pretrain --out features/ --layer 9 --format safetensors",
@@ -96,13 +98,19 @@ def run_features(argv: Sequence[str]) -> int:
         except AudioError as error:
             skipped.add(error)
             continue
-        save_features(extracted, target, file_format)
+        try:
+            save_features(extracted, target, file_format)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            skipped.add(AudioError(path, f"its name is too long for one that ends in .{file_format}"))
+            continue
         num_written += 1
         num_tokens, width = extracted.features.shape
         print(f"{target}: {num_tokens} tokens x {width}, to {extracted.times[-1]:.2f} s", flush=True)
     if num_written != 1 or skipped.count:
         print(f"{num_written} written, {skipped.count} skipped")
-    return 1 if skipped.count else 0
+    return skipped.exit_code(num_written)
 
 
 def run_reconstruct(argv: Sequence[str]) -> int:

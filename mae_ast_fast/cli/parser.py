@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -143,7 +145,12 @@ def missing_packages(names: Sequence[str]) -> CommandError:
 
 
 def docstring_help(cls: type) -> dict[str, str]:
-    """Field -> its text in the Args section of the class's Google docstring, with % escaped for argparse."""
+    """Field -> its text in the Args section of the class's Google docstring, with % escaped for argparse.
+
+    Without docstrings, as with python -OO, the texts are empty.
+    """
+    if cls.__doc__ is None or "Args:" not in cls.__doc__:
+        return dict.fromkeys((field.name for field in dataclasses.fields(cls)), "")
     section = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.split(r"\n(?=    \w+: )", "\n" + section)[1:]
     pairs = (entry.strip().split(": ", 1) for entry in entries)
@@ -195,15 +202,23 @@ class SkipLog:
 
     Attributes:
         count: Files and sources skipped so far.
+        num_named: How many of these the command line names, and not a folder or manifest.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.num_named = 0
+        self._named: set[str] = set()
 
     def add(self, reason: object) -> None:
-        """Count one file or source, and print ``reason``, which names it."""
+        """Count one file or source, and print ``reason``, which names it. An ``AudioError`` is of a file."""
         self.count += 1
+        path = getattr(reason, "path", None)
+        self.num_named += path is None or path in self._named
         print(f"skipped {reason}", file=sys.stderr, flush=True)
+
+    def exit_code(self, num_written: int) -> int:
+        """0 if something was written, and of what the command line names nothing was skipped; otherwise 1."""
+        return int(self.num_named > 0 or num_written == 0)
 
     def find_files(self, sources: Sequence[str]) -> list[str]:
         """Paths of the audio files in the sources (files, folders, fairseq .tsv), source by source.
@@ -217,7 +232,10 @@ class SkipLog:
         paths: list[str] = []
         for source in sources:
             try:
-                paths += [entry.path for entry in find_audio(source)]
+                found = [entry.path for entry in find_audio(source)]
+                paths += found
+                if found == [os.path.abspath(os.path.expanduser(source))]:
+                    self._named.update(found)
             except (FileNotFoundError, ValueError) as error:
                 if len(sources) == 1:
                     raise

@@ -28,6 +28,7 @@ from mae_ast_fast.data import audio, corpus, npy, prepare
 from mae_ast_fast.downstream import datasets, finetune, probe, small_tasks
 from mae_ast_fast.downstream.classifier import AudioClassifier
 from mae_ast_fast.downstream.options import CHOICES as TASK_CHOICES
+from mae_ast_fast.downstream.options import ProbeOptions
 from mae_ast_fast.inference import extract_file, masked_clips
 from mae_ast_fast.models.config import POSITIONS, SSAST_OBJECTIVES
 from mae_ast_fast.models.transformer import sinusoid
@@ -543,6 +544,49 @@ def test_features_many_files_skips_corrupt_ones(checkpoint, recordings, tmp_path
     assert "broken.wav" in captured.err
     assert captured.out.strip().endswith("2 written, 2 skipped")
     assert not np.array_equal(np.load(out / "a/x.npz")["features"], np.load(out / "b/x.npz")["features"])
+
+
+def test_features_broken_file_in_a_folder_is_named_and_exit_code_is_0(checkpoint, recordings, tmp_path, capsys):
+    options = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+    assert main(["features", str(recordings), *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("skipped ") == 1 and "broken.wav" in captured.err
+    assert captured.out.strip().endswith("3 written, 1 skipped")
+    # A FILE that fails, beside a folder that does not, or a folder that gives nothing.
+    assert main(["features", str(recordings / "a"), str(recordings / "b" / "broken.wav"), *options]) == 1
+    assert main(["features", str(recordings / "a"), str(tmp_path / "none"), *options]) == 1
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.wav").write_bytes(b"RIFF nothing")
+    assert main(["features", str(tmp_path / "bad"), *options]) == 1
+
+
+@pytest.mark.parametrize("file_format", ["npz", "safetensors"])
+def test_features_long_names_are_written_or_named(checkpoint, tmp_path, capsys, file_format):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    names = ["a" * 248, "b" * 251, "\u3042" * 82, "c"]
+    for name in names:
+        soundfile.write(folder / f"{name}.wav", np.zeros(8000), 16000)
+    options = ["--checkpoint", str(checkpoint), "--out", str(out), "--format", file_format]
+    assert main(["features", str(folder), *options]) == 0
+    fit = [name for name in names if len(os.fsencode(f"{name}.{file_format}")) <= 255]
+    assert written(out) == sorted(f"{name}.{file_format}" for name in fit)
+    error = capsys.readouterr().err
+    assert error.count("skipped ") == len(names) - len(fit) == error.count("its name is too long")
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_command_with_closed_stream_exits_as_usual(name, monkeypatch):
+    monkeypatch.setattr(sys, name, None)  # what Python makes of a file descriptor that is closed
+    assert main(["--version"]) == 0 and main(["no_such_command"]) == 2
+
+
+def test_help_without_docstrings_lists_the_options():
+    line = [sys.executable, "-OO", "-m", "mae_ast_fast", "pretrain", "--help"]
+    assert "--batch-seconds" in subprocess.run(line, check=True, capture_output=True, text=True, timeout=120).stdout
+    for options in (ProbeOptions, MAEASTConfig):
+        without = type(options.__name__, (options,), {"__doc__": None})
+        assert docstring_help(without) == dict.fromkeys(docstring_help(options), "")
 
 
 def test_features_folder_mirrors_its_layout(checkpoint, recordings, tmp_path):
