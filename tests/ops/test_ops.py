@@ -104,7 +104,14 @@ def with_row_stride(x: torch.Tensor, margin: int) -> torch.Tensor:
 
 @each("case", ((case,) for case in RANDOM))
 def test_kernel_any_size_and_row_stride_matches_specification(case: OpCase) -> None:
-    @settings(max_examples=case.num_random, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    """The same shapes in each run: of a single value, the reference in the dtype may be exact by chance."""
+
+    @settings(
+        max_examples=case.num_random,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.differing_executors],
+    )
     @given(elements(case.random), st.integers(0, 3), st.sampled_from(case.dtypes), st.sampled_from(case.variants))
     def check_random(shape: Any, pad: int, dtype: torch.dtype, variant: dict[str, Any]) -> None:
         arguments = {**inputs(case, shape, dtype), **variant}
@@ -115,41 +122,31 @@ def test_kernel_any_size_and_row_stride_matches_specification(case: OpCase) -> N
     check_random()
 
 
-@each(
-    "case shape dtype variant",
-    (
-        (case, shape, dtype, variant)
-        for case in CASES
-        for shape in case.empty
-        for dtype in case.dtypes
-        for variant in case.variants
-    ),
-)
+@each("case shape dtype", ((case, shape, dtype) for case in CASES for shape in case.empty for dtype in case.dtypes))
 @pytest.mark.filterwarnings("ignore:var")  # the specification's, of no values
-def test_kernel_no_rows_matches_specification(
-    *, case: OpCase, shape: Any, dtype: torch.dtype, variant: dict[str, Any]
-) -> None:
-    made = call(case, {**inputs(case, shape, dtype), **variant})
-    expected = results_and_gradients(made.specified, made.tensors, made.differentiable)
-    for name, x in made.results().items():
-        assert x.dtype == expected[name].dtype and torch.equal(x, expected[name]), name
-    for options in case.traced_variants:
-        for x in call(case, {**inputs(case, shape, dtype), **options}).results().values():
+def test_kernel_no_rows_matches_specification(case: OpCase, shape: Any, dtype: torch.dtype) -> None:
+    for variant in case.variants:
+        made = call(case, {**inputs(case, shape, dtype), **variant})
+        expected = results_and_gradients(made.specified, made.tensors, made.differentiable)
+        for name, x in made.results().items():
+            assert x.dtype == expected[name].dtype and torch.equal(x, expected[name]), name
+    for variant in case.traced_variants:
+        for x in call(case, {**inputs(case, shape, dtype), **variant}).results().values():
             assert not x.any()
 
 
 @each("case", ((case,) for case in CASES if case.rows or case.vectors))
 def test_kernel_any_stride_changes_nothing(case: OpCase) -> None:
-    """Matrices stored by columns, and vectors of stride 2."""
+    """Matrices stored by columns, and vectors of stride 2, each alone and all together."""
     arguments = inputs(case, case.traced[0])
     for name, x in arguments.items():
         if isinstance(x, torch.Tensor) and x.dim() == 2:
             arguments[name] = x.T.contiguous().T
     for variant in case.variants:
         check(case, {**arguments, **variant}, torch.float32)
-        made = call(case, {**arguments, **variant})
-        for name in (name for name in case.vectors if name in made.tensors):
-            check_strided_vectors(made.function, made.tensors, (name,), made.differentiable)
+    made = call(case, {**arguments, **case.variants[0]})
+    for names in {case.vectors, *((name,) for name in case.vectors)} - {()}:
+        check_strided_vectors(made.function, made.tensors, names, made.differentiable)
 
 
 @each("case variant", ((case, variant) for case in CASES for variant in case.traced_variants))
