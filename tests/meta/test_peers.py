@@ -1,4 +1,4 @@
-"""Frozen networks of public wheels, benchmarks/studies/quality/peers.py: fetching, windows, choice of padding."""
+"""Frozen networks of public wheels, benchmarks/studies/quality/peers.py: fetching, windows, choices."""
 
 from __future__ import annotations
 
@@ -128,8 +128,14 @@ def test_best_fold_selects_by_validation_first_of_equals(peers, monkeypatch: pyt
         return FoldResult(fold, np.array([[test]]), valid, selected={"C": 1.0})
 
     monkeypatch.setattr(peers, "fit_fold", fit_fold)
-    best = peers.best_fold(None, {pad: pad for pad in scores}, fold)
-    assert (best.selected, best.probabilities.item()) == ({"pad": "both", "C": 1.0}, 0.1)
+    best = peers.best_fold(None, {(pad, "mean"): pad for pad in scores}, fold)
+    assert (best.selected, best.probabilities.item()) == ({"pad": "both", "pool": "mean", "C": 1.0}, 0.1)
+
+
+def test_pooled_mean_max_has_both(peers) -> None:
+    clips = [np.array([[1.0, 5.0], [3.0, 1.0]]), np.array([[7.0, 8.0]])]
+    assert peers.pooled(clips, "mean").tolist() == [[2.0, 3.0], [7.0, 8.0]]
+    assert peers.pooled(clips, "mean_max").tolist() == [[2.0, 3.0, 3.0, 5.0], [7.0, 8.0, 7.0, 8.0]]
 
 
 def test_fetch_once_and_again_for_other_wheels(peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ python benchmarks/studies/quality/peers.py --list          list finished and mis
 A cell is one JSON file in results/, as run.py writes them: arm (name of the network), budget ``frozen``, seed 0. The
 wheels in peers.txt are fetched without their dependencies and unpacked into the cache. A network sees windows of its
 own length, as far apart as its package has them. Short clips are padded; the embeddings of a clip's windows are
-averaged. Each fold selects padding and penalty by its validation clips. Embeddings are kept in --work, so that an
-interrupted run goes on.
+pooled. Each fold selects padding, pooling and penalty by its validation clips. Embeddings are kept in --work, so that
+an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SAVE_SECONDS = 10.0
 class SpeechEmbedding:
     """Google's speech embedding (arXiv 2002.01322), converted to ONNX in openwakeword: 96 values per 0.8 s."""
 
-    pads = ("start", "both")
+    pads, pools = ("start", "both"), ("mean", "mean_max")
     samples, frames, hop = 12640, 76, 8  # samples and frames of a window; frames between two windows
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class AiSFX:
     Its spectrogram is that of Essentia, with which it was trained.
     """
 
-    pads = ("end",)
+    pads, pools = ("end",), ("mean",)
     samples, frames, hop = 36800, 100, 50
     _LARGEST = 9.457798957824707  # of the spectrograms it was trained on
 
@@ -147,7 +147,7 @@ class Resemblyzer:
     Volume is raised to -30 dB as its package does it; pauses are kept, which the package cuts by a voice detector.
     """
 
-    pads = ("end", "repeat")
+    pads, pools = ("end", "repeat"), ("mean",)
     samples, frames, hop = 25600, 160, 77
 
     def __init__(self, folder: Path) -> None:
@@ -254,18 +254,24 @@ def waveform(run: Run[ProbeOptions], clip: int) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(1)
 
 
-def best_fold(run: Run[ProbeOptions], features_of: dict[str, np.ndarray], fold: Fold) -> FoldResult:
-    """The result of the padding that is best on the validation clips, the first of equals.
+def pooled(clips: Sequence[np.ndarray], pool: str) -> np.ndarray:
+    """Features of the embeddings (n, D) of each clip: "mean", (clips, D); or "mean_max", both in turn, (clips, 2 D)."""
+    mean = np.stack([clip.mean(0) for clip in clips])
+    return mean if pool == "mean" else np.hstack([mean, np.stack([clip.max(0) for clip in clips])])
+
+
+def best_fold(run: Run[ProbeOptions], settings: dict[tuple[str, str], np.ndarray], fold: Fold) -> FoldResult:
+    """The result of the setting that is best on the validation clips, the first of equals.
 
     Args:
         run: Run whose clips are classified.
-        features_of: Padding -> features (clips, D).
+        settings: (padding, pooling) -> features of the clips.
         fold: Training, validation and test clips.
     """
     results = []
-    for pad, features in features_of.items():
+    for (pad, pool), features in settings.items():
         result = fit_fold(run, features, fold)
-        result.selected = {"pad": pad, **result.selected}
+        result.selected = {"pad": pad, "pool": pool, **result.selected}
         results.append(result)
     return max(results, key=lambda result: result.valid_score)
 
@@ -278,11 +284,11 @@ class PeerGrid(Grid):
         out = self.work / cell.name
         shutil.rmtree(out, ignore_errors=True)
         with Run(self.probe_options(cell, out), "probe") as run:
-            features_of = {}
+            settings = {}
             for pad in peer.pads:
                 clips = embed_task(run, peer, pad, self.work / f"{cell.name}-{pad}.npz")
-                features_of[pad] = np.stack([clip.mean(0) for clip in clips])
-            results = [best_fold(run, features_of, fold) for fold in run.folds]
+                settings |= {(pad, pool): pooled(clips, pool) for pool in peer.pools}
+            results = [best_fold(run, settings, fold) for fold in run.folds]
             features = log_mel_features(run, sorted(set(range(len(run.task.clips))) - set(run.audio.missing)))
             log_mel = [fit_fold(run, features, fold) for fold in run.folds]
             summary = write_report(run, results, log_mel=log_mel)
