@@ -11,6 +11,7 @@ This file is also run by its path, as a decoding process (``serve``). It therefo
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import itertools
@@ -123,8 +124,21 @@ def _walk(root: Path) -> Iterator[str]:
                 yield os.path.relpath(path, root)
 
 
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Text of a table: UTF-8, or UTF-16 with a byte order mark, which spreadsheets and Windows' tools write.
+
+    Raises:
+        UnicodeDecodeError: It is neither.
+    """
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16", "strict") if is_utf16 else content.decode("utf-8-sig", errors)
+
+
 def _read_manifest(path: Path) -> list[AudioFile]:
-    root_line, *lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    try:
+        root_line, *lines = decode_text(path.read_bytes(), "surrogateescape").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line 1: not in UTF-8 or UTF-16 ({error})") from None
     root_line = root_line.strip()
     if not root_line or "\0" in root_line:
         raise ValueError(f"{path}, line 1: expected the root folder of the files, got {root_line[:80]!r}")
@@ -135,7 +149,7 @@ def _read_manifest(path: Path) -> list[AudioFile]:
     entries = []
     for number, line in enumerate(lines, 2):
         relative, _, samples = line.rstrip("\r").partition("\t")
-        if relative and "\0" not in relative and samples.isdecimal():
+        if relative and "\0" not in relative and samples.strip().isdecimal():
             entries.append(_entry(path.parent / root_line, relative))
         elif line.strip():
             raise ValueError(f"{path}, line {number}: expected path<TAB>samples, got {line[:80]!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import os
 import random
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from ..data.audio import decode_text
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -226,7 +229,7 @@ def _read_table(manifest: Path) -> tuple[str, list[_Row]]:
     if manifest.is_dir():
         raise ValueError(f"expected a manifest, .tsv or .csv, got the folder {manifest}")
     try:
-        with open(manifest, encoding="utf-8-sig", newline="") as file:
+        with io.StringIO(decode_text(manifest.read_bytes()), newline="") as file:
             first_line = file.readline()
             file.seek(0)
             suffix = manifest.suffix.lower()
@@ -246,7 +249,7 @@ def _read_table(manifest: Path) -> tuple[str, list[_Row]]:
                 if any(row.values())
             ]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{manifest} is not a table in UTF-8 (unclosed quote?): {error}") from error
+        raise ValueError(f"{manifest} is not a table in UTF-8 or UTF-16 (unclosed quote?): {error}") from error
     if not rows:
         raise ValueError(f"{manifest}: expected clips below the header, got none")
     return label_column, rows

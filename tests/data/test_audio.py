@@ -294,6 +294,14 @@ def test_find_audio_rejects_missing_and_empty_source(tmp_path):
         find_audio(tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_find_audio_reads_manifest_of_windows(tmp_path, encoding):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "m.tsv").write_bytes("set\r\n\u00fc.wav\t5\xa0\r\n".encode(encoding))
+    (entry,) = find_audio(tmp_path / "m.tsv")
+    assert entry.path == str(tmp_path / "set" / "\u00fc.wav")
+
+
 def test_find_audio_reads_manifest(tmp_path):
     (tmp_path / "set/a").mkdir(parents=True)
     for ending, root in (("\n", tmp_path / "set"), ("\r\n", "set")):

@@ -414,3 +414,15 @@ def test_read_task_row_per_phone_raises(tmp_path, multi_label):
     rows = [f"{name}.wav\t{i + 1}:{phone}\ttrain" for name in "ab" for i, phone in enumerate(["x", "y"])]
     with pytest.raises(ValueError, match=r"2 clips have rows whose phones differ.*a\.wav, b\.wav: put all phones"):
         read_task(manifest(tmp_path, rows, "path\tphones\tsplit"), multi_label=multi_label)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_read_task_text_of_a_spreadsheet_is_read(tmp_path, encoding, separator):
+    suffix = "tsv" if separator == "\t" else "csv"
+    write(tmp_path / "\u00fc.wav", "")
+    rows = ["path\xa0,label,split", "\u00fc.wav,dog\xa0,train", "b.wav,\xa0cat,test"]
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    (tmp_path / f"t.{suffix}").write_bytes((mark + "\r\n".join(rows).replace(",", separator)).encode(encoding))
+    task = read_task(tmp_path / f"t.{suffix}")
+    assert task.labels == ["cat", "dog"] and task.clips[0].path == str(tmp_path / "\u00fc.wav")
