@@ -21,8 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.case import Draw, Integers, Mutant, OpCase
+from .common.configs import launches
 from .common.dropout import keep_mask, threshold_and_scale
-from .common.launch import block, dense, launch, options, unit_stride
+from .common.launch import dense, launch, launch_sums, tiles, unit_stride
+from .common.triton_op import triton_op
 
 
 @triton.jit(do_not_specialize=["N", "dropout_site", "threshold"])
@@ -145,6 +147,28 @@ def _backward(
         tl.store(partial_ptr + 2 * D, dbranch_bias, mask=inside)
 
 
+# ROWS: rows per tile of a program. One warp per row.
+launches(
+    "add_layer_norm_forward",
+    ("any", 1024, 4, {"ROWS": 4, "num_warps": 4}),
+    ("any", 4096, 4, {"ROWS": 1, "num_warps": 4}),
+    ("any", 16384, 4, {"ROWS": 1, "num_warps": 16}),
+)
+# PROGRAMS: maximum number of programs. They share the rows, and each writes its own partial sums.
+launches(
+    "add_layer_norm_backward",
+    ("any", 1024, 4, {"PROGRAMS": 1056, "num_warps": 4}),
+    ("any", 4096, 4, {"PROGRAMS": 528, "num_warps": 8}),
+    ("any", 16384, 4, {"PROGRAMS": 264, "num_warps": 16}),
+)
+
+
+def _unpack(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dbranch, dresidual, sums = results
+    return (dbranch if dbranch.dim() == 2 else dresidual), dresidual, *sums
+
+
+@triton_op("add_layer_norm", outputs=("y", "mean", "rstd"))
 def forward(
     branch: Tensor,
     residual: Tensor,
@@ -170,41 +194,38 @@ def forward(
         eps: Added to the variance.
     """
     num_rows, width = residual.shape
-    branch, residual = unit_stride(branch), unit_stride(residual)
-    weight, bias, branch_bias = dense(weight), dense(bias), dense(branch_bias)
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     mean = torch.empty(num_rows, dtype=torch.float32, device=y.device)
     rstd = torch.empty_like(mean)
     threshold, scale = threshold_and_scale(dropout)
-    config = options("add_layer_norm_forward", residual, width)
     launch(
         _forward,
-        (triton.cdiv(num_rows, config["ROWS"]),),
-        branch,
-        residual,
-        weight,
-        bias,
-        branch_bias,
-        seed,
-        y,
-        mean,
-        rstd,
-        num_rows,
-        branch.stride(0),
-        residual.stride(0),
-        dropout_site,
-        threshold,
-        scale,
-        eps,
+        tiles,
+        launches="add_layer_norm_forward",
+        like=residual,
+        width=width,
+        branch=unit_stride(branch),
+        residual=unit_stride(residual),
+        weight=dense(weight),
+        bias=dense(bias),
+        branch_bias=dense(branch_bias),
+        seed=seed,
+        y=y,
+        mean=mean,
+        rstd=rstd,
+        N=num_rows,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=scale,
+        eps=eps,
         D=width,
-        BLOCK_D=block(width),
         BRANCH_BIAS=branch_bias is not None,
         DROPOUT=dropout > 0.0,
-        **config,
     )
     return y, mean, rstd
 
 
+@forward.gradients_of("branch", "residual", "weight", "bias", "branch_bias", unpack=_unpack)
 def backward(
     dy: Tensor,
     dy_again: Tensor | None,
@@ -237,87 +258,36 @@ def backward(
         dropout_site: Number of this dropout in the model.
     """
     num_rows, width = residual.shape
-    dy, branch, residual = unit_stride(dy), unit_stride(branch), unit_stride(residual)
-    dy_again = None if dy_again is None else unit_stride(dy_again)
-    weight, branch_bias = dense(weight), dense(branch_bias)
     dresidual = torch.empty_like(residual, memory_format=torch.contiguous_format)
     dbranch = torch.empty_like(dresidual) if dropout > 0.0 else dresidual.new_empty(0)
-    config = dict(options("add_layer_norm_backward", residual, width))
-    num_programs = min(max(num_rows, 1), config.pop("PROGRAMS"))
-    partial_sums = torch.empty(num_programs, 3, width, dtype=torch.float32, device=dy.device)
-    if num_rows == 0:
-        return dbranch, dresidual, partial_sums.zero_().sum(0)
     threshold, scale = threshold_and_scale(dropout)
-    launch(
+    sums = launch_sums(
         _backward,
-        (num_programs,),
-        dy,
-        dy_again,
-        branch,
-        residual,
-        weight,
-        branch_bias,
-        seed,
-        mean,
-        rstd,
-        dbranch,
-        dresidual,
-        partial_sums,
-        num_rows,
-        num_programs,
-        dy.stride(0),
-        0 if dy_again is None else dy_again.stride(0),
-        branch.stride(0),
-        residual.stride(0),
-        dropout_site,
-        threshold,
-        scale,
+        (3, width),
+        launches="add_layer_norm_backward",
+        like=residual,
+        width=width,
+        dy=unit_stride(dy),
+        dy_again=None if dy_again is None else unit_stride(dy_again),
+        branch=unit_stride(branch),
+        residual=unit_stride(residual),
+        weight=dense(weight),
+        branch_bias=dense(branch_bias),
+        seed=seed,
+        mean=mean,
+        rstd=rstd,
+        dbranch=dbranch,
+        dresidual=dresidual,
+        N=num_rows,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=scale,
         D=width,
-        BLOCK_D=block(width),
         BRANCH_BIAS=branch_bias is not None,
         DROPOUT=dropout > 0.0,
         FORKED=dy_again is not None,
-        **config,
     )
-    return dbranch, dresidual, partial_sums.sum(0)
-
-
-forward_op = torch.library.custom_op("mae_ast_fast::add_layer_norm", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::add_layer_norm_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, eps):
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return y, y.new_empty(y.shape[0], dtype=torch.float32), y.new_empty(y.shape[0], dtype=torch.float32)
-
-
-@backward_op.register_fake
-def _(dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, dropout, dropout_site):
-    dresidual = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    dbranch = torch.empty_like(dresidual) if dropout > 0.0 else dresidual.new_empty(0)
-    return dbranch, dresidual, mean.new_empty(3, residual.shape[1])
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, _ = inputs
-    ctx.save_for_backward(branch, residual, weight, branch_bias, seed, *output[1:])
-    ctx.dropout, ctx.dropout_site, ctx.bias_dtype = dropout, dropout_site, bias.dtype
-
-
-def _gradients(ctx, dy, dy_again):
-    branch, residual, weight, branch_bias, seed, mean, rstd = ctx.saved_tensors
-    dbranch, dresidual, (dweight, dbias, dbranch_bias) = backward_op(
-        dy, dy_again, branch, residual, weight, branch_bias, seed, mean, rstd, ctx.dropout, ctx.dropout_site
-    )
-    dbranch = dbranch if ctx.dropout > 0.0 else dresidual
-    dbranch_bias = None if branch_bias is None else dbranch_bias.to(branch_bias.dtype)
-    dweight, dbias = dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
-    return dbranch, dresidual, dweight, dbias, dbranch_bias, None, None, None, None
-
-
-forward_op.register_autograd(lambda ctx, dy, dmean, drstd: _gradients(ctx, dy, None), setup_context=_save)
+    return dbranch, dresidual, sums
 
 
 class _Fork(torch.autograd.Function):
@@ -325,18 +295,19 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        y, mean, rstd = forward_op(*inputs)
-        _save(ctx, inputs, (y, mean, rstd))
-        return y, y.detach()
+        outputs = forward(*inputs)
+        forward.save(ctx, inputs, outputs)
+        return outputs[0], outputs[0].detach()
 
     @staticmethod
     def backward(ctx, dy, dy_again):
         if dy is None:
             dy, dy_again = dy_again, None
-        return _gradients(ctx, dy, dy_again)
+        return forward.gradients(ctx, {"dy": dy, "dy_again": dy_again})
 
 
-def add_layer_norm(
+def forked(
+    *,
     branch: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -346,12 +317,9 @@ def add_layer_norm(
     dropout: float,
     dropout_site: int,
     eps: float,
-    fork: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """y of ``forward``; with ``fork`` y twice, in the same memory."""
-    if fork:
-        return _Fork.apply(branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, eps)
-    return forward_op(branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, eps)[0]
+) -> tuple[Tensor, Tensor]:
+    """y of ``forward`` twice, in the same memory."""
+    return _Fork.apply(branch, residual, weight, bias, branch_bias, seed, dropout, dropout_site, eps)
 
 
 WIDTHS = (192, 384, 768)  # of the presets

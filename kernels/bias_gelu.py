@@ -19,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.case import Draw, Integers, Mutant, OpCase
+from .common.configs import launches
 from .common.dropout import keep_mask, threshold_and_scale
-from .common.launch import dense, launch, options, unit_stride
+from .common.launch import dense, launch, launch_sums, tiles, unit_stride
+from .common.triton_op import triton_op
 
 
 @triton.jit(do_not_specialize=["N", "dropout_site", "threshold"])
@@ -111,6 +113,17 @@ def _backward(
     tl.store(partial_ptr + program.to(tl.int64) * F + col, tl.sum(dbias, 0), mask=col < F)
 
 
+launches(  # ROWS x COLUMNS: tile of a program
+    "bias_gelu_forward",
+    ("any", 1 << 30, 4, {"ROWS": 4, "COLUMNS": 512, "num_warps": 4}),
+)
+launches(  # at most PROGRAMS programs share the rows of a column block
+    "bias_gelu_backward",
+    ("any", 1 << 30, 4, {"ROWS": 4, "COLUMNS": 256, "PROGRAMS": 352, "num_warps": 4}),
+)
+
+
+@triton_op("bias_gelu", outputs=("y",))
 def forward(x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, dropout_site: int) -> Tensor:
     """Compute y (N, F) in the dtype of ``x``.
 
@@ -122,86 +135,63 @@ def forward(x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, dropou
         dropout_site: Number of this dropout in the model.
     """
     num_rows, width = x.shape
-    x, bias = unit_stride(x), dense(bias)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     threshold, scale = threshold_and_scale(dropout)
-    config = options("bias_gelu_forward", x, width)
-    grid = (triton.cdiv(num_rows, config["ROWS"]), triton.cdiv(width, config["COLUMNS"]))
-    constants = {"F": width, "DROPOUT": dropout > 0.0, **config}
-    launch(_forward, grid, x, bias, seed, y, num_rows, x.stride(0), dropout_site, threshold, scale, **constants)
+    launch(
+        _forward,
+        tiles,
+        launches="bias_gelu_forward",
+        like=x,
+        width=width,
+        x=unit_stride(x),
+        bias=dense(bias),
+        seed=seed,
+        y=y,
+        N=num_rows,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=scale,
+        F=width,
+        DROPOUT=dropout > 0.0,
+    )
     return y
 
 
+@forward.gradients_of("x", "bias")
 def backward(
     dy: Tensor, x: Tensor, bias: Tensor, seed: Tensor | None, dropout: float, dropout_site: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (N, F), in its dtype, and of bias (F,), in fp32; arguments as in ``forward``."""
-    x = unit_stride(x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return backward_into(dx, dy, x, bias, seed=seed, dropout=dropout, dropout_site=dropout_site)
+    dbias = backward_into(dx, dy, x, bias, seed=seed, dropout=dropout, dropout_site=dropout_site)
+    return dx, dbias
 
 
 def backward_into(
     dx: Tensor, dy: Tensor, x: Tensor, bias: Tensor, *, seed: Tensor | None, dropout: float, dropout_site: int
-) -> tuple[Tensor, Tensor]:
-    """Like ``backward``, with the gradient of x written to ``dx``, which may be ``dy`` itself."""
+) -> Tensor:
+    """Write the gradient of x to ``dx``, which may be ``dy`` itself, and return that of bias (F,) in fp32."""
     num_rows, width = x.shape
-    dy, x, bias = unit_stride(dy), unit_stride(x), dense(bias)
     threshold, scale = threshold_and_scale(dropout)
-    config = dict(options("bias_gelu_backward", x, width))
-    num_programs = min(triton.cdiv(num_rows, config["ROWS"]), config.pop("PROGRAMS"))
-    partial_sums = torch.empty(num_programs, width, dtype=torch.float32, device=x.device)
-    launch(
+    return launch_sums(
         _backward,
-        (num_programs, triton.cdiv(width, config["COLUMNS"])),
-        dy,
-        x,
-        bias,
-        seed,
-        dx,
-        partial_sums,
-        num_rows,
-        num_programs,
-        dy.stride(0),
-        x.stride(0),
-        dropout_site,
-        threshold,
-        scale,
+        (width,),
+        launches="bias_gelu_backward",
+        like=x,
+        width=width,
+        dy=unit_stride(dy),
+        x=unit_stride(x),
+        bias=dense(bias),
+        seed=seed,
+        dx=dx,
+        N=num_rows,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=scale,
         F=width,
         DROPOUT=dropout > 0.0,
-        **config,
     )
-    return dx, partial_sums.sum(0)
 
-
-forward_op = torch.library.custom_op("mae_ast_fast::bias_gelu", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::bias_gelu_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(x, bias, seed, dropout, dropout_site):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@backward_op.register_fake
-def _(dy, x, bias, seed, dropout, dropout_site):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[1], dtype=torch.float32)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    x, bias, seed, dropout, dropout_site = inputs
-    ctx.save_for_backward(x, bias, seed)
-    ctx.dropout, ctx.dropout_site = dropout, dropout_site
-
-
-def _gradients(ctx, dy):
-    x, bias, seed = ctx.saved_tensors
-    dx, dbias = backward_op(dy, x, bias, seed, ctx.dropout, ctx.dropout_site)
-    return dx, dbias.to(bias.dtype), None, None, None
-
-
-forward_op.register_autograd(_gradients, setup_context=_save)
 
 WIDTHS = (768, 1536, 3072)  # ffn_dim of the presets
 

@@ -42,8 +42,17 @@ def clear_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     num_rows = x.shape[0]
     width = x[0].numel() if num_rows else 0
     if width:
-        constants = {"WIDTH": width, "BLOCK": min(block(width), _COLUMNS), "PROGRAMS": _PROGRAMS}
-        launch(_clear, (_PROGRAMS,), x, cu_seqlens, num_rows, len(cu_seqlens) - 1, **constants)
+        launch(
+            _clear,
+            (_PROGRAMS,),
+            x=x,
+            cu_seqlens=cu_seqlens,
+            N=num_rows,
+            B=cu_seqlens.shape[0] - 1,
+            WIDTH=width,
+            BLOCK=min(block(width), _COLUMNS),
+            PROGRAMS=_PROGRAMS,
+        )
     return x
 
 

@@ -31,10 +31,12 @@ from torch import Tensor
 
 from . import bias_gelu
 from .common.case import Draw, Mutant, OpCase
-from .common.configs import epilogue
-from .common.launch import architecture, dense, launch, options, unit_stride
+from .common.configs import epilogue, launches
+from .common.launch import architecture, cdiv, dense, has_data, launch, options, unit_stride
+from .common.triton_op import triton_op
 
 GROUP = 8  # row blocks whose tiles run one after the other
+_NO_DROPOUT: dict[str, Any] = {"seed": None, "dropout": 0.0, "dropout_site": 0}
 
 
 @triton.jit
@@ -181,42 +183,82 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _grid(num_rows: int, outputs: int, config: dict[str, int], *, per_sm: int, device: torch.device) -> tuple[int]:
-    """One program per tile, at most ``per_sm`` programs per multiprocessor."""
-    tiles = triton.cdiv(num_rows, config["BM"]) * triton.cdiv(outputs, config["BN"])
-    return (min(tiles, per_sm * _multiprocessors(device)),)
+def _launch(kernel: triton.JITFunction, **values: Any) -> None:
+    """Launch a kernel with one program per tile, at most PER_SM programs per multiprocessor."""
+
+    def grid(values: dict[str, Any]) -> tuple[int]:
+        num_tiles = cdiv(values["N"], values["BM"]) * cdiv(values["OUTPUTS"], values["BN"])
+        return (min(num_tiles, values["PER_SM"] * _multiprocessors(values["w"].device)),)
+
+    launch(kernel, grid, GROUP=GROUP, **values)
+
+
+# BM x BN: tile of outputs. BK: values summed per step of the product. BS: columns per slice of the epilogue.
+# PER_SM: programs per multiprocessor.
+_NARROW = {"BM": 128, "BN": 128, "BK": 64, "BS": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3}
+_FP32 = {"BM": 64, "BN": 64, "BK": 16, "BS": 64, "PER_SM": 1, "num_warps": 8, "num_stages": 3}
+launches(
+    "feed_forward_forward",
+    ("gfx942", 1 << 30, 2, _NARROW),
+    ("any", 1 << 30, 2, {**_NARROW, "BN": 256}),
+    ("any", 1 << 30, 4, _FP32),
+)
+launches("feed_forward_backward", ("any", 1 << 30, 2, _NARROW), ("any", 1 << 30, 4, _FP32))
 
 
 def gelu_epilogue(x: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
     """h = x W1^T and a = GELU(h + b1), both (N, F) in the common dtype of ``x`` (N, D) and ``w1`` (F, D)."""
-    num_rows, outputs = x.shape[0], w1.shape[0]
-    x, w1, b1 = unit_stride(x), dense(w1), dense(b1)
+    (num_rows, inner), outputs = x.shape, w1.shape[0]
     h, a = (x.new_empty(num_rows, outputs) for _ in range(2))
-    config = dict(options("feed_forward_forward", x, outputs))
-    grid = _grid(num_rows, outputs, config, per_sm=config.pop("PER_SM"), device=x.device)
-    constants = {"K": x.shape[1], "OUTPUTS": outputs, "GROUP": GROUP, **config}
-    launch(_forward, grid, x, w1, b1, h, a, num_rows, x.stride(0), **constants)
+    _launch(
+        _forward,
+        launches="feed_forward_forward",
+        like=x,
+        width=outputs,
+        x=unit_stride(x),
+        w=dense(w1),
+        bias=dense(b1),
+        h=h,
+        a=a,
+        N=num_rows,
+        K=inner,
+        OUTPUTS=outputs,
+    )
     return h, a
 
 
 def dgelu_epilogue(dy: Tensor, w2: Tensor, h: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of h (N, F), in its dtype, and of b1 (F,), in fp32; ``h`` comes from ``gelu_epilogue``."""
     num_rows, outputs = h.shape
-    dy, w2, b1 = unit_stride(dy), dense(w2), dense(b1)
     dh = torch.empty_like(h)
-    config = dict(options("feed_forward_backward", dy, outputs))
-    partial_sums = h.new_empty(triton.cdiv(num_rows, config["BM"]), outputs, dtype=torch.float32)
-    grid = _grid(num_rows, outputs, config, per_sm=config.pop("PER_SM"), device=dy.device)
-    constants = {"K": dy.shape[1], "OUTPUTS": outputs, "GROUP": GROUP, **config}
-    launch(_backward, grid, dy, w2, h, b1, dh, partial_sums, num_rows, dy.stride(0), **constants)
+    num_row_blocks = cdiv(num_rows, options("feed_forward_backward", dy, outputs)["BM"])
+    partial_sums = h.new_empty(num_row_blocks, outputs, dtype=torch.float32)
+    _launch(
+        _backward,
+        launches="feed_forward_backward",
+        like=dy,
+        width=outputs,
+        dy=unit_stride(dy),
+        w=dense(w2),
+        h=h,
+        bias=dense(b1),
+        dh=dh,
+        partial=partial_sums,
+        N=num_rows,
+        K=dy.shape[1],
+        OUTPUTS=outputs,
+    )
     return dh, partial_sums.sum(0)
 
 
 def _uses_epilogue(kernel: str, x: Tensor, outputs: int) -> bool:
+    if not has_data(x):
+        return False
     arch, size = architecture(x.device), x.element_size()
     return epilogue(kernel, arch, inner=x.shape[1], outputs=outputs, element_size=size)[0]
 
 
+@triton_op("feed_forward", outputs=("y", "h", "a"))
 def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, D), h and a (N, F); with ``recompute`` an empty tensor instead of a.
 
@@ -231,63 +273,26 @@ def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, recompute: bool) -> t
         h, a = gelu_epilogue(x, w1, b1)
     else:
         h = F.linear(x, w1)
-        a = bias_gelu.forward(h, b1, None, 0.0, 0)
+        a = bias_gelu.forward(h, b1, **_NO_DROPOUT)
     return F.linear(a, w2), h, x.new_empty(0) if recompute else a
 
 
+@forward.gradients_of("x", "w1", "b1", "w2")
 def backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, h: Tensor, a: Tensor, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, W1, b1 (in fp32) and W2; ``dy`` (N, D) is the gradient of y, h and a come from ``forward``."""
     if recompute:
-        a = bias_gelu.forward(h, b1, None, 0.0, 0)
+        a = bias_gelu.forward(h, b1, **_NO_DROPOUT)
     dw2 = dy.T @ a
     if recompute:
         del a
     if _uses_epilogue("feed_forward_backward", dy, h.shape[1]):
         dh, db1 = dgelu_epilogue(dy, w2, h, b1)
     else:
-        da = dy @ w2
-        dh, db1 = bias_gelu.backward_into(da, da, h, b1, seed=None, dropout=0.0, dropout_site=0)
+        dh = dy @ w2
+        db1 = bias_gelu.backward_into(dh, dh, h, b1, **_NO_DROPOUT)
     return dh @ w1, dh.T @ x, db1, dw2
-
-
-forward_op = torch.library.custom_op("mae_ast_fast::feed_forward", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::feed_forward_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(x, w1, b1, w2, recompute):
-    h = x.new_empty(x.shape[0], w1.shape[0])
-    return x.new_empty(x.shape[0], w2.shape[0]), h, x.new_empty(0) if recompute else torch.empty_like(h)
-
-
-@backward_op.register_fake
-def _(dy, x, w1, b1, w2, h, a, recompute):
-    db1 = x.new_empty(w1.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), w1.new_empty(w1.shape), db1, w2.new_empty(w2.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    x, w1, b1, w2, ctx.recompute = inputs
-    _, h, a = output
-    ctx.mark_non_differentiable(h, a)
-    ctx.save_for_backward(x, w1, b1, w2, h, a)
-
-
-def _gradients(ctx, dy, *_):
-    x, w1, b1, w2, h, a = ctx.saved_tensors
-    dx, dw1, db1, dw2 = backward_op(dy, x, w1, b1, w2, h, a, ctx.recompute)
-    return dx, dw1, db1.to(b1.dtype), dw2, None
-
-
-forward_op.register_autograd(_gradients, setup_context=_save)
-
-
-def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, recompute: bool) -> Tensor:
-    """y (N, D) in the dtype of x; the weights are cast to it, and their gradients pass through the cast."""
-    return forward_op(x, w1.to(x.dtype), b1, w2.to(x.dtype), recompute)[0]
 
 
 WIDTHS = (768, 1536, 3072)  # ffn_dim of the presets, which is four times their width
@@ -323,14 +328,14 @@ def baselines(
         x.shape[1],
         lambda: gelu_epilogue(x, w1, b1),
         lambda: F.linear(x, w1),
-        lambda: bias_gelu.forward(F.linear(x, w1), b1, None, 0.0, 0),
+        lambda: bias_gelu.forward(F.linear(x, w1), b1, **_NO_DROPOUT),
     )
     yield (
         "feed_forward_backward",
         x.shape[1],
         lambda: dgelu_epilogue(dy, w2, h, b1),
         lambda: dy @ w2,
-        lambda: bias_gelu.backward(dy @ w2, h, b1, None, 0.0, 0),
+        lambda: bias_gelu.backward(dy @ w2, h, b1, **_NO_DROPOUT),
     )
 
 

@@ -26,7 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.case import Draw, Mutant, OpCase
-from .common.launch import launch, options
+from .common.configs import launches
+from .common.launch import launch, tiles
+from .common.triton_op import triton_op
 
 
 @triton.jit
@@ -42,18 +44,16 @@ def _tile_offsets(
     stride_xf,
     KT: tl.constexpr,
     KF: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Offsets of a program's tile (ROWS, BLOCK_T, BLOCK_F) in the spectrogram and in the packed rows, and its mask."""
+    """Offsets of a program's tile (ROWS, KT, KF) in the spectrogram and in the packed rows, and its mask."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     clip = tl.load(clip_ptr + row * stride_clip, mask=row < N, other=0)
     token = tl.load(token_ptr + row * stride_token, mask=row < N, other=0).to(tl.int32)  # a 64-bit division is slow
     frame = (token // grid_f).to(tl.int64) * KT
     mel_bin = (token % grid_f).to(tl.int64) * KF
-    t = tl.arange(0, BLOCK_T)[None, :, None]
-    f = tl.arange(0, BLOCK_F)[None, None, :]
+    t = tl.arange(0, triton.next_power_of_2(KT))[None, :, None]
+    f = tl.arange(0, triton.next_power_of_2(KF))[None, None, :]
     patch_start = clip * stride_xb + frame * stride_xt + mel_bin * stride_xf  # (ROWS,)
     source_offset = patch_start[:, None, None] + t.to(tl.int64) * stride_xt + f.to(tl.int64) * stride_xf
     packed_offset = row[:, None, None] * (KT * KF) + t * KF + f
@@ -62,7 +62,7 @@ def _tile_offsets(
 
 @triton.jit(do_not_specialize=["N", "grid_f"])
 def _forward(
-    x_ptr,
+    log_mel_ptr,
     mean_ptr,
     scale_ptr,
     clip_ptr,
@@ -77,8 +77,6 @@ def _forward(
     stride_xf,
     KT: tl.constexpr,
     KF: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     source_offset, packed_offset, inside = _tile_offsets(
@@ -93,13 +91,11 @@ def _forward(
         stride_xf=stride_xf,
         KT=KT,
         KF=KF,
-        BLOCK_T=BLOCK_T,
-        BLOCK_F=BLOCK_F,
         ROWS=ROWS,
     )
     mean = tl.load(mean_ptr).to(tl.float32)
     scale = tl.load(scale_ptr).to(tl.float32)
-    x = tl.load(x_ptr + source_offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(log_mel_ptr + source_offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + packed_offset, ((x - mean) * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -109,7 +105,7 @@ def _backward(
     scale_ptr,
     clip_ptr,
     token_ptr,
-    dx_ptr,
+    dlog_mel_ptr,
     N,
     grid_f,
     stride_clip,
@@ -119,8 +115,6 @@ def _backward(
     stride_xf,
     KT: tl.constexpr,
     KF: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     source_offset, packed_offset, inside = _tile_offsets(
@@ -135,39 +129,42 @@ def _backward(
         stride_xf=stride_xf,
         KT=KT,
         KF=KF,
-        BLOCK_T=BLOCK_T,
-        BLOCK_F=BLOCK_F,
         ROWS=ROWS,
     )
     scale = tl.load(scale_ptr).to(tl.float32)
     dout = tl.load(dout_ptr + packed_offset, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + source_offset, (dout * scale).to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dlog_mel_ptr + source_offset, (dout * scale).to(dlog_mel_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(
-    kernel: triton.JITFunction, *pointers: Tensor, x: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int
-) -> None:
-    """Launch either kernel with its ``pointers``; ``x`` (B, T, F) is the spectrogram or its gradient."""
-    config = options("gather_patches", x, kt * kf)
+launches(
+    "gather_patches",  # ROWS: patches per tile of a program, forward and backward. The row width is P.
+    ("any", 512, 4, {"ROWS": 4, "num_warps": 4}),
+    ("any", 4096, 4, {"ROWS": 1, "num_warps": 8}),
+    ("any", 16384, 4, {"ROWS": 1, "num_warps": 16}),
+)
+
+
+def _launch(kernel: triton.JITFunction, x: Tensor, clip: Tensor, *, kt: int, kf: int, **tensors: Tensor) -> None:
+    """Launch either kernel; ``x`` (B, T, F) is the spectrogram or its gradient, ``tensors`` are the other ones."""
     launch(
         kernel,
-        (triton.cdiv(clip.shape[0], config["ROWS"]),),
-        *pointers,
-        clip.shape[0],
-        x.shape[2] // kf,
-        clip.stride(0),
-        token.stride(0),
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
+        tiles,
+        launches="gather_patches",
+        like=x,
+        width=kt * kf,
+        clip=clip,
+        N=clip.shape[0],
+        grid_f=x.shape[2] // kf,
+        stride_xb=x.stride(0),
+        stride_xt=x.stride(1),
+        stride_xf=x.stride(2),
         KT=kt,
         KF=kf,
-        BLOCK_T=triton.next_power_of_2(kt),
-        BLOCK_F=triton.next_power_of_2(kf),
-        **config,
+        **tensors,
     )
 
 
+@triton_op("gather_patches", outputs=("out",))
 def forward(
     log_mel: Tensor, mean: Tensor, scale: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int, dtype: torch.dtype
 ) -> Tensor:
@@ -184,44 +181,18 @@ def forward(
         dtype: fp32, fp16 or bf16.
     """
     out = torch.empty(clip.shape[0], kt * kf, dtype=dtype, device=log_mel.device)
-    _launch(_forward, log_mel, mean, scale, clip, token, out, x=log_mel, clip=clip, token=token, kt=kt, kf=kf)
+    tensors = {"log_mel": log_mel, "mean": mean, "scale": scale, "token": token, "out": out}
+    _launch(_forward, log_mel, clip, kt=kt, kf=kf, **tensors)
     return out
 
 
+@forward.gradients_of("log_mel")
 def backward(dout: Tensor, log_mel: Tensor, scale: Tensor, clip: Tensor, token: Tensor, kt: int, kf: int) -> Tensor:
     """Gradient of ``log_mel``, whose values are not used; ``dout`` (N, P) is the gradient of the patches."""
-    dx = torch.zeros_like(log_mel)
-    _launch(_backward, dout.contiguous(), scale, clip, token, dx, x=dx, clip=clip, token=token, kt=kt, kf=kf)
-    return dx
-
-
-forward_op = torch.library.custom_op("mae_ast_fast::gather_patches", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::gather_patches_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(log_mel, mean, scale, clip, token, kt, kf, dtype):
-    return log_mel.new_empty(clip.shape[0], kt * kf, dtype=dtype)
-
-
-@backward_op.register_fake
-def _(dout, log_mel, scale, clip, token, kt, kf):
-    return torch.zeros_like(log_mel)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    log_mel, _, scale, clip, token, ctx.kt, ctx.kf, _ = inputs
-    ctx.save_for_backward(log_mel, scale, clip, token)
-
-
-def _gradients(ctx, dout):
-    log_mel, scale, clip, token = ctx.saved_tensors
-    dlog_mel = backward_op(dout, log_mel, scale, clip, token, ctx.kt, ctx.kf)
-    return dlog_mel, None, None, None, None, None, None, None
-
-
-forward_op.register_autograd(_gradients, setup_context=_save)
+    dlog_mel = torch.zeros_like(log_mel)
+    tensors = {"dout": dout.contiguous(), "scale": scale, "token": token, "dlog_mel": dlog_mel}
+    _launch(_backward, dlog_mel, clip, kt=kt, kf=kf, **tensors)
+    return dlog_mel
 
 
 WIDTHS = (256,)  # P of the presets

@@ -35,7 +35,9 @@ from torch import Tensor
 
 from .clear_padding import clear_tail
 from .common.case import Draw, Mutant, OpCase
-from .common.launch import block, launch, options, unit_stride
+from .common.configs import launches
+from .common.launch import cdiv, launch, unit_stride
+from .common.triton_op import triton_op
 
 
 @triton.jit
@@ -218,10 +220,36 @@ def _gradient(
     )
 
 
+# BM: rows per program. BN: rows per tile of the other operand. In fp32 forward and backward use the same tile, so that
+# their products agree.
+launches(
+    "info_nce_forward",
+    ("any", 256, 2, {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2}),
+    ("any", 512, 4, {"BM": 16, "BN": 32, "num_warps": 8, "num_stages": 2}),
+)
+launches(
+    "info_nce_backward",
+    ("any", 256, 2, {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}),
+    ("any", 512, 4, {"BM": 16, "BN": 32, "num_warps": 8, "num_stages": 1}),
+)
+
+
+def _launch(kernel: triton.JITFunction, cu_seqlens: Tensor, max_seqlen: int, **values: Any) -> None:
+    """Launch a kernel with one program per clip and BM of its rows."""
+
+    def grid(values: dict[str, Any]) -> tuple[int, int]:
+        return cu_seqlens.shape[0] - 1, cdiv(max_seqlen, values["BM"])
+
+    launch(kernel, grid, cu_seqlens=cu_seqlens, **values)
+
+
+@triton_op("info_nce", outputs=("loss", "hit", "row_max", "log_sum"))
 def forward(
     prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute loss (N,) in fp32, hit (N,) bool, and lse as row_max and log_sum (N,) in fp32.
+
+    Only the prediction gets a gradient.
 
     Args:
         prediction: (N, P) fp32, fp16 or bf16.
@@ -235,43 +263,17 @@ def forward(
     loss = torch.zeros(num_rows, dtype=torch.float32, device=prediction.device)  # rows past the last clip stay 0
     row_max, log_sum = torch.empty_like(loss), torch.empty_like(loss)
     hit = torch.zeros(num_rows, dtype=torch.bool, device=prediction.device)
-    config = options("info_nce_forward", prediction, width)
-    grid = cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, config["BM"])
-    constants = {"P": width, "BLOCK_P": block(width), **config}
     over_predictions = over == "predictions"
     query, key = (target, prediction) if over_predictions else (prediction, target)
-    launch(
-        _loss,
-        grid,
-        query,
-        key,
-        cu_seqlens,
-        loss,
-        row_max,
-        log_sum,
-        hit,
-        query.stride(0),
-        key.stride(0),
-        HIT=not over_predictions,
-        **constants,
-    )
+    shared = {"row_max": row_max, "log_sum": log_sum, "hit": hit, "P": width}
+    shared |= {"launches": "info_nce_forward", "like": prediction, "width": width}
+    _launch(_loss, cu_seqlens, max_seqlen, query=query, key=key, loss=loss, HIT=not over_predictions, **shared)
     if over_predictions:
-        launch(
-            _column_hit,
-            grid,
-            prediction,
-            target,
-            cu_seqlens,
-            row_max,
-            log_sum,
-            hit,
-            prediction.stride(0),
-            target.stride(0),
-            **constants,
-        )
+        _launch(_column_hit, cu_seqlens, max_seqlen, prediction=prediction, target=target, **shared)
     return loss, hit, row_max, log_sum
 
 
+@forward.gradients_of("prediction")
 def backward(
     dloss: Tensor,
     prediction: Tensor,
@@ -289,67 +291,26 @@ def backward(
     arguments are those of ``forward``.
     """
     width = prediction.shape[1]
-    prediction, target, cu_seqlens = unit_stride(prediction), unit_stride(target), cu_seqlens.contiguous()
+    cu_seqlens = cu_seqlens.contiguous()
     dprediction = torch.empty_like(prediction, memory_format=torch.contiguous_format)
-    config = options("info_nce_backward", prediction, width)
-    launch(
+    _launch(
         _gradient,
-        (cu_seqlens.shape[0] - 1, triton.cdiv(max_seqlen, config["BM"])),
-        dloss.contiguous(),
-        prediction,
-        target,
         cu_seqlens,
-        loss,
-        row_max,
-        log_sum,
-        dprediction,
-        prediction.stride(0),
-        target.stride(0),
+        max_seqlen,
+        launches="info_nce_backward",
+        like=prediction,
+        width=width,
+        dloss=dloss.contiguous(),
+        prediction=unit_stride(prediction),
+        target=unit_stride(target),
+        loss=loss,
+        row_max=row_max,
+        log_sum=log_sum,
+        dprediction=dprediction,
         P=width,
-        BLOCK_P=block(width),
         OVER_PREDICTIONS=over == "predictions",
-        **config,
     )
     return clear_tail(dprediction, cu_seqlens)
-
-
-forward_op = torch.library.custom_op("mae_ast_fast::info_nce", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::info_nce_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(prediction, target, cu_seqlens, max_seqlen, over):
-    loss = prediction.new_empty(prediction.shape[0], dtype=torch.float32)
-    return loss, torch.empty_like(loss, dtype=torch.bool), torch.empty_like(loss), torch.empty_like(loss)
-
-
-@backward_op.register_fake
-def _(dloss, prediction, target, cu_seqlens, loss, row_max, log_sum, max_seqlen, over):
-    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    prediction, target, cu_seqlens, ctx.max_seqlen, ctx.over = inputs
-    loss, hit, row_max, log_sum = output
-    ctx.mark_non_differentiable(hit, row_max, log_sum)
-    ctx.save_for_backward(prediction, target, cu_seqlens, loss, row_max, log_sum)
-
-
-def _gradients(ctx, dloss, *_):
-    prediction, target, cu_seqlens, loss, row_max, log_sum = ctx.saved_tensors
-    dprediction = backward_op(dloss, prediction, target, cu_seqlens, loss, row_max, log_sum, ctx.max_seqlen, ctx.over)
-    return dprediction, None, None, None, None
-
-
-forward_op.register_autograd(_gradients, setup_context=_save)
-
-
-def info_nce(
-    prediction: Tensor, target: Tensor, cu_seqlens: Tensor, max_seqlen: int, over: str
-) -> tuple[Tensor, Tensor]:
-    """loss (N,) in fp32 and hit (N,) bool; only the prediction gets a gradient."""
-    return forward_op(prediction, target, cu_seqlens, max_seqlen, over)[:2]
 
 
 WIDTHS = (256,)  # of the presets

@@ -22,7 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.case import Draw, Integers, Mutant, OpCase
-from .common.launch import block, launch, options, unit_stride
+from .common.configs import launches
+from .common.launch import launch, tiles, unit_stride
+from .common.triton_op import triton_op
 
 
 @triton.jit
@@ -113,8 +115,17 @@ def _backward(
     tl.store(dprediction_ptr + row[:, None] * P + tl.arange(0, BLOCK_P)[None, :], dprediction, mask=inside)
 
 
+launches(
+    "masked_mse",  # ROWS: rows per tile of a program, forward and backward. One warp per row.
+    ("any", 1024, 4, {"ROWS": 4, "num_warps": 4}),
+    ("any", 4096, 4, {"ROWS": 1, "num_warps": 4}),
+    ("any", 16384, 4, {"ROWS": 1, "num_warps": 16}),
+)
+
+
+@triton_op("masked_mse", outputs=("loss",))
 def forward(prediction: Tensor, target: Tensor, norm_pix_loss: bool, eps: float) -> Tensor:
-    """Compute the loss (N,) in fp32.
+    """Compute the loss (N,) in fp32; only the prediction gets a gradient.
 
     Args:
         prediction: (N, P) fp32, fp16 or bf16.
@@ -123,83 +134,45 @@ def forward(prediction: Tensor, target: Tensor, norm_pix_loss: bool, eps: float)
         eps: Added to the variance.
     """
     num_rows, width = prediction.shape
-    prediction, target = unit_stride(prediction), unit_stride(target)
     loss = torch.empty(num_rows, dtype=torch.float32, device=prediction.device)
-    config = options("masked_mse", prediction, width)
     launch(
         _forward,
-        (triton.cdiv(num_rows, config["ROWS"]),),
-        prediction,
-        target,
-        loss,
-        num_rows,
-        prediction.stride(0),
-        target.stride(0),
-        eps,
+        tiles,
+        launches="masked_mse",
+        like=prediction,
+        width=width,
+        prediction=unit_stride(prediction),
+        target=unit_stride(target),
+        loss=loss,
+        N=num_rows,
+        eps=eps,
         P=width,
-        BLOCK_P=block(width),
         NORM=norm_pix_loss,
-        **config,
     )
     return loss
 
 
+@forward.gradients_of("prediction")
 def backward(dloss: Tensor, prediction: Tensor, target: Tensor, norm_pix_loss: bool, eps: float) -> Tensor:
     """Gradient of prediction (N, P) in its dtype; ``dloss`` (N,) fp32 is the gradient of the loss."""
     num_rows, width = prediction.shape
-    dloss, prediction, target = dloss.contiguous(), unit_stride(prediction), unit_stride(target)
     dprediction = torch.empty_like(prediction, memory_format=torch.contiguous_format)
-    config = options("masked_mse", prediction, width)
     launch(
         _backward,
-        (triton.cdiv(num_rows, config["ROWS"]),),
-        dloss,
-        prediction,
-        target,
-        dprediction,
-        num_rows,
-        prediction.stride(0),
-        target.stride(0),
-        eps,
+        tiles,
+        launches="masked_mse",
+        like=prediction,
+        width=width,
+        dloss=dloss.contiguous(),
+        prediction=unit_stride(prediction),
+        target=unit_stride(target),
+        dprediction=dprediction,
+        N=num_rows,
+        eps=eps,
         P=width,
-        BLOCK_P=block(width),
         NORM=norm_pix_loss,
-        **config,
     )
     return dprediction
-
-
-forward_op = torch.library.custom_op("mae_ast_fast::masked_mse", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::masked_mse_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(prediction, target, norm_pix_loss, eps):
-    return prediction.new_empty(prediction.shape[0], dtype=torch.float32)
-
-
-@backward_op.register_fake
-def _(dloss, prediction, target, norm_pix_loss, eps):
-    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    prediction, target, ctx.norm_pix_loss, ctx.eps = inputs
-    ctx.save_for_backward(prediction, target)
-
-
-def _gradients(ctx, dloss):
-    prediction, target = ctx.saved_tensors
-    return backward_op(dloss, prediction, target, ctx.norm_pix_loss, ctx.eps), None, None, None
-
-
-forward_op.register_autograd(_gradients, setup_context=_save)
-
-
-def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool) -> Tensor:
-    """The loss (N,) in fp32 with variance eps 1e-6; only the prediction gets a gradient."""
-    return forward_op(prediction, target, norm_pix_loss, 1e-6)
 
 
 WIDTHS = (256,)  # of the presets

@@ -23,7 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.case import Draw, Mutant, OpCase
-from .common.launch import launch, options
+from .common.configs import launches
+from .common.launch import launch
+from .common.triton_op import triton_op
 
 # As in masking.py: streams of random words, and the number of blocks before the grid in which a square can start.
 _TOKEN, _CHUNK, _SIZE, _MARGIN = (tl.constexpr(value) for value in (0, 1, 4, 4))
@@ -88,6 +90,16 @@ def _forward(
     tl.store(mask_ptr + row * L + token, is_below | ((is_tied == 1) & is_first), mask=token < L)
 
 
+launches(
+    "sample_mask",  # BLOCK_L: tokens of a clip, all in one program. The row width is that of the longest clip.
+    ("any", 512, 8, {"BLOCK_L": 512, "num_warps": 4}),
+    ("any", 1024, 8, {"BLOCK_L": 1024, "num_warps": 8}),
+    ("any", 4096, 8, {"BLOCK_L": 4096, "num_warps": 16}),
+    ("any", 8192, 8, {"BLOCK_L": 8192, "num_warps": 16}),
+)
+
+
+@triton_op("sample_mask")
 def forward(
     num_tokens: Tensor,
     num_masked: Tensor,
@@ -116,26 +128,20 @@ def forward(
     launch(
         _forward,
         (num_tokens.shape[0],),
-        num_tokens.contiguous(),
-        num_masked.contiguous(),
-        clip_ids.contiguous(),
-        seed,
-        mask,
-        max_tokens,
-        grid_f,
-        epoch,
+        launches="sample_mask",
+        like=num_tokens,
+        width=max_tokens,
+        num_tokens=num_tokens.contiguous(),
+        num_masked=num_masked.contiguous(),
+        clip_ids=clip_ids.contiguous(),
+        seed=seed,
+        mask=mask,
+        L=max_tokens,
+        grid_f=grid_f,
+        epoch=epoch,
         CHUNK=chunk,
-        **options("sample_mask", num_tokens, max_tokens),
     )
     return mask
-
-
-forward_op = torch.library.custom_op("mae_ast_fast::sample_mask", forward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(num_tokens, num_masked, clip_ids, seed, epoch, grid_f, max_tokens, chunk):
-    return num_tokens.new_empty(num_tokens.shape[0], max_tokens, dtype=torch.bool)
 
 
 WIDTHS = (512, 1024, 4096, 8192)  # L: one width per row of the table

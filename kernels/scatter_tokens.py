@@ -21,8 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common.case import Draw, Integers, Mutant, OpCase
+from .common.configs import launches
 from .common.dropout import keep_mask, threshold_and_scale
-from .common.launch import block, dense, launch, options, unit_stride
+from .common.launch import dense, launch, launch_sums, tiles, unit_stride
+from .common.triton_op import triton_op
 
 
 @triton.jit(do_not_specialize=["N", "dropout_site", "threshold"])
@@ -145,6 +147,23 @@ def _backward(
         tl.store(partial_ptr + 2 * D, dbias, mask=inside)
 
 
+# ROWS: rows per tile of a program. One warp per row.
+launches(
+    "scatter_tokens_forward",
+    ("any", 1024, 4, {"ROWS": 4, "num_warps": 4}),
+    ("any", 4096, 4, {"ROWS": 1, "num_warps": 4}),
+    ("any", 16384, 4, {"ROWS": 1, "num_warps": 16}),
+)
+# PROGRAMS: maximum number of programs. They share the rows, and each writes its own partial sums.
+launches(
+    "scatter_tokens_backward",
+    ("any", 1024, 4, {"PROGRAMS": 1056, "num_warps": 4}),
+    ("any", 4096, 4, {"PROGRAMS": 528, "num_warps": 8}),
+    ("any", 16384, 4, {"PROGRAMS": 264, "num_warps": 16}),
+)
+
+
+@triton_op("scatter_tokens", outputs=("y", "mean", "rstd"))
 def forward(
     visible: Tensor,
     mask_token: Tensor,
@@ -174,43 +193,47 @@ def forward(
         eps: Added to the variance.
     """
     num_rows, width = token.shape[0], visible.shape[1]
-    visible, table = unit_stride(visible), table.contiguous()
     mask_token, token, ids_restore = dense(mask_token), dense(token), dense(ids_restore)
     weight, bias = dense(weight), dense(bias)
     y = visible.new_empty(num_rows, width)
     mean = visible.new_empty(num_rows if weight is not None else 0, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     threshold, scale = threshold_and_scale(dropout)
-    config = options("scatter_tokens_forward", visible, width)
     launch(
         _forward,
-        (triton.cdiv(num_rows, config["ROWS"]),),
-        visible,
-        mask_token,
-        table,
-        token,
-        ids_restore,
-        weight,
-        bias,
-        seed,
-        y,
-        mean,
-        rstd,
-        num_rows,
-        visible.stride(0),
-        dropout_site,
-        threshold,
-        scale,
-        eps,
+        tiles,
+        launches="scatter_tokens_forward",
+        like=visible,
+        width=width,
+        visible=unit_stride(visible),
+        mask_token=mask_token,
+        table=table.contiguous(),
+        token=token,
+        ids_restore=ids_restore,
+        weight=weight,
+        bias=bias,
+        seed=seed,
+        y=y,
+        mean=mean,
+        rstd=rstd,
+        N=num_rows,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=scale,
+        eps=eps,
         D=width,
-        BLOCK_D=block(width),
         NORM=weight is not None,
         DROPOUT=dropout > 0.0,
-        **config,
     )
     return y, mean, rstd
 
 
+def _unpack(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dvisible, sums = results
+    return dvisible, *sums
+
+
+@forward.gradients_of("visible", "mask_token", "weight", "bias", unpack=_unpack)
 def backward(
     dy: Tensor,
     visible: Tensor,
@@ -231,80 +254,36 @@ def backward(
     (N,) come from the forward. The other arguments are those of ``forward``.
     """
     num_rows, width = token.shape[0], visible.shape[1]
-    dy, visible, table = unit_stride(dy), unit_stride(visible), table.contiguous()
-    mask_token, token = dense(mask_token), dense(token)
-    ids_restore, weight = dense(ids_restore), dense(weight)
     # Visible rows that are not used (padding rows past the last clip) have the gradient 0.
     dvisible = torch.zeros_like(visible, memory_format=torch.contiguous_format)
-    config = dict(options("scatter_tokens_backward", visible, width))
-    num_programs = min(num_rows, config.pop("PROGRAMS"))
-    partial_sums = torch.empty(num_programs, 3, width, dtype=torch.float32, device=dy.device)
     threshold, scale = threshold_and_scale(dropout)
-    launch(
+    sums = launch_sums(
         _backward,
-        (num_programs,),
-        dy,
-        visible,
-        mask_token,
-        table,
-        token,
-        ids_restore,
-        weight,
-        seed,
-        mean,
-        rstd,
-        dvisible,
-        partial_sums,
-        num_rows,
-        num_programs,
-        dy.stride(0),
-        visible.stride(0),
-        dropout_site,
-        threshold,
-        scale,
+        (3, width),
+        launches="scatter_tokens_backward",
+        like=visible,
+        width=width,
+        dy=unit_stride(dy),
+        visible=unit_stride(visible),
+        mask_token=dense(mask_token),
+        table=table.contiguous(),
+        token=dense(token),
+        ids_restore=dense(ids_restore),
+        weight=dense(weight),
+        seed=seed,
+        mean=mean,
+        rstd=rstd,
+        dvisible=dvisible,
+        N=num_rows,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=scale,
         D=width,
-        BLOCK_D=block(width),
         NORM=weight is not None,
         DROPOUT=dropout > 0.0,
-        **config,
     )
-    return dvisible, partial_sums.sum(0)
+    return dvisible, sums
 
-
-forward_op = torch.library.custom_op("mae_ast_fast::scatter_tokens", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::scatter_tokens_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(visible, mask_token, table, token, ids_restore, weight, bias, seed, dropout, dropout_site, eps):
-    num_rows = token.shape[0]
-    mean = visible.new_empty(num_rows if weight is not None else 0, dtype=torch.float32)
-    return visible.new_empty(num_rows, visible.shape[1]), mean, torch.empty_like(mean)
-
-
-@backward_op.register_fake
-def _(dy, visible, mask_token, table, token, ids_restore, weight, seed, mean, rstd, dropout, dropout_site):
-    sums = visible.new_empty(3, visible.shape[1], dtype=torch.float32)
-    return torch.empty_like(visible, memory_format=torch.contiguous_format), sums
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    visible, mask_token, table, token, ids_restore, weight, bias, seed, dropout, dropout_site, _ = inputs
-    ctx.save_for_backward(visible, mask_token, table, token, ids_restore, weight, seed, *output[1:])
-    ctx.dropout, ctx.dropout_site, ctx.bias_dtype = dropout, dropout_site, None if bias is None else bias.dtype
-
-
-def _gradients(ctx, dy, dmean, drstd):
-    visible, mask_token, table, token, ids_restore, weight, seed, mean, rstd = ctx.saved_tensors
-    dvisible, (dmask_token, dweight, dbias) = backward_op(
-        dy, visible, mask_token, table, token, ids_restore, weight, seed, mean, rstd, ctx.dropout, ctx.dropout_site
-    )
-    affine = (None, None) if weight is None else (dweight.to(weight.dtype), dbias.to(ctx.bias_dtype))
-    return dvisible, dmask_token.to(mask_token.dtype), None, None, None, *affine, None, None, None, None
-
-
-forward_op.register_autograd(_gradients, setup_context=_save)
 
 WIDTHS = (192, 384, 768)  # of the presets
 

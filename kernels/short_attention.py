@@ -27,8 +27,10 @@ from torch import Tensor
 
 from .clear_padding import clear_tail
 from .common.case import Draw, Mutant, OpCase
+from .common.configs import launches
 from .common.dropout import mask_words, threshold_and_scale
-from .common.launch import block, launch, options
+from .common.launch import launch
+from .common.triton_op import triton_op
 
 
 @triton.jit
@@ -86,8 +88,9 @@ def _forward(
     k_ptr = q_ptr + H * D + (start + key)[:, None] * stride_qkv
     k = tl.load(k_ptr, mask=has_key, other=0.0)  # (BLOCK_S, BLOCK_D)
     v = tl.load(k_ptr + H * D, mask=has_key, other=0.0)
-    for first_query in range(0, clip_rows, BLOCK_M):
-        query = first_query + tl.arange(0, BLOCK_M)
+    STEP: tl.constexpr = min(BLOCK_M, BLOCK_S)  # queries
+    for first_query in range(0, clip_rows, STEP):
+        query = first_query + tl.arange(0, STEP)
         row = start + query
         inside = (query < clip_rows)[:, None] & (col < D)[None, :]
         q = tl.load(q_ptr + row[:, None] * stride_qkv, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
@@ -136,8 +139,9 @@ def _backward(
     v = tl.load(k_ptr + H * D, mask=has_key, other=0.0)
     dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for first_query in range(0, clip_rows, BLOCK_M):
-        query = first_query + tl.arange(0, BLOCK_M)
+    STEP: tl.constexpr = min(BLOCK_M, BLOCK_S)  # queries
+    for first_query in range(0, clip_rows, STEP):
+        query = first_query + tl.arange(0, STEP)
         row = start + query
         inside = (query < clip_rows)[:, None] & (col < D)[None, :]
         q = tl.load(q_ptr + row[:, None] * stride_qkv, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
@@ -173,15 +177,21 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x
 
 
-def _constants(name: str, qkv: Tensor, max_seqlen: int) -> dict[str, int]:
-    """Sizes and launch configuration of the kernel ``name``; both kernels take the same constants."""
-    heads, width = qkv.shape[2:]
-    block_s = block(max_seqlen)
-    sizes = {"H": heads, "D": width, "BLOCK_S": block_s, "BLOCK_D": block(width)}
-    config = options(name, qkv, width)
-    return {**sizes, **config, "BLOCK_M": min(config["BLOCK_M"], block_s)}
+# BLOCK_M: queries per step. A program holds all keys of one clip and head.
+launches(
+    "short_attention_forward",
+    ("any", 128, 2, {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}),
+    ("any", 128, 4, {"BLOCK_M": 16, "num_warps": 8, "num_stages": 1}),
+)
+launches(
+    "short_attention_backward",
+    ("sm_100", 128, 2, {"BLOCK_M": 32, "num_warps": 8, "num_stages": 2}),
+    ("any", 128, 2, {"BLOCK_M": 32, "num_warps": 8, "num_stages": 1}),
+    ("any", 128, 4, {"BLOCK_M": 16, "num_warps": 8, "num_stages": 1}),
+)
 
 
+@triton_op("short_attention", outputs=("o",))
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, dropout_site: int
 ) -> Tensor:
@@ -196,81 +206,61 @@ def forward(
         dropout_site: Number of this dropout in the model.
     """
     num_rows, _, heads, width = qkv.shape
-    qkv, cu_seqlens = _dense_rows(qkv), cu_seqlens.contiguous()
+    cu_seqlens = cu_seqlens.contiguous()
     o = torch.empty(num_rows, heads, width, dtype=qkv.dtype, device=qkv.device)
     threshold, kept_scale = threshold_and_scale(dropout)
     launch(
         _forward,
         ((cu_seqlens.shape[0] - 1) * heads,),
-        qkv,
-        cu_seqlens,
-        seed,
-        o,
-        qkv.stride(0),
-        dropout_site,
-        threshold,
-        width**-0.5,
-        kept_scale,
+        launches="short_attention_forward",
+        like=qkv,
+        width=width,
+        qkv=_dense_rows(qkv),
+        cu_seqlens=cu_seqlens,
+        seed=seed,
+        o=o,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=width**-0.5,
+        kept_scale=kept_scale,
+        H=heads,
+        S=max_seqlen,
+        D=width,
         DROPOUT=dropout > 0.0,
-        **_constants("short_attention_forward", qkv, max_seqlen),
     )
     return clear_tail(o, cu_seqlens)
 
 
+@forward.gradients_of("qkv")
 def backward(
     do: Tensor, qkv: Tensor, cu_seqlens: Tensor, seed: Tensor | None, max_seqlen: int, dropout: float, dropout_site: int
 ) -> Tensor:
     """Gradient of qkv (N, 3, H, D), contiguous; ``do`` (N, H, D) is that of o, the rest as in ``forward``."""
-    do, qkv, cu_seqlens = _dense_rows(do), _dense_rows(qkv), cu_seqlens.contiguous()
+    heads, width = qkv.shape[2:]
+    cu_seqlens = cu_seqlens.contiguous()
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     threshold, kept_scale = threshold_and_scale(dropout)
     launch(
         _backward,
-        ((cu_seqlens.shape[0] - 1) * qkv.shape[2],),
-        do,
-        qkv,
-        cu_seqlens,
-        seed,
-        dqkv,
-        do.stride(0),
-        qkv.stride(0),
-        dropout_site,
-        threshold,
-        qkv.shape[3] ** -0.5,
-        kept_scale,
+        ((cu_seqlens.shape[0] - 1) * heads,),
+        launches="short_attention_backward",
+        like=qkv,
+        width=width,
+        do=_dense_rows(do),
+        qkv=_dense_rows(qkv),
+        cu_seqlens=cu_seqlens,
+        seed=seed,
+        dqkv=dqkv,
+        dropout_site=dropout_site,
+        threshold=threshold,
+        scale=width**-0.5,
+        kept_scale=kept_scale,
+        H=heads,
+        S=max_seqlen,
+        D=width,
         DROPOUT=dropout > 0.0,
-        **_constants("short_attention_backward", qkv, max_seqlen),
     )
     return clear_tail(dqkv, cu_seqlens)
-
-
-forward_op = torch.library.custom_op("mae_ast_fast::short_attention", forward, mutates_args=())
-backward_op = torch.library.custom_op("mae_ast_fast::short_attention_backward", backward, mutates_args=())
-
-
-@forward_op.register_fake
-def _(qkv, cu_seqlens, seed, max_seqlen, dropout, dropout_site):
-    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-
-
-@backward_op.register_fake
-def _(do, qkv, cu_seqlens, seed, max_seqlen, dropout, dropout_site):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    qkv, cu_seqlens, seed, ctx.max_seqlen, ctx.dropout, ctx.dropout_site = inputs
-    ctx.save_for_backward(qkv, cu_seqlens, seed)
-
-
-def _gradients(ctx, do):
-    qkv, cu_seqlens, seed = ctx.saved_tensors
-    dqkv = backward_op(do, qkv, cu_seqlens, seed, ctx.max_seqlen, ctx.dropout, ctx.dropout_site)
-    return dqkv, None, None, None, None, None
-
-
-forward_op.register_autograd(_gradients, setup_context=_save)
 
 
 WIDTHS = (64,)  # head width of the presets

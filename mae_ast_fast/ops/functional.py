@@ -13,6 +13,8 @@ backward draws the same one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 LAYER_NORM_EPS = 1e-5  # of every LayerNorm inside an operation
+PIXEL_VARIANCE_EPS = 1e-6  # of norm_pix_loss
 SHORT = 128  # limit of short_attention: rows per clip, and values per head
 
 
@@ -94,7 +97,9 @@ def add_layer_norm(  # noqa: PLR0917 - public signature
     from ..kernels import add_layer_norm as kernel
 
     seed = kernel_seed(dropout, seed, residual.device)
-    return kernel.add_layer_norm(branch, residual, weight, bias, branch_bias, seed, dropout, site, LAYER_NORM_EPS, fork)
+    inputs: dict[str, Any] = {"branch": branch, "residual": residual, "branch_bias": branch_bias, "seed": seed}
+    inputs |= {"weight": weight, "bias": bias, "dropout": dropout, "dropout_site": site, "eps": LAYER_NORM_EPS}
+    return kernel.forked(**inputs) if fork else kernel.forward(**inputs)[0]
 
 
 def bias_gelu(  # noqa: PLR0917 - public signature
@@ -128,7 +133,8 @@ def bias_gelu(  # noqa: PLR0917 - public signature
         return eager.bias_gelu(x, bias, dropout)
     from ..kernels import bias_gelu as kernel
 
-    return kernel.forward_op(x, bias, kernel_seed(dropout, seed, x.device), dropout, site)
+    seed = kernel_seed(dropout, seed, x.device)
+    return kernel.forward(x=x, bias=bias, seed=seed, dropout=dropout, dropout_site=site)
 
 
 def feed_forward(  # noqa: PLR0917 - public signature
@@ -174,7 +180,7 @@ def feed_forward(  # noqa: PLR0917 - public signature
         )
     from ..kernels import feed_forward as kernel
 
-    return kernel.feed_forward(x, w1, b1, w2, recompute)
+    return kernel.forward(x=x, w1=w1.to(x.dtype), b1=b1, w2=w2.to(x.dtype), recompute=recompute)[0]
 
 
 def scatter_tokens(  # noqa: PLR0917 - public signature
@@ -232,10 +238,19 @@ def scatter_tokens(  # noqa: PLR0917 - public signature
     from ..kernels import scatter_tokens as kernel
 
     seed = kernel_seed(dropout, seed, visible.device)
-    outputs = kernel.forward_op(
-        visible, mask_token, table, token, inverse, weight, bias, seed, dropout, site, LAYER_NORM_EPS
-    )
-    return outputs[0]
+    return kernel.forward(
+        visible=visible,
+        mask_token=mask_token,
+        table=table,
+        token=token,
+        ids_restore=inverse,
+        weight=weight,
+        bias=bias,
+        seed=seed,
+        dropout=dropout,
+        dropout_site=site,
+        eps=LAYER_NORM_EPS,
+    )[0]
 
 
 def short_attention(  # noqa: PLR0917 - public signature
@@ -279,7 +294,14 @@ def short_attention(  # noqa: PLR0917 - public signature
         )
     from ..kernels import short_attention as kernel
 
-    return kernel.forward_op(qkv, cu_seqlens, kernel_seed(dropout, seed, qkv.device), max_seqlen, dropout, site)
+    return kernel.forward(
+        qkv=qkv,
+        cu_seqlens=cu_seqlens,
+        seed=kernel_seed(dropout, seed, qkv.device),
+        max_seqlen=max_seqlen,
+        dropout=dropout,
+        dropout_site=site,
+    )
 
 
 def gather_patches(  # noqa: PLR0917 - public signature
@@ -336,7 +358,7 @@ def gather_patches(  # noqa: PLR0917 - public signature
         raise ValueError("impl='triton' has no gradient for mean and scale: detach them or use impl='torch'")
     from ..kernels import gather_patches as kernel
 
-    return kernel.forward_op(features, mean, scale, clip, token, kt, kf, dtype)
+    return kernel.forward(log_mel=features, mean=mean, scale=scale, clip=clip, token=token, kt=kt, kf=kf, dtype=dtype)
 
 
 MASK_KERNEL_STRATEGIES = ("random", "chunk")
@@ -411,15 +433,15 @@ def sample_mask(  # noqa: PLR0917 - public signature
     if not isinstance(seed, Tensor):  # filled on the device: a copy from the host would wait
         seed = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
     epoch = inputs.epoch - 2**32 if inputs.epoch >= 2**31 else inputs.epoch
-    return kernel.forward_op(
-        inputs.num_tokens,
-        inputs.num_masked,
-        inputs.clip_ids,
-        seed,
-        epoch,
-        grid_f,
-        inputs.max_tokens,
-        strategy == "chunk",
+    return kernel.forward(
+        num_tokens=inputs.num_tokens,
+        num_masked=inputs.num_masked,
+        clip_ids=inputs.clip_ids,
+        seed=seed,
+        epoch=epoch,
+        grid_f=grid_f,
+        max_tokens=inputs.max_tokens,
+        chunk=strategy == "chunk",
     )
 
 
@@ -448,7 +470,7 @@ def masked_mse(prediction: Tensor, target: Tensor, norm_pix_loss: bool = False, 
     from ..kernels import masked_mse as kernel
 
     check_no_gradient(target)
-    return kernel.masked_mse(prediction, target, norm_pix_loss)
+    return kernel.forward(prediction=prediction, target=target, norm_pix_loss=norm_pix_loss, eps=PIXEL_VARIANCE_EPS)
 
 
 def info_nce(  # noqa: PLR0917 - public signature
@@ -493,4 +515,6 @@ def info_nce(  # noqa: PLR0917 - public signature
     from ..kernels import info_nce as kernel
 
     check_no_gradient(target)
-    return kernel.info_nce(prediction, target, cu_seqlens, max_seqlen, over)
+    return kernel.forward(
+        prediction=prediction, target=target, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, over=over
+    )[:2]

@@ -142,9 +142,9 @@ def tune(
     bench = bench or Gpu()
     from ..kernels.common.configs import TUNED, read_tuned
 
+    modules = _modules()
     path = Path(path or TUNED / f"{bench.arch}.json")
     tuned = read_tuned(path)  # a damaged file fails before the measurements
-    modules = _modules()
     if unknown := sorted(set(ops or ()) - set(modules)):
         raise ValueError(f"operations must be among {', '.join(modules)}, got {', '.join(unknown)}")
     selected = {op: modules[op] for op in modules if ops is None or op in ops}

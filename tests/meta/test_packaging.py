@@ -24,6 +24,7 @@ log_mel, num_frames = fbank(torch.randn(2, 16000) / 10)
 config = MAEASTConfig.preset("patch_tiny", encoder_layers=1, decoder_layers=1)
 MAEAST(config)(log_mel, num_frames).loss.backward()
 assert main(["doctor", "--help"]) == 0
+import mae_ast_fast.kernels.masked_mse
 from mae_ast_fast.kernels.common.configs import TABLE
 assert TABLE["masked_mse"][0] == ("sm_00", 256, 2, {"ROWS": 8, "num_warps": 2}), TABLE["masked_mse"]
 from mae_ast_fast.data.corpus import default_clips

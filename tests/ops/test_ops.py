@@ -191,7 +191,8 @@ for case in op_cases().values():
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             if leaves:
                 differentiable = [x for x in outputs if x.requires_grad]
-                torch.autograd.grad(differentiable, leaves, [torch.ones_like(x) for x in differentiable])
+                # Kept: autograd's thread must not free the last reference while Python exits.
+                gradients = torch.autograd.grad(differentiable, leaves, [torch.ones_like(x) for x in differentiable])
         kernels = [function.fn.__name__ for function, _, _ in recorder.launches]
         measured[f"{case.name} {number}"] = {**counted.numbers(), "triton": kernels, "backward": bool(leaves)}
 report(**measured)

@@ -67,9 +67,11 @@ def examples(dtype, width):
     x = torch.empty(rows, width, dtype=dtype, device="meta")
     y = torch.empty(rows, rows, dtype=dtype, device="meta")
     if dtype != torch.float16 and width == 64:
-        yield "a b ", rows, lambda: launch(_product, (1,), x, y, None, rows, width, D=width, ROWS=rows, num_warps=4)
+        yield "a b ", rows, lambda: launch(
+            _product, (1,), x=x, y=y, none=None, N=rows, stride=width, D=width, ROWS=rows, num_warps=4
+        )
     if dtype == torch.float32:
-        yield "copy", rows, lambda: launch(_copy, (1,), x, x[0].expand(rows, width), D=width)
+        yield "copy", rows, lambda: launch(_copy, (1,), x=x, y=x[0].expand(rows, width), D=width)
 """
 )
 SPILLS = (
@@ -84,7 +86,7 @@ def _large(x_ptr, D: tl.constexpr):
 def examples(dtype, width):
     if dtype == torch.float32 and width == WIDTHS[-1]:
         x = torch.empty(128, 128, dtype=dtype, device="meta")
-        yield "large", 128, lambda: launch(_large, (1,), x, D=width, num_warps=1)
+        yield "large", 128, lambda: launch(_large, (1,), x=x, D=width, num_warps=1)
 """
 )
 SHARED = (
@@ -100,7 +102,7 @@ def _wide(x_ptr, y_ptr, D: tl.constexpr):
 def examples(dtype, width):
     if dtype == torch.bfloat16 and width == 32:
         x = torch.empty(64, 1024, dtype=dtype, device="meta")
-        yield "wide", 64, lambda: launch(_wide, (1,), x, x, D=1024, num_warps=8)
+        yield "wide", 64, lambda: launch(_wide, (1,), x=x, y=x, D=1024, num_warps=8)
 """
 )
 BROKEN = (
@@ -115,7 +117,7 @@ def examples(dtype, width):
     if dtype == torch.float32:
         raise RuntimeError("no fp32 here")
     if dtype == torch.bfloat16:
-        yield "odd", 1, lambda: launch(_odd, (1,), torch.empty(48, device="meta"), D=width)
+        yield "odd", 1, lambda: launch(_odd, (1,), x=torch.empty(48, device="meta"), D=width)
     else:
         yield "idle", 1, lambda: None
 """

@@ -21,6 +21,8 @@ from mae_ast_fast.tools import tune
 from mae_ast_fast.tools.kernel_report import examples_of, row_widths
 from mae_ast_fast.tools.tune import Group, to_text
 
+tune._modules()  # the kernels' files declare their launches
+
 
 class Clock:
     """A simulated GPU of an architecture that nobody tuned. ``time`` returns the milliseconds of a launch, or raises.
@@ -82,7 +84,9 @@ def tables_with(monkeypatch: pytest.MonkeyPatch):
         for module in (configs, launch):
             monkeypatch.setattr(module, "TABLE", table)
         monkeypatch.setattr(configs, "EPILOGUES", epilogues)
-        configs.insert_tuned(folder)
+        configs.insert_epilogues(folder)
+        for kernel in table:
+            configs.insert_launches(folder, kernel)
         return table, epilogues
 
     return use
