@@ -46,17 +46,24 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in layers if parameter.dim() == 2}
 
 
+def blocks_of(name: str, weight: Tensor, num_heads: int = 2) -> list[Tensor]:
+    """The blocks of a weight that Muon takes as matrices: views of it."""
+    if "qkv" in name:
+        return [head for part in weight.chunk(3) for head in part.chunk(num_heads)]
+    return list(weight.chunk(num_heads, dim=0 if "fc2" in name else 1))
+
+
 def test_muon_equals_torch_optim_muon_and_adamw() -> None:
-    """Each matrix as torch.optim.Muon, a qkv weight as three of them, and all other parameters as AdamW."""
+    """Each block of a weight as a matrix of torch.optim.Muon, and all other parameters as AdamW."""
     model, other = build(), build()
     lr = torch.tensor(1e-2)
     ours = MuonAdamW(model, lr=lr, **OPTIONS)
-    split = {
-        name: [nn.Parameter(part.detach().clone()) for part in p.chunk(3 if "qkv" in name else 1)]
-        for name, p in matrices(other).items()
+    parts = {
+        name: [nn.Parameter(block.detach().clone()) for block in blocks_of(name, weight)]
+        for name, weight in matrices(other).items()
     }
     muon = torch.optim.Muon(
-        [part for parts in split.values() for part in parts],
+        [block for blocks in parts.values() for block in blocks],
         lr=1e-2,
         weight_decay=0.1,
         momentum=0.95,
@@ -66,20 +73,22 @@ def test_muon_equals_torch_optim_muon_and_adamw() -> None:
     adamw = torch.optim.AdamW([p for p in other.parameters() if id(p) not in ids], lr=1e-2, **OPTIONS)
     assert len(ours.param_groups[1]["params"]) == len(ids) == 12
     for index in range(4):
-        before = {name: p.detach().clone() for name, p in matrices(model).items()}
-        parts_before = {name: torch.cat([part.detach().clone() for part in parts]) for name, parts in split.items()}
+        before = {name: [b.detach().clone() for b in blocks_of(name, p)] for name, p in matrices(model).items()}
+        parts_before = {name: [block.detach().clone() for block in blocks] for name, blocks in parts.items()}
         set_gradients(model, index)
         set_gradients(other, index)
         for name, parameter in matrices(other).items():
-            for part, grad in zip(split[name], parameter.grad.chunk(len(split[name])), strict=True):
-                part.grad = grad
+            for block, grad in zip(parts[name], blocks_of(name, parameter.grad), strict=True):
+                block.grad = grad
         ours.step()
         muon.step()
         adamw.step()
         for name, parameter in matrices(model).items():
-            update, expected = parameter - before[name], torch.cat([*split[name]]) - parts_before[name]
-            error = (update - expected).norm() / expected.norm()
-            assert error <= MUON, f"{name} in update {index}: {error:.1e}"
+            blocks = zip(blocks_of(name, parameter), before[name], parts[name], parts_before[name], strict=True)
+            for number, (block, block_before, expected, expected_before) in enumerate(blocks):
+                expected_update = expected - expected_before
+                error = (block - block_before - expected_update).norm() / expected_update.norm()
+                assert error <= MUON, f"block {number} of {name} in update {index}: {error:.1e}"
     for (name, parameter), expected in zip(model.named_parameters(), other.parameters(), strict=True):
         if id(expected) not in ids:
             assert_rounding(parameter, expected, name)
