@@ -19,6 +19,8 @@ and, as ``NAME bf16``, in bf16 (only in bf16, where native: compiled columns, an
     vitmae compiled     torch.compile of it
     ssast               SSAST at these sizes, objective "joint" (one pass), by TrainStep with the same impl as ``fast``
     ssast, two passes   the same with objective "joint_two_pass", as in the official code
+    recipe              the model and optimizer of a file in recipes/, by TrainStep
+    recipe, adamw       the same with AdamW, so that the difference is Muon's share
 
 Before anything is timed, every column makes one update as in the timing, but with a given mask, without dropout, at
 learning rate 0 and with the layers' weights scaled up, so that each layer affects the loss. Its loss and gradient norm
@@ -28,8 +30,9 @@ are checked without their backward, which would be compiled twice.) A run before
 A column that raises or fails a check is left out and recorded under ``failed``: the other columns are timed, and the
 benchmark fails at its end.
 
-There are three sections of cases. ``main``: models and clips in all columns. ``ssast``: MAE-AST against SSAST, without
-dropout. ``sweep``: one factor at a time (clips per batch, their length, mask ratio, layers) from one base point.
+There are four sections of cases. ``main``: models and clips in all columns. ``ssast``: MAE-AST against SSAST, without
+dropout. ``recipe``: a shipped recipe against models of its sizes with the paper's objective. ``sweep``: one factor at a
+time (clips per batch, their length, mask ratio, layers) from one base point.
 
 The case ``mixed`` has clips of unequal length. The paper's setting (``pad_audio`` false, ``random_crop`` true,
 ``max_sample_size`` 250000) crops every clip of a batch to the shortest and to 15.6 s. Its batches are neighbours in a
@@ -49,11 +52,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from baselines import vitmae
 from baselines.original import Original
 from measure import DEVICE, ON_GPU, ROUNDS, Failed, Turns, load_average, no_compiler, peaks, synchronize
@@ -73,6 +78,8 @@ EAGER = ("original", "reference", "fast")
 ALL = ("original", "reference", "compiled", "fast", "vitmae", "vitmae compiled")
 AGAINST_SSAST = ("fast, no dropout", "ssast", "ssast, two passes")
 SWEPT = ("original", "fast", "ssast")
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+OBJECTIVE = ("positions", "prediction_stride", "temperature", "classification_weight")  # what the original lacks
 LR = 1e-4
 SEED = 1  # of the masks in a check
 GAIN = (
@@ -93,9 +100,11 @@ class Case:
     Attributes:
         mixed: Whether the clips have unequal lengths.
         batches: Number of batches per round.
-        section: "main", "ssast" or "sweep".
+        section: "main", "ssast", "recipe" or "sweep".
         factor: In a sweep, the property that differs from the base point; "" for that point itself.
         sizes: Configuration fields that differ from the preset.
+        objective: In a recipe's case, the fields of ``OBJECTIVE`` that its model has and the other columns' have not.
+        optimizer: In a recipe's case, its optimizer.
     """
 
     name: str
@@ -110,6 +119,8 @@ class Case:
     section: str = "main"
     factor: str = ""
     sizes: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
 
     @property
     def config(self) -> MAEASTConfig:
@@ -143,6 +154,23 @@ def sweeps(preset: str, clips: int, changes: dict[str, Sequence[Any]]) -> list[C
     return cases
 
 
+def recipe_case(name: str) -> Case:
+    """One update of ``recipes/NAME.yaml``: as much audio as there, in clips of 10 s."""
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    model_args = recipe["model_args"]
+    others = ("vitmae",) if recipe["preset"].startswith("patch") else ()
+    return Case(
+        f"recipe {name}",
+        recipe["preset"],
+        round(recipe["batch_seconds"] / SECONDS),
+        ("original", *others, "recipe, adamw", "recipe"),
+        section="recipe",
+        sizes={key: value for key, value in model_args.items() if key not in OBJECTIVE},
+        objective={key: model_args[key] for key in OBJECTIVE if key in model_args},
+        optimizer=recipe["optimizer"],
+    )
+
+
 RATIOS = (0.5, 0.6, 0.9)  # the base point has 0.75
 ON_CPU = (
     Case("patch_small", "patch_small", 4, (*ALL[:4], "fast, no dropout", *ALL[4:])),
@@ -153,6 +181,7 @@ ON_CPU = (
     Case("ssast patch_small", "patch_small", 4, AGAINST_SSAST, BEST, section="ssast"),
     Case("ssast frame_small", "frame_small", 4, AGAINST_SSAST, BEST, section="ssast"),
     Case("ssast patch_base", "patch_base", 2, AGAINST_SSAST, BEST, section="ssast"),
+    *map(recipe_case, ("quick", "patch", "frame")),
     *sweeps(
         "patch_small",
         1,
@@ -542,6 +571,41 @@ def mae_ast_variants(case: Case, names: Sequence[str], failed: Failed) -> tuple[
     return variants, reference
 
 
+def recipe_variants(case: Case, names: Sequence[str], failed: Failed) -> dict[str, Variant]:
+    """Variants of a recipe's model with equal weights; in a check all masked tokens are predicted."""
+    config = replace(case.config, **case.objective)
+    _, batches = make_batches(case)
+    reference = MAEAST(config, impl="torch", attention="sdpa").to(DEVICE)
+
+    def loss_of(model: MAEAST) -> Callable[[Batch, Mask], Tensor]:
+        def loss(batch: Batch, mask: Mask) -> Tensor:
+            return model(batch.log_mel, batch.num_frames, mask, sizes=model.sizes_of(batch.host_frames)).loss
+
+        return loss
+
+    def draw(batch: Batch) -> Tensor:
+        return draw_mask(config, batch, SEED)
+
+    expected_update = ExpectedUpdate(draw, reference, loss_of(reference))
+    variants = {}
+    for name, optimizer in (("recipe, adamw", "adamw"), ("recipe", case.optimizer)):
+        if name not in names:
+            continue
+        with failed.catch(*labels(case, name)):
+            model = MAEAST(config, impl="triton" if ON_GPU else "torch").to(DEVICE)
+            model.load_state_dict(reference.state_dict())
+            variants[name] = Variant(
+                model,
+                loss_of(model),
+                batches,
+                expected_update,
+                lambda tokens: mae_ast_flops(config, tokens),
+                statistics=model.input_norm,
+                train_step={"optimizer": optimizer},
+            )
+    return variants
+
+
 def ssast_config(config: MAEASTConfig, num_frames: int, objective: str) -> SSASTConfig:
     """SSAST with the depth and width of MAE-AST's encoder, and its own mask ratio: 400 of 512 tokens."""
     sizes = {"patch_size": config.patch_size, "embed_dim": config.embed_dim, "num_heads": config.num_heads}
@@ -644,6 +708,9 @@ def make_columns(case: Case, compiled: bool, failed: Failed) -> list[Column]:
     if ssast_names := [name for name in names if "ssast" in name]:
         with failed.catch(*labels(case, *ssast_names)):
             variants |= ssast_variants(case, names, failed)
+    if recipe_names := [name for name in names if "recipe" in name]:
+        with failed.catch(*labels(case, *recipe_names)):
+            variants |= recipe_variants(case, names, failed)
     if vitmae_names := [name for name in names if "vitmae" in name]:
         with failed.catch(*labels(case, *vitmae_names)):
             variants |= vitmae_variants(case, names, reference)

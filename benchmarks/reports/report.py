@@ -230,7 +230,7 @@ def step_table(result: dict[str, Any]) -> str:
                 cells += [_seconds(column), ranged(audio_ratios(first_column, column))] if column else ["", ""]
                 last_column = column or last_column
             lines.append(f"| {' | '.join([*cells, *_measures(case, last_column)])} |")
-    lines += ["", f"Faster than `fast`, or a tie: {', '.join(ahead_of_fast(cases)) or 'nothing'}."]
+    lines += ["", f"Faster than `fast`, or a tie: {', '.join(ahead_of('fast', cases)) or 'nothing'}."]
     originals = {
         name: column
         for name, case in cases.items()
@@ -253,13 +253,13 @@ def failed_lines(result: dict[str, Any]) -> list[str]:
     return ["", f"Failed, not timed: {'; '.join(failures)}."] if failures else []
 
 
-def ahead_of_fast(cases: dict[str, dict[str, Any]]) -> list[str]:
-    """Columns faster than ``fast`` of their precision, for equal audio, in the median or (a tie) in some round."""
+def ahead_of(ours: str, cases: dict[str, dict[str, Any]]) -> list[str]:
+    """Columns faster than ``ours`` in their precision, for equal audio, in the median or (a tie) in some round."""
     faster = []
     for name, case in cases.items():
         for column, samples in case["columns"].items():
-            fast = case["columns"].get("fast bf16" if column.endswith(" bf16") else "fast")
-            if fast is not None and samples is not fast and max(ratios := audio_ratios(fast, samples)) > 1.0:
+            own = case["columns"].get(f"{ours} bf16" if column.endswith(" bf16") else ours)
+            if own is not None and samples is not own and max(ratios := audio_ratios(own, samples)) > 1.0:
                 faster.append(f"`{column}` on {name}, {ranged(ratios)}")
     return faster
 
@@ -331,6 +331,39 @@ FACTORS = {  # factor of a sweep -> (label, unit)
 
 
 GROWTH = {"seconds": "time", "bytes": "memory"}
+
+
+def recipe_table(result: dict[str, Any]) -> str:
+    """Seconds per update of the shipped recipes, and Muon's share of them; from bench_step.py."""
+    result = section_of(result, "recipe")
+    cases = {case["param"].removeprefix("recipe "): case["extra_info"] for case in result["benchmarks"]}
+    lines = [
+        where_and_when(result, "`original` of the same precision") + " All columns have the sizes of the recipe and "
+        "take the same clips. `original` and `vitmae` have the paper's objective and AdamW; the recipe predicts half "
+        "of the masked tokens in training.",
+        "",
+        "| recipe | column | fp32: s an update | speed | bf16: s an update | speed |",
+        "|---|---|---|---|---|---|",
+    ]
+    shares = []
+    for name, case in cases.items():
+        columns = case["columns"]
+        for variant in dict.fromkeys(column.removesuffix(" bf16") for column in columns):
+            cells = [name, f"`{variant}`"]
+            for suffix in ("", " bf16"):
+                column, original = columns.get(variant + suffix), columns.get("original" + suffix)
+                cells += [_seconds(column), ranged(audio_ratios(original, column))] if column and original else ["", ""]
+            lines.append(f"| {' | '.join(cells)} |")
+        for suffix, precision in (("", "fp32"), (" bf16", "bf16")):
+            muon, adamw = columns.get("recipe" + suffix), columns.get("recipe, adamw" + suffix)
+            if muon and adamw:
+                share = 1 - 1 / statistics.median(audio_ratios(muon, adamw))
+                shares.append(f"{name} {100 * share:.0f} % ({precision})")
+    lines += ["", f"What Muon adds to AdamW, as a share of the update: {', '.join(shares)}."]
+    lines += ["", f"Faster than `recipe`, or a tie: {', '.join(ahead_of('recipe', cases)) or 'nothing'}."]
+    left_out = {f"`{name}`: {reason}" for case in cases.values() for name, reason in case["left_out"].items()}
+    lines += ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
+    return "\n".join([*lines, *failed_lines(result)])
 
 
 def sweep(result: dict[str, Any], factor: str) -> list[tuple[float, dict[str, dict[str, Any]]]]:
@@ -705,6 +738,7 @@ TABLES: dict[str, Callable[[bool], str]] = {
     "screen": lambda dirty: screen_table(),
     "step_cpu": lambda dirty: step_table(benchmark_result(STEP_CPU, dirty)),
     "ssast_cpu": lambda dirty: ssast_table(benchmark_result(STEP_CPU, dirty)),
+    "recipes_cpu": lambda dirty: recipe_table(benchmark_result("recipes_cpu.json", dirty)),
     "sweep_cpu": lambda dirty: sweep_table(benchmark_result(STEP_CPU, dirty)),
     "ops_cpu": lambda dirty: ops_table(benchmark_result("ops_cpu.json", dirty)),
     "masking_cpu": lambda dirty: masking_table(benchmark_result("masking_cpu.json", dirty)),
@@ -715,7 +749,7 @@ TABLES: dict[str, Callable[[bool], str]] = {
 PAGES = {
     "README.md": ("data_rate_cpu", "step_cpu", "ssast_cpu", "convergence_cpu"),
     "docs/first_run.md": ("pretrain",),
-    "docs/recipes.md": ("screen",),
+    "docs/recipes.md": ("screen", "recipes_cpu"),
     "docs/benchmarks.md": ("sweep_cpu", "ops_cpu", "masking_cpu", "data_cpu"),
 }
 

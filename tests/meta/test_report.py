@@ -106,6 +106,11 @@ def step_result() -> dict[str, Any]:
         "fast, no dropout bf16": make_column([1.0] * 3, "bf16"),
         "ssast bf16": make_column([2.5] * 3, "bf16", flops=100 * 10**9, peak_bytes_a_clip=5 * 10**6),
     }
+    recipe = {
+        "original bf16": make_column([2.0] * 3, "bf16"),
+        "recipe, adamw bf16": make_column([0.9] * 3, "bf16"),
+        "recipe bf16": make_column([1.0, 1.0, 1.2], "bf16"),
+    }
     cases = {
         "a": make_case("main", main),
         "mixed": make_case("main", mixed, mixed=True, left_out={"compiled bf16": "no compiler"}),
@@ -129,6 +134,7 @@ def step_result() -> dict[str, Any]:
         case = make_case("sweep", swept(4, seconds), factor="seconds", seconds=seconds)
         cases[f"sweep seconds {seconds:g}"] = case
     cases["sweep mask_ratio 0.5"] = make_case("sweep", swept(4, 10.0), factor="mask_ratio", mask_ratio=0.5)
+    cases["recipe quick"] = make_case("recipe", recipe)
     return {
         "machine_info": {"processor": "P", "threads": 2, "torch": "2"},
         "commit_info": {"id": "c" * 40, "dirty": False},
@@ -158,7 +164,12 @@ def test_step_table_uses_raw_samples() -> None:
     assert len(changed) == 1 and "| reference |" in changed[0]
 
 
-STEP_TABLES = {"main": report.step_table, "ssast": report.ssast_table, "sweep": report.sweep_table}
+STEP_TABLES = {
+    "main": report.step_table,
+    "ssast": report.ssast_table,
+    "recipe": report.recipe_table,
+    "sweep": report.sweep_table,
+}
 CASE_COLUMNS = [
     (i, name) for i, case in enumerate(step_result()["benchmarks"]) for name in case["extra_info"]["columns"]
 ]
@@ -181,7 +192,7 @@ def test_step_tables_without_any_column_name_the_failures() -> None:
         case["extra_info"]["failed"] = dict.fromkeys(case["extra_info"]["columns"], "RuntimeError: x")
         case["extra_info"]["columns"] = {}
     for table in STEP_TABLES.values():
-        assert "`fast bf16` on" in table(result) or "`ssast bf16` on" in table(result)
+        assert any(f"`{name} bf16` on" in table(result) for name in ("fast", "ssast", "recipe"))
 
 
 def test_ops_table_shows_failed_column() -> None:
@@ -216,6 +227,17 @@ def test_ssast_table_compares_mae_ast_with_ssast_and_paper() -> None:
     ]
 
 
+def test_recipe_table_has_speeds_and_the_share_of_muon() -> None:
+    lines = report.recipe_table(step_result()).splitlines()
+    assert lines[4:7] == [
+        "| quick | `original` |  |  | 2 (2 - 2) | 1.00 x |",
+        "| quick | `recipe, adamw` |  |  | 0.9 (0.9 - 0.9) | 2.22 x |",
+        "| quick | `recipe` |  |  | 1 (1 - 1.1) | 2.00 x (1.67 - 2.00) |",
+    ]
+    assert lines[8] == "What Muon adds to AdamW, as a share of the update: quick 10 % (bf16)."
+    assert lines[10] == "Faster than `recipe`, or a tie: `recipe, adamw bf16` on quick, 1.11 x (1.11 - 1.33)."
+
+
 def test_growth_fits_power_laws() -> None:
     result = step_result()
     for name in ("original", "fast"):
@@ -248,12 +270,12 @@ def test_law_separates_fixed_cost_from_power() -> None:
     assert report.law(x, [4.0] * 5)[:2] == pytest.approx((4.0, 0.0), abs=1e-6)
 
 
-def test_ranged_and_ahead_of_fast_mark_ties() -> None:
+def test_ranged_and_ahead_of_mark_ties() -> None:
     assert report.ranged([1.2, 1.1, 1.3]) == "1.20 x (1.10 - 1.30)"
     assert report.ranged([1.2, 0.9, 1.3]) == "1.20 x (0.90 - 1.30), tie"
     slow = make_column([1.0, 1.0, 1.0])
     columns = {"fast": slow, "sometimes": make_column([2.0, 2.0, 0.9]), "never": make_column([1.1, 2.0, 2.0])}
-    assert report.ahead_of_fast({"a": {"columns": columns}}) == ["`sometimes` on a, 0.50 x (0.50 - 1.11), tie"]
+    assert report.ahead_of("fast", {"a": {"columns": columns}}) == ["`sometimes` on a, 0.50 x (0.50 - 1.11), tie"]
 
 
 def test_mfu_uses_best_round_of_product() -> None:
