@@ -36,7 +36,9 @@ CANDIDATES = 4096  # held-out clips to choose from: the first ones of the shards
 BASELINES = ("mean_of_visible", "mean_of_visible_same_band", "interpolation")
 TO_BEAT = ("mean_of_visible", "interpolation")
 TIME_MARGIN = 0.95  # a model passes if its error is below this share of ``other_times_mse``
-COLLAPSED = 0.1  # features have collapsed if their effective rank is below this share of the possible one
+# Features have collapsed if their effective rank is below this share of the possible one. Of 49 clips, runs with a rank
+# up to 2.8 found at most 3.1 % of the masked patches among the others, runs with 3.5 or more found 4 to 13 %.
+COLLAPSED = 1 / 16
 
 YARDSTICK: dict[str, Any] = json.loads((Path(__file__).parent / "yardstick.json").read_text(encoding="utf-8"))
 ERROR_UNIT: float = YARDSTICK["error_unit"]  # squared log-mel: about 4 variances of the default corpus
