@@ -181,7 +181,7 @@ ON_CPU = (
     Case("ssast patch_small", "patch_small", 4, AGAINST_SSAST, BEST, section="ssast"),
     Case("ssast frame_small", "frame_small", 4, AGAINST_SSAST, BEST, section="ssast"),
     Case("ssast patch_base", "patch_base", 2, AGAINST_SSAST, BEST, section="ssast"),
-    *map(recipe_case, ("quick", "patch", "frame")),
+    *map(recipe_case, ("quick", "frame")),
     *sweeps(
         "patch_small",
         1,

@@ -103,6 +103,32 @@ def screen_table() -> str:
     return "\n".join(lines)
 
 
+def frame_table() -> str:
+    """Held-out error and scores of one run of recipes/frame.yaml."""
+    run = json.loads((RESULTS / "frame_recipe.json").read_text())
+    held_out = run["held_out"]
+    errors = ", ".join(f"{name.replace('_', ' ')} {error:.4f}" for name, error in held_out["baselines"].items())
+    lines = [
+        f"One run, seed {run['seed']}, {run['steps']:,} updates. Held-out error {held_out['reconstruction_mse']:.4f} "
+        f"({errors}); InfoNCE {100 * held_out['accuracy']:.1f} % (chance {100 * held_out['chance']:.2f} %); effective "
+        f"rank {held_out['effective_rank']:.1f} of {held_out['clips']}.",
+        "",
+        "| task | mode | head | validation | test (95 % interval) | log-mel, same head | difference (95 % interval) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for score in run["scores"]:
+        low, high = score["ci95"]
+        cells = [score["task"], score["mode"], score["head"], f"{score['valid']:.3f}"]
+        cells.append(f"{score['value']:.3f} ({low:.3f} - {high:.3f})")
+        if baseline := score.get("log_mel_baseline"):
+            low, high = baseline["difference_ci95"]
+            cells += [f"{baseline['value']:.3f}", f"{baseline['difference']:+.3f} ({low:+.3f} to {high:+.3f})"]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def section_of(result: dict[str, Any], section: str) -> dict[str, Any]:
     """A result of bench_step.py with the cases of one section only."""
     return {**result, "benchmarks": [case for case in result["benchmarks"] if case["extra_info"]["part"] == section]}
@@ -736,6 +762,7 @@ def convergence_table(dirty: bool) -> str:
 TABLES: dict[str, Callable[[bool], str]] = {
     "pretrain": lambda dirty: pretrain_table(),
     "screen": lambda dirty: screen_table(),
+    "frame": lambda dirty: frame_table(),
     "step_cpu": lambda dirty: step_table(benchmark_result(STEP_CPU, dirty)),
     "ssast_cpu": lambda dirty: ssast_table(benchmark_result(STEP_CPU, dirty)),
     "recipes_cpu": lambda dirty: recipe_table(benchmark_result("recipes_cpu.json", dirty)),
@@ -749,7 +776,7 @@ TABLES: dict[str, Callable[[bool], str]] = {
 PAGES = {
     "README.md": ("data_rate_cpu", "step_cpu", "ssast_cpu", "convergence_cpu"),
     "docs/first_run.md": ("pretrain",),
-    "docs/recipes.md": ("screen", "recipes_cpu"),
+    "docs/recipes.md": ("screen", "frame", "recipes_cpu"),
     "docs/benchmarks.md": ("sweep_cpu", "ops_cpu", "masking_cpu", "data_cpu"),
 }
 

@@ -75,6 +75,18 @@ ARMS = {
     ),
     "new recipe, 2200 updates, rate 3e-3": arm(2200, model_args=RECIPE, lr=3e-3),
     "new recipe, 2200 updates, rate 6e-3": arm(2200, model_args=RECIPE, lr=6e-3),
+    # Since then Muon takes blocks of the weights; rows before these were run with whole weights.
+    "blocks, 2800 updates, rate 2.5e-3": arm(2800, model_args=RECIPE, lr=2.5e-3, warmup_steps=100),
+    "blocks, 2800 updates, rate 4e-3": arm(2800, model_args=RECIPE, lr=4e-3, warmup_steps=100),
+    "blocks, 1800 updates, rate 3e-3, width 256": arm(
+        1800,
+        model_args=RECIPE | {"embed_dim": 256, "decoder_embed_dim": 256, "ffn_dim": 1024, "num_heads": 4},
+        lr=3e-3,
+        warmup_steps=100,
+    ),
+    "blocks, 2000 updates, rate 4e-3, weight decay 0.2": arm(
+        2000, model_args=RECIPE, lr=4e-3, warmup_steps=100, weight_decay=0.2
+    ),
 }
 
 

@@ -74,7 +74,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "random frame": FRAME,
     "ssast": {"model": "ssast"},
     "frame, 500 updates": {**FRAME, "steps": 500},
-    "frame, 6000 updates": {**FRAME, "steps": 6000},  # recipes/frame.yaml
+    "frame, 6000 updates": {**FRAME, "steps": 6000},  # an earlier recipes/frame.yaml
     "mask 0.5": frame_arm(mask_ratio=0.5),
     "mask 0.9": frame_arm(mask_ratio=0.9),
     "masking span": frame_arm(masking="span"),
