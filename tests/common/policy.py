@@ -13,6 +13,8 @@ from mae_ast_fast.ops.policy import ROUNDING_FP64, assert_close, assert_kernel, 
 GOLDEN = 1e-5  # max|a - b| / max|b| per tensor, against tensors recorded from the paper's own code
 GOLDEN_ZERO = 1e-6  # max|a| where the recorded value is 0 or rounding noise around 0
 FBANK_ABS = 1e-3  # log-mel, absolute, against torchaudio.compliance.kaldi.fbank in fp32 on CPU
+ESSENTIA_LOG_MEL = {"rtol": 0.0, "atol": 1e-4}  # log10 of a mel spectrum, against Essentia's in fp32
+LIBROSA_MEL = {"rtol": 0.0, "atol": 1e-5}  # a mel spectrum below 2, against librosa's in fp32
 ROUNDING = 2e-6  # max|a - b| / max|b|: one computation in another order or shape, fp32
 ROUNDING_GRAD = 2e-5  # like ROUNDING, for gradients summed over all tokens of a batch
 

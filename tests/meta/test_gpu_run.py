@@ -272,7 +272,7 @@ assert words[:4] == ["--tool", "memcheck", "--error-exitcode", "99"], words
 )
 def test_memcheck_stage_reports_sanitizer_result(*, tree, monkeypatch, body, status, message):
     (tree / "tests/test_good.py").write_text(
-        "import os\ndef test_values_and_gradients_bfloat16():\n"
+        "import os\ndef test_kernel_values_and_gradients_bfloat16():\n"
         "    assert os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1'\ndef test_other(): assert False"
     )
     tool = tree / "bin" / "compute-sanitizer"

@@ -74,7 +74,7 @@ def outcomes(
 ) -> dict[Sabotage, subprocess.CompletedProcess[str]]:
     """Test runs of the mutants that this run of pytest selected, started side by side."""
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    selected = [params["sabotage"] for params in calls if "sabotage" in params]
+    selected = [params["sabotage"] for params in calls if isinstance(params.get("sabotage"), Sabotage)]
     folders = [tmp_path_factory.mktemp("mutant") for _ in selected]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(selected, pool.map(run_tests, folders, selected), strict=True))
