@@ -50,7 +50,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         """``flash.problem`` for fp16 rows on a CUDA device of any kind."""
         return original(name, torch.device("cuda"), torch.float16, **options)
 
-    if torch.cuda.is_available():  # else left alone: torch.compile knows PyTorch's own function, and may not know a lambda
+    if torch.cuda.is_available():  # else left alone: torch.compile may trace a lambda as an operation
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(flash, "problem", problem)
     monkeypatch.setattr(flash, "BUILT", True)
