@@ -46,6 +46,7 @@ Memory is the median of three steps; on a CPU it is the resident memory of the p
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 import time
@@ -521,6 +522,16 @@ def draw_mask(config: MAEASTConfig, batch: Batch, seed: int | None = None) -> Te
     return sample_mask(config.masking, num_tokens, config.grid_f, config.mask_ratio, seed=seed, max_tokens=max_tokens)
 
 
+def packed_loss_of(reference: MAEAST, model: Callable[..., Any]) -> Callable[[Batch, Mask], Tensor]:
+    """Loss of a batch and a mask by a model, or a compiled one, with the configuration of ``reference``."""
+
+    def loss(batch: Batch, mask: Mask) -> Tensor:
+        mask = draw_mask(reference.config, batch) if mask is None else mask
+        return model(batch.log_mel, batch.num_frames, mask, sizes=reference.sizes_of(batch.host_frames)).loss
+
+    return loss
+
+
 def mae_ast_variants(case: Case, names: Sequence[str], failed: Failed) -> tuple[dict[str, Variant], MAEAST]:
     """Variants of MAE-AST with equal weights, and the reference model."""
     config = case.config
@@ -539,12 +550,7 @@ def mae_ast_variants(case: Case, names: Sequence[str], failed: Failed) -> tuple[
         original.encoder_positions = sinusoid(max_tokens, config.embed_dim).to(DEVICE)
         original.decoder_positions = sinusoid(max_tokens, config.decoder_embed_dim).to(DEVICE)
 
-    def packed_loss(model: Callable[..., Any]) -> Callable[[Batch, Mask], Tensor]:
-        def loss(batch: Batch, mask: Mask) -> Tensor:
-            mask = draw_mask(config, batch) if mask is None else mask
-            return model(batch.log_mel, batch.num_frames, mask, sizes=reference.sizes_of(batch.host_frames)).loss
-
-        return loss
+    packed_loss = functools.partial(packed_loss_of, reference)
 
     def original_loss(batch: Batch, mask: Mask) -> Tensor:
         return original(batch.log_mel, mask).loss
@@ -577,16 +583,10 @@ def recipe_variants(case: Case, names: Sequence[str], failed: Failed) -> dict[st
     _, batches = make_batches(case)
     reference = MAEAST(config, impl="torch", attention="sdpa").to(DEVICE)
 
-    def loss_of(model: MAEAST) -> Callable[[Batch, Mask], Tensor]:
-        def loss(batch: Batch, mask: Mask) -> Tensor:
-            return model(batch.log_mel, batch.num_frames, mask, sizes=model.sizes_of(batch.host_frames)).loss
-
-        return loss
-
     def draw(batch: Batch) -> Tensor:
         return draw_mask(config, batch, SEED)
 
-    expected_update = ExpectedUpdate(draw, reference, loss_of(reference))
+    expected_update = ExpectedUpdate(draw, reference, packed_loss_of(reference, reference))
     variants = {}
     for name, optimizer in (("recipe, adamw", "adamw"), ("recipe", case.optimizer)):
         if name not in names:
@@ -596,7 +596,7 @@ def recipe_variants(case: Case, names: Sequence[str], failed: Failed) -> dict[st
             model.load_state_dict(reference.state_dict())
             variants[name] = Variant(
                 model,
-                loss_of(model),
+                packed_loss_of(reference, model),
                 batches,
                 expected_update,
                 lambda tokens: mae_ast_flops(config, tokens),

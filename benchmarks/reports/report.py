@@ -126,6 +126,10 @@ def frame_table() -> str:
         else:
             cells += ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    against = run["finetuned_against_untrained"]
+    low, high = against["ci95"]
+    lines += ["", f"Fine-tuned on {against['task']}, the model differs from the same network without pretraining by "]
+    lines[-1] += f"{against['difference']:.3f} (95 % interval {low:+.3f} to {high:+.3f})."
     return "\n".join(lines)
 
 
@@ -264,9 +268,13 @@ def step_table(result: dict[str, Any]) -> str:
         if key.startswith("original")
     }
     lines += ["", *stage_lines(originals)] if originals else []
+    return "\n".join([*lines, *left_out_lines(cases), *failed_lines(result)])
+
+
+def left_out_lines(cases: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines that list columns which cannot run on this machine, with the reason; empty if there are none."""
     left_out = {f"`{name}`: {reason}" for case in cases.values() for name, reason in case["left_out"].items()}
-    lines += ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
-    return "\n".join([*lines, *failed_lines(result)])
+    return ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
 
 
 def failed_lines(result: dict[str, Any]) -> list[str]:
@@ -387,9 +395,7 @@ def recipe_table(result: dict[str, Any]) -> str:
                 shares.append(f"{name} {100 * share:.0f} % ({precision})")
     lines += ["", f"What Muon adds to AdamW, as a share of the update: {', '.join(shares)}."]
     lines += ["", f"Faster than `recipe`, or a tie: {', '.join(ahead_of('recipe', cases)) or 'nothing'}."]
-    left_out = {f"`{name}`: {reason}" for case in cases.values() for name, reason in case["left_out"].items()}
-    lines += ["", f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []
-    return "\n".join([*lines, *failed_lines(result)])
+    return "\n".join([*lines, *left_out_lines(cases), *failed_lines(result)])
 
 
 def sweep(result: dict[str, Any], factor: str) -> list[tuple[float, dict[str, dict[str, Any]]]]:

@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from ..tools.cores import usable_cores
+
 STAT = Path("/proc/stat")
 
 
@@ -25,7 +27,7 @@ def num_threads() -> int:
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdecimal() and int(value):
         return int(value)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def idle_cores(seconds: float = 0.1) -> float:

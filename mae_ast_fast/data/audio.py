@@ -241,9 +241,9 @@ def _native_blocks(path: str, notes: list[str]) -> Iterator[tuple[int, np.ndarra
     import soundfile
 
     soundfile_error, stated, seconds, has_more = "", 0.0, 0.0, False
+    is_g722 = path.lower().endswith(".g722")  # it has no header by which libsndfile could recognise it
     try:
-        # FFmpeg's G.722 has no header by which libsndfile could recognise it.
-        parts = [] if path.lower().endswith(".g722") else _parts(path)
+        parts = [] if is_g722 else _parts(path)
         for part in parts:
             with soundfile.SoundFile(part) as file:
                 stated = stated or file.frames / file.samplerate
@@ -256,7 +256,7 @@ def _native_blocks(path: str, notes: list[str]) -> Iterator[tuple[int, np.ndarra
         if seconds:
             raise AudioError(path, "corrupt", soundfile_error) from error
     if not seconds:
-        is_header_alone = not (has_more or soundfile_error or path.lower().endswith(".g722"))
+        is_header_alone = not (has_more or soundfile_error or is_g722)
         try:
             for rate, block in _av_blocks(path, soundfile_error):
                 seconds += len(block) / rate
@@ -264,7 +264,7 @@ def _native_blocks(path: str, notes: list[str]) -> Iterator[tuple[int, np.ndarra
         except AudioError:
             if seconds or not is_header_alone:
                 raise
-    if not soundfile_error and seconds > stated * 1.01 + 0.25 and not path.lower().endswith(".g722"):
+    if not soundfile_error and seconds > stated * 1.01 + 0.25 and not is_g722:
         notes.append(f"the header states {stated:.1f} s, the file holds {seconds:.1f} s")
 
 
@@ -322,7 +322,7 @@ def _parts(path: str) -> list[Any]:
 
 
 def _ogg_links(file: Any) -> list[int]:
-    """First byte of each link of an Ogg file: where streams begin behind pages of others (RFC 3533)."""
+    """First byte of each link of an Ogg file: where streams begin after pages of others (RFC 3533)."""
     starts, position, was_first_page = [], 0, False
     while len(page := _read_at(file, position, 282)) >= 27:
         if page[:4] != b"OggS":  # damaged: go on at the next page
@@ -395,7 +395,7 @@ def _read_log(log: str) -> tuple[float, list[str]]:
         if stated >= 0x7FFFF000:  # "unknown", of a writer that could not go back
             continue
         if name.lower() in _DATA_SIZES:
-            # W64 and RF64 have no remark behind a size that is larger than the file.
+            # W64 and RF64 have no remark after a size that is larger than the file.
             actual = int(match[3]) if match[3] else min(stated, file_bytes or stated)
             excess = max(excess, stated / max(actual, 1))
         elif match[3] and not 0.99 <= stated / max(int(match[3]), 1) <= 1.01:

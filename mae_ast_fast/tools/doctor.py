@@ -21,6 +21,7 @@ from ..models.mae_ast import MAEAST
 from ..ops import functional, resolve_impl
 from ..ops.attention import choose_backend
 from ..ops.fbank import SAMPLE_RATE, num_frames
+from .cores import usable_cores
 
 OPERATIONS = tuple(name for name in functional.__all__ if callable(getattr(functional, name)))
 PACKAGES = {  # distribution -> the extra that needs it
@@ -112,13 +113,12 @@ def machine() -> dict[str, Any]:
     """Operating system, Python and processor."""
     from ..devices import native_bf16
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "os": platform.platform(),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "usable_cores": usable,
+        "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "native_bf16": native_bf16(torch.device("cpu")),
     }

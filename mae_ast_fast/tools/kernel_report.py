@@ -32,6 +32,7 @@ import torch
 
 from .. import __version__
 from ..ops import cases
+from .cores import usable_cores
 from .kernel_compiler import (
     cache_key,
     compile_kernels,
@@ -307,9 +308,8 @@ def _results(
             results[variant.key] = figures
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     store = functools.partial(write_cache, folder) if cache else lambda results: None
-    compiled = compile_kernels(sources, usable, progress, store)
+    compiled = compile_kernels(sources, usable_cores(), progress, store)
     listing_paths = [path for _, path in sources.values() if path]
     files = [file for path in listing_paths for file in sorted(path.parent.glob(f"{path.name}.*"))]
     return results | compiled, len(compiled), files

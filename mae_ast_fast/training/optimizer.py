@@ -3,11 +3,12 @@
 Muon replaces a matrix's momentum by the nearest matrix whose singular values are all about 1 (K. Jordan et al. 2024).
 The update is scaled so that it has the root mean square of AdamW's, so both take the same learning rate and weight
 decay (J. Liu et al. 2025, arXiv 2502.16982, section 2.2). Here the matrices are blocks of the weights, as wide or as
-high as an attention head: a short pretraining learns more than with whole weights, in less time (docs/recipes.md).
+high as an attention head: a short pretraining learns as much as with whole weights, in less time (docs/recipes.md).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -112,9 +113,9 @@ class MuonAdamW(FusedAdamW):
                 alike.setdefault((weight.shape, grid), []).append(weight)
                 if "momentum_buffer" not in self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        weights = [weight for alike_weights in alike.values() for weight in alike_weights]
-        torch._foreach_mul_([self.state[weight]["momentum_buffer"] for weight in weights], decay)
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        updated = list(itertools.chain.from_iterable(alike.values()))
+        torch._foreach_mul_([self.state[weight]["momentum_buffer"] for weight in updated], decay)
+        torch._foreach_mul_(updated, 1 - lr * group["weight_decay"])
         for (_, grid), weights in alike.items():
             grad = torch.stack([cast(Tensor, weight.grad) for weight in weights])
             if grad_scale is not None:

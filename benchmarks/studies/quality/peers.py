@@ -79,7 +79,7 @@ class SpeechEmbedding:
 def essentia_log_mel(waveform: Tensor) -> Tensor:
     """Spectrogram (frames, 96) of samples (S,) at 44.1 kHz in [-1, 1], with Essentia's mel bands and log10(1 + 1e4 x).
 
-    A frame is centred on every 1,024th sample. Essentia adds a last frame that lies mostly behind the end.
+    A frame is centred on every 1,024th sample. Essentia adds a last frame that is mostly past the end.
     """
 
     def mel(hertz: Tensor) -> Tensor:
@@ -313,14 +313,7 @@ def main() -> None:
     arguments = parser.parse_args()
     grid = PeerGrid(arguments.work, RESULTS, arguments.bundle, 1.0)
     wanted = [cell for cell in cells() if re.search(arguments.match, cell.name)]
-    missing = [cell for cell in wanted if not grid.path(cell).exists()]
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished", flush=True)
-    if arguments.list:
-        print("\n".join(f"missing: {cell.name}" for cell in missing))
-        return
-    for index, cell in enumerate(missing, 1):
-        print(f"[{index}/{len(missing)}] {cell.name}", flush=True)
-        grid.run(cell)
+    grid.run_missing(wanted, list_only=arguments.list)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import math
 import os
 import random
 import re
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,23 @@ class Grid:
             },
         )
 
+    def run_missing(self, wanted: Sequence[Cell], *, list_only: bool = False, minutes: float = math.inf) -> None:
+        """Run or list the cells without a result; start none after ``minutes``."""
+        missing = [cell for cell in wanted if not self.path(cell).exists()]
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished", flush=True)
+        if list_only:
+            print("\n".join(f"missing: {cell.name}" for cell in missing))
+            return
+        start = time.monotonic()
+        for index, cell in enumerate(missing, 1):
+            if self.path(cell).exists():  # finished by another run, or needed by an earlier cell
+                continue
+            elapsed = (time.monotonic() - start) / 60
+            if elapsed > minutes:
+                break
+            print(f"[{index}/{len(missing)}, {elapsed:.0f} minutes] {cell.name}", flush=True)
+            self.run(cell)
+
     def options(self, cell: Cell, **overrides: Any) -> PretrainOptions:
         arm_options = dict(ARMS[cell.arm])
         sizes = {"layers": SIZES["encoder_layers"]} if arm_options.get("model") == "ssast" else {**SIZES, **NO_DROPOUT}
@@ -309,7 +328,7 @@ def _provenance() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, help="start no cell after this time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after this time")
     parser.add_argument("--match", default="", help="run only cells whose names match this regular expression")
     parser.add_argument("--quick", action="store_true", help="a sixth of the updates, one seed, results in runs/")
     parser.add_argument("--list", action="store_true", help="list finished and missing cells")
@@ -324,22 +343,9 @@ def main() -> None:
         quick = (("", ""), ("finetune", "zh_initial22"), ("probe", "zh_initial22"), ("probe", "vocal4"))
         wanted = [c for c in wanted if (c.mode, c.task) in quick]
     wanted = [cell for cell in wanted if re.search(arguments.match, cell.name)]
-    missing = [cell for cell in wanted if not grid.path(cell).exists()]
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are finished", flush=True)
-    if arguments.list:
-        print("\n".join(f"missing: {cell.name}" for cell in missing))
-        return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    start = time.monotonic()
-    for index, cell in enumerate(missing, 1):
-        if grid.path(cell).exists():  # finished by another run, or needed by an earlier cell
-            continue
-        if arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes:
-            break
-        minutes = (time.monotonic() - start) / 60
-        print(f"[{index}/{len(missing)}, {minutes:.0f} minutes] {cell.name}", flush=True)
-        grid.run(cell)
-    if arguments.quick:
+    grid.run_missing(wanted, list_only=arguments.list, minutes=arguments.minutes)
+    if arguments.quick and not arguments.list:
         import report  # which imports this file
 
         page = grid.work / "report.md"
